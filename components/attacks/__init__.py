@@ -1,0 +1,102 @@
+"""Attacks: one file a family, one line a kind in `AttackConfig`, and `craft`, which runs them.
+
+`craft` freezes nothing on trust: it takes a `Defense` (frozen, in eval mode), runs the attack in
+fixed batches, and measures success, distance and range on the images it returns, because an
+attack never grades itself.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.attacks.apgd import ApgdCe, ApgdT
+from components.attacks.contract import L2, Attack, Linf, Threat
+from components.attacks.cw import CwL2
+from components.attacks.gradient import Bim, Fgsm, Noise, Pgd
+from components.attacks.library import Square
+from components.data import ImageSet
+from components.defense import Defense, Mode, aim
+from components.draws import Draws
+
+AttackConfig = Annotated[
+    Noise | Fgsm | Bim | Pgd | CwL2 | ApgdCe | ApgdT | Square, Field(discriminator="kind")
+]
+
+# Float32 cannot hold most radii exactly; this much above one is rounding and not an attack.
+SLACK = 1e-6
+
+__all__ = ["L2", "Attack", "AttackConfig", "Crafted", "Linf", "Threat", "craft", "violations"]
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """An adversarial set: images (N,C,H,W) float32 beside ids and labels, and what they cost.
+
+    `success` (N,) bool is the outcome of the defense on the returned image under one draw of role
+    `attack`; `iterations`, `forward` and `backward` count what was spent on the image.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    images: Tensor
+    success: Tensor
+    iterations: Tensor
+    forward: Tensor
+    backward: Tensor
+
+
+def craft(
+    attack: Attack, defense: Defense, mode: Mode, data: ImageSet, threat: Linf | L2, seed: int,
+    batch: int,
+) -> Crafted:  # fmt: skip
+    """Attack every image of `data` in batches of `batch`; noise is keyed by image, role `attack`.
+
+    Raises ValueError where the attack cannot be run against this defense, AssertionError where an
+    attack broke its own threat.
+    """
+    device = next(defense.parameters()).device
+    parts = []
+    for start in range(0, len(data), batch):
+        rows = data[torch.arange(start, min(start + batch, len(data)))]
+        parts.append(_craft(attack, defense, mode, rows, threat, seed, device))
+    return Crafted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _craft(
+    attack: Attack, defense: Defense, mode: Mode, data: ImageSet, threat: Linf | L2, seed: int,
+    device: torch.device,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    clean, labels = data.pixels().to(device), data.labels.to(device)
+    draws = Draws(seed, "attack", data.ids.to(device))
+    target = aim(defense, mode, draws, getattr(attack, "eot", 1))
+    outcome = attack.run(target, clean, labels, threat, draws)
+    images = outcome.images.detach().float()
+    if attack.bounded:
+        broken = violations(images, clean, threat)
+        assert not broken, f"{type(attack).__name__} left the threat: {broken}"
+    with torch.no_grad():
+        right = defense(images, draws).argmax(1) == labels
+    columns = (images, ~right, outcome.iterations, target.passes.forward, target.passes.backward)
+    return (data.ids, data.labels, *(column.cpu() for column in columns))
+
+
+def violations(images: Tensor, clean: Tensor, threat: Linf | L2) -> list[str]:
+    """Say in words how `images` break the threat around `clean` (N,C,H,W); nothing if they hold.
+
+    Measured in float64: finite, in [0,1], float32, within the radius up to `SLACK`.
+    """
+    found = []
+    if images.dtype != torch.float32:
+        found.append(f"stored as {images.dtype}, not float32")
+    if not bool(images.isfinite().all()):
+        found.append("pixels that are not finite")
+    elif len(images) and (images.min() < 0 or images.max() > 1):
+        found.append(f"pixels from {images.min():.4f} to {images.max():.4f}, outside [0,1]")
+    if len(images):
+        largest = threat.distance(images, clean).max().item()
+        if not largest <= threat.eps + SLACK:
+            found.append(f"{threat.norm} distance {largest:.6f} above {threat.eps:.6f}")
+    return found

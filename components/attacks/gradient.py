@@ -1,0 +1,145 @@
+"""Attacks that follow the sign (or the direction) of the gradient: FGSM, BIM, PGD; and noise.
+
+Papers: Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Wong et
+al. 2020 (one step from a random start), Athalye et al. 2018 (expectation over transformation).
+Step lengths are multiples of the radius of the threat.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.defense import Target
+from components.draws import Draws
+
+Factor = Annotated[float, Field(gt=0)]
+
+
+class Noise(Attack):
+    """A random image of the ball, the worst of `tries`: what any real attack must beat."""
+
+    kind: Literal["noise"]
+    tries: Positive
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the try with the lowest margin."""
+        search = Search(target, images, labels, drop=False)
+        for attempt in range(self.tries):
+            search.look(threat.start(images, draws.redraw(attempt), "noise"))
+        return search.outcome()
+
+
+class Pgd(Attack):
+    """`steps` ascents of the cross-entropy, each `step` times the radius, projected back.
+
+    With `early_stop`, "fooled at any iterate" counts: fooled images are left alone and the iterate
+    of lowest margin is returned. Without it the last iterate is, as training wants it. Against a
+    stochastic target it is the iterate of lowest mean margin either way.
+    """
+
+    kind: Literal["pgd"]
+    steps: Positive
+    step: Factor
+    restarts: Positive
+    random_start: bool
+    early_stop: bool
+    eot: Positive
+
+    @model_validator(mode="after")
+    def _one_run(self) -> "Pgd":
+        if not self.early_stop and self.restarts > 1:
+            raise ValueError("early_stop: false returns the last iterate of one run: restarts is 1")
+        return self
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return one image per row; see the class for which."""
+        if not self.early_stop and not target.stochastic:
+            start = threat.start(images, draws, "start") if self.random_start else images
+            last = ascend(target, start, images, labels, threat, self.steps, self.step)
+            margins = target.look(last, labels, self.steps)
+            return Outcome(last, margins, torch.full_like(labels, self.steps))
+        starts = (
+            threat.start(images, draws.redraw(restart), "start") if self.random_start else images
+            for restart in range(self.restarts)
+        )
+        return _pursue(target, starts, images, labels, threat, self.steps, self.step)
+
+
+def _pursue(
+    target: Target, starts: Iterable[Tensor], images: Tensor, labels: Tensor, threat: Linf | L2,
+    steps: int, step: float,
+) -> Outcome:  # fmt: skip
+    """Run PGD from each of `starts`, leaving out what is fooled; return the lowest margins."""
+    search = Search(target, images, labels, drop=True)
+    for start in starts:
+        search.restart()
+        x = start[search.rows]
+        for _ in range(steps):
+            gradient = search.evaluate(x, cross_entropy).gradient
+            alive = search.alive()
+            if not len(search.rows):
+                break
+            ascended = threat.ascend(x[alive], gradient[alive], step * threat.eps)
+            x = threat.project(ascended, search.origin)
+        if len(search.rows):
+            search.look(x)
+    return search.outcome()
+
+
+def ascend(
+    target: Target, start: Tensor, images: Tensor, labels: Tensor, threat: Linf | L2,
+    steps: int, step: float,
+) -> Tensor:  # fmt: skip
+    """Return the last of `steps` iterates from `start` in the ball around `images`: bare PGD."""
+    x = start
+    for look in range(steps):
+        gradient = target.evaluate(x, labels, cross_entropy, look).gradient
+        x = threat.project(threat.ascend(x, gradient, step * threat.eps), images)
+    return x
+
+
+class Fgsm(Attack):
+    """One step of `step` times the radius, projected back; 1 from the image, 1.25 from a random
+    start (FGSM-RS of Wong et al.).
+    """
+
+    kind: Literal["fgsm"]
+    random_start: bool
+    step: Factor
+    eot: Positive
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the image after the step, or the clean one where that was wrong already."""
+        start = threat.start(images, draws, "start") if self.random_start else images
+        return _pursue(target, [start], images, labels, threat, 1, self.step)
+
+
+class Bim(Attack):
+    """PGD from the image itself."""
+
+    kind: Literal["bim"]
+    steps: Positive
+    step: Factor
+    eot: Positive
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the iterate of lowest margin."""
+        return _pursue(target, [images], images, labels, threat, self.steps, self.step)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy per image (N,)."""
+    return F.cross_entropy(logits, labels, reduction="none")

@@ -1,0 +1,71 @@
+"""Square (Andriushchenko et al. 2020), by torchattacks, wrapped so that its traps cannot bite.
+
+torchattacks reseeds the global random stream at every call (here: a forked one, with a seed from
+the images' own draws), sets modes on the model it is given (here: a throw-away module around the
+target) and counts no queries (here: read from the run). It asks the model about rows it does not
+name, so noise cannot be bound to images: Square is refused against a stochastic target.
+"""
+
+from typing import Literal
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
+from components.defense import Target, margin
+from components.draws import Draws
+
+
+class Square(Attack):
+    """Random search with square patches: no gradient, at most `queries` forward passes."""
+
+    kind: Literal["square"]
+    queries: Positive
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the fooling image, or the one of lowest margin; ValueError if stochastic."""
+        if target.stochastic:
+            raise ValueError("square cannot bind noise to images: not for stochastic defenses")
+        module = _Module(target)
+        norm = "Linf" if isinstance(threat, Linf) else "L2"
+        seed = int(draws.uniform((1,), "square")[0].item() * 2**24) if len(draws) else 0
+        attack = _Square(
+            module, norm=norm, eps=threat.eps, n_queries=self.queries, n_restarts=1, seed=seed
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            found = attack.forward(images.contiguous(), labels)
+        # Clipping to eps in float32 can overshoot by a rounding; the projection is exact.
+        found = threat.project(found.detach(), images)
+        with torch.no_grad():
+            clean = margin(target(images, 0), labels)
+            reached = margin(target(found, 0), labels)
+        queries = torch.zeros_like(labels)
+        queries[clean > 0] = attack.queries.to(queries.dtype)
+        target.passes.forward.index_add_(0, target.rows, queries)
+        return Outcome(found, reached, queries)
+
+
+class _Module(nn.Module):
+    """A target in the form torchattacks wants: a module with a parameter, so with a device."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros((), device=target.rows.device))
+        self.call = target.defense
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.call(x)
+        return logits
+
+
+class _Square(torchattacks.Square):  # type: ignore[misc]
+    """Remembers the queries spent on each image, and returns its best image even if it failed."""
+
+    queries = torch.zeros(0)
+
+    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self.queries, best = super().attack_single_run(x, y)
+        return self.queries, best

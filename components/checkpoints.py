@@ -1,0 +1,155 @@
+"""Model folders, and the state a training resumes from.
+
+A model folder is `config.json` (what to build, provenance; no times, no run ids),
+`weights.safetensors` and `manifest.json` (size and sha256 of both, written last). `load` gives
+back a ready module in eval mode and needs torch, safetensors and `components`, nothing else.
+Nothing here is ever unpickled: resume states go through `torch.load(weights_only=True)`.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from components.classifiers import ClassifierConfig
+from components.config import Config
+from components.data import Shape
+from components.purifiers import Purifier, PurifierConfig
+from components.shards import MANIFEST, DataError, sha256, write_bytes, write_json
+
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+KEPT = 2
+
+
+class ModelCard(Config):
+    """What `config.json` holds: enough to rebuild the network, and what it was made from."""
+
+    format: Literal[1]
+    family: Literal["classifier", "purifier"]
+    model: dict[str, Any]
+    shape: list[int]
+    class_names: list[str]
+    provenance: dict[str, Any]
+
+
+def build(card: ModelCard) -> nn.Module:
+    """Make the untrained network a card describes; ValueError if its config is not valid."""
+    channels, height, width = card.shape
+    shape: Shape = (channels, height, width)
+    if card.family == "classifier":
+        classifier = TypeAdapter(ClassifierConfig).validate_python(card.model)
+        return classifier.build(shape, len(card.class_names))
+    purifier = TypeAdapter(PurifierConfig).validate_python(card.model)
+    return purifier.build(shape)
+
+
+def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
+    """Write a model folder; equal weights and card give equal bytes."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    write_bytes(folder / WEIGHTS, save_tensors(tensors))
+    write_json(folder / CONFIG, card.model_dump())
+    files = [
+        {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in (CONFIG, WEIGHTS)
+    ]
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def load(folder: Path | str, device: str = "cpu") -> Any:
+    """Return the network of a model folder, frozen, in eval mode, on `device`.
+
+    Raises DataError for a folder that is incomplete or altered, or whose weights do not fit the
+    network its config describes.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    try:
+        module = build(card)
+    except (ValidationError, ValueError) as error:
+        raise DataError(f"{folder / CONFIG} describes no network of ours: {error}") from None
+    _fit_weights(module, load_tensors((folder / WEIGHTS).read_bytes()), folder)
+    return module.eval().requires_grad_(False).to(device)
+
+
+def load_purifier(folder: Path, device: str = "cpu") -> Purifier:
+    """Return a purifier; raise DataError when the folder holds something else."""
+    module = load(folder, device)
+    if not isinstance(module, Purifier):
+        raise DataError(f"{folder} holds a {read_card(folder).family}, but a purifier is needed")
+    return module
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Return the card of a model folder whose files are as they were written, else DataError."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for file in listed:
+            if sha256(folder / file["path"]) != file["sha256"]:
+                raise DataError(f"{folder / file['path']} was altered since it was written")
+        return ModelCard.model_validate_json((folder / CONFIG).read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} is no finished model folder: {error.filename} is missing"
+        ) from None
+    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as error:
+        raise DataError(f"{folder} is no model folder of this version: {error}") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the sha256 over config and weights of a model folder, verified."""
+    read_card(folder)
+    return sha256(folder / MANIFEST)
+
+
+def state_digest(module: nn.Module) -> str:
+    """Return the sha256 of every parameter and buffer, to see that using them changed nothing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_state(folder: Path, epoch: int, state: Mapping[str, Any]) -> None:
+    """Store the state after `epoch`, keeping the `KEPT` newest."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    path = folder / f"epoch-{epoch:06d}"
+    write_bytes(path / "state.pt", buffer.getvalue())
+    write_json(path / MANIFEST, {"sha256": sha256(path / "state.pt")})
+    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_state(folder: Path) -> dict[str, Any] | None:
+    """Return the newest stored state that is whole, or None; damaged ones are passed over."""
+    for path in sorted(folder.glob("epoch-*"), reverse=True):
+        try:
+            digest = json.loads((path / MANIFEST).read_bytes())["sha256"]
+            if sha256(path / "state.pt") == digest:
+                state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
+                return state
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _fit_weights(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)][:5]
+        raise DataError(
+            f"{folder / WEIGHTS} does not fit its config: "
+            + "; ".join(f"{n}: config {wanted.get(n)}, weights {found.get(n)}" for n in odd)
+        )
+    module.load_state_dict(tensors)

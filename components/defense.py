@@ -1,0 +1,178 @@
+"""A classifier behind a purifier, and what an attack gets to see of the two.
+
+An attack never touches a `Defense`. It is handed a `Target`: the defense in one gradient mode,
+with its noise bound to keyed draws, indexable by rows, and counting every pass it is asked for.
+Modes: `full` is the exact gradient through the purifier; `bpda` runs the purifier forwards and
+takes the identity for its derivative (Athalye et al. 2018). The grey-box mode `classifier` is no
+mode of a target: it replays what was crafted against the bare classifier.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.draws import Draws
+from components.purifiers.contract import Purifier
+
+Mode = Literal["full", "bpda"]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N,K), labels (N,) -> (N,)
+
+
+class Defense(nn.Module):
+    """A classifier behind a purifier (None: the bare classifier)."""
+
+    def __init__(self, classifier: nn.Module, purifier: Purifier | None) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.purifier = purifier
+
+    def freeze(self) -> "Defense":
+        """Put everything in eval mode, where no parameter takes a gradient; return itself."""
+        return self.eval().requires_grad_(False)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the answer depends on noise."""
+        return self.purifier is not None and self.purifier.stochastic
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the exact gradient is usable."""
+        return self.purifier is None or self.purifier.differentiable
+
+    def purify(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return the purified images (N,C,H,W) in [0,1]."""
+        if self.purifier is None:
+            return x
+        purified: Tensor = self.purifier(x, draws)
+        return purified
+
+    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return logits (N,K) of pixels (N,C,H,W) in [0,1]."""
+        logits: Tensor = self.classifier(self.purify(x, draws))
+        return logits
+
+
+class _Straight(torch.autograd.Function):
+    """The value of the second argument with the derivative of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, purified: Tensor) -> Tensor:
+        return purified.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _straight(x: Tensor, purified: Tensor) -> Tensor:
+    value: Tensor = _Straight.apply(x, purified)  # type: ignore[no-untyped-call]
+    return value
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward passes spent on each image (N,) int64; rows share the counters."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One look at a target: per image (N,) the loss, the margin, and the gradient (N,C,H,W).
+
+    `margin` is the logit of the true class less the largest other one: not positive means fooled.
+    Under EOT all three are means over the draws.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    gradient: Tensor
+
+
+class Target:
+    """A defense as an attack sees it: pixels (N,C,H,W) in [0,1] to logits (N,K).
+
+    `draws` binds the noise; a call takes the number of the draw, so that no two looks share it.
+    `eot` draws are averaged per gradient; a deterministic defense needs, and takes, one.
+    """
+
+    def __init__(
+        self, defense: Defense, mode: Mode, draws: Draws, eot: int, passes: Passes, rows: Tensor
+    ) -> None:
+        self.defense, self.mode, self.draws = defense, mode, draws
+        self.eot = eot if defense.stochastic else 1
+        self.passes, self.rows = passes, rows
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a second look may answer differently."""
+        return self.defense.stochastic
+
+    def __getitem__(self, rows: Tensor) -> "Target":
+        return Target(
+            self.defense, self.mode, self.draws[rows], self.eot, self.passes, self.rows[rows]
+        )
+
+    def __call__(self, x: Tensor, draw: int) -> Tensor:
+        """Return the logits under draw number `draw`, with a graph if gradients are on."""
+        self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        draws = self.draws.redraw(draw)
+        if self.mode == "full":
+            logits: Tensor = self.defense(x, draws)
+            return logits
+        with torch.no_grad():
+            purified = self.defense.purify(x, draws)
+        through: Tensor = self.defense.classifier(_straight(x, purified))
+        return through
+
+    def look(self, x: Tensor, labels: Tensor, draw: int) -> Tensor:
+        """Return the margins (N,) averaged over the EOT draws of look number `draw`."""
+        with torch.no_grad():
+            margins = [margin(self(x, draw * self.eot + k), labels) for k in range(self.eot)]
+        return torch.stack(margins).mean(0)
+
+    def evaluate(self, x: Tensor, labels: Tensor, loss: Loss, draw: int) -> Evaluation:
+        """Return loss, margin and input gradient, averaged over the EOT draws of look `draw`."""
+        losses, margins, gradients = [], [], []
+        for k in range(self.eot):
+            point = x.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self(point, draw * self.eot + k)
+                value = loss(logits, labels)
+            losses.append(value.detach())
+            margins.append(margin(logits.detach(), labels))
+            gradients.append(_gradient(value, point))
+            self.passes.backward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        return Evaluation(
+            torch.stack(losses).mean(0),
+            torch.stack(margins).mean(0),
+            torch.stack(gradients).mean(0),
+        )
+
+
+def aim(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
+    """Bind a defense to a gradient mode and to noise, for an attack on len(draws) images."""
+    zeros = torch.zeros(len(draws), dtype=torch.int64, device=draws.ids.device)
+    rows = torch.arange(len(draws), device=draws.ids.device)
+    return Target(defense, mode, draws, eot, Passes(zeros, zeros.clone()), rows)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the true logit less the largest other one (N,); NaN logits give NaN."""
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return true - others.amax(1)
+
+
+def _gradient(value: Tensor, point: Tensor) -> Tensor:
+    # A purifier that cuts the graph (a comparison, a detach) leaves nothing to differentiate:
+    # that is a gradient of zero, which the checks are there to notice.
+    if not value.requires_grad:
+        return torch.zeros_like(point)
+    (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+    return torch.zeros_like(point) if gradient is None else gradient

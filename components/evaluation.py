@@ -1,0 +1,136 @@
+"""Scores: forward passes, counting, intervals, paired tests. No gradient is taken here.
+
+The headline is defined as follows. A is the clean image and every attack of the primary threat;
+each attack stored one image per test image, chosen with noise of role `attack` alone. Per test
+image the worst of A is chosen by the share correct over draws of role `select`, ties by the fixed
+order of A; the headline is the mean share correct of these choices over new draws of role
+`score`. So the noise that selects never scores. A deterministic defense has one draw of each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from components.defense import Defense
+from components.draws import Draws, Role
+
+Counts = npt.NDArray[np.int64]
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Score:
+    """How often each test image was classified right: `select` and `score` (N,) out of `draws`."""
+
+    draws: int
+    select: Counts
+    score: Counts
+
+    def share(self) -> npt.NDArray[np.float64]:
+        """Return the share of right answers per image, under the scoring noise."""
+        return self.score / self.draws
+
+
+def count_correct(
+    defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
+    draws: int, batch: int,
+) -> Counts:  # fmt: skip
+    """Return per image (N,) how many of `draws` answers of role `role` are right.
+
+    A deterministic defense is asked once, and its answer stands for all draws. Logits that are
+    not finite are wrong.
+    """
+    device = next(defense.classifier.parameters()).device
+    total = torch.zeros(len(ids), dtype=torch.int64)
+    with torch.no_grad():
+        for start in range(0, len(ids), batch):
+            rows = slice(start, start + batch)
+            x, y = images[rows].to(device), labels[rows].to(device)
+            noise = Draws(seed, role, ids[rows].to(device))
+            for draw in range(draws if defense.stochastic else 1):
+                logits = defense(x, noise.redraw(draw))
+                right = (logits.argmax(1) == y) & logits.isfinite().all(1)
+                total[rows] += right.cpu()
+    return (total if defense.stochastic else total * draws).numpy()
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a share among n independent images (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    centre = share + Z95**2 / (2 * n)
+    half = Z95 * sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def summarise(shares: npt.NDArray[np.float64]) -> dict[str, float | int]:
+    """Return accuracy, Wilson interval (n = images, never images x draws) and n."""
+    share, n = float(shares.mean()) if len(shares) else 0.0, len(shares)
+    low, high = wilson(share, n)
+    return {"accuracy": share, "low": low, "high": high, "n": n}
+
+
+def worst(scores: Mapping[str, Score], order: Sequence[str]) -> tuple[list[str], Score]:
+    """Return per image the name of the worst entry by `select`, and the scores of these choices.
+
+    Ties go to the first in `order`. The result's `score` is of noise that had no part in choosing.
+    """
+    select = np.stack([scores[name].select / scores[name].draws for name in order])
+    chosen = select.argmin(axis=0)
+    rows = np.arange(select.shape[1])
+    draws = max(scores[name].draws for name in order)
+
+    def pick(of: str) -> Counts:
+        stack = np.stack([getattr(scores[n], of) * (draws // scores[n].draws) for n in order])
+        return np.asarray(stack[chosen, rows], dtype=np.int64)
+
+    return [order[index] for index in chosen], Score(draws, pick("select"), pick("score"))
+
+
+def worst_of(score: Score, tries: int) -> npt.NDArray[np.float64]:
+    """Return per image the chance that `tries` of its draws, taken at random, are all right."""
+    tries = min(tries, score.draws)
+    ways = comb(score.draws, tries)
+    return np.array([comb(int(right), tries) / ways for right in score.score])
+
+
+def majority_of(score: Score, tries: int) -> npt.NDArray[np.float64]:
+    """Return per image the chance that more than half of `tries` random draws are right."""
+    tries = min(tries, score.draws)
+    ways = comb(score.draws, tries)
+
+    def chance(right: int) -> float:
+        wrong = score.draws - right
+        needed = range(tries // 2 + 1, tries + 1)
+        return sum(comb(right, k) * comb(wrong, tries - k) for k in needed) / ways
+
+    return np.array([chance(int(right)) for right in score.score])
+
+
+def more_fooled(suspect: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
+    """Return the p-value that `suspect` fools images `reference` does not, beyond chance.
+
+    Both are shares correct per image (N,); the one-sided exact sign test over the images where
+    they differ (McNemar's test where shares are 0 or 1).
+    """
+    fewer = int((suspect < reference).sum())
+    more = int((suspect > reference).sum())
+    if fewer + more == 0:
+        return 1.0
+    return float(binom.sf(fewer - 1, fewer + more, 0.5))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979), in the order given."""
+    adjusted, running = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        running = max(running, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = running
+    return adjusted

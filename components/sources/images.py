@@ -1,0 +1,136 @@
+"""From one encoded image file to pixels, and from many files to one split.
+
+The conversion is fixed, so that the same bytes are the same pixels everywhere: the first frame,
+turned upright by its EXIF tag; palettes and CMYK to RGB; one bit to 0 and 255; 16-bit grey v to
+round(v / 257); transparency laid on white; RGB to grey by ITU-R 601 luma, grey to RGB three
+times the same; then, if a size is asked for, resized bilinearly with antialiasing. Colour
+profiles are ignored. Of 16-bit colour Pillow itself keeps the high byte.
+"""
+
+import io
+import warnings
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
+
+from components.shards import DataError
+from components.sources.raw import RawSplit, Reject, SourceConfig
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = 16_000_000
+MAX_BYTES = 16_000_000
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+# YAML has lists and no tuples, so the tuple alone is exempt from strictness; its sides are not.
+Size = Annotated[tuple[Side, Side], Field(strict=False)]
+Pixels = npt.NDArray[np.uint8]
+
+
+class EncodedSource(SourceConfig):
+    """A source of encoded images under the folder `path`.
+
+    Images become `channels` channels (1: grey, 3: RGB) and `size` [height, width]; with size null
+    they are kept as they are, and those that differ in size from the first are rejected.
+    """
+
+    path: str
+    channels: Literal[1, 3]
+    size: Size | None
+
+
+def decode(content: bytes, channels: int, size: tuple[int, int] | None) -> Pixels | str:
+    """Return an encoded image as (C,H,W) uint8, or the reason why it cannot be used."""
+    image = _open(content)
+    if isinstance(image, str):
+        return image
+    image = _flat(image).convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[np.newaxis] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _open(content: bytes) -> Image.Image | str:
+    """Return the decoded image, upright, or why it is none; huge ones are never decoded."""
+    if len(content) > MAX_BYTES:
+        return f"is {len(content)} bytes long, over the limit of {MAX_BYTES}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            return f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS}"
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        return f"is not one of {', '.join(FORMATS)}"
+    # Pillow's decoders raise nearly anything over damaged bytes, and one image is not the set.
+    except Exception as error:
+        return f"cannot be decoded: {error}"
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Return an 8-bit image without transparency, in mode L, RGB or one Pillow converts."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        values[values == image.info.get("transparency")] = 65535
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
+    return image.convert("RGB") if image.mode == "P" else image
+
+
+class Gathering:
+    """A split in the making: images are added one by one and must all be of one shape.
+
+    Without a `shape` (H,W) given, the first good image sets it; `where` names the split.
+    """
+
+    def __init__(self, where: str, source: EncodedSource, shape: tuple[int, int] | None) -> None:
+        self.where = where
+        self.channels = source.channels
+        self.size = source.size
+        self.shape = shape
+        self.rejects: list[Reject] = []
+        # One growing buffer instead of a list of arrays: stacking those would hold them twice.
+        self._pixels = bytearray()
+        self._labels: list[int] = []
+        self._rows: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._labels) + len(self.rejects)
+
+    def add(self, content: bytes, label: int, file: str, row: int | None = None) -> None:
+        """Decode an image and keep it, or keep the reason why not."""
+        pixels = decode(content, self.channels, self.size)
+        if isinstance(pixels, str):
+            return self.reject(file, row, pixels)
+        height, width = pixels.shape[1:]
+        self.shape = self.shape or (height, width)
+        if (height, width) != self.shape:
+            expected = f"{self.shape[0]} x {self.shape[1]}"
+            return self.reject(file, row, f"is {height} x {width}, but the first is {expected}")
+        self._rows.append(len(self))
+        self._labels.append(label)
+        self._pixels += pixels.tobytes()
+
+    def reject(self, file: str, row: int | None, reason: str) -> None:
+        """Note an image that is left out."""
+        self.rejects.append(Reject(file, row, reason))
+
+    def split(self) -> RawSplit:
+        """Return what was gathered; raise DataError if no image was good."""
+        if self.shape is None or not self._labels:
+            first = self.rejects[0] if self.rejects else None
+            why = f"the first, {first.file}, {first.reason}" if first else "there are none"
+            raise DataError(f"{self.where} has no usable image: {why}")
+        return RawSplit(
+            np.frombuffer(self._pixels, np.uint8).reshape(-1, self.channels, *self.shape),
+            np.array(self._labels, dtype=np.int64),
+            np.array(self._rows, dtype=np.int64),
+            tuple(self.rejects),
+        )

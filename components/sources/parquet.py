@@ -1,0 +1,180 @@
+"""Parquet files as public hubs hold image datasets: encoded images beside integer labels.
+
+Under `path`: `train.parquet`, shards `train-*.parquet`, or `train/*.parquet`, and the same for
+`test` where there is one. The column `image` is a struct with a binary `bytes`, or binary itself;
+`label` is an integer. Files from elsewhere are read in small batches and only these columns,
+because a few hundred bytes of Parquet can unpack to gigabytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.shards import DataError
+from components.sources.images import MAX_BYTES, EncodedSource, Gathering
+from components.sources.raw import Progress, RawData, silent
+
+# A dictionary page hands the same large value to every row: few rows at once bound the memory.
+BATCH_ROWS = 8
+# Encoded images hardly compress: a file that shrank this much holds something else.
+MAX_RATIO = 50
+# Names and metadata in a damaged footer need not be UTF-8, so this is a matter of ValueError too.
+DAMAGE = (OSError, ValueError, pa.ArrowException)
+
+
+class ParquetFiles(EncodedSource):
+    """Images and labels in Parquet files; class names from their metadata, else 0..K-1."""
+
+    kind: Literal["parquet"]
+
+    def load(self, scratch: Path, progress: Progress = silent) -> RawData:
+        """Read the files of `train` and, where there are any, of `test`."""
+        root = Path(self.path)
+        train_files, test_files = _files(root, "train"), _files(root, "test")
+        if not train_files:
+            raise DataError(
+                f"{root} has no train.parquet, train-*.parquet or train/*.parquet to read"
+            )
+        names = _class_names(train_files + test_files)
+        train = Gathering(f"train of {root}", self, None)
+        highest = _gather(train, train_files, len(names) if names else None, root)
+        names = names or _numbered(highest, train)
+        if not test_files:
+            return RawData(train.split(), None, names)
+        split = train.split()
+        test = Gathering(f"test of {root}", self, train.shape)
+        _gather(test, test_files, len(names), root)
+        return RawData(split, test.split(), names)
+
+
+def _files(root: Path, split: str) -> list[Path]:
+    """Return the files of a split in order; raise DataError where they are not clearly all."""
+    patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
+    found = [sorted(root.glob(pattern)) for pattern in patterns]
+    forms = [files for files in found if files]
+    if len(forms) > 1:
+        raise DataError(f"{root} has both {forms[0][0].name} and {forms[1][0].name}: keep one form")
+    files = forms[0] if forms else []
+    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)\.", file.name))}
+    if totals and totals != {len(files)}:
+        raise DataError(
+            f"{root} has {len(files)} files of {split}, but their names say {max(totals)}"
+        )
+    return files
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    """Return an open Parquet file of the right form; raise DataError otherwise."""
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20)
+        schema = parquet.schema_arrow
+        found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    except DAMAGE as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from None
+    if not (_is_image(schema, "image") and _is_label(schema, "label")):
+        raise DataError(
+            f"{file} must have the columns image: struct<bytes: binary> or binary, and label: an "
+            f"integer; it has {found}"
+        )
+    packed, unpacked = file.stat().st_size, sum(group.total_byte_size for group in groups)
+    if unpacked > max(MAX_BYTES, MAX_RATIO * packed):
+        raise DataError(
+            f"{file} unpacks {packed} bytes to {unpacked}: more than {MAX_RATIO} times, so it "
+            f"does not hold encoded images"
+        )
+    return parquet
+
+
+def _is_image(schema: pa.Schema, name: str) -> bool:
+    field = _field(schema, name)
+    if field is not None and pa.types.is_struct(field.type):
+        field = _field(pa.schema(list(field.type)), "bytes")
+    return field is not None and (
+        pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+    )
+
+
+def _is_label(schema: pa.Schema, name: str) -> bool:
+    field = _field(schema, name)
+    return field is not None and pa.types.is_integer(field.type)
+
+
+def _field(schema: pa.Schema, name: str) -> pa.Field | None:
+    """Return a column that is there exactly once and is of no extension type, known or not."""
+    index = schema.get_field_index(name)
+    if index < 0 or b"ARROW:extension:name" in (schema.field(index).metadata or {}):
+        return None
+    return schema.field(index)
+
+
+def _class_names(files: list[Path]) -> tuple[str, ...] | None:
+    """Return the class names that all files agree on, or None where none gives any."""
+    found = {_declared(file) for file in files}
+    if len(found) > 1:
+        raise DataError(
+            f"{files[0].parent}: the files differ in their class names or their order: "
+            f"{' and '.join(str(names) for names in found)}"
+        )
+    return found.pop()
+
+
+def _declared(file: Path) -> tuple[str, ...] | None:
+    """Return the class names in a file's metadata: our own key, or that of Hugging Face."""
+    metadata: dict[bytes, bytes] = _open(file).schema_arrow.metadata or {}
+    if b"label_names" in metadata:
+        names: Any = metadata[b"label_names"].decode(errors="replace").split(",")
+    else:
+        try:
+            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+            names = features["label"]["names"]
+        except (ValueError, KeyError, TypeError):
+            return None
+    if not isinstance(names, list) or not all(names) or len(set(map(str, names))) != len(names):
+        raise DataError(f"{file} names its classes {names}, but needs a list of distinct names")
+    return tuple(str(name) for name in names)
+
+
+def _numbered(highest: int, train: Gathering) -> tuple[str, ...]:
+    """Return the names "0" to the highest label, which may not outnumber the images."""
+    seen = len(train)
+    if highest >= seen:
+        raise DataError(f"{train.where} has the label {highest} but only {seen} images in all")
+    return tuple(str(number) for number in range(highest + 1))
+
+
+def _gather(gathered: Gathering, files: list[Path], classes: int | None, root: Path) -> int:
+    """Add the images of all files, labels checked to be in 0..classes-1; return the highest."""
+    highest = 0
+    allowed = "0 or more" if classes is None else f"0 to {classes - 1}"
+    for file in files:
+        for row, (content, label) in enumerate(_rows(file)):
+            if label is None or label < 0 or (classes is not None and label >= classes):
+                raise DataError(f"{file}, row {row}: the label is {label}, allowed is {allowed}")
+            if content is None:
+                raise DataError(f"{file}, row {row}: the image has no bytes")
+            gathered.add(content, label, file.relative_to(root).as_posix(), row)
+            highest = max(highest, label)
+    return highest
+
+
+def _rows(file: Path) -> Iterator[tuple[bytes | None, int | None]]:
+    """Yield image and label of every row, None for a null at any depth."""
+    parquet = _open(file)
+    nested = pa.types.is_struct(parquet.schema_arrow.field("image").type)
+    columns = ["image.bytes" if nested else "image", "label"]
+    row = 0
+    try:
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            images = batch.column("image").to_pylist()
+            if nested:
+                images = [image and image["bytes"] for image in images]
+            yield from zip(images, batch.column("label").to_pylist(), strict=True)
+            row += len(batch)
+    except DAMAGE as error:
+        raise DataError(f"{file} is damaged in or after row {row}: {error}") from None

@@ -1,0 +1,15 @@
+"""Where things run and where bytes live; no mathematics.
+
+Importing this package sets defaults that must stand before torch and Ray are imported, and
+nothing else: idle OpenMP threads wait passively (spinning ones make two processes on two cores
+14 times slower, `benchmarks/threads.py`), and Ray Train polls its workers often enough that a
+report costs milliseconds instead of two seconds.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")

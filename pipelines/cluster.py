@@ -1,0 +1,238 @@
+"""The only place that knows Ray: train a network, and map a function over shards.
+
+By default a stage starts an embedded Ray of its own (`ray.init(address="local")`), which no other
+Ray on the machine is part of, without dashboard. Nothing that is computed depends on the number
+of workers a map uses; training is bit-equal at an equal number of workers.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.checkpoints import ModelCard, latest_state, save, save_state
+from components.data import ImageSet
+from components.objectives import Objective
+from components.shards import DataError, write_json
+from components.training import Diverged, Training, Validate, fit
+from pipelines.params import Resources
+
+HISTORY = "history.jsonl"
+FAILURE = "failure.json"
+# A worker that dies is replaced this often; a mistake of the user is not tried again.
+MAX_FAILURES = 3
+MISTAKES: dict[str, type[Exception]] = {
+    "ValueError": ValueError,
+    "DataError": DataError,
+    "Diverged": Diverged,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to train one network; `card` describes it when it is trained."""
+
+    model: nn.Module
+    objective: Objective
+    data: ImageSet
+    attacked: Tensor | None
+    training: Training
+    seed: int
+    validate: Validate
+    card: Callable[[nn.Module], ModelCard]
+
+
+EpochSeen = Callable[[int, Mapping[str, float]], None]
+
+
+def train(
+    setup: Callable[..., Job],
+    arguments: Mapping[str, Any],
+    out: Path,
+    resume: Path,
+    resources: Resources,
+    seen: EpochSeen,
+) -> dict[str, float]:
+    """Train what `setup(**arguments)` describes, by Ray Train, into the model folder `out`.
+
+    `setup` runs in every worker and must be importable by name. Training goes on from the newest
+    whole state under `resume`, which must be named by everything the result depends on; `seen` is
+    called with every epoch as it ends. Returns the metrics of the last epoch.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resume.mkdir(parents=True, exist_ok=True)
+    for name in (HISTORY, FAILURE):
+        (resume / name).unlink(missing_ok=True)
+    config = {
+        "setup": setup,
+        "arguments": dict(arguments),
+        "out": str(out.absolute()),
+        "resume": str(resume.absolute()),
+        "threads": resources.train_threads,
+        "gpu": resources.gpu,
+    }
+    with _session(resources.train_workers, resources), _tail(resume / HISTORY, seen):
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=resources.train_workers, use_gpu=resources.gpu
+            ),
+            run_config=RunConfig(
+                name=resume.name,
+                storage_path=str((resume / "ray").absolute()),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )
+        with _quiet():
+            trainer.fit()
+    if (resume / FAILURE).exists():
+        failure = json.loads((resume / FAILURE).read_text())
+        raise MISTAKES[failure["kind"]](failure["message"])
+    last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
+    return last
+
+
+def map_shards(
+    function: Callable[..., Any],
+    tasks: Sequence[Mapping[str, Any]],
+    resources: Resources,
+    done: Callable[[int, int], None],
+) -> list[Any]:
+    """Call `function(**task)` for every task on Ray and return the results in order.
+
+    `function` must be importable by name; a task is retried when its worker dies.
+    """
+    import ray
+
+    if not tasks:
+        return []
+    with _session(resources.shards, resources):
+        remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(
+            function
+        )
+        pending = {remote.remote(**task): index for index, task in enumerate(tasks)}
+        results: list[Any] = [None] * len(tasks)
+        while pending:
+            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            try:
+                results[pending.pop(ready)] = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                # What the function raised, not how Ray brought it here.
+                raise error.cause from None
+            done(len(tasks) - len(pending), len(tasks))
+    return results
+
+
+@contextmanager
+def _session(workers: int, resources: Resources) -> Iterator[None]:
+    """Hold an embedded Ray with CPUs for `workers`; none for in-process training."""
+    if workers == 0:
+        yield
+        return
+    import ray
+
+    with _quiet():
+        ray.init(
+            address="local",
+            num_cpus=workers + 1,
+            num_gpus=workers if resources.gpu else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Ray logs for itself; errors still reach the caller as exceptions."""
+    names = ("ray", "ray.train", "ray.data", "ray.tune")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
+    """Follow the file in which the first worker notes every epoch, and pass each on."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        read = 0
+        while True:
+            ending = stop.is_set()
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            for line in lines[read:]:
+                if line.endswith("\n"):
+                    read += 1
+                    entry = json.loads(line)
+                    seen(entry.pop("epoch"), entry)
+            if ending:
+                return
+            stop.wait(0.2)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train in one worker; the first one keeps the state, the history and the result."""
+    import ray.train
+
+    resume, out = Path(config["resume"]), Path(config["out"])
+    first = ray.train.get_context().get_world_rank() == 0
+    torch.set_num_threads(config["threads"])
+    try:
+        job: Job = config["setup"](**config["arguments"])
+        if config["gpu"]:
+            job.model.to("cuda")
+        state = latest_state(resume)
+        history: list[dict[str, float]] = list(state["history"]) if state else []
+        epochs = fit(
+            job.model, job.objective, job.data, job.attacked, job.training, job.seed,
+            job.validate, state,
+        )  # fmt: skip
+        if first:
+            _note(resume, history, 0)
+        for epoch in epochs:
+            history.append(epoch.metrics)
+            if first:
+                save_state(resume, epoch.index, {**epoch.state, "history": history})
+                _note(resume, history[-1:], epoch.index)
+            ray.train.report(epoch.metrics)
+        if first:
+            job.model.eval()
+            save(out, job.model, job.card(job.model))
+            write_json(out / "history.json", history)
+    except tuple(MISTAKES.values()) as error:
+        kind = next((n for n, m in MISTAKES.items() if type(error) is m), "ValueError")
+        write_json(resume / FAILURE, {"kind": kind, "message": str(error)})
+
+
+def _note(resume: Path, entries: Sequence[Mapping[str, float]], start: int) -> None:
+    with (resume / HISTORY).open("a") as file:
+        for index, metrics in enumerate(entries, start):
+            file.write(json.dumps({"epoch": index, **metrics}) + "\n")

@@ -1,0 +1,105 @@
+"""Write params.yaml anew: profiles/digits.yaml, an overlay, and overrides from the command line.
+
+`python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
+writes it; the result is complete, and a person reads and commits it. `classifiers`, `purifiers`,
+`students`, `atop`, `attacks`, `baselines`, `defenses`, `controls` and any mapping whose `kind`
+changes are replaced whole; all else is merged.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from components.shards import write_bytes
+from pipelines.params import PARAMS, ConfigError, Params, explain, read_yaml, write_yaml
+
+PROFILES = Path("profiles")
+BASE = "digits"
+REPLACED = {
+    "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run the command; 2 for a profile, key or value that is not allowed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("profile", help="a file in profiles/, without .yaml")
+    parser.add_argument("override", nargs="*", help="section.key=value, as in YAML")
+    options = parser.parse_args()
+    try:
+        text = compose(options.profile, options.override)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
+    sys.stdout.writelines(
+        difflib.unified_diff(
+            before.splitlines(keepends=True),
+            text.splitlines(keepends=True),
+            "before",
+            "params.yaml",
+        )
+    )
+    write_bytes(PARAMS, text.encode())
+    print(f"params.yaml is now profile {options.profile}; `dvc repro` runs it")
+    return 0
+
+
+def compose(profile: str, overrides: list[str]) -> str:
+    """Return the YAML text of a profile with overrides, checked whole; ConfigError if not valid."""
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if profile not in known:
+        raise ConfigError(f"there is no profile {profile}; there are {', '.join(known)}")
+    value = read_yaml(PROFILES / f"{BASE}.yaml")
+    if profile == BASE and not overrides:
+        # As it lies, so that its comments stay.
+        return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
+    if profile != BASE:
+        value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"))
+    for override in overrides:
+        value = merge(value, _parse(override))
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"profile {profile}: {explain(error)}") from None
+    return write_yaml(value)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return `base` with `over` laid on it; see the module for what is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            whole = not path and key in REPLACED
+            if not whole and value.get("kind", old.get("kind")) == old.get("kind"):
+                merged[key] = merge(old, value, f"{path}{key}.")
+    return merged
+
+
+def _parse(override: str) -> dict[str, Any]:
+    """Turn `a.b=value` into a nested mapping."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override} is not of the form section.key=value")
+    try:
+        value: Any = YAML(typ="safe", pure=True).load(StringIO(text))
+    except YAMLError:
+        raise ConfigError(f"the value of {override} is not readable as YAML") from None
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""Crafting on Ray: one task per part of the data, finished parts kept by their own key.
+
+A set that was crafted before with the same attack, threat, gradient mode, models, images, seed and
+code is not crafted again, whatever else in params.yaml has changed: one more attack costs itself,
+and an interrupted stage goes on where it was.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components import data, shards
+from components.adversarial import seal, write_crafted
+from components.attacks import L2, Attack, Linf, craft
+from components.checkpoints import fingerprint, load, load_purifier
+from components.config import Config
+from components.defense import Defense, Mode
+from components.purifiers import Purifier
+from components.shards import part_name, sha256
+from pipelines import cluster
+from pipelines.stage import Context, code_of
+from pipelines.tracking import ROOT
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is attacked: a classifier folder, and a purifier folder, a control or nothing."""
+
+    classifier: Path
+    purifier: Path | None = None
+    control: Config | None = None
+
+    def defense(self) -> Defense:
+        """Load it, frozen."""
+        classifier = load(self.classifier)
+        purifier: Purifier | None = None
+        if self.purifier is not None:
+            purifier = load_purifier(self.purifier)
+        elif self.control is not None:
+            purifier = self.control.build((1, 1, 1))  # type: ignore[attr-defined]
+        return Defense(classifier, purifier).freeze()
+
+    def facts(self) -> dict[str, str]:
+        """Return the fingerprints that say which models these are."""
+        purifier = "none"
+        if self.purifier is not None:
+            purifier = fingerprint(self.purifier)
+        elif self.control is not None:
+            purifier = hashlib.sha256(self.control.model_dump_json().encode()).hexdigest()
+        return {"classifier": fingerprint(self.classifier), "purifier": purifier}
+
+
+@dataclass(frozen=True)
+class Order:
+    """One adversarial set to craft, and where to."""
+
+    subject: Subject
+    mode: Mode
+    attack: Attack
+    images: Path
+    threat: Linf | L2
+    seed: int
+    batch: int
+    out: Path
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest says of the set."""
+        return {
+            **self.subject.facts(),
+            "data": shards.fingerprint(self.images),
+            "mode": self.mode,
+            "attack": self.attack.model_dump(mode="json"),
+            "threat": self.threat.model_dump(mode="json") if self.attack.bounded else None,
+            "seed": self.seed,
+            "batch": self.batch,
+        }
+
+
+def craft_all(orders: Sequence[Order], context: Context) -> None:
+    """Craft every order, parts side by side; what is in the keep already is only copied."""
+    code = {str(path): sha256(path) for path in code_of(sys.modules[__name__])}
+    kept = {id(order): ROOT / "sets" / _key(order.facts(), code) for order in orders}
+    parts = len(data.read_by_part(orders[0].images)) if orders else 0
+    tasks: list[dict[str, Any]] = [
+        {"order": order, "part": part, "path": (kept[id(order)] / part_name(part)).absolute()}
+        for part in range(parts)
+        for order in orders
+    ]
+    missing = [task for task in tasks if not task["path"].exists()]
+    cluster.map_shards(craft_part, missing, context.resources, context.shard)
+    shape = data.read_by_part(orders[0].images)[0].shape if orders else (0, 0, 0)
+    for order in orders:
+        order.out.mkdir(parents=True, exist_ok=True)
+        for part in range(parts):
+            shutil.copyfile(kept[id(order)] / part_name(part), order.out / part_name(part))
+        seal(order.out, shape, order.facts())
+
+
+def craft_part(order: Order, part: int, path: Path) -> None:
+    """Craft one part of one set; runs in a worker."""
+    torch.set_num_threads(1)
+    images = data.read_by_part(order.images)[part]
+    crafted = craft(
+        order.attack, order.subject.defense(), order.mode, images, order.threat, order.seed,
+        order.batch,
+    )  # fmt: skip
+    write_crafted(path, crafted)
+
+
+def _key(facts: Mapping[str, Any], code: Mapping[str, str]) -> str:
+    text = json.dumps({"facts": facts, "code": code, "torch": torch.__version__}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,203 @@
+"""Reads all sets, models and data, writes the scores, the metrics and the report.
+
+Only forward passes happen here. What is scored is what params.yaml names, never what happens to
+lie in a folder.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from components import data
+from components.checkpoints import read_card
+from components.shards import write_json, write_part
+from pipelines import cluster
+from pipelines.crafting import Subject
+from pipelines.params import Baseline, Control, CraftingView, Defended, Ladder, Scoring
+from pipelines.report import write_report
+from pipelines.scoring import (
+    CLEAN,
+    MODES,
+    NONE,
+    Entry,
+    Plan,
+    Result,
+    describe,
+    score_entry,
+    summary,
+)
+from pipelines.stage import Context, main
+from pipelines.tracking import Registration
+
+
+class EvaluateParams(CraftingView):
+    """Everything that is scored, and how."""
+
+    baselines: dict[str, Baseline]
+    defenses: dict[str, Defended]
+    controls: dict[str, Control]
+    scoring: Scoring
+    tracks = {
+        **CraftingView.tracks,
+        **{name: name for name in ("baselines", "defenses", "controls", "scoring")},
+    }
+
+
+def run(
+    params: EvaluateParams,
+    context: Context,
+    *,
+    val: Path,
+    test: Path,
+    models: Path,
+    adversarial: Path,
+    out_metrics: Path,
+    out_scores: Path,
+    out_report: Path,
+) -> dict[str, float]:
+    """Score every baseline, defense and control on every set of its ladder."""
+    entries = _entries(params, models.absolute(), adversarial.absolute())
+    plan = Plan(
+        threat=params.threat,
+        attacks=params.attacks,
+        scoring=params.scoring,
+        seed=params.seed,
+        batch=params.batch,
+        val=val.absolute(),
+        test=test.absolute(),
+        unseen=(models / "unseen").absolute(),
+    )
+    tasks = [{"entry": entry, "plan": plan} for entry in entries]
+    results = cluster.map_shards(score_entry, tasks, context.resources, context.shard)
+    images = data.read(test)
+    metrics = {
+        "threat_model": {
+            **params.threat.model_dump(),
+            "n": len(images),
+            "select_draws": params.scoring.select_draws,
+            "score_draws": params.scoring.score_draws,
+        },
+        "defenses": {
+            entry.name: summary(entry, result, plan)
+            for entry, result in zip(entries, results, strict=True)
+        },
+    }
+    write_json(out_metrics, metrics)
+    write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
+    write_report(out_report, metrics, entries, plan, models, params.scoring.shown)
+    context.registrations = _registrations(entries, metrics, models, out_report)
+    scored = metrics["defenses"]
+    return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
+
+
+def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:
+    """List what params.yaml scores: bare classifiers, defenses, controls."""
+    standard = models / "standard"
+    grey = adversarial / NONE / "full"
+    subjects: list[tuple[str, str, Subject, Path, Ladder]] = [
+        ("baseline", name, Subject(models / section.classifier), adversarial / name, section.ladder)
+        for name, section in params.baselines.items()
+    ]
+    subjects += [
+        (
+            "defense",
+            name,
+            Subject(standard, models / section.model),
+            adversarial / name,
+            section.ladder,
+        )
+        for name, section in params.defenses.items()
+    ]
+    subjects += [
+        (
+            "control",
+            name,
+            Subject(standard, control=section.purifier),
+            adversarial / "controls" / name,
+            section.ladder,
+        )
+        for name, section in params.controls.items()
+    ]
+    return [
+        Entry(
+            name=name,
+            role=role,
+            subject=subject,
+            probes=folder / "checks.json",
+            sets={
+                f"{mode}/{attack}": (grey if mode == "classifier" else folder / mode) / attack
+                for mode in MODES
+                for attack in params.attacks
+                if attack in ladder.get(mode, [])
+            },
+        )
+        for role, name, subject, folder, ladder in subjects
+    ]
+
+
+def _score_table(
+    entries: Sequence[Entry], results: Sequence[Result], ids: npt.NDArray[np.int64]
+) -> pa.Table:
+    """One row per defense, mode, attack, image and role: draws, and how many were right."""
+    tables = []
+    for entry, result in zip(entries, results, strict=True):
+        for name, score in result.scores.items():
+            mode, _, attack = name.rpartition("/")
+            for role, correct in (("select", score.select), ("score", score.score)):
+                columns = {
+                    "defense": [entry.name] * len(ids),
+                    "mode": [mode] * len(ids),
+                    "attack": [attack] * len(ids),
+                    "id": ids,
+                    "role": ["clean" if name == CLEAN and role == "score" else role] * len(ids),
+                    "draws": np.full(len(ids), score.draws),
+                    "correct": correct,
+                }
+                tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def _registrations(
+    entries: Sequence[Entry], metrics: Mapping[str, Any], models: Path, report: Path
+) -> list[Registration]:
+    """Describe every trained defense for the registry; the best sound one is the candidate."""
+    chosen = [entry for entry in entries if entry.role == "defense"]
+    found = {entry.name: metrics["defenses"][entry.name] for entry in chosen}
+    sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}
+    best = max(sound, key=lambda name: sound[name]["headline"]["low"], default=None)
+    dataset = read_card(models / "standard").provenance.get("dataset", "images")
+    return [
+        Registration(
+            name=entry.name,
+            version_of=f"limpid-{dataset}",
+            fingerprint=":".join(entry.subject.facts().values()),
+            folders={
+                "classifier": entry.subject.classifier,
+                "purifier": entry.subject.purifier or entry.subject.classifier,
+            },
+            metrics={
+                "clean": found[entry.name]["clean"]["accuracy"],
+                "headline": found[entry.name]["headline"]["accuracy"],
+                "headline_low": found[entry.name]["headline"]["low"],
+                "n": found[entry.name]["headline"]["n"],
+            },
+            tags={
+                "limpid.defense": entry.name,
+                "limpid.blocking_failed": ", ".join(found[entry.name]["checks"]["blocking_failed"]),
+                "limpid.threat": json.dumps(metrics["threat_model"]),
+                "limpid.candidate": "yes" if entry.name == best else "no",
+            },
+            description=describe(entry.name, found[entry.name], metrics["threat_model"]),
+            report=report,
+        )
+        for entry in chosen
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__spec__.name))

@@ -1,0 +1,52 @@
+"""Reads data/{train,val}, the classifier, the pool and a purifier, writes it fine-tuned by AToP."""
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from components.checkpoints import read_card
+from components.purifiers import PurifierConfig
+from pipelines import jobs
+from pipelines.params import Finetuned, ThreatView
+from pipelines.stage import Context, main
+
+
+class AtopParams(ThreatView):
+    """One entry of `atop`, and the threat it is trained against."""
+
+    atop: Finetuned
+    tracks = {**ThreatView.tracks, "atop": "atop.{name}"}
+
+
+def run(
+    params: AtopParams,
+    context: Context,
+    *,
+    name: str,
+    train: Path,
+    val: Path,
+    classifier: Path,
+    pool: Path,
+    base: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Fine-tune the purifier `base` through the frozen classifier."""
+    section = params.atop
+    model = TypeAdapter(PurifierConfig).validate_python(read_card(base).model)
+    return jobs.train(
+        "purifier",
+        model,
+        section,
+        params,
+        context,
+        out,
+        train=train,
+        val=val,
+        classifier=classifier,
+        pool=pool,
+        base=base,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__spec__.name))

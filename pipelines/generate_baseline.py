@@ -1,0 +1,26 @@
+"""Reads data/test and a classifier, writes adversarial/<baseline>: sets and probes, no purifier."""
+
+from pathlib import Path
+
+from pipelines.crafting import Subject
+from pipelines.generate_adversarial import GenerateParams, generate
+from pipelines.stage import Context, main
+
+
+class BaselineParams(GenerateParams):
+    """The ladder of one bare classifier, and all attacks it may name."""
+
+    tracks = {**GenerateParams.tracks, "ladder": "baselines.{name}.ladder"}
+
+
+def run(
+    params: BaselineParams, context: Context, *, name: str, test: Path, classifier: Path, out: Path
+) -> dict[str, float]:
+    """Craft the sets of the bare classifier called `name` and probe it."""
+    subject = Subject(classifier.absolute())
+    generate({out: (subject, params.ladder)}, params, test, context)
+    return {}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__spec__.name))

@@ -1,0 +1,31 @@
+"""Reads data/test and the classifier, writes adversarial/controls: the sets of all controls."""
+
+from pathlib import Path
+
+from pipelines.crafting import Subject
+from pipelines.generate_adversarial import generate
+from pipelines.params import Control, CraftingView, Ladder
+from pipelines.stage import Context, main
+
+
+class ControlsParams(CraftingView):
+    """All controls with their ladders, and all attacks these may name."""
+
+    controls: dict[str, Control]
+    tracks = {**CraftingView.tracks, "controls": "controls"}
+
+
+def run(
+    params: ControlsParams, context: Context, *, test: Path, classifier: Path, out: Path
+) -> dict[str, float]:
+    """Craft the sets of every control and probe it."""
+    subjects: dict[Path, tuple[Subject, Ladder]] = {
+        out / name: (Subject(classifier.absolute(), control=control.purifier), control.ladder)
+        for name, control in params.controls.items()
+    }
+    generate(subjects, params, test, context)
+    return {}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__spec__.name))

@@ -1,0 +1,140 @@
+"""What every training stage does alike: read the folders, bind the objective, describe the result.
+
+Stages differ in the networks they start from and look through; `Recipe` says which, and `build`
+turns it into a `cluster.Job` inside each training worker.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from components import data
+from components.adversarial import read_crafted
+from components.attacks import L2, Linf
+from components.checkpoints import ModelCard, build, fingerprint, load, load_purifier
+from components.classifiers import Classifier
+from components.config import Config
+from components.data import ImageSet
+from components.defense import Defense
+from components.evaluation import count_correct
+from components.objectives import Frozen
+from components.shards import DataError
+from components.training import Training
+from pipelines import cluster
+from pipelines.cluster import Job
+from pipelines.params import Section, ThreatView
+from pipelines.stage import Context
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training: what to build, on which folders, and what stays frozen beside it."""
+
+    family: Literal["classifier", "purifier"]
+    model: Config
+    objective: Any
+    training: Training
+    threat: Linf | L2
+    seed: int
+    batch: int
+    train: Path
+    val: Path
+    classifier: Path | None = None
+    pool: Path | None = None
+    teachers: tuple[Path, ...] = ()
+    base: Path | None = None
+
+
+def train(
+    family: Literal["classifier", "purifier"],
+    model: Config,
+    section: Section,
+    shared: ThreatView,
+    context: Context,
+    out: Path,
+    *,
+    teachers: Sequence[Path] = (),
+    **folders: Path,
+) -> dict[str, float]:
+    """Train one network into `out`; `folders` are those of `Recipe`."""
+    recipe = Recipe(
+        family=family,
+        model=model,
+        objective=section.objective,
+        training=section.training,
+        threat=shared.threat,
+        seed=shared.seed,
+        batch=shared.batch,
+        teachers=tuple(teacher.absolute() for teacher in teachers),
+        **{name: folder.absolute() for name, folder in folders.items()},
+    )
+    return cluster.train(
+        build_job, {"recipe": recipe}, out, context.work, context.resources,
+        context.epoch(section.training.epochs),
+    )  # fmt: skip
+
+
+def build_job(recipe: Recipe) -> Job:
+    """Build the job of a recipe; DataError where folders do not fit together."""
+    train, val = data.read(recipe.train), data.read(recipe.val)
+    torch.manual_seed(recipe.seed)
+    blank = _card(recipe, train, {})
+    model = load(recipe.base).requires_grad_(True) if recipe.base else build(blank)
+    if isinstance(model, Classifier):
+        model.normalise_by(train.pixels())
+    classifier = load(recipe.classifier) if recipe.classifier else None
+    teachers = [load_purifier(folder) for folder in recipe.teachers]
+    objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
+
+    def right(network: Any) -> int:
+        defense = Defense(classifier, network) if classifier else Defense(network, None)
+        counts = count_correct(
+            defense, val.pixels(), val.labels, val.ids, recipe.seed, "train", 1, recipe.batch
+        )
+        return int(counts.sum())
+
+    return Job(
+        model=model,
+        objective=objective,
+        data=train,
+        attacked=_pool(recipe.pool, train),
+        training=recipe.training,
+        seed=recipe.seed,
+        validate=lambda network: {"val_accuracy": right(network) / len(val)},
+        card=lambda network: _card(
+            recipe, train, {"validation": {"correct": right(network), "n": len(val)}}
+        ),
+    )
+
+
+def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCard:
+    folders = {"classifier": recipe.classifier, "base": recipe.base}
+    folders |= {f"teacher {index}": folder for index, folder in enumerate(recipe.teachers)}
+    made_from = {name: fingerprint(folder) for name, folder in folders.items() if folder}
+    return ModelCard(
+        format=1,
+        family=recipe.family,
+        model=recipe.model.model_dump(mode="json"),
+        shape=list(train.shape),
+        class_names=list(train.class_names),
+        provenance={
+            "objective": recipe.objective.model_dump(mode="json", by_alias=True),
+            "training": recipe.training.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "made_from": made_from,
+            **facts,
+        },
+    )
+
+
+def _pool(folder: Path | None, train: ImageSet) -> Tensor | None:
+    if folder is None:
+        return None
+    crafted = read_crafted(folder)
+    if not torch.equal(crafted.ids, train.ids):
+        raise DataError(f"{folder} was not crafted on these training images")
+    return crafted.images

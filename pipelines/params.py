@@ -1,0 +1,293 @@
+"""params.yaml as frozen, strict sections: the one place that reads YAML.
+
+A stage sees only its own view of the parameters, and `tracks` says which keys of params.yaml that
+view is made of; a test holds dvc.yaml to it. Mistakes are found before anything starts and end in
+one sentence with the nearest valid name.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, cast
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from components.attacks import AttackConfig, Threat
+from components.classifiers import ClassifierConfig
+from components.config import Config
+from components.objectives import Atop, ClassifierObjective, Distillation, PurifierObjective
+from components.purifiers import ControlConfig, PurifierConfig
+from components.sources import DataConfig
+from components.training import Training
+
+PARAMS = Path("params.yaml")
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Ladder = dict[str, list[Name]]
+
+
+class ConfigError(ValueError):
+    """Parameters that cannot be used: one sentence, said before anything starts."""
+
+
+class Section(Config):
+    """What every entry of the training sections has."""
+
+    objective: Any
+    training: Training
+
+
+class Classifier(Section):
+    """One classifier to train."""
+
+    model: ClassifierConfig
+    objective: ClassifierObjective
+
+
+class Purifier(Section):
+    """One purifier to train."""
+
+    model: PurifierConfig
+    objective: PurifierObjective
+
+
+class Student(Section):
+    """One purifier to distil; the teachers are names of purifiers."""
+
+    adversarial_teacher: Name
+    normal_teacher: Name
+    model: PurifierConfig
+    objective: Distillation
+
+
+class Finetuned(Section):
+    """One purifier to fine-tune by AToP, starting from the named purifier."""
+
+    base: Name
+    objective: Atop
+
+
+class Pool(Config):
+    """The adversarial training pool: x' against the frozen classifier."""
+
+    attack: AttackConfig
+
+
+class Baseline(Config):
+    """A bare classifier to score: undefended, or adversarially trained."""
+
+    classifier: Name
+    ladder: Ladder
+
+
+class Defended(Config):
+    """A trained purifier to score, and which attacks on which rung of the ladder."""
+
+    model: Name
+    ladder: Ladder
+
+
+class Control(Config):
+    """A purifier without training, scored to see what a learned one is worth."""
+
+    purifier: ControlConfig
+    ladder: Ladder
+
+
+class Scoring(Config):
+    """How many draws of noise select and score for a stochastic defense, and how many to show."""
+
+    select_draws: Count
+    score_draws: Count
+    shown: Count
+
+
+class Resources(Config):
+    """What the stages may use; tracked by no stage, since no result depends on it.
+
+    `train_workers` 0 trains inside the stage's own process (Ray Train's local mode). `shards` run
+    side by side, one CPU each. With `gpu`, every worker and shard takes one GPU.
+    """
+
+    train_workers: Annotated[int, Field(ge=0)]
+    train_threads: Count
+    shards: Count
+    gpu: bool
+
+
+class Params(Config):
+    """All of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    threat: Threat
+    data: DataConfig
+    rows_per_part: Count
+    batch: Count
+    classifiers: dict[Name, Classifier]
+    pool: Pool
+    purifiers: dict[Name, Purifier]
+    students: dict[Name, Student]
+    atop: dict[Name, Finetuned]
+    attacks: dict[Name, AttackConfig]
+    baselines: dict[Name, Baseline]
+    defenses: dict[Name, Defended]
+    controls: dict[Name, Control]
+    scoring: Scoring
+    resources: Resources
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        trained = [*self.classifiers, *self.purifiers, *self.students, *self.atop]
+        scored = [*self.baselines, *self.defenses, *self.controls]
+        for kind, names in (("models", trained), ("scored defenses", scored)):
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"two {kind} share the name {', '.join(sorted(twice))}")
+        for needed in ("standard", "unseen"):
+            _known("classifiers", needed, self.classifiers)
+        _known("baselines", "none", self.baselines)
+        for student, section in self.students.items():
+            for teacher in (section.adversarial_teacher, section.normal_teacher):
+                _known(f"students.{student}", teacher, self.purifiers)
+        for name, finetuned in self.atop.items():
+            _known(f"atop.{name}.base", finetuned.base, self.purifiers)
+        for name, baseline in self.baselines.items():
+            _known(f"baselines.{name}.classifier", baseline.classifier, self.classifiers)
+        purifiers = {**self.purifiers, **self.students, **self.atop}
+        for name, defended in self.defenses.items():
+            _known(f"defenses.{name}.model", defended.model, purifiers)
+        scored_with: dict[str, Baseline | Defended | Control] = {
+            **self.baselines,
+            **self.defenses,
+            **self.controls,
+        }
+        for name, scored_one in scored_with.items():
+            for mode, attacks in scored_one.ladder.items():
+                _known(f"ladder of {name}", mode, {"classifier": 0, "bpda": 0, "full": 0})
+                for attack in attacks:
+                    _known(f"ladder of {name}", attack, self.attacks)
+        return self
+
+
+class View(Config):
+    """What one stage sees of the parameters; `tracks` maps fields to keys of params.yaml."""
+
+    tracks: ClassVar[Mapping[str, str]]
+
+    @classmethod
+    def of(cls, params: Params, name: str | None) -> Self:
+        """Take this view of the parameters, for the foreach instance `name`."""
+        values = {}
+        for field, key in cls.tracks.items():
+            value: Any = params
+            for part in key.format(name=name).split("."):
+                value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+            values[field] = value
+        return cast(Self, cls.model_construct(**values))
+
+
+class ThreatView(View):
+    """What every stage sees that trains or attacks."""
+
+    seed: int
+    batch: int
+    threat: Threat
+    tracks = {"seed": "seed", "batch": "batch", "threat": "threat"}
+
+
+class CraftingView(ThreatView):
+    """What every stage sees that crafts ladders: all attacks these may name."""
+
+    attacks: dict[Name, AttackConfig]
+    tracks = {**ThreatView.tracks, "attacks": "attacks"}
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Return the parameters; raise ConfigError in one sentence for anything wrong with them."""
+    try:
+        return Params.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML 1.2 mapping, read as DVC reads it: duplicate keys are errors."""
+    try:
+        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; run this where it lies") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        problem = error.problem if isinstance(error, MarkedYAMLError) else str(error)
+        raise ConfigError(f"{path}{where}: {problem}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must be a mapping of sections")
+    return value
+
+
+def write_yaml(value: Mapping[str, Any]) -> str:
+    """Return YAML text of plain values, in the order given."""
+    text = StringIO()
+    yaml = YAML()
+    yaml.width = 100
+    yaml.dump(dict(value), text)
+    return text.getvalue()
+
+
+def explain(error: ValidationError) -> str:
+    """Say in one sentence what is wrong, where, and what would be right."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not _is_tag(part, first))
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        near = difflib.get_close_matches(key, _siblings(error, first["loc"]), 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        return f"unknown key {where}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    given = first["input"]
+    shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] in ("union_tag_invalid", "literal_error"):
+        expected = str((first.get("ctx") or {}).get("expected_tags", ""))
+        near = difflib.get_close_matches(_tag(given), [t.strip("' ") for t in expected.split(",")])
+        message += f", did you mean {near[0]}?" if near else ""
+    return f"{where + ': ' if where else ''}{message}{shown}"
+
+
+def _tag(given: Any) -> str:
+    return str(given.get("kind", "")) if isinstance(given, Mapping) else str(given)
+
+
+def _is_tag(part: Any, error: Mapping[str, Any]) -> bool:
+    """Pydantic puts the tag of a union into the path of an error; no reader looks for it there."""
+    return isinstance(part, str) and part in KINDS
+
+
+def _siblings(error: ValidationError, location: Sequence[int | str]) -> list[str]:
+    """Return every field name of every section: near enough for a guess at a typing mistake."""
+    return sorted(FIELDS)
+
+
+def _known(where: str, name: str, names: Mapping[str, object]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(names) or 'none'}"
+        raise ValueError(f"{where} names {name}, which is not there{hint}")
+
+
+def _collect(schema: Any) -> tuple[set[str], set[str]]:
+    fields, kinds = set(), set()
+    for part in [schema, *schema.get("$defs", {}).values()]:
+        for name, value in part.get("properties", {}).items():
+            fields.add(name)
+            if name in ("kind", "norm"):
+                kinds |= {value["const"]} if "const" in value else set(value.get("enum", []))
+    return fields, kinds
+
+
+FIELDS, KINDS = _collect(TypeAdapter(Params).json_schema())

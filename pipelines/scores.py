@@ -1,0 +1,97 @@
+"""Print the score table of reports/metrics.json, what is an illusion in it, and where to look on."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.report import ROLES, describe_threat, illusions
+
+METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
+MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
+NUMBERS = ("clean", "grey", "BPDA", "full", "headline, 95 %", "unseen", "rnd", "checks")
+NOTES = (
+    "All in % of n = {n} test images; {threat}. headline: worst of all attacks per image, with "
+    "its Wilson interval (<= upper bound, a check failed). grey: the attacker sees only the "
+    "classifier, which is never robust accuracy. unseen: a classifier that played no part in "
+    "training, clean/same worst examples: a transfer."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 if there are no metrics or they are damaged."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--metrics", type=Path, default=METRICS)
+    path: Path = parser.parse_args(argv).metrics
+    try:
+        metrics = json.loads(path.read_bytes())
+        scored: Mapping[str, Any] = metrics["defenses"]
+        table = score_table(scored)
+        sentences = [sentence for name in scored for sentence in illusions(name, scored[name])]
+        threat = metrics["threat_model"]
+        notes = NOTES.format(n=threat["n"], threat=describe_threat(threat))
+    except FileNotFoundError:
+        return _refuse(f"{path} does not exist; `dvc repro` makes it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _refuse(f"{path} is damaged or of another version ({reason}); `dvc repro` renews it")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text(notes), style="dim")
+    for sentence in sentences:
+        console.print(Text(f"\n{sentence}", style="yellow"))
+    console.print(f"\nReport:    {REPORT}", soft_wrap=True)
+    console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
+    console.print("           then open http://127.0.0.1:5000", soft_wrap=True)
+    return 0
+
+
+def score_table(scored: Mapping[str, Any]) -> Table:
+    """Return the table of metrics["defenses"], baselines first; it fits into 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for title in NUMBERS:
+        table.add_column(title, justify="right", no_wrap=True)
+    for role in ROLES:
+        members = [name for name in scored if scored[name]["role"] == role]
+        for name in members:
+            table.add_row(Text(name), *_row(scored[name]), end_section=name == members[-1])
+    return table
+
+
+def _row(found: Mapping[str, Any]) -> list[Text]:
+    head, unseen, checks = found["headline"], found["unseen_classifier"], found["checks"]
+    bound, failed = head["upper_bound"], len(checks["blocking_failed"])
+    rungs = [found["rungs"].get(mode) for mode in ("classifier", "bpda", "full")]
+    headline = Text(f"{'<=' if bound else ''}{_number(head)} ", "strike" if bound else "bold")
+    headline.append(f"{100 * head['low']:.1f}-{100 * head['high']:.1f}", "not bold dim")
+    behind = f"{100 * unseen['clean']['accuracy']:.0f}/{100 * unseen['worst_examples']['accuracy']:.0f}"
+    verdict = Text(f"{failed} bad", "red") if failed else Text("ok", "green")
+    return [
+        Text(_number(found["clean"])),
+        *(Text(_number(rung) if rung else "-") for rung in rungs),
+        headline,
+        Text(behind),
+        Text("yes" if found["stochastic"] else "no"),
+        verdict,
+    ]
+
+
+def _number(score: Mapping[str, Any]) -> str:
+    return f"{100 * score['accuracy']:.1f}"
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

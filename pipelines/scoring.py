@@ -1,0 +1,269 @@
+"""Scoring one defense: read its sets, count right answers, judge them, and sum up.
+
+Everything in a summary is counted from `Result`; the words come with the figures they are about.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from components import checks, data, shards
+from components.adversarial import read_crafted
+from components.attacks import L2, Attack, Linf
+from components.checkpoints import load, read_card, state_digest
+from components.checks import Finding
+from components.data import ImageSet
+from components.defense import Defense
+from components.draws import Role
+from components.evaluation import (
+    Counts,
+    Score,
+    count_correct,
+    majority_of,
+    summarise,
+    worst,
+    worst_of,
+)  # fmt: skip
+from components.shards import read_manifest
+from pipelines.crafting import Subject
+from pipelines.params import Scoring
+
+CLEAN, NONE = "clean", "none"
+# From what knows least of the defense to what knows all; ties between attacks go to the first.
+MODES = ("classifier", "bpda", "full")
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scored defense: who it is, its probes, and every set it faces, by mode/attack."""
+
+    name: str
+    role: str
+    subject: Subject
+    probes: Path
+    sets: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all entries are scored on, and how."""
+
+    threat: Linf | L2
+    attacks: Mapping[str, Attack]
+    scoring: Scoring
+    seed: int
+    batch: int
+    val: Path
+    test: Path
+    unseen: Path
+
+    def kind(self, name: str) -> str:
+        """Return the kind of attack behind mode/attack."""
+        return str(getattr(self.attacks[name.rpartition("/")[2]], "kind", ""))
+
+    def bounded(self, name: str) -> bool:
+        """Whether the attack behind mode/attack stays inside the primary threat by itself."""
+        return self.attacks[name.rpartition("/")[2]].bounded
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was counted of one entry.
+
+    `scores` by mode/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
+    `unseen` are right answers (clean, under the worst examples) of a classifier that played no
+    part in training, behind the same purifier.
+    """
+
+    scores: Mapping[str, Score]
+    inside: Mapping[str, npt.NDArray[np.bool_]]
+    distance: Mapping[str, npt.NDArray[np.float64]]
+    findings: list[Finding]
+    unseen: tuple[Score, Score]
+
+
+def score_entry(entry: Entry, plan: Plan) -> Result:
+    """Score one entry; runs in a worker."""
+    torch.set_num_threads(1)
+    defense = entry.subject.defense()
+    images = data.read(plan.test)
+    before = state_digest(defense)
+    findings = [
+        Finding.model_validate_json(json.dumps(f)) for f in json.loads(entry.probes.read_text())
+    ]
+    findings += _recorded(entry, plan)
+    stored: dict[str, Tensor] = {CLEAN: images.pixels()}
+    inside, distance = {}, {}
+    for name, folder in entry.sets.items():
+        crafted = read_crafted(folder)
+        judged = checks.stored_set(
+            name, crafted.images, crafted.ids, crafted.labels, images,
+            plan.threat if plan.bounded(name) else None,
+        )  # fmt: skip
+        judged.append(_provenance(name, folder, entry, plan))
+        findings += judged
+        if all(finding.passed for finding in judged):
+            stored[name] = crafted.images
+            pixels = images.pixels()
+            reach = plan.threat.distance(crafted.images, pixels).numpy()
+            inside[name] = reach <= plan.threat.eps + 1e-6
+            distance[name] = L2(norm="l2", eps_l2=1.0).distance(crafted.images, pixels).numpy()
+    scores = {name: _score(defense, x, images, plan, name) for name, x in stored.items()}
+    chosen, _ = worst(_counted(scores, inside), list(scores))
+    attacked = torch.stack([stored[name][row] for row, name in enumerate(chosen)])
+    unseen = Defense(load(plan.unseen), defense.purifier).freeze()
+    behind = (
+        _score(unseen, images.pixels(), images, plan, CLEAN),
+        _score(unseen, attacked, images, plan, "worst"),
+    )
+    findings.append(checks.unchanged(before, state_digest(defense), defense.training))
+    return Result(scores, inside, distance, findings, behind)
+
+
+def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
+    """Sum up one entry for metrics.json."""
+    counted = _counted(result.scores, result.inside)
+    chosen, headline = worst(counted, list(counted))
+    rungs = {
+        mode: worst(_rung(counted, mode), list(_rung(counted, mode)))[1]
+        for mode in MODES
+        if any(name.startswith(f"{mode}/") for name in counted)
+    }
+    findings = [*result.findings, *_judged(result, rungs, counted, plan)]
+    failed = [f.name for f in findings if not f.passed and f.level == "block"]
+    clean = result.scores[CLEAN]
+    return {
+        "role": entry.role,
+        "stochastic": bool(clean.draws > 1),
+        "clean": summarise(clean.share()),
+        "headline": {**summarise(headline.share()), "upper_bound": bool(failed)},
+        "carried_by": {n: chosen.count(n) for n in dict.fromkeys(chosen)},
+        "rungs": {mode: summarise(score.share()) for mode, score in rungs.items()},
+        "attacks": {
+            name: {
+                **summarise(score.share()),
+                "bounded": plan.bounded(name),
+                "median_l2": float(np.median(result.distance[name])),
+                "inside": float(result.inside[name].mean()),
+            }
+            for name, score in result.scores.items()
+            if name != CLEAN
+        },
+        "retries": {
+            "worst_of_10": summarise(worst_of(headline, TRIES)),
+            "majority_of_10": summarise(majority_of(headline, TRIES)),
+            "clean_worst_of_10": summarise(worst_of(clean, TRIES)),
+            "clean_majority_of_10": summarise(majority_of(clean, TRIES)),
+        },
+        "unseen_classifier": {
+            "clean": summarise(result.unseen[0].share()),
+            "worst_examples": summarise(result.unseen[1].share()),
+        },
+        "illusions": [
+            f"{illusion.rung}: {illusion.seen:.1%}, {illusion.left:.1%} under the full gradient"
+            for illusion in _illusions(rungs)
+        ],
+        "checks": {
+            "blocking_failed": failed,
+            "warnings": [f.name for f in findings if not f.passed and f.level == "warn"],
+            "findings": [f.model_dump() for f in findings],
+        },
+    }
+
+
+def describe(name: str, found: Mapping[str, Any], threat: Mapping[str, Any]) -> str:
+    """Say of one defense what it is worth, for somebody who never saw the code."""
+    head, clean = found["headline"], found["clean"]
+    radius = threat.get("eps_255", threat.get("eps_l2"))
+    sentence = (
+        f"{name}: {clean['accuracy']:.1%} of clean images right, {head['accuracy']:.1%} "
+        f"(95 % interval {head['low']:.1%} to {head['high']:.1%}, n = {head['n']}) under the worst "
+        f"of all attacks in {threat['norm']}, radius {radius}."
+    )
+    if head["upper_bound"]:
+        sentence += " A blocking check failed: this is an upper bound and no result."
+    return sentence
+
+
+def _score(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, name: str) -> Score:
+    draws = plan.scoring.score_draws if defense.stochastic else 1
+    select = plan.scoring.select_draws if defense.stochastic else 1
+    labels, ids = images.labels, images.ids
+    role: Role = "clean" if name == CLEAN else "score"
+    counted = count_correct(defense, x, labels, ids, plan.seed, role, draws, plan.batch)
+    if not defense.stochastic:
+        return Score(1, counted, counted)
+    chosen = count_correct(defense, x, labels, ids, plan.seed, "select", select, plan.batch)
+    return Score(draws, chosen * draws // select, counted)
+
+
+def _counted(
+    scores: Mapping[str, Score], inside: Mapping[str, npt.NDArray[np.bool_]]
+) -> dict[str, Score]:
+    """Return scores as the headline sees them: outside the ball, an example counts as clean."""
+    clean = scores[CLEAN]
+
+    def masked(name: str, score: Score) -> Score:
+        if name == CLEAN:
+            return score
+        here = inside[name]
+        select: Counts = np.where(here, score.select, clean.select)
+        return Score(score.draws, select, np.where(here, score.score, clean.score))
+
+    return {name: masked(name, score) for name, score in scores.items()}
+
+
+def _rung(counted: Mapping[str, Score], mode: str) -> dict[str, Score]:
+    return {n: s for n, s in counted.items() if n == CLEAN or n.startswith(f"{mode}/")}
+
+
+def _judged(
+    result: Result, rungs: Mapping[str, Score], counted: Mapping[str, Score], plan: Plan
+) -> list[Finding]:
+    full = {
+        name: (plan.kind(name), score.share())
+        for name, score in counted.items()
+        if name.startswith("full/") and plan.bounded(name)
+    }
+    findings = checks.order_of_strength(full)
+    if "full" in rungs:
+        others = {mode: s.share() for mode, s in rungs.items() if mode != "full"}
+        findings += checks.full_is_strongest(rungs["full"].share(), others)
+    else:
+        detail = "no attack followed the full gradient of this defense"
+        findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
+    return findings
+
+
+def _illusions(rungs: Mapping[str, Score]) -> list[checks.Illusion]:
+    if "full" not in rungs:
+        return []
+    others = {mode: score.share() for mode, score in rungs.items() if mode != "full"}
+    return checks.illusions(others, rungs["full"].share())
+
+
+def _recorded(entry: Entry, plan: Plan) -> list[Finding]:
+    then: dict[str, int] = read_card(entry.subject.classifier).provenance["validation"]
+    val = data.read(plan.val)
+    bare = Defense(load(entry.subject.classifier), None).freeze()
+    now = count_correct(
+        bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
+    ).sum()
+    return [checks.recorded_accuracy(int(now), then["correct"], then["n"])]
+
+
+def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
+    facts = read_manifest(folder)
+    now = entry.subject.facts()
+    if name.startswith("classifier/"):
+        now["purifier"] = NONE
+    now["data"] = shards.fingerprint(plan.test)
+    return checks.agreement(name, {key: (str(facts[key]), now[key]) for key in now})

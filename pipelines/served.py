@@ -1,0 +1,32 @@
+"""A registered defense as MLflow loads it: from code and model folders, nothing unpickled."""
+
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.models import set_model
+
+from components.checkpoints import load
+from components.defense import Defense
+
+
+class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Pixels (N,C,H,W) in [0,1] to purified pixels and logits: the code path that was attacked."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the model folders that were registered."""
+        classifier = load(context.artifacts["classifier"])
+        purifier = load(context.artifacts["purifier"])
+        self.defense = Defense(classifier, purifier).freeze()
+
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> dict[str, Any]:
+        """Return `purified` (N,C,H,W) and `logits` (N,K) as float32 arrays."""
+        x = torch.from_numpy(np.asarray(model_input, dtype=np.float32))
+        with torch.no_grad():
+            purified = self.defense.purify(x)
+            logits = self.defense.classifier(purified)
+        return {"purified": purified.numpy(), "logits": logits.numpy()}
+
+
+set_model(ServedDefense())
