@@ -14,7 +14,6 @@ from math import comb, sqrt
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from components.defense import Defense
@@ -124,7 +123,8 @@ def more_fooled(suspect: npt.NDArray[np.float64], reference: npt.NDArray[np.floa
     more = int((suspect > reference).sum())
     if fewer + more == 0:
         return 1.0
-    return float(binom.sf(fewer - 1, fewer + more, 0.5))
+    n = fewer + more
+    return sum(comb(n, k) for k in range(fewer, n + 1)) / 2**n
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -68,6 +68,7 @@ ARCHIVES: dict[str, tuple[Archive, ...]] = {
 class ArchiveSource(SourceConfig):
     """A source that is downloaded, or taken from `mirror`, a folder that holds its archives."""
 
+    kind: str
     mirror: str | None
     archives: ClassVar[tuple[Archive, ...]]
 
@@ -75,7 +76,8 @@ class ArchiveSource(SourceConfig):
         """Return where the verified archives lie, in the order of the table."""
         if self.mirror is not None:
             return [local(archive, Path(self.mirror)) for archive in self.archives]
-        return [fetch(archive, scratch / "downloads", progress) for archive in self.archives]
+        # A folder each, because KMNIST gave its archives the names that those of MNIST have.
+        return [fetch(archive, scratch / self.kind, progress) for archive in self.archives]
 
 
 class _IdxSource(ArchiveSource):

@@ -1,0 +1,176 @@
+"""Shards give back what was written, or say that they cannot; strata are cut in proportion."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from components import data, shards
+from components.data import ImageSet, stratified
+from components.shards import DataError
+
+
+def make(count: int = 25) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, 4, 5), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 3, torch.arange(count) * 7, ("a", "b", "c"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    data.write(tmp_path / "set", make(), rows_per_part=10)
+    return tmp_path / "set"
+
+
+def test_reading_gives_back_what_was_written(folder: Path) -> None:
+    written, read = make(), data.read(folder)
+    assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
+    assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
+    assert read.class_names == written.class_names and read.shape == (3, 4, 5)
+    assert [len(part) for part in data.read_by_part(folder)] == [10, 10, 5]
+    assert read.pixels().max() <= 1
+
+
+def test_the_same_images_are_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    data.write(tmp_path / "again", make(), rows_per_part=10)
+    assert shards.fingerprint(folder) == shards.fingerprint(tmp_path / "again")
+    for part in folder.iterdir():
+        assert part.read_bytes() == (tmp_path / "again" / part.name).read_bytes()
+
+
+def test_a_subset_is_written_as_itself(tmp_path: Path) -> None:
+    chosen = make()[torch.tensor([4, 2])]
+    data.write(tmp_path / "set", chosen, rows_per_part=10)
+    assert torch.equal(data.read(tmp_path / "set").images, chosen.images)
+
+
+def test_every_flipped_bit_is_found(folder: Path) -> None:
+    part = folder / shards.part_name(1)
+    content = part.read_bytes()
+    for place in np.random.default_rng(0).integers(len(content) * 8, size=50):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << (place % 8)
+        part.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"part-00001\.parquet was altered"):
+            data.read(folder)
+    part.write_bytes(content)
+    assert len(data.read(folder)) == 25
+
+
+def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
+    """A bit that flips after the manifest was written over it is found by Parquet itself."""
+    part = folder / shards.part_name(0)
+    content = bytearray(part.read_bytes())
+    content[content.index(make().images[3].numpy().tobytes()[:16])] ^= 1
+    part.write_bytes(content)
+    shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        data.read(folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_part_is_refused(folder: Path, length: int) -> None:
+    part = folder / shards.part_name(2)
+    part.write_bytes(part.read_bytes()[:length])
+    with pytest.raises(DataError, match=r"part-00002\.parquet"):
+        data.read(folder)
+
+
+def test_a_missing_part_is_refused(folder: Path) -> None:
+    (folder / shards.part_name(0)).unlink()
+    with pytest.raises(DataError, match=r"disagree about part-00000\.parquet"):
+        data.read(folder)
+
+
+def test_an_extra_part_is_refused(folder: Path) -> None:
+    shutil.copy(folder / shards.part_name(0), folder / shards.part_name(9))
+    with pytest.raises(DataError, match=r"disagree about part-00009\.parquet"):
+        data.read(folder)
+
+
+def test_a_part_replaced_with_size_and_time_kept_is_refused(folder: Path) -> None:
+    part = folder / shards.part_name(0)
+    before = part.stat()
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 255
+    part.write_bytes(content)
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (part.stat().st_size, part.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError, match="was altered"):
+        data.read(folder)
+
+
+def test_an_unfinished_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / shards.MANIFEST).unlink()
+    with pytest.raises(DataError, match="never finished"):
+        data.read(folder)
+    with pytest.raises(DataError, match="missing"):
+        shards.fingerprint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": []}'])
+def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
+    (folder / shards.MANIFEST).write_text(text)
+    with pytest.raises(DataError):
+        data.read(folder)
+
+
+def test_another_schema_is_refused(folder: Path) -> None:
+    shards.finish(folder, {"shape": [3, 4, 6], "class_names": ["a", "b", "c"]})
+    with pytest.raises(DataError, match="is needed"):
+        data.read(folder)
+
+
+def test_labels_outside_the_classes_are_refused(folder: Path) -> None:
+    shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b"]})
+    with pytest.raises(DataError, match=r"labels outside 0\.\.1"):
+        data.read(folder)
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    shards.write_bytes(path, b"old")
+
+    def fail(*ignored: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        shards.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_strata_are_in_proportion() -> None:
+    labels = np.repeat(np.arange(4), [100, 50, 30, 20])
+    for count in (0, 1, 17, 100, 199, 200):
+        chosen = stratified(labels, count, seed=3)
+        shares = np.bincount(labels[chosen], minlength=4)
+        assert chosen.sum() == count
+        assert np.abs(shares - np.array([100, 50, 30, 20]) * count / 200).max() < 1
+    assert np.bincount(labels[stratified(labels, 100, 0)]).tolist() == [50, 25, 15, 10]
+
+
+def test_strata_depend_on_the_seed_alone() -> None:
+    labels = np.arange(90) % 3
+    first = stratified(labels, 30, seed=1)
+    assert np.array_equal(first, stratified(labels.copy(), 30, seed=1))
+    assert not np.array_equal(first, stratified(labels, 30, seed=2))
+
+
+def test_strata_are_fair_to_every_row() -> None:
+    labels = np.repeat([0, 1], [30, 10])
+    share = np.mean([stratified(labels, 10, seed) for seed in range(2000)], axis=0)
+    # Each row is taken with probability 1/4 or 0.3/0.2 by the largest remainder (7.5 and 2.5).
+    assert np.abs(share[:30] - share[:30].mean()).max() < 0.06
+    assert np.abs(share[30:] - share[30:].mean()).max() < 0.06
+
+
+@pytest.mark.parametrize("count", [-1, 11])
+def test_strata_larger_than_the_set_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} rows asked of a set of 10"):
+        stratified(np.zeros(10, np.int64), count, seed=0)

@@ -1,0 +1,351 @@
+"""Every dataset keeps the contract; archives come whole or not at all."""
+
+import gzip
+import hashlib
+import io
+import os
+import struct
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+from components import data
+from components.data import ImageSet
+from components.shards import DataError
+from components.sources import DATASETS, DataConfig, prepare
+from components.sources.downloads import Archive, fetch
+from components.sources.raw import (
+    SourceConfig,
+    silent,
+)
+
+COMMON = {"val": 20, "test": 0, "train_limit": None, "test_limit": None, "max_reject_fraction": 0.0}
+
+
+class Host(ThreadingHTTPServer):
+    """A host on loopback that serves `files` in the manner the first folder of a url names."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str | None]] = []
+
+    def url(self, manner: str, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{manner}/{name}"
+
+    def archive(self, name: str, content: bytes, *manners: str) -> Archive:
+        """Publish a file; return the entry that tells where it is."""
+        self.files[name] = content
+        urls = tuple(self.url(manner, name) for manner in manners or ("good",))
+        md5 = hashlib.md5(content).hexdigest()
+        return Archive(name, urls, md5, len(content), schemes=("http",))
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Host
+
+    def log_message(self, *ignored: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        manner, name = self.path.strip("/").split("/")
+        content, asked = self.server.files[name], self.headers.get("Range")
+        again = manner in (seen for seen, _ in self.server.asked)
+        self.server.asked.append((manner, asked))
+        start = int(asked[len("bytes=") : -1]) if asked and manner != "forgetful" else 0
+        place = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        headers = {"Content-Range": place} if start else {}
+        status, body = 206 if start else 200, content[start:]
+        match manner:
+            case "missing":
+                self.send_error(404)
+            case "redirect":
+                self.answer(302, b"", {"Location": self.server.url("good", name)})
+            case "leave":
+                self.answer(302, b"", {"Location": "ftp://127.0.0.1/" + name})
+            case "html":
+                self.answer(200, b"<html>Please sign in</html>", {"Content-Type": "text/html"})
+            case "altered":
+                self.answer(status, body[:-1] + bytes([body[-1] ^ 1]), headers)
+            case "long":
+                self.answer(200, content + b"more", {"Content-Length": ""})
+            case "shifted" if start:
+                self.answer(206, content, {"Content-Range": place.replace(str(start), "0", 1)})
+            case "cut" | "forgetful" | "shifted" if not again:
+                self.answer(status, body, headers, sent=len(content) // 2)
+            case _:
+                self.answer(status, body, headers)
+
+    def answer(
+        self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:sent])
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def pixels(count: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=(count, *shape), dtype=np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    return gzip.compress(header + array.tobytes())
+
+
+def idx_archives(host: Host) -> tuple[Archive, ...]:
+    """Publish 100 + 30 images in the form of MNIST."""
+    return tuple(
+        host.archive(f"{split}-{part}.gz", idx(array))
+        for seed, (split, count) in enumerate((("train", 100), ("t10k", 30)))
+        for part, array in (
+            ("images", pixels(count, (28, 28), seed)),
+            ("labels", (np.arange(count) % 10).astype(np.uint8)),
+        )
+    )
+
+
+def python2_batch(images: np.ndarray, key: str, labels: list[int]) -> bytes:
+    """Pickle a batch opcode by opcode as Python 2 and its numpy did, strings being bytes."""
+
+    def text(value: str) -> bytes:
+        return b"U" + bytes([len(value)]) + value.encode()
+
+    shape = b"".join(b"J" + struct.pack("<i", side) for side in images.shape)
+    dtype = b"cnumpy\ndtype\n" + text("u1") + b"K\x00K\x01\x87R"
+    dtype += b"(K\x03" + text("|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text("b")
+    array += b"\x87R(K\x01" + shape + b"\x86" + dtype + b"\x89T"
+    array += struct.pack("<i", images.nbytes) + images.tobytes() + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + text("data") + array + text(key) + numbers + b"u."
+
+
+def python2_names(key: str, names: list[str]) -> bytes:
+    texts = b"".join(b"U" + bytes([len(name)]) + name.encode() for name in names)
+    return b"\x80\x02}U" + bytes([len(key)]) + key.encode() + b"](" + texts + b"es."
+
+
+def cifar_archives(host: Host, cls: Any, classes: int) -> tuple[Archive, ...]:
+    """Publish a tar in the form of CIFAR with three images per class and batch."""
+    labels = list(range(classes)) * 3
+    members = {
+        name: python2_batch(pixels(len(labels), (3072,), seed), cls.label_key, labels)
+        for seed, name in enumerate((*cls.train, cls.held_out))
+    }
+    members[cls.meta] = python2_names(cls.names_key, [f"thing {i}" for i in range(classes)])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return (host.archive("cifar.tar.gz", buffer.getvalue()),)
+
+
+def parquet_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for seed, (split, count) in enumerate((("train", 60), ("test", 24))):
+        files = [png(image) for image in pixels(count, (6, 5, 3), seed)]
+        images = [{"bytes": file, "path": f"{i}.png"} for i, file in enumerate(files)]
+        table = pa.table({"image": images, "label": [i % 3 for i in range(count)]})
+        table = table.replace_schema_metadata({"label_names": "a,b,c"})
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+def image_folder(folder: Path) -> Path:
+    for seed, (split, count) in enumerate((("train", 20), ("test", 8))):
+        for number, name in enumerate(("cat", "dog", "eel")):
+            (folder / split / name).mkdir(parents=True)
+            for i, image in enumerate(pixels(count, (6, 5, 3), 3 * seed + number)):
+                (folder / split / name / f"{i}.png").write_bytes(png(image))
+    return folder
+
+
+def make(kind: str, folder: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> SourceConfig:
+    """Return the config of a small source of this kind, made as its real one is."""
+    facts: dict[str, Any] = {"kind": kind, **COMMON}
+    if kind == "digits":
+        facts["test"] = 300
+    elif kind in ("parquet", "image_folder"):
+        build = parquet_folder if kind == "parquet" else image_folder
+        facts |= {"path": str(build(folder / "source")), "channels": 3, "size": None}
+    else:
+        cls: Any = DATASETS[kind]
+        facts["mirror"] = None
+        classes = {"cifar10": 10, "cifar100": 100}.get(kind)
+        made = cifar_archives(host, cls, classes) if classes else idx_archives(host)
+        monkeypatch.setattr(cls, "archives", made)
+    config: SourceConfig = TypeAdapter(DataConfig).validate_python(facts)
+    return config
+
+
+def test_the_table_and_the_union_name_the_same_datasets() -> None:
+    assert get_args(get_args(DataConfig)[0]) == tuple(DATASETS.values())
+    for kind, cls in DATASETS.items():
+        assert get_args(cls.model_fields["kind"].annotation) == (kind,)
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_every_dataset_keeps_the_contract(
+    kind: str, tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(kind, tmp_path, host, monkeypatch)
+    prepared = prepare(config, 0, tmp_path / "scratch")
+    splits = (prepared.train, prepared.val, prepared.test)
+    ids = torch.cat([split.ids for split in splits])
+    raw = config.load(tmp_path / "scratch")
+    held_out = raw.test.seen if raw.test else 0
+    assert sorted(ids.tolist()) == list(range(raw.train.seen + held_out))
+    assert len(prepared.val) == 20 and len(prepared.test) == (held_out or config.test)
+    source = np.concatenate([split.images for split in (raw.train, raw.test) if split])
+    labels = np.concatenate([split.labels for split in (raw.train, raw.test) if split])
+    for number, split in enumerate(splits):
+        assert split.images.dtype == torch.uint8 and split.shape == source.shape[1:]
+        assert np.array_equal(split.images.numpy(), source[split.ids.numpy()])
+        assert np.array_equal(split.labels.numpy(), labels[split.ids.numpy()])
+        assert split.labels.dtype == split.ids.dtype == torch.int64
+        data.write(tmp_path / str(number), split, 64)
+        assert torch.equal(data.read(tmp_path / str(number)).images, split.images)
+    assert len(set(raw.class_names)) == len(set(prepared.train.labels.tolist()))
+    assert prepared.rejects == ()
+    again = prepare(config, 0, tmp_path / "scratch")
+    assert all(map(same, splits, (again.train, again.val, again.test)))
+    assert not same(prepared.val, prepare(config, 1, tmp_path / "scratch").val)
+
+
+def same(one: ImageSet, other: ImageSet) -> bool:
+    return torch.equal(one.ids, other.ids) and torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("kind", ["mnist", "cifar10"])
+def test_a_mirror_needs_no_network(
+    kind: str, tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(kind, tmp_path, host, monkeypatch)
+    online = config.load(tmp_path / "scratch")
+    asked = len(host.asked)
+    mirror = tmp_path / "scratch" / kind
+    offline = type(config).model_validate({**config.model_dump(), "mirror": str(mirror)})
+    assert np.array_equal(offline.load(tmp_path / "other").train.images, online.train.images)
+    assert len(host.asked) == asked and not (tmp_path / "other").exists()
+    archive = next(iter(mirror.iterdir()))
+    archive.write_bytes(archive.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match=f"{archive.name} is not the published archive: its md5"):
+        offline.load(tmp_path / "other")
+    archive.unlink()
+    with pytest.raises(DataError, match=f"has no {archive.name}"):
+        offline.load(tmp_path / "other")
+
+
+CONTENT = bytes(range(256)) * 400
+
+
+@pytest.mark.parametrize(
+    "manners",
+    [("good",), ("redirect",), ("cut",), ("forgetful",), ("shifted", "good"), ("missing", "good"),
+     ("html", "good"), ("altered", "good"), ("cut", "altered", "good"), ("leave", "good")],
+)  # fmt: skip
+def test_a_download_arrives_whole(host: Host, tmp_path: Path, manners: tuple[str, ...]) -> None:
+    archive = host.archive("a.gz", CONTENT, *manners)
+    told: list[tuple[str, int, int]] = []
+    path = fetch(archive, tmp_path, lambda *fact: told.append(fact))
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+    assert told[-1] == ("a.gz", len(CONTENT), len(CONTENT))
+    asked = len(host.asked)
+    assert fetch(archive, tmp_path, silent) == path and len(host.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("manner", "error", "reason"),
+    [
+        ("altered", DataError, "its md5 is"),
+        ("long", DataError, "sends more than"),
+        ("missing", ConnectionError, "404"),
+        ("html", ConnectionError, "sign-in"),
+        ("leave", ConnectionError, "refused to go to ftp"),
+    ],
+)
+def test_a_failed_download_leaves_no_file(
+    host: Host, tmp_path: Path, manner: str, error: type[Exception], reason: str
+) -> None:
+    archive = host.archive("a.gz", CONTENT, manner)
+    with pytest.raises(error, match=reason) as caught:
+        fetch(archive, tmp_path, silent)
+    assert "mirror" in str(caught.value) and archive.urls[0] in str(caught.value)
+    assert not (tmp_path / "a.gz").exists()
+
+
+def test_a_cut_download_goes_on_where_it_stopped(host: Host, tmp_path: Path) -> None:
+    half = len(CONTENT) // 2
+    fetch(host.archive("a.gz", CONTENT, "cut"), tmp_path, silent)
+    assert host.asked == [("cut", None), ("cut", f"bytes={half}-")]
+
+
+def test_a_part_left_by_a_killed_process_is_used_or_replaced(host: Host, tmp_path: Path) -> None:
+    archive = host.archive("a.gz", CONTENT)
+    for left in (CONTENT[:1000], CONTENT, b"x" * 1000, CONTENT + b"x", b"x" * len(CONTENT)):
+        (tmp_path / "a.gz.part").write_bytes(left)
+        path = fetch(archive, tmp_path, silent)
+        assert path.read_bytes() == CONTENT
+        path.write_bytes(b"damaged")
+    assert host.asked[0] == ("good", "bytes=1000-")
+
+
+def test_plain_http_and_other_lengths_are_refused(host: Host, tmp_path: Path) -> None:
+    archive = host.archive("a.gz", CONTENT)
+    with pytest.raises(ConnectionError, match="only https"):
+        fetch(replace(archive, schemes=("https",)), tmp_path, silent)
+    with pytest.raises(DataError, match="offers 102400 bytes instead of 5"):
+        fetch(replace(archive, bytes=5), tmp_path, silent)
+    assert not (tmp_path / "a.gz").exists()
+
+
+def test_no_network_says_what_to_do(tmp_path: Path) -> None:
+    archive = Archive("a.gz", ("http://127.0.0.1:9/a.gz",), "", 5, schemes=("http",))
+    with pytest.raises(ConnectionError, match="Without a network, set `mirror`"):
+        fetch(archive, tmp_path, silent)
+
+
+def test_real_mnist_is_read() -> None:
+    root = os.environ.get("LIMPID_TEST_DATA")
+    if not root:
+        pytest.skip("LIMPID_TEST_DATA does not name a folder with data/mnist")
+    facts = {"kind": "parquet", "path": f"{root}/data/mnist", "channels": 1, "size": None}
+    config = TypeAdapter(DataConfig).validate_python({**facts, **COMMON, "val": 5000})
+    made = prepare(config, 0, Path("unused"))
+    assert [len(s) for s in (made.train, made.val, made.test)] == [55000, 5000, 10000]
+    assert made.train.shape == (1, 28, 28) and made.train.class_names == tuple("0123456789")
+    assert made.rejects == () and made.train.pixels().mean() == pytest.approx(0.1307, abs=1e-3)
