@@ -179,13 +179,14 @@ def stored_set(
     ]
     if complete:
         whole = Linf(norm="linf", eps_255=255.0)
+        held = "inside the ball, " if threat else "without a ball: "
         broken = violations(images, data.pixels(), threat or whole)
         findings.append(
             Finding(
                 name=f"threat_model/{name}",
                 level="block",
                 passed=not broken,
-                detail="; ".join(broken) or "inside the ball, in [0,1], finite, float32",
+                detail="; ".join(broken) or f"{held}in [0,1], finite, float32",
             )
         )
     return findings

@@ -8,11 +8,13 @@ mode of a target: it replays what was crafted against the bare classifier.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from components.draws import Draws
 from components.purifiers.contract import Purifier
@@ -54,6 +56,29 @@ class Defense(nn.Module):
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1]."""
         logits: Tensor = self.classifier(self.purify(x, draws))
         return logits
+
+
+def fold(defense: Defense) -> Defense:
+    """Return a copy with every BatchNorm folded into the convolution before it: equal, but faster.
+
+    For attacks only; what they find is checked on the defense itself, which is what is scored.
+    """
+    copy = deepcopy(defense)
+    for module in list(copy.modules()):
+        if isinstance(module, nn.Sequential):
+            _fold_sequence(module)
+    return copy
+
+
+def _fold_sequence(sequence: nn.Sequential) -> None:
+    for index in range(len(sequence) - 1):
+        convolution, norm = sequence[index], sequence[index + 1]
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(
+            convolution, nn.Conv2d | nn.ConvTranspose2d
+        ):
+            transposed = isinstance(convolution, nn.ConvTranspose2d)
+            sequence[index] = fuse_conv_bn_eval(convolution, norm, transposed).requires_grad_(False)
+            sequence[index + 1] = nn.Identity()
 
 
 class _Straight(torch.autograd.Function):

@@ -124,7 +124,8 @@ def more_fooled(suspect: npt.NDArray[np.float64], reference: npt.NDArray[np.floa
     if fewer + more == 0:
         return 1.0
     n = fewer + more
-    return sum(comb(n, k) for k in range(fewer, n + 1)) / 2**n
+    ways = sum(comb(n, k) for k in range(fewer, n + 1))
+    return float(ways / 2**n)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -158,16 +158,12 @@ def _session(workers: int, resources: Resources) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Ray logs for itself; errors still reach the caller as exceptions."""
-    names = ("ray", "ray.train", "ray.data", "ray.tune")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    """Silence what Ray logs of itself; what goes wrong still reaches the caller as an exception."""
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from components import data
-from components.checkpoints import read_card
 from components.shards import write_json, write_part
 from pipelines import cluster
 from pipelines.crafting import Subject
@@ -28,7 +27,8 @@ from pipelines.scoring import (
     Plan,
     Result,
     describe,
-    score_entry,
+    merge,
+    score_part,
     summary,
 )
 from pipelines.stage import Context, main
@@ -72,9 +72,11 @@ def run(
         test=test.absolute(),
         unseen=(models / "unseen").absolute(),
     )
-    tasks = [{"entry": entry, "plan": plan} for entry in entries]
-    results = cluster.map_shards(score_entry, tasks, context.resources, context.shard)
     images = data.read(test)
+    parts = range(len(data.read_by_part(test)))
+    tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
+    pieces = cluster.map_shards(score_part, tasks, context.resources, context.shard)
+    results = [merge(pieces[i : i + len(parts)]) for i in range(0, len(pieces), len(parts))]
     metrics = {
         "threat_model": {
             **params.threat.model_dump(),
@@ -90,7 +92,7 @@ def run(
     write_json(out_metrics, metrics)
     write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
     write_report(out_report, metrics, entries, plan, models, params.scoring.shown)
-    context.registrations = _registrations(entries, metrics, models, out_report)
+    context.registrations = _registrations(entries, metrics, context.dataset)
     scored = metrics["defenses"]
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
 
@@ -163,14 +165,13 @@ def _score_table(
 
 
 def _registrations(
-    entries: Sequence[Entry], metrics: Mapping[str, Any], models: Path, report: Path
+    entries: Sequence[Entry], metrics: Mapping[str, Any], dataset: str
 ) -> list[Registration]:
     """Describe every trained defense for the registry; the best sound one is the candidate."""
     chosen = [entry for entry in entries if entry.role == "defense"]
     found = {entry.name: metrics["defenses"][entry.name] for entry in chosen}
     sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}
     best = max(sound, key=lambda name: sound[name]["headline"]["low"], default=None)
-    dataset = read_card(models / "standard").provenance.get("dataset", "images")
     return [
         Registration(
             name=entry.name,
@@ -193,7 +194,6 @@ def _registrations(
                 "limpid.candidate": "yes" if entry.name == best else "no",
             },
             description=describe(entry.name, found[entry.name], metrics["threat_model"]),
-            report=report,
         )
         for entry in chosen
     ]

@@ -1,9 +1,10 @@
-"""Print the score table of reports/metrics.json, what is an illusion in it, and where to look on."""
+"""Print the scores in reports/metrics.json, what is an illusion there, and where to look on."""
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report import ROLES, describe_threat, illusions
+from pipelines.report import ROLES, describe_threat, illusion
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
+WIDTH = 80
 NUMBERS = ("clean", "grey", "BPDA", "full", "headline, 95 %", "unseen", "rnd", "checks")
 NOTES = (
     "All in % of n = {n} test images; {threat}. headline: worst of all attacks per image, with "
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = json.loads(path.read_bytes())
         scored: Mapping[str, Any] = metrics["defenses"]
         table = score_table(scored)
-        sentences = [sentence for name in scored for sentence in illusions(name, scored[name])]
+        sentences = [illusion(name, scored[name]) for name in ordered(scored)]
         threat = metrics["threat_model"]
         notes = NOTES.format(n=threat["n"], threat=describe_threat(threat))
     except FileNotFoundError:
@@ -43,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return _refuse(f"{path} is damaged or of another version ({reason}); `dvc repro` renews it")
     console = Console(highlight=False)
+    # Narrower, the table would cut digits off, and a cut number is another number.
+    console.width = max(console.width, WIDTH)
     console.print(table)
-    console.print(Text(notes), style="dim")
-    for sentence in sentences:
+    console.print(Text(f"\n{notes}"), style="dim")
+    for sentence in filter(None, sentences):
         console.print(Text(f"\n{sentence}", style="yellow"))
     console.print(f"\nReport:    {REPORT}", soft_wrap=True)
     console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
@@ -54,34 +58,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score_table(scored: Mapping[str, Any]) -> Table:
-    """Return the table of metrics["defenses"], baselines first; it fits into 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Return the table of metrics["defenses"], baselines first; it fits into WIDTH columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("", overflow="fold")
     for title in NUMBERS:
         table.add_column(title, justify="right", no_wrap=True)
-    for role in ROLES:
-        members = [name for name in scored if scored[name]["role"] == role]
-        for name in members:
-            table.add_row(Text(name), *_row(scored[name]), end_section=name == members[-1])
+    names = ordered(scored)
+    for name, after in zip_longest(names, names[1:]):
+        ends = after is None or scored[after]["role"] != scored[name]["role"]
+        table.add_row(Text(name), *_row(scored[name]), end_section=ends)
     return table
+
+
+def ordered(scored: Mapping[str, Any]) -> list[str]:
+    """Return the names in the order of their roles, the best headline first."""
+    return sorted(
+        scored, key=lambda n: (ROLES.index(scored[n]["role"]), -scored[n]["headline"]["accuracy"])
+    )
 
 
 def _row(found: Mapping[str, Any]) -> list[Text]:
     head, unseen, checks = found["headline"], found["unseen_classifier"], found["checks"]
     bound, failed = head["upper_bound"], len(checks["blocking_failed"])
-    rungs = [found["rungs"].get(mode) for mode in ("classifier", "bpda", "full")]
+    rungs = [_rung(found, mode) for mode in ("classifier", "bpda", "full")]
     headline = Text(f"{'<=' if bound else ''}{_number(head)} ", "strike" if bound else "bold")
     headline.append(f"{100 * head['low']:.1f}-{100 * head['high']:.1f}", "not bold dim")
-    behind = f"{100 * unseen['clean']['accuracy']:.0f}/{100 * unseen['worst_examples']['accuracy']:.0f}"
+    behind = "/".join(f"{100 * unseen[x]['accuracy']:.0f}" for x in ("clean", "worst_examples"))
     verdict = Text(f"{failed} bad", "red") if failed else Text("ok", "green")
     return [
         Text(_number(found["clean"])),
-        *(Text(_number(rung) if rung else "-") for rung in rungs),
+        *rungs,
         headline,
         Text(behind),
         Text("yes" if found["stochastic"] else "no"),
         verdict,
     ]
+
+
+def _rung(found: Mapping[str, Any], mode: str) -> Text:
+    """Return the accuracy on a rung, `-` where nothing was run, `void` without a gradient."""
+    if f"gradient_present/{mode}" in found["checks"]["blocking_failed"]:
+        return Text("void", "red")
+    return Text(_number(found["rungs"][mode]) if mode in found["rungs"] else "-")
 
 
 def _number(score: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Everything in a summary is counted from `Result`; the words come with the figure
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components import checks, data, shards
 from components.adversarial import read_crafted
-from components.attacks import L2, Attack, Linf
+from components.attacks import L2, SLACK, Attack, Linf
 from components.checkpoints import load, read_card, state_digest
 from components.checks import Finding
 from components.data import ImageSet
@@ -90,42 +90,77 @@ class Result:
     unseen: tuple[Score, Score]
 
 
-def score_entry(entry: Entry, plan: Plan) -> Result:
-    """Score one entry; runs in a worker."""
+def score_part(entry: Entry, plan: Plan, part: int) -> Result:
+    """Score one entry on one part of the test set, and check its sets whole; runs in a worker."""
     torch.set_num_threads(1)
     defense = entry.subject.defense()
-    images = data.read(plan.test)
     before = state_digest(defense)
-    findings = [
-        Finding.model_validate_json(json.dumps(f)) for f in json.loads(entry.probes.read_text())
-    ]
+    images = data.read(plan.test)
+    rows = _rows(plan.test, part)
+    stored, findings = _stored(entry, plan, images)
+    some, pixels = images[rows], images.pixels()[rows]
+    sets = {name: x[rows] for name, x in stored.items()}
+    scores = {name: _score(defense, x, some, plan, name) for name, x in sets.items()}
+    reach = {name: plan.threat.distance(x, pixels).numpy() for name, x in sets.items()}
+    inside = {name: far <= plan.threat.eps + SLACK for name, far in reach.items()}
+    l2 = L2(norm="l2", eps_l2=1.0)
+    distance = {name: l2.distance(x, pixels).numpy() for name, x in sets.items()}
+    chosen, _ = worst(_counted(scores, inside), list(scores))
+    attacked = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
+    unseen = Defense(load(plan.unseen), defense.purifier).freeze()
+    behind = (
+        _score(unseen, pixels, some, plan, CLEAN),
+        _score(unseen, attacked, some, plan, "worst"),
+    )
     findings += _recorded(entry, plan)
-    stored: dict[str, Tensor] = {CLEAN: images.pixels()}
-    inside, distance = {}, {}
+    findings.append(checks.unchanged(before, state_digest(defense), defense.training))
+    return Result(scores, inside, distance, findings, behind)
+
+
+def merge(parts: Sequence[Result]) -> Result:
+    """Put the parts of one entry together; a check failed where it failed in any part."""
+
+    def together(scores: Sequence[Score]) -> Score:
+        select = np.concatenate([score.select for score in scores])
+        return Score(scores[0].draws, select, np.concatenate([score.score for score in scores]))
+
+    first = parts[0]
+    return Result(
+        scores={name: together([part.scores[name] for part in parts]) for name in first.scores},
+        inside={n: np.concatenate([part.inside[n] for part in parts]) for n in first.inside},
+        distance={n: np.concatenate([part.distance[n] for part in parts]) for n in first.distance},
+        findings=[
+            next((f for f in same if not f.passed), same[0])
+            for same in zip(*(part.findings for part in parts), strict=True)
+        ],
+        unseen=(
+            together([part.unseen[0] for part in parts]),
+            together([part.unseen[1] for part in parts]),
+        ),
+    )
+
+
+def _rows(folder: Path, part: int) -> Tensor:
+    """Return the positions of a part within its whole set."""
+    sizes = [int(file["rows"]) for file in read_manifest(folder)["files"]]
+    return torch.arange(sum(sizes[:part]), sum(sizes[: part + 1]))
+
+
+def _stored(entry: Entry, plan: Plan, images: ImageSet) -> tuple[dict[str, Tensor], list[Finding]]:
+    """Read the clean images and every set that may be counted, and say what was checked."""
+    stored = {CLEAN: images.pixels()}
+    findings = [Finding(**finding) for finding in json.loads(entry.probes.read_text())]
     for name, folder in entry.sets.items():
         crafted = read_crafted(folder)
+        threat = plan.threat if plan.bounded(name) else None
         judged = checks.stored_set(
-            name, crafted.images, crafted.ids, crafted.labels, images,
-            plan.threat if plan.bounded(name) else None,
-        )  # fmt: skip
+            name, crafted.images, crafted.ids, crafted.labels, images, threat
+        )
         judged.append(_provenance(name, folder, entry, plan))
         findings += judged
         if all(finding.passed for finding in judged):
             stored[name] = crafted.images
-            pixels = images.pixels()
-            reach = plan.threat.distance(crafted.images, pixels).numpy()
-            inside[name] = reach <= plan.threat.eps + 1e-6
-            distance[name] = L2(norm="l2", eps_l2=1.0).distance(crafted.images, pixels).numpy()
-    scores = {name: _score(defense, x, images, plan, name) for name, x in stored.items()}
-    chosen, _ = worst(_counted(scores, inside), list(scores))
-    attacked = torch.stack([stored[name][row] for row, name in enumerate(chosen)])
-    unseen = Defense(load(plan.unseen), defense.purifier).freeze()
-    behind = (
-        _score(unseen, images.pixels(), images, plan, CLEAN),
-        _score(unseen, attacked, images, plan, "worst"),
-    )
-    findings.append(checks.unchanged(before, state_digest(defense), defense.training))
-    return Result(scores, inside, distance, findings, behind)
+    return stored, findings
 
 
 def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
@@ -212,8 +247,6 @@ def _counted(
     clean = scores[CLEAN]
 
     def masked(name: str, score: Score) -> Score:
-        if name == CLEAN:
-            return score
         here = inside[name]
         select: Counts = np.where(here, score.select, clean.select)
         return Score(score.draws, select, np.where(here, score.score, clean.score))

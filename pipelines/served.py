@@ -20,8 +20,11 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         purifier = load(context.artifacts["purifier"])
         self.defense = Defense(classifier, purifier).freeze()
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> dict[str, Any]:
-        """Return `purified` (N,C,H,W) and `logits` (N,K) as float32 arrays."""
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Return `purified` (N,C,H,W) and `logits` (N,K) as float32 arrays.
+
+        Without type hints, since MLflow would take them for a schema.
+        """
         x = torch.from_numpy(np.asarray(model_input, dtype=np.float32))
         with torch.no_grad():
             purified = self.defense.purify(x)

@@ -61,6 +61,7 @@ class Context:
     resources: Resources
     work: Path
     tracker: Tracker
+    dataset: str
     registrations: Sequence[Registration] = ()
 
     def epoch(self, total: int) -> Callable[[int, Mapping[str, float]], None]:
@@ -123,7 +124,7 @@ def _execute(module: Any, options: dict[str, Any]) -> None:
     watch = Watch(title)
     tracked = {k: v for k, v in view.model_dump(mode="json").items() if k != "resources"}
     tracker = Tracker(title.replace(" ", "@"), f"limpid-{everything.data.kind}", tracked, key)
-    context = Context(watch, everything.resources, work, tracker)
+    context = Context(watch, everything.resources, work, tracker, everything.data.kind)
     parts = {k: path.with_name(f".{path.name}.part") for k, path in outs.items()}
     status = "FAILED"
     try:
@@ -134,6 +135,8 @@ def _execute(module: Any, options: dict[str, Any]) -> None:
         for k, path in outs.items():
             _remove(path)
             os.replace(parts[k], path)
+            if path.is_file():
+                tracker.artifact(path)
         _flatten_into(tracker, metrics)
         shutil.rmtree(work, ignore_errors=True)
         status = "FINISHED"

@@ -14,6 +14,7 @@ import queue
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,6 @@ class Registration:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     description: str
-    report: Path
 
 
 def tracking_uri() -> str:
@@ -59,7 +59,7 @@ class Tracker:
         }
         self.events: list[Event] = [self.start]
         self.queue: queue.Queue[Event | None] = queue.Queue()
-        self.delivered = threading.Event()
+        self.ended = threading.Event()
         self.queue.put(self.start)
         self.registrations: list[Registration] = []
         self.problem = ""
@@ -80,7 +80,8 @@ class Tracker:
         self._put({"event": "end", "status": status, "time": _now()})
         self.queue.put(None)
         patience = PATIENCE_S + 10 * len(registrations)
-        if self.delivered.wait(patience):
+        in_time = self.ended.wait(patience)
+        if in_time and not self.problem:
             return ""
         _spool(self.events)
         reason = self.problem or f"no answer within {patience:.0f} s"
@@ -100,18 +101,21 @@ class Tracker:
                 run = _apply(client, run, event)
             for registration in self.registrations:
                 _register(client, run, registration)
-            self.delivered.set()
         except Exception as error:  # A store that is away must not fail a stage.
             self.problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        finally:
+            self.ended.set()
 
 
 def _client() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
     mlflow.set_tracking_uri(tracking_uri())
     client = mlflow.MlflowClient()
     # Several processes that open a fresh SQLite store at once trip over each other's migrations.
@@ -164,17 +168,19 @@ def _register(client: Any, run: str, registration: Registration) -> None:
     if known:
         version = known[0].version
     else:
-        with mlflow.start_run(run_id=run), contextlib.redirect_stderr(None):
+        with mlflow.start_run(run_id=run):
             logged = mlflow.pyfunc.log_model(
                 name=registration.name,
                 python_model=str(Path(__file__).with_name("served.py")),
                 artifacts={key: str(path) for key, path in registration.folders.items()},
                 code_paths=["components"],
                 pip_requirements=["torch", "safetensors", "pydantic", "numpy", "pyarrow"],
-                registered_model_name=name,
             )
-        version = logged.registered_model_version
-        client.log_artifact(run, str(registration.report))
+        with contextlib.suppress(mlflow.exceptions.MlflowException):
+            client.create_registered_model(name)
+        version = client.create_model_version(
+            name, logged.model_uri, run, model_id=logged.model_id
+        ).version
         mlflow.log_metrics(dict(registration.metrics), model_id=logged.model_id, run_id=run)
     tags = {"limpid.fingerprint": registration.fingerprint, **registration.tags}
     tags |= {f"limpid.{key}": f"{value:.4f}" for key, value in registration.metrics.items()}

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         judged, failed = judge(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _say(f"{path} cannot be read as metrics ({reason}); `dvc repro evaluate` writes it", 3)
+        return _say(f"{path} cannot be read as metrics ({reason}); `dvc repro` makes it", 3)
     if failed:
         named = "; ".join(f"{name} ({', '.join(checks)})" for name, checks in failed.items())
         return _say(f"blocking checks failed, so these scores are upper bounds only: {named}", 5)

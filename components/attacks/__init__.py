@@ -18,7 +18,7 @@ from components.attacks.cw import CwL2
 from components.attacks.gradient import Bim, Fgsm, Noise, Pgd
 from components.attacks.library import Square
 from components.data import ImageSet
-from components.defense import Defense, Mode, aim
+from components.defense import Defense, Mode, aim, fold
 from components.draws import Draws
 
 AttackConfig = Annotated[
@@ -28,7 +28,17 @@ AttackConfig = Annotated[
 # Float32 cannot hold most radii exactly; this much above one is rounding and not an attack.
 SLACK = 1e-6
 
-__all__ = ["L2", "Attack", "AttackConfig", "Crafted", "Linf", "Threat", "craft", "violations"]
+__all__ = [
+    "L2",
+    "SLACK",
+    "Attack",
+    "AttackConfig",
+    "Crafted",
+    "Linf",
+    "Threat",
+    "craft",
+    "violations",
+]
 
 
 @dataclass(frozen=True)
@@ -58,20 +68,20 @@ def craft(
     attack broke its own threat.
     """
     device = next(defense.parameters()).device
-    parts = []
+    folded, parts = fold(defense), []
     for start in range(0, len(data), batch):
         rows = data[torch.arange(start, min(start + batch, len(data)))]
-        parts.append(_craft(attack, defense, mode, rows, threat, seed, device))
+        parts.append(_craft(attack, defense, folded, mode, rows, threat, seed, device))
     return Crafted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def _craft(
-    attack: Attack, defense: Defense, mode: Mode, data: ImageSet, threat: Linf | L2, seed: int,
-    device: torch.device,
+    attack: Attack, defense: Defense, folded: Defense, mode: Mode, data: ImageSet,
+    threat: Linf | L2, seed: int, device: torch.device,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     clean, labels = data.pixels().to(device), data.labels.to(device)
     draws = Draws(seed, "attack", data.ids.to(device))
-    target = aim(defense, mode, draws, getattr(attack, "eot", 1))
+    target = aim(folded, mode, draws, getattr(attack, "eot", 1))
     outcome = attack.run(target, clean, labels, threat, draws)
     images = outcome.images.detach().float()
     if attack.bounded:

@@ -6,10 +6,9 @@ target) and counts no queries (here: read from the run). It asks the model about
 name, so noise cannot be bound to images: Square is refused against a stochastic target.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torchattacks
 from torch import Tensor, nn
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
@@ -29,15 +28,10 @@ class Square(Attack):
         """Return the fooling image, or the one of lowest margin; ValueError if stochastic."""
         if target.stochastic:
             raise ValueError("square cannot bind noise to images: not for stochastic defenses")
-        module = _Module(target)
-        norm = "Linf" if isinstance(threat, Linf) else "L2"
-        seed = int(draws.uniform((1,), "square")[0].item() * 2**24) if len(draws) else 0
-        attack = _Square(
-            module, norm=norm, eps=threat.eps, n_queries=self.queries, n_restarts=1, seed=seed
-        )
+        attack = _square(target, threat, self.queries, _seed(draws))
         with torch.random.fork_rng(), torch.no_grad():
             found = attack.forward(images.contiguous(), labels)
-        # Clipping to eps in float32 can overshoot by a rounding; the projection is exact.
+        # Clipping to eps in float32 can overshoot by a rounding; the projection does not.
         found = threat.project(found.detach(), images)
         with torch.no_grad():
             clean = margin(target(images, 0), labels)
@@ -46,6 +40,28 @@ class Square(Attack):
         queries[clean > 0] = attack.queries.to(queries.dtype)
         target.passes.forward.index_add_(0, target.rows, queries)
         return Outcome(found, reached, queries)
+
+
+def _seed(draws: Draws) -> int:
+    return int(draws.uniform((1,), "square")[0].item() * 2**24) if len(draws) else 0
+
+
+def _square(target: Target, threat: Linf | L2, queries: int, seed: int) -> Any:
+    """Make the library's attack, which also remembers the queries spent on each image."""
+    # Imported here because it takes a second, which no stage without Square should pay.
+    import torchattacks
+
+    class Remembering(torchattacks.Square):  # type: ignore[misc]
+        queries = torch.zeros(0)
+
+        def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            self.queries, best = super().attack_single_run(x, y)
+            return self.queries, best
+
+    norm = "Linf" if isinstance(threat, Linf) else "L2"
+    return Remembering(
+        _Module(target), norm=norm, eps=threat.eps, n_queries=queries, n_restarts=1, seed=seed
+    )
 
 
 class _Module(nn.Module):
@@ -59,13 +75,3 @@ class _Module(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.call(x)
         return logits
-
-
-class _Square(torchattacks.Square):  # type: ignore[misc]
-    """Remembers the queries spent on each image, and returns its best image even if it failed."""
-
-    queries = torch.zeros(0)
-
-    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self.queries, best = super().attack_single_run(x, y)
-        return self.queries, best

@@ -110,7 +110,7 @@ class _Median(Purifier):
         margin = self.size // 2
         padded = F.pad(x, (margin,) * 4, mode="replicate")
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
-        medians: Tensor = torch.median(windows.flatten(4), dim=4).values
+        medians, _ = torch.median(windows.flatten(4), dim=4)
         return medians
 
 

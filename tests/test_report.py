@@ -1,0 +1,337 @@
+"""The report, the score table and the verdict say what the metrics say, and nothing rosier."""
+
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components import checks, data
+from components.adversarial import seal, write_crafted
+from components.attacks import Crafted, Linf
+from components.attacks.cw import CwL2
+from components.attacks.gradient import Pgd
+from components.checkpoints import ModelCard, build, fingerprint, save
+from components.checks import Finding
+from components.classifiers import SmallCnn
+from components.config import Config
+from components.data import ImageSet
+from components.evaluation import Score
+from components.purifiers.autoencoder import ConvAutoencoder
+from components.purifiers.controls import GaussianNoise
+from components.shards import part_name, write_json
+from pipelines import scores, scoring, verdict
+from pipelines.crafting import Subject
+from pipelines.params import Scoring
+from pipelines.report import BLIND, MEANINGS, settings, write_report
+from pipelines.scoring import MODES, Entry, Plan, Result, summary
+
+N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
+EVIL = "<script>alert(1)</script>"
+THREAT = Linf(norm="linf", eps_255=51.0)
+PGD = Pgd(
+    kind="pgd", steps=4, step=0.5, restarts=1, random_start=True, early_stop=True, eot=1
+)  # fmt: skip
+CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
+# How many of the images are right, by mode/attack, for every scored defense.
+RIGHT = {
+    "none": {"full/pgd": 0},
+    "student_grey": {"classifier/pgd": 11, "bpda/pgd": 12, "full/pgd": 0, "full/cw": 3},
+    "student_adaptive": {"classifier/pgd": 8, "bpda/pgd": 8, "full/pgd": 7},
+    "noisy": {"classifier/pgd": 12, "full/pgd": 1},
+    EVIL: {"full/pgd": 12},
+}
+ROLES = {"none": "baseline", "noisy": "control", EVIL: "control"}
+
+
+class Page(HTMLParser):
+    """What a reader sees of a page, the links in it, and whether its tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: dict[str, int] = {}
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(text)
+
+
+class World:
+    """A finished pipeline in small: models of random weights, sets, made-up counts."""
+
+    def __init__(self, root: Path) -> None:
+        torch.manual_seed(0)
+        self.models, self.root = root / "models", root
+        blocks = ConvAutoencoder(
+            kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="global"
+        )
+        self._model("standard", SmallCnn(kind="small_cnn", width=2), {})
+        made_from = {"classifier": fingerprint(self.models / "standard")}
+        self._model("unseen", SmallCnn(kind="small_cnn", width=2), {})
+        self._model("forgotten", SmallCnn(kind="small_cnn", width=1), {})
+        self._model("teacher", blocks, made_from)
+        made_from |= {"teacher 0": fingerprint(self.models / "teacher"), "gone": "f" * 64}
+        for name in ("student_grey", "student_adaptive"):
+            self._model(name, blocks, made_from)
+        standard = Subject(self.models / "standard")
+        images = torch.randint(256, (N, *SHAPE), dtype=torch.uint8)
+        with torch.no_grad():
+            labels = standard.defense()(images / 255).argmax(1)
+        self.test = ImageSet(images, labels, torch.arange(N), CLASSES)
+        data.write(root / "test", self.test, 5)
+        self.plan = Plan(
+            threat=THREAT,
+            attacks={"pgd": PGD, "cw": CW},
+            scoring=Scoring(select_draws=32, score_draws=32, shown=3),
+            seed=0,
+            batch=5,
+            val=root / "test",
+            test=root / "test",
+            unseen=self.models / "unseen",
+        )
+        self.entries = [self._entry(name) for name in RIGHT]
+        self.metrics = {
+            "threat_model": {
+                **THREAT.model_dump(), "n": N, "select_draws": 32, "score_draws": 32
+            },
+            "defenses": {e.name: summary(e, self._result(e), self.plan) for e in self.entries},
+        }  # fmt: skip
+
+    def html(self) -> str:
+        out = self.root / "report.html"
+        write_report(out, self.metrics, self.entries, self.plan, self.models, 3)
+        return out.read_text()
+
+    def _model(self, name: str, model: Config, made_from: Mapping[str, str]) -> None:
+        card = ModelCard(
+            format=1,
+            family="classifier" if isinstance(model, SmallCnn) else "purifier",
+            model=model.model_dump(mode="json"),
+            shape=list(SHAPE),
+            class_names=list(CLASSES),
+            provenance={"training": {"epochs": 2}, "seed": 0, "made_from": dict(made_from)},
+        )
+        save(self.models / name, build(card).eval(), card)
+        history = [{"loss": 2.0, "val_accuracy": 0.25}, {"loss": 0.125, "val_accuracy": 0.875}]
+        write_json(self.models / name / "history.json", history)
+
+    def _entry(self, name: str) -> Entry:
+        standard = self.models / "standard"
+        subject = Subject(standard)
+        if name.startswith("student"):
+            subject = Subject(standard, self.models / name)
+        elif name == "noisy":
+            subject = Subject(standard, control=GaussianNoise(kind="gaussian_noise", sigma=0.1))
+        folder = self.root / "adversarial" / str(list(RIGHT).index(name))
+        for attack in RIGHT[name]:
+            self._set(folder / attack)
+        sets = {attack: folder / attack for attack in RIGHT[name]}
+        return Entry(name, ROLES.get(name, "defense"), subject, folder / "checks.json", sets)
+
+    def _set(self, folder: Path) -> None:
+        clean = self.test.pixels()
+        moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
+        ones = torch.ones(N, dtype=torch.int64)
+        crafted = Crafted(self.test.ids, self.test.labels, moved, ones.bool(), ones, ones, ones)
+        write_crafted(folder / part_name(0), crafted)
+        seal(folder, SHAPE, {})
+
+    def _result(self, entry: Entry) -> Result:
+        draws = 32 if entry.name == "noisy" else 1
+
+        def score(right: int) -> Score:
+            counts = np.where(np.arange(N) < right, draws, 0)
+            return Score(draws, counts, counts)
+
+        right = RIGHT[entry.name]
+        inside = {name: np.full(N, name != "full/cw" or entry.name == "none") for name in right}
+        findings = [
+            Finding(name=f"accounting/{name}", level="block", passed=True, detail="all there")
+            for name in right
+        ]
+        if entry.name == EVIL:
+            detail = "100.0% of 12 images have a zero gradient <i>"
+            lie = Finding(name="gradient_present/full", level="block", passed=False, detail=detail)
+            findings.append(lie)
+        distance = {name: np.full(N, 1.25) for name in right}
+        scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
+        return Result(scored, inside, distance, findings, (score(N), score(9)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def page(world: World) -> Page:
+    return Page(world.html())
+
+
+def test_the_report_needs_nothing_outside_itself(world: World, page: Page) -> None:
+    html = world.html()
+    assert "http:" not in html and "https:" not in html and "@import" not in html
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert all(
+        url.startswith("data:image/png;base64,") for url in re.findall(r"url\((.*?)\)", html)
+    )
+    assert not {"script", "link", "iframe", "img"} & page.tags.keys()
+    assert not page.open
+
+
+def test_equal_inputs_give_equal_bytes(world: World) -> None:
+    assert world.html() == world.html()
+
+
+def test_it_says_what_was_measured(page: Page) -> None:
+    assert all(name in page.text for name in RIGHT)
+    assert "51/255 = 0.2" in page.text and f"n = {N} test images" in page.text
+    best = "Best defense without a failed blocking check: student_adaptive , 58.3 %"
+    assert best in page.text
+    assert "32.0\N{EN DASH}80.7, n = 12" in page.text
+
+
+def test_the_illusion_is_said_in_words(world: World, page: Page) -> None:
+    said = (
+        "student_grey shows 91.7 % when the attacker ignores the purifier, 100.0 % when the "
+        "attacker takes the purifier for the identity in the backward pass (BPDA), and 0.0 % when "
+        "the attacker differentiates through it: the first two numbers are no robustness."
+    )
+    assert said in page.text
+    alone = (
+        "noisy shows 100.0 % when the attacker ignores the purifier, and 8.3 % when the attacker"
+    )
+    assert alone in page.text and "the first number is no robustness." in page.text
+    assert "student_adaptive shows" not in page.text
+    assert set(MODES) - {"full"} == set(BLIND)
+
+
+def test_an_upper_bound_is_struck(world: World) -> None:
+    html = world.html()
+    (struck,) = re.findall(r'<s class="n">(.*?)</s>.*upper bound, check failed', html)
+    assert struck == "100.0 %"
+    assert "void: no usable gradient" in html
+
+
+def test_what_users_name_is_escaped(world: World, page: Page) -> None:
+    assert EVIL not in world.html() and "<b>2</b>" not in world.html()
+    assert EVIL in page.text
+    assert "zero gradient <i>" in page.text
+
+
+def test_pictures_curves_and_models_are_there(world: World, page: Page) -> None:
+    assert page.text.count("true: ") >= 3
+    assert "adversarial" in page.text and "|difference|" in page.text
+    assert world.html().count("data:image/png") == len(RIGHT)
+    assert "val_accuracy 87.5" in page.text and "loss 0.125" in page.text
+    mark = fingerprint(world.models / "teacher")[:12]
+    assert f"teacher 0: teacher {mark}" in page.text and "gone: no longer there" in page.text
+    assert "forgotten" not in page.text
+
+
+def test_a_set_that_was_not_counted_is_named(world: World, tmp_path: Path) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    del found["defenses"]["student_grey"]["attacks"]["full/cw"]
+    out = tmp_path / "report.html"
+    write_report(out, found, world.entries, world.plan, world.models, 3)
+    assert "full gradient, cw not counted" in Page(out.read_text()).text
+
+
+def test_nothing_to_show_is_said(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    write_report(out, world.metrics, world.entries, world.plan, world.models, 0)
+    assert "Nothing to show" in out.read_text() and "data:image" not in out.read_text()
+
+
+def test_every_check_has_a_meaning() -> None:
+    source = Path(checks.__file__).read_text() + Path(scoring.__file__).read_text()
+    named = set(re.findall(r'name=f?"(\w+)[/"]', source)) | {"unbounded", "unbounded_by_gradient"}
+    assert named == set(MEANINGS)
+
+
+def test_settings_start_with_the_kind() -> None:
+    value = {"steps": 3, "kind": "pgd", "on": True, "inner": {"kind": "a", "b": 1}}
+    assert settings(value) == "pgd, steps 3, on yes, inner (a, b 1)"
+
+
+@pytest.fixture
+def metrics(world: World, tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.json"
+    write_json(path, world.metrics)
+    return path
+
+
+@pytest.mark.parametrize("columns", ["80", "30"])
+def test_scores_fit_into_80_columns_and_lose_no_digit(
+    columns: str, metrics: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert scores.main(["--metrics", str(metrics)]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive"))
+    assert row.split() == ["student_adaptive", "100.0", "66.7", "66.7", "58.3", "58.3",
+                           "32.0-80.7", "100/75", "no", "ok"]  # fmt: skip
+    assert "<=100.0" in out and "void" in out and "1 bad" in out
+    words = " ".join(out.split())
+    assert "student_grey shows 91.7 % when the attacker ignores the purifier" in words
+    assert "reports/report.html" in out
+    assert "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1\n" in out
+    assert "http://127.0.0.1:5000" in out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"defenses": {"a": {}}}'])
+@pytest.mark.parametrize(("command", "code"), [(scores.main, 2), (verdict.main, 3)])
+def test_missing_or_damaged_metrics_end_in_one_sentence(
+    content: bytes | None, command: Any, code: int, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "metrics.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert command(["--metrics", str(path)]) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"error: {path} ")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_verdict_passes_over_controls(
+    metrics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verdict.main(["--metrics", str(metrics)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["none", "student_grey"])
+def test_the_verdict_says_no_and_names_whom(
+    name: str, metrics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(metrics.read_text())
+    found["defenses"][name]["checks"]["blocking_failed"] = ["logits", "provenance/full/pgd"]
+    write_json(metrics, found)
+    assert verdict.main(["--metrics", str(metrics)]) == 5
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"{name} (logits, provenance/full/pgd)" in error
+    assert "student_adaptive" not in error and error.count("\n") == 1
