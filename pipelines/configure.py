@@ -3,7 +3,8 @@
 `python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
 writes it; the result is complete, and a person reads and commits it. `classifiers`, `purifiers`,
 `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls` and any mapping whose `kind`
-changes are replaced whole; all else is merged.
+changes are replaced whole; all else is merged. `data` with another `kind` keeps what both kinds
+know: how the splits are cut.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.shards import write_bytes
+from components.sources import DATASETS
 from pipelines.params import PARAMS, ConfigError, Params, explain, read_yaml, write_yaml
 
 PROFILES = Path("profiles")
@@ -83,6 +85,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any], path: str = "") -> d
             whole = not path and key in REPLACED
             if not whole and value.get("kind", old.get("kind")) == old.get("kind"):
                 merged[key] = merge(old, value, f"{path}{key}.")
+            elif key == "data" and not path and value["kind"] in DATASETS:
+                fields = DATASETS[value["kind"]].model_fields
+                merged[key] = {k: v for k, v in {**old, **value}.items() if k in fields}
     return merged
 
 

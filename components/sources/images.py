@@ -32,21 +32,27 @@ Pixels = npt.NDArray[np.uint8]
 class EncodedSource(SourceConfig):
     """A source of encoded images under the folder `path`.
 
-    Images become `channels` channels (1: grey, 3: RGB) and `size` [height, width]; with size null
-    they are kept as they are, and those that differ in size from the first are rejected.
+    Images become `channels` channels (1: grey, 3: RGB) and `size` [height, width]. Null keeps them
+    as they are: the first good image then says whether all are grey, and those that differ from
+    it in size are rejected.
     """
 
     path: str
-    channels: Literal[1, 3]
-    size: Size | None
+    channels: Literal[1, 3] | None = None
+    size: Size | None = None
 
 
-def decode(content: bytes, channels: int, size: tuple[int, int] | None) -> Pixels | str:
-    """Return an encoded image as (C,H,W) uint8, or the reason why it cannot be used."""
+def decode(content: bytes, channels: int | None, size: tuple[int, int] | None) -> Pixels | str:
+    """Return an encoded image as (C,H,W) uint8, or the reason why it cannot be used.
+
+    With `channels` None a grey image has one channel and any other three.
+    """
     image = _open(content)
     if isinstance(image, str):
         return image
-    image = _flat(image).convert("L" if channels == 1 else "RGB")
+    image = _flat(image)
+    channels = channels or (1 if image.mode in ("1", "L") else 3)
+    image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
@@ -109,7 +115,7 @@ class Gathering:
         pixels = decode(content, self.channels, self.size)
         if isinstance(pixels, str):
             return self.reject(file, row, pixels)
-        height, width = pixels.shape[1:]
+        self.channels, height, width = pixels.shape
         self.shape = self.shape or (height, width)
         if (height, width) != self.shape:
             expected = f"{self.shape[0]} x {self.shape[1]}"
@@ -129,7 +135,7 @@ class Gathering:
             why = f"the first, {first.file}, {first.reason}" if first else "there are none"
             raise DataError(f"{self.where} has no usable image: {why}")
         return RawSplit(
-            np.frombuffer(self._pixels, np.uint8).reshape(-1, self.channels, *self.shape),
+            np.frombuffer(self._pixels, np.uint8).reshape(-1, self.channels or 1, *self.shape),
             np.array(self._labels, dtype=np.int64),
             np.array(self._rows, dtype=np.int64),
             tuple(self.rejects),
