@@ -1,0 +1,34 @@
+# Two commands: `make demo` shows the whole line on digits, `make test` runs what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DVC runs `python` of the environment; idle threads wait passively (benchmarks/threads.py).
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	dvc repro
+	@python -m pipelines.scores
+
+test: lint
+	pytest
+
+lint: $(VENV)/.test
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports --no-cache
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .limpid data models pool adversarial reports mlflow.db mlruns dvc.lock
