@@ -1,16 +1,16 @@
 """Write params.yaml anew: profiles/digits.yaml, an overlay, and overrides from the command line.
 
 `python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
-writes it; the result is complete, and a person reads and commits it. `classifiers`, `purifiers`,
-`students`, `atop`, `attacks`, `baselines`, `defenses`, `controls` and any mapping whose `kind`
-changes are replaced whole; all else is merged. `data` with another `kind` keeps what both kinds
-know: how the splits are cut.
+writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
+`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls` and any mapping
+whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps what both
+kinds know: how the splits are cut.
 """
 
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def compose(profile: str, overrides: list[str]) -> str:
         # As it lies, so that its comments stay.
         return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
     if profile != BASE:
-        value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"))
+        value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"), REPLACED)
     for override in overrides:
         value = merge(value, _parse(override))
     try:
@@ -75,16 +75,18 @@ def compose(profile: str, overrides: list[str]) -> str:
     return write_yaml(value)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return `base` with `over` laid on it; see the module for what is replaced whole."""
+def merge(
+    base: Mapping[str, Any], over: Mapping[str, Any], replaced: Collection[str] = (), path: str = ""
+) -> dict[str, Any]:
+    """Return `base` with `over` laid on it; the sections in `replaced` are taken whole from it."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         merged[key] = value
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            whole = not path and key in REPLACED
+            whole = not path and key in replaced
             if not whole and value.get("kind", old.get("kind")) == old.get("kind"):
-                merged[key] = merge(old, value, f"{path}{key}.")
+                merged[key] = merge(old, value, replaced, f"{path}{key}.")
             elif key == "data" and not path and value["kind"] in DATASETS:
                 fields = DATASETS[value["kind"]].model_fields
                 merged[key] = {k: v for k, v in {**old, **value}.items() if k in fields}

@@ -6,7 +6,8 @@ one sentence with the nearest valid name.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
@@ -240,54 +241,42 @@ def write_yaml(value: Mapping[str, Any]) -> str:
 
 def explain(error: ValidationError) -> str:
     """Say in one sentence what is wrong, where, and what would be right."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not _is_tag(part, first))
+    errors = error.errors()
+    # A misspelt key is missing under its right name too; the misspelling is what helps.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    fields, kinds = _names()
+    # Pydantic puts the tag of a union into the path; nobody looks for it there.
+    where = ".".join(str(part) for part in first["loc"] if part not in kinds)
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        near = difflib.get_close_matches(key, _siblings(error, first["loc"]), 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        return f"unknown key {where}{hint}"
-    message = first["msg"].removeprefix("Value error, ")
+        return f"unknown key {where}{_near(str(first['loc'][-1]), fields)}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    given = first["input"]
+    message, given = first["msg"].removeprefix("Value error, "), first["input"]
+    if first["type"] == "union_tag_invalid":
+        message += _near(str(first["ctx"]["tag"]), kinds)
     shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
-    if first["type"] in ("union_tag_invalid", "literal_error"):
-        expected = str((first.get("ctx") or {}).get("expected_tags", ""))
-        near = difflib.get_close_matches(_tag(given), [t.strip("' ") for t in expected.split(",")])
-        message += f", did you mean {near[0]}?" if near else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 
-def _tag(given: Any) -> str:
-    return str(given.get("kind", "")) if isinstance(given, Mapping) else str(given)
-
-
-def _is_tag(part: Any, error: Mapping[str, Any]) -> bool:
-    """Pydantic puts the tag of a union into the path of an error; no reader looks for it there."""
-    return isinstance(part, str) and part in KINDS
-
-
-def _siblings(error: ValidationError, location: Sequence[int | str]) -> list[str]:
-    """Return every field name of every section: near enough for a guess at a typing mistake."""
-    return sorted(FIELDS)
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(names), 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _known(where: str, name: str, names: Mapping[str, object]) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(names) or 'none'}"
+        hint = _near(name, names) or f"; there are {', '.join(names) or 'none'}"
         raise ValueError(f"{where} names {name}, which is not there{hint}")
 
 
-def _collect(schema: Any) -> tuple[set[str], set[str]]:
+@functools.cache
+def _names() -> tuple[frozenset[str], frozenset[str]]:
+    """Return every field name and every tag that any section knows."""
+    schema = TypeAdapter(Params).json_schema()
     fields, kinds = set(), set()
-    for part in [schema, *schema.get("$defs", {}).values()]:
+    for part in (schema, *schema["$defs"].values()):
         for name, value in part.get("properties", {}).items():
             fields.add(name)
             if name in ("kind", "norm"):
-                kinds |= {value["const"]} if "const" in value else set(value.get("enum", []))
-    return fields, kinds
-
-
-FIELDS, KINDS = _collect(TypeAdapter(Params).json_schema())
+                kinds.add(str(value.get("const")))
+    return frozenset(fields), frozenset(kinds)

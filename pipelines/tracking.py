@@ -115,7 +115,7 @@ def _client() -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="mlflow")
+    warnings.filterwarnings("ignore", message="(?s).*type hint", category=UserWarning)
     mlflow.set_tracking_uri(tracking_uri())
     client = mlflow.MlflowClient()
     # Several processes that open a fresh SQLite store at once trip over each other's migrations.

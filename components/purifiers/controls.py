@@ -95,7 +95,7 @@ class _BitDepth(Purifier):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        self.levels = 2**bits - 1
+        self.levels: int = 2**bits - 1
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return torch.round(x * self.levels) / self.levels

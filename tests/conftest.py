@@ -1,0 +1,102 @@
+"""What the component tests share: one thread, a small trained classifier, where test data lie."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from components.attacks import Linf
+from components.classifiers import Classifier, SmallCnn
+from components.data import ImageSet
+from components.objectives import Classification, Frozen
+from components.sources.digits import Digits
+from components.training import Training, fit
+
+torch.set_num_threads(1)
+TRAINED = 1300
+
+
+@pytest.fixture(autouse=True)
+def _own_random_stream() -> Iterator[None]:
+    """Give every test the same global random stream, whatever ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageSet:
+    """All 1,797 digits of scikit-learn, in a fixed random order; ids are not row numbers."""
+    limits = {"val": 1, "test": 1, "train_limit": None, "test_limit": None}
+    raw = Digits(kind="digits", max_reject_fraction=0.0, **limits).load(Path("unused"))
+    order = torch.randperm(len(raw.train.labels), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(raw.train.images)[order]
+    labels = torch.from_numpy(raw.train.labels)[order]
+    return ImageSet(images, labels, 7 * order + 3, raw.class_names)
+
+
+@pytest.fixture(scope="session")
+def train_set(digits: ImageSet) -> ImageSet:
+    """The digits the classifier was trained on."""
+    return digits[torch.arange(TRAINED)]
+
+
+@pytest.fixture(scope="session")
+def test_set(digits: ImageSet) -> ImageSet:
+    """The digits the classifier never saw."""
+    return digits[torch.arange(TRAINED, len(digits))]
+
+
+@pytest.fixture(scope="session")
+def classifier(train_set: ImageSet) -> Classifier:
+    """A classifier of digits, standard-trained, frozen, in eval mode; no test may change it."""
+    torch.manual_seed(0)
+    model = SmallCnn(kind="small_cnn", width=8).build(train_set.shape, 10)
+    model.normalise_by(train_set.pixels())
+    objective = Classification(kind="classification").bind(
+        Frozen(None, (), Linf(norm="linf", eps_255=8.0))
+    )
+    config = Training(
+        epochs=6,
+        batch_size=50,
+        optimiser="adam",
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="one_cycle",
+        augmentation="none",
+    )
+    nothing: dict[str, float] = {}
+    for _ in fit(model, objective, train_set, None, config, 0, lambda model: nothing, None):
+        pass
+    model.eval().requires_grad_(False).zero_grad(set_to_none=True)
+    return model
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of recorded outcomes and data sets that no checkout carries."""
+    root = os.environ.get("LIMPID_TEST_DATA")
+    if not root:
+        pytest.skip("LIMPID_TEST_DATA does not name the folder of test data")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def parity(test_data: Path) -> Path:
+    """What the authors' AutoAttack did to a fixed small model."""
+    if not (test_data / "parity" / "outcomes.json").is_file():
+        pytest.skip(f"{test_data} has no parity/outcomes.json")
+    return test_data / "parity"
+
+
+@pytest.fixture(autouse=True)
+def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test that leaves the shared classifier trained, unfrozen or with gradients."""
+    yield
+    if "classifier" in request.fixturenames:
+        model: nn.Module = request.getfixturevalue("classifier")
+        assert not any(module.training for module in model.modules())
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())

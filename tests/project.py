@@ -1,0 +1,84 @@
+"""A copy of the project in a folder of its own, with parameters small enough for a test."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("components", "pipelines", "profiles", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore")
+
+
+def copy_to(folder: Path) -> Path:
+    """Copy the project and give it tiny parameters; return the folder."""
+    folder.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("__pycache__", "tmp", "cache")
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore)
+        else:
+            shutil.copyfile(source, folder / name)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    write_params(folder, tiny())
+    return folder
+
+
+def tiny() -> dict:
+    """Return the digits profile with one or two epochs, few images and few attacks."""
+    params = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
+    params["data"] |= {"test": 60, "val": 60, "train_limit": 256}
+    params |= {"rows_per_part": 30, "batch": 30}
+    for section in ("classifiers", "purifiers", "students", "atop"):
+        for entry in params[section].values():
+            entry["training"] = {**entry["training"], "epochs": 6, "batch_size": 32}
+            if entry.get("model", {}).get("kind") == "conv_autoencoder":
+                entry["model"] = {**entry["model"], "width": 4}
+    params["purifiers"]["masked"]["model"] = {
+        **params["purifiers"]["masked"]["model"],
+        "inner": params["purifiers"]["normal_teacher"]["model"],
+    }
+    params["classifiers"]["standard"]["training"] |= {"epochs": 8}
+    params["attacks"]["apgd_t"] |= {"steps": 5, "targets": 2}
+    params["attacks"]["apgd_ce"] |= {"steps": 10}
+    params["attacks"]["square"] |= {"queries": 20}
+    params["scoring"] = {"select_draws": 4, "score_draws": 4, "shown": 2}
+    return params
+
+
+def write_params(folder: Path, params: dict) -> None:
+    """Write params.yaml."""
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(params, file)
+
+
+def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a command in the project with this interpreter first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # An installed Limpid must not stand in for the copy under test.
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), **environment}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(folder: Path, *command: str, **environment: str) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and all it printed."""
+    process = start(folder, *command, **environment)
+    printed, _ = process.communicate(timeout=500)
+    return process.returncode, printed
+
+
+def stage(folder: Path, name: str, **options: str) -> tuple[int, str]:
+    """Run one stage as its DVC command would."""
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    return run(folder, sys.executable, "-m", f"pipelines.{name}", *arguments)

@@ -1,0 +1,133 @@
+"""dvc.yaml is held to the code: commands, deps, outs, params and code deps of every stage."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines.stage import code_of
+
+ROOT = Path(__file__).parent.parent
+STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+RAY_STAGES = [name for name in STAGES if name != "verdict"]
+TRAINING = [name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft"))]
+
+
+def definition(name: str) -> dict:
+    return STAGES[name].get("do", STAGES[name])
+
+
+def options(name: str) -> dict[str, str]:
+    words = definition(name)["cmd"].split()
+    assert words[:3] == ["python", "-m", f"pipelines.{name}"]
+    return {
+        k.removeprefix("--").replace("-", "_"): v
+        for k, v in zip(words[3::2], words[4::2], strict=True)
+    }
+
+
+def outs(name: str) -> set[str]:
+    stage = definition(name)
+    return {
+        out if isinstance(out, str) else next(iter(out))
+        for key in ("outs", "metrics")
+        for out in stage.get(key, [])
+    }
+
+
+def is_code(dep: str) -> bool:
+    return dep.startswith(("components", "pipelines"))
+
+
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_the_paths_in_a_command_are_its_deps_and_outs(name: str) -> None:
+    paths = {key: value for key, value in options(name).items() if key != "name"}
+    written = {value for key, value in paths.items() if key.startswith("out")}
+    assert written == outs(name)
+    data_deps = {dep for dep in definition(name).get("deps", []) if not is_code(dep)}
+    assert set(paths.values()) - written == data_deps
+
+
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_a_command_fits_the_signature_it_calls(name: str) -> None:
+    run = importlib.import_module(f"pipelines.{name}").run
+    keywords = {
+        parameter.name
+        for parameter in inspect.signature(run).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert set(options(name)) == keywords
+
+
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_a_stage_tracks_the_params_it_sees(name: str) -> None:
+    run = importlib.import_module(f"pipelines.{name}").run
+    view = get_type_hints(run)["params"]
+    seen = {key.replace("{name}", "${key}") for key in view.tracks.values()}
+    assert set(definition(name)["params"]) == seen
+    assert set(view.model_fields) == set(view.tracks)
+
+
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
+    listed: set[str] = set()
+    for dep in filter(is_code, definition(name)["deps"]):
+        path = ROOT / dep
+        files = path.rglob("*.py") if path.is_dir() else [path]
+        listed |= {str(file.relative_to(ROOT)) for file in files}
+    module = importlib.import_module(f"pipelines.{name}")
+    needed = {str(path) for path in code_of(module)}
+    assert needed - listed == set(), "not tracked"
+    assert {path for path in listed - needed if path.endswith(".py")} == set(), "not needed"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_never_sees_the_test_split(name: str) -> None:
+    stage = definition(name)
+    assert not any("data/test" in dep for dep in stage["deps"])
+    assert "data/test" not in stage["cmd"]
+
+
+def test_data_travels_one_way() -> None:
+    order = list(STAGES)
+    made: dict[str, int] = {}
+    for index, name in enumerate(order):
+        for dep in definition(name).get("deps", []):
+            for out, maker in made.items():
+                if dep == out or out.startswith(f"{dep}/"):
+                    assert maker <= index
+        for out in outs(name):
+            made[out.split("/${")[0]] = index
+
+
+@pytest.mark.parametrize(
+    ("file", "planted"),
+    [
+        ("components/data.py", "import mlflow"),
+        ("components/data.py", "from components import training"),
+        ("components/draws.py", "from components import defense"),
+        ("pipelines/params.py", "from pipelines import stage"),
+        ("pipelines/evaluate.py", "from pipelines import train_purifier"),
+        ("pipelines/report.py", "import ray"),
+    ],
+)
+def test_a_planted_import_turns_the_contracts_red(tmp_path: Path, file: str, planted: str) -> None:
+    import shutil
+
+    for name in ("components", "pipelines"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    if file == "components/data.py" and planted == "import mlflow":
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+    path = tmp_path / file
+    path.write_text(path.read_text() + f"\n\ndef planted():\n    {planted}\n")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    assert "BROKEN" in done.stdout

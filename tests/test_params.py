@@ -1,0 +1,138 @@
+"""Parameters: read strictly, refused in one sentence, composed from profiles."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import project
+import pytest
+from ruamel.yaml import YAML
+
+from pipelines import configure, params
+from pipelines.params import ConfigError, Params
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "profiles/digits.yaml").read_text()
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        params.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_the_default_parameters_are_the_digits_profile() -> None:
+    assert (ROOT / "params.yaml").read_text() == TEXT
+    assert params.load(ROOT / "params.yaml").threat.eps == 0.2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("eps_255: 51", "epss_255: 51", "did you mean eps_255?"),
+        ("eps_255: 51", "eps_255: 0", "threat.eps_255"),
+        ("eps_255: 51", "eps_255: -8", "greater than 0"),
+        ("eps_255: 51", "eps_255: 300", "less than or equal to 255"),
+        ("eps_255: 51", "eps_255: 8/255", "8/255"),
+        ("eps_255: 51", "eps_255: .nan", "threat.eps_255"),
+        ("eps_255: 51", "eps_255: true", "threat.eps_255"),
+        ("norm: linf", "norm: linff", "did you mean linf?"),
+        ("seed: 0", "seed: 0\nseed: 1", "duplicate key"),
+        ("seed: 0", "seed: '0'", "seed"),
+        ("seed: 0", "sed: 0", "did you mean seed?"),
+        ("seed: 0", "\tseed: 0", "line"),
+        ("seed: 0", "", "seed is missing"),
+        ("seed: 0", "seed: [", "line"),
+        ("kind: digits", "kind: digit", "did you mean digits?"),
+        ("learning_rate: 0.003", "learning_rate: 0", "learning_rate"),
+        ("learning_rate: 0.003", "learning_rate: 3e-3x", "learning_rate"),
+        ("batch_size: 64", "batch_size: 1", "batch_size"),
+        ("depth: 8", "depth: 9", "6n+2"),
+        ("strided: [2]", "strided: [7]", "1..4"),
+        ("base: masked", "base: maskd", "did you mean masked?"),
+        ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
+        ("full: [noise, fgsm, pgd, apgd_ce]", "full: [noise, fgms]", "did you mean fgsm?"),
+        ("bpda: [pgd]\n      full: [noise, fgsm, pgd, apgd_ce]", "bdpa: [pgd]", "bpda"),
+        ("missing: 0.15", "missing: 1.5", "missing"),
+        ("steps: 40, step: 0.1, restarts: 1", "steps: 0, step: 0.1, restarts: 1", "steps"),
+        ("early_stop: true", "early_stop: no", "early_stop"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in TEXT
+    assert said in refused(tmp_path, TEXT.replace(old, new, 1))
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace("learning_rate: 0.003", "learning_rate: 3e-3", 1))
+    assert params.load(path).classifiers["standard"].training.learning_rate == 0.003
+
+
+def test_a_mistake_is_said_before_anything_starts(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    (folder / "params.yaml").write_text(TEXT.replace("eps_255: 51", "epss_255: 51", 1))
+    started = time.monotonic()
+    code, printed = project.stage(
+        folder, "prepare_data", out_train="data/train", out_val="data/val", out_test="data/test"
+    )
+    assert code == 2
+    assert "did you mean eps_255?" in printed
+    assert "Traceback" not in printed
+    assert time.monotonic() - started < 30
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
+def test_every_profile_is_whole(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    value = YAML(typ="safe", pure=True).load(configure.compose(profile, []))
+    assert Params.model_validate(value).classifiers
+
+
+def test_an_override_reaches_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = configure.compose(
+        "mnist", ["data.kind=parquet", "data.path=some where", "attacks.pgd.steps=7"]
+    )
+    made = Params.model_validate(YAML(typ="safe", pure=True).load(text))
+    assert made.data.kind == "parquet"
+    assert made.data.path == "some where"
+    # What both kinds of source know stays: how the splits are cut.
+    assert made.data.val == 1000
+    assert made.attacks["pgd"].steps == 7
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "said"),
+    [
+        ("mnis", [], "there are cifar10, digits, mnist"),
+        ("digits", ["threat.eps_255"], "section.key=value"),
+        ("digits", ["threat.eps_25=8"], "did you mean eps_255?"),
+        ("digits", ["threat.eps_255=["], "not readable"),
+    ],
+)
+def test_a_wrong_profile_or_override_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, profile: str, overrides: list[str], said: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
+        configure.compose(profile, overrides)
+
+
+def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    before = (folder / "params.yaml").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.configure", "digits", "threat.eps_25=8"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert (folder / "params.yaml").read_bytes() == before

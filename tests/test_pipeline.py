@@ -1,0 +1,286 @@
+"""The whole line on tiny real data, run as a user runs it, and what must hold of it."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import project
+import pytest
+import torch
+
+from components import data
+from components.adversarial import read_crafted
+from components.checkpoints import load, read_card
+from components.shards import sha256
+
+TRAIN = {"train": "data/train", "val": "data/val"}
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which `dvc repro` has run once."""
+    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
+    code, printed = project.run(folder, "dvc", "repro")
+    assert code == 0, printed[-4000:]
+    return folder
+
+
+@pytest.fixture
+def metrics(reproduced: Path) -> dict:
+    return json.loads((reproduced / "reports/metrics.json").read_text())
+
+
+def test_every_scored_defense_has_its_numbers(metrics: dict) -> None:
+    params = project.tiny()
+    names = [*params["baselines"], *params["defenses"], *params["controls"]]
+    assert sorted(metrics["defenses"]) == sorted(names)
+    for name, found in metrics["defenses"].items():
+        assert found["headline"]["n"] == 60, name
+        # The headline is the worst of everything, the clean images included.
+        rungs = [rung["accuracy"] for rung in found["rungs"].values()]
+        if not found["stochastic"]:
+            assert found["headline"]["accuracy"] == pytest.approx(min(rungs)), name
+            assert found["headline"]["accuracy"] <= found["clean"]["accuracy"]
+
+
+def test_the_scores_are_what_the_metrics_count(reproduced: Path, metrics: dict) -> None:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(reproduced / "reports/scores.parquet").to_pylist()
+    right = [
+        row["correct"] / row["draws"]
+        for row in rows
+        if (row["defense"], row["mode"], row["attack"], row["role"])
+        == ("none", "full", "pgd", "score")
+    ]
+    assert len(right) == 60
+    assert sum(right) / 60 == metrics["defenses"]["none"]["attacks"]["full/pgd"]["accuracy"]
+
+
+def test_stored_examples_hold_the_threat_when_read_back(reproduced: Path) -> None:
+    clean = data.read(reproduced / "data/test").pixels().double()
+    eps = project.tiny()["threat"]["eps_255"] / 255
+    seen = 0
+    for folder in (reproduced / "adversarial").glob("*/*/*"):
+        if (
+            folder.is_dir()
+            and folder.name not in ("cw", "pgd.json")
+            and "controls" not in str(folder)
+        ):
+            crafted = read_crafted(folder)
+            far = (crafted.images.double() - clean).abs().max().item()
+            assert far <= eps + 1e-6, folder
+            seen += 1
+    assert seen > 10
+
+
+def test_a_second_run_does_nothing(reproduced: Path) -> None:
+    started = time.monotonic()
+    code, printed = project.run(reproduced, "dvc", "repro")
+    assert code == 0
+    assert "Running stage" not in printed
+    assert time.monotonic() - started < 20
+
+
+def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
+    sets = reproduced / ".limpid/sets"
+    before = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
+    params = project.tiny()
+    params["attacks"]["pgd5"] = {**params["attacks"]["pgd"], "steps": 5}
+    params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd5"]}
+    project.write_params(reproduced, params)
+    code, printed = project.stage(
+        reproduced, "generate_baseline", name="none", test="data/test",
+        classifier="models/standard", out="again",
+    )  # fmt: skip
+    project.write_params(reproduced, project.tiny())
+    assert code == 0, printed
+    after = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
+    assert all(after[path] == when for path, when in before.items())
+    assert len(after) - len(before) == 2  # two parts of one set
+    assert sorted(path.name for path in (reproduced / "again/full").iterdir()) == [
+        "fgsm", "pgd", "pgd5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_sets_do_not_depend_on_the_number_of_workers(
+    reproduced: Path, tmp_path: Path, shards: int
+) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    params = project.tiny()
+    params["resources"]["shards"] = shards
+    project.write_params(folder, params)
+    for name in ("data", "models"):
+        os.symlink(reproduced / name, folder / name)
+    code, printed = project.stage(
+        folder, "generate_adversarial", name="atop", test="data/test",
+        classifier="models/standard", purifier="models/atop", out="adversarial/atop",
+    )  # fmt: skip
+    assert code == 0, printed
+    made = sorted((folder / "adversarial/atop").rglob("*.*"))
+    assert len(made) > 4
+    for path in made:
+        assert sha256(path) == sha256(reproduced / path.relative_to(folder)), path.name
+
+
+def test_same_seed_same_model(reproduced: Path, tmp_path: Path) -> None:
+    code, printed = project.stage(
+        reproduced, "train_classifier", name="standard", out=str(tmp_path / "again"), **TRAIN
+    )
+    assert code == 0, printed
+    for name in ("weights.safetensors", "config.json", "history.json"):
+        assert sha256(tmp_path / "again" / name) == sha256(reproduced / "models/standard" / name)
+
+
+@pytest.fixture
+def trained(reproduced: Path, tmp_path: Path) -> Path:
+    """A project with data, whose standard classifier takes long enough to be killed."""
+    folder = project.copy_to(tmp_path / "project")
+    os.symlink(reproduced / "data", folder / "data")
+    params = project.tiny()
+    params["classifiers"]["standard"]["training"]["epochs"] = 60
+    project.write_params(folder, params)
+    return folder
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
+    code, printed = project.stage(
+        trained, "train_classifier", name="standard", out="undisturbed", **TRAIN
+    )
+    assert code == 0, printed
+    arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
+    command = [sys.executable, "-m", "pipelines.train_classifier", "--name=standard", *arguments]
+    process = project.start(trained, *command, "--out=killed")
+    _wait_for(trained, "epoch-000005")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (trained / "killed").exists()
+    resumed = max(int(path.name[-6:]) for path in trained.glob(".limpid/work/*/epoch-*"))
+    assert 5 <= resumed < 59
+    code, printed = project.run(trained, *command, "--out=killed")
+    assert code == 0, printed
+    same = [sha256(trained / name / "weights.safetensors") for name in ("killed", "undisturbed")]
+    assert same[0] == same[1]
+    assert len(json.loads((trained / "killed/history.json").read_text())) == 60
+
+
+def test_an_interrupted_training_says_so_and_leaves_nothing_half_made(trained: Path) -> None:
+    arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
+    process = project.start(
+        trained, sys.executable, "-m", "pipelines.train_classifier", "--name=standard",
+        *arguments, "--out=out",
+    )  # fmt: skip
+    _wait_for(trained, "epoch-000003")
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert "interrupted" in printed
+    assert "Traceback" not in printed
+    assert not (trained / "out").exists()
+
+
+def _wait_for(folder: Path, name: str) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(f".limpid/work/*/{name}/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int) -> None:
+    """One worker gives the weights of in-process training; two train on the same global batch."""
+    folder = project.copy_to(tmp_path / "project")
+    os.symlink(reproduced / "data", folder / "data")
+    params = project.tiny()
+    params["resources"]["train_workers"] = workers
+    project.write_params(folder, params)
+    code, printed = project.stage(folder, "train_classifier", name="standard", out="out", **TRAIN)
+    assert code == 0, printed
+    made, known = folder / "out", reproduced / "models/standard"
+    if workers == 1:
+        name = "weights.safetensors"
+        assert sha256(made / name) == sha256(known / name)
+    test = data.read(reproduced / "data/test")
+    right = (load(made)(test.pixels()).argmax(1) == test.labels).float().mean().item()
+    assert right > 0.6
+    assert read_card(made).provenance["validation"]["n"] == 60
+
+
+def test_a_registered_defense_is_the_code_path_that_was_attacked(reproduced: Path) -> None:
+    script = """
+import sys, json, mlflow, numpy as np
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+client = mlflow.MlflowClient()
+versions = client.search_model_versions("name='limpid-digits'")
+tags = {v.tags["limpid.defense"]: v for v in versions}
+candidate = client.get_model_version_by_alias("limpid-digits", "candidate")
+v = tags["student_grey"]
+model = mlflow.pyfunc.load_model(f"models:/limpid-digits/{v.version}")
+x = np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32)
+print(json.dumps([sorted(tags), v.description, candidate.tags["limpid.defense"],
+                  model.predict(x)["logits"].tolist()]))
+"""
+    code, printed = project.run(reproduced, sys.executable, "-W", "ignore", "-c", script)
+    assert code == 0, printed
+    names, words, candidate, logits = json.loads(printed.strip().splitlines()[-1])
+    assert names == ["atop", "student_adaptive", "student_grey"]
+    assert candidate in names
+    assert "n = 60" in words
+    import numpy as np
+
+    x = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
+    purifier = load(reproduced / "models/student_grey")
+    direct = load(reproduced / "models/standard")(purifier(x))
+    assert torch.equal(direct, torch.tensor(logits))
+
+
+def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path: Path) -> None:
+    code, printed = project.run(
+        reproduced, sys.executable, "-m", "pipelines.train_classifier", "--name=standard",
+        "--train=data/train", "--val=data/val", f"--out={tmp_path / 'out'}",
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert "the run is kept" in printed
+    (spooled,) = (reproduced / ".limpid/spool").glob("*.jsonl")
+    assert '"event": "end"' in spooled.read_text()
+    # The next stage that reaches a store delivers what was kept.
+    code, printed = project.stage(
+        reproduced, "train_classifier", name="standard", out=str(tmp_path / "more"), **TRAIN
+    )
+    assert code == 0
+    assert not spooled.exists()
+
+
+def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    import shutil
+
+    for name in ("data", "models", "adversarial"):
+        shutil.copytree(reproduced / name, folder / name)
+    part = folder / "adversarial/none/full/pgd/part-00000.parquet"
+    os.chmod(part, 0o644)
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    code, printed = project.stage(
+        folder, "evaluate", val="data/val", test="data/test", models="models",
+        adversarial="adversarial", out_metrics="reports/metrics.json",
+        out_scores="reports/scores.parquet", out_report="reports/report.html",
+    )  # fmt: skip
+    assert code == 3, printed
+    assert "part-00000.parquet" in printed
+    assert "Traceback" not in printed
+    assert not (folder / "reports/metrics.json").exists()
+
+
+def test_a_lost_input_is_one_sentence(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    code, printed = project.stage(folder, "train_classifier", name="standard", out="out", **TRAIN)
+    assert code == 3
+    assert printed.strip().count("\n") == 0
+    assert "data/train is missing" in printed
