@@ -60,7 +60,7 @@ def train(
     resources: Resources,
     seen: EpochSeen,
 ) -> dict[str, float]:
-    """Train what `setup(**arguments)` describes, by Ray Train, into the model folder `out`.
+    """Train what `setup(**arguments, device=...)` describes, by Ray Train, into the folder `out`.
 
     `setup` runs in every worker and must be importable by name. Training goes on from the newest
     whole state under `resume`, which must be named by everything the result depends on; `seen` is
@@ -78,7 +78,7 @@ def train(
         "out": str(out.absolute()),
         "resume": str(resume.absolute()),
         "threads": resources.train_threads,
-        "gpu": resources.gpu,
+        "device": _device(resources),
     }
     with _session(resources.train_workers, resources), _tail(resume / HISTORY, seen):
         trainer = TorchTrainer(
@@ -108,7 +108,7 @@ def map_shards(
     resources: Resources,
     done: Callable[[int, int], None],
 ) -> list[Any]:
-    """Call `function(**task)` for every task on Ray and return the results in order.
+    """Call `function(**task, device=...)` for every task on Ray; return the results in order.
 
     `function` must be importable by name; a task is retried when its worker dies.
     """
@@ -120,7 +120,10 @@ def map_shards(
         remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(
             function
         )
-        pending = {remote.remote(**task): index for index, task in enumerate(tasks)}
+        pending = {
+            remote.remote(**task, device=_device(resources)): index
+            for index, task in enumerate(tasks)
+        }
         results: list[Any] = [None] * len(tasks)
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
@@ -131,6 +134,11 @@ def map_shards(
                 raise error.cause from None
             done(len(tasks) - len(pending), len(tasks))
     return results
+
+
+def _device(resources: Resources) -> str:
+    """Return where tensors live; Ray shows each worker the one GPU that is its own."""
+    return "cuda" if resources.gpu else "cpu"
 
 
 @contextmanager
@@ -202,9 +210,7 @@ def _worker(config: dict[str, Any]) -> None:
     first = ray.train.get_context().get_world_rank() == 0
     torch.set_num_threads(config["threads"])
     try:
-        job: Job = config["setup"](**config["arguments"])
-        if config["gpu"]:
-            job.model.to("cuda")
+        job: Job = config["setup"](**config["arguments"], device=config["device"])
         state = latest_state(resume)
         history: list[dict[str, float]] = list(state["history"]) if state else []
         epochs = fit(

@@ -37,12 +37,12 @@ class Subject:
     purifier: Path | None = None
     control: Config | None = None
 
-    def defense(self) -> Defense:
+    def defense(self, device: str = "cpu") -> Defense:
         """Load it, frozen."""
-        classifier = load(self.classifier)
+        classifier = load(self.classifier, device)
         purifier: Purifier | None = None
         if self.purifier is not None:
-            purifier = load_purifier(self.purifier)
+            purifier = load_purifier(self.purifier, device)
         elif self.control is not None:
             purifier = self.control.build((1, 1, 1))  # type: ignore[attr-defined]
         return Defense(classifier, purifier).freeze()
@@ -103,12 +103,12 @@ def craft_all(orders: Sequence[Order], context: Context) -> None:
         seal(order.out, shape, order.facts())
 
 
-def craft_part(order: Order, part: int, path: Path) -> None:
+def craft_part(order: Order, part: int, path: Path, device: str) -> None:
     """Craft one part of one set; runs in a worker."""
     torch.set_num_threads(1)
     images = data.read_by_part(order.images)[part]
     crafted = craft(
-        order.attack, order.subject.defense(), order.mode, images, order.threat, order.seed,
+        order.attack, order.subject.defense(device), order.mode, images, order.threat, order.seed,
         order.batch,
     )  # fmt: skip
     write_crafted(path, crafted)

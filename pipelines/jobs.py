@@ -78,16 +78,17 @@ def train(
     )  # fmt: skip
 
 
-def build_job(recipe: Recipe) -> Job:
-    """Build the job of a recipe; DataError where folders do not fit together."""
+def build_job(recipe: Recipe, device: str) -> Job:
+    """Build the job of a recipe on a device; DataError where folders do not fit together."""
     train, val = data.read(recipe.train), data.read(recipe.val)
     torch.manual_seed(recipe.seed)
     blank = _card(recipe, train, {})
     model = load(recipe.base).requires_grad_(True) if recipe.base else build(blank)
     if isinstance(model, Classifier):
         model.normalise_by(train.pixels())
-    classifier = load(recipe.classifier) if recipe.classifier else None
-    teachers = [load_purifier(folder) for folder in recipe.teachers]
+    model.to(device)
+    classifier = load(recipe.classifier, device) if recipe.classifier else None
+    teachers = [load_purifier(folder, device) for folder in recipe.teachers]
     objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
 
     def right(network: Any) -> int:

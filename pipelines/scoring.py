@@ -90,10 +90,10 @@ class Result:
     unseen: tuple[Score, Score]
 
 
-def score_part(entry: Entry, plan: Plan, part: int) -> Result:
+def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     """Score one entry on one part of the test set, and check its sets whole; runs in a worker."""
     torch.set_num_threads(1)
-    defense = entry.subject.defense()
+    defense = entry.subject.defense(device)
     before = state_digest(defense)
     images = data.read(plan.test)
     rows = _rows(plan.test, part)
@@ -107,7 +107,7 @@ def score_part(entry: Entry, plan: Plan, part: int) -> Result:
     distance = {name: l2.distance(x, pixels).numpy() for name, x in sets.items()}
     chosen, _ = worst(_counted(scores, inside), list(scores))
     attacked = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
-    unseen = Defense(load(plan.unseen), defense.purifier).freeze()
+    unseen = Defense(load(plan.unseen, device), defense.purifier).freeze()
     behind = (
         _score(unseen, pixels, some, plan, CLEAN),
         _score(unseen, attacked, some, plan, "worst"),
