@@ -9,8 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	dvc repro
-	@python -m pipelines.scores
+	@dvc repro; status=$$?; python -m pipelines.scores && exit $$status
 
 test: lint
 	pytest

@@ -7,6 +7,7 @@ of workers a map uses; training is bit-equal at an equal number of workers.
 
 import json
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def train(
         "threads": resources.train_threads,
         "device": _device(resources),
     }
-    with _session(resources.train_workers, resources), _tail(resume / HISTORY, seen):
+    with _session(resources.train_workers, resources), _tail(resume / HISTORY, seen), _quiet():
         trainer = TorchTrainer(
             _worker,
             train_loop_config=config,
@@ -93,13 +94,33 @@ def train(
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
-        with _quiet():
+        if resources.train_workers:
+            _apart(trainer.fit)
+        else:
             trainer.fit()
     if (resume / FAILURE).exists():
         failure = json.loads((resume / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
     last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
     return last
+
+
+def _apart(function: Callable[[], Any]) -> None:
+    """Call in a thread: in the main one Ray Train would take over Ctrl-C, and exit with 0."""
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failures:
+        raise failures[0]
 
 
 def map_shards(
@@ -149,6 +170,8 @@ def _session(workers: int, resources: Resources) -> Iterator[None]:
         return
     import ray
 
+    # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with _quiet():
         ray.init(
             address="local",
@@ -158,6 +181,8 @@ def _session(workers: int, resources: Resources) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         yield
     finally:
