@@ -209,8 +209,7 @@ class AdversarialTeacher(Config):
             loss = mse + self.w_adv * adv
             if self.w_classification:
                 clean = classifier(model(batch.images, draws.redraw(SEEN_CLEAN)))
-                both = F.cross_entropy(logits, batch.labels) + F.cross_entropy(clean, batch.labels)
-                loss = loss + self.w_classification * both
+                loss = loss + self.w_classification * _classified((logits, clean), batch.labels)
             metrics = {"loss": loss, "mse": mse, "adv": adv}
             return loss, {**metrics, "accuracy_attacked": _accuracy(logits, batch.labels)}
 
@@ -252,8 +251,7 @@ class Distillation(Config):
             logits = classifier(purified)
             if self.w_classification:
                 clean = classifier(model(batch.images, draws.redraw(SEEN_CLEAN)))
-                both = F.cross_entropy(logits, batch.labels) + F.cross_entropy(clean, batch.labels)
-                loss = loss + self.w_classification * both
+                loss = loss + self.w_classification * _classified((logits, clean), batch.labels)
             metrics = {"loss": loss, "mse": mse, "kd": kd}
             return loss, {**metrics, "accuracy_attacked": _accuracy(logits, batch.labels)}
 
@@ -362,6 +360,10 @@ def _needed(classifier: nn.Module | None) -> nn.Module:
 
 def _true_class(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+
+def _classified(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(one, labels) for one in logits]).sum()
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +118,6 @@ def test_data_travels_one_way() -> None:
     ],
 )
 def test_a_planted_import_turns_the_contracts_red(tmp_path: Path, file: str, planted: str) -> None:
-    import shutil
-
     for name in ("components", "pipelines"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")

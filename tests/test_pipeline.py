@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import project
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,6 +20,15 @@ from components.checkpoints import load, read_card
 from components.shards import sha256
 
 TRAIN = {"train": "data/train", "val": "data/val"}
+EVALUATE = {
+    "val": "data/val",
+    "test": "data/test",
+    "models": "models",
+    "adversarial": "adversarial",
+    "out_metrics": "reports/metrics.json",
+    "out_scores": "reports/scores.parquet",
+    "out_report": "reports/report.html",
+}
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +59,6 @@ def test_every_scored_defense_has_its_numbers(metrics: dict) -> None:
 
 
 def test_the_scores_are_what_the_metrics_count(reproduced: Path, metrics: dict) -> None:
-    import pyarrow.parquet as pq
-
     rows = pq.read_table(reproduced / "reports/scores.parquet").to_pylist()
     right = [
         row["correct"] / row["draws"]
@@ -65,11 +75,7 @@ def test_stored_examples_hold_the_threat_when_read_back(reproduced: Path) -> Non
     eps = project.tiny()["threat"]["eps_255"] / 255
     seen = 0
     for folder in (reproduced / "adversarial").glob("*/*/*"):
-        if (
-            folder.is_dir()
-            and folder.name not in ("cw", "pgd.json")
-            and "controls" not in str(folder)
-        ):
+        if folder.is_dir() and folder.name != "cw" and "controls" not in str(folder):
             crafted = read_crafted(folder)
             far = (crafted.images.double() - clean).abs().max().item()
             assert far <= eps + 1e-6, folder
@@ -125,6 +131,19 @@ def test_sets_do_not_depend_on_the_number_of_workers(
     assert len(made) > 4
     for path in made:
         assert sha256(path) == sha256(reproduced / path.relative_to(folder)), path.name
+
+
+def test_scores_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    params = project.tiny()
+    params["resources"]["shards"] = 1
+    project.write_params(folder, params)
+    for name in ("data", "models", "adversarial"):
+        os.symlink(reproduced / name, folder / name)
+    code, printed = project.stage(folder, "evaluate", **EVALUATE)
+    assert code == 0, printed
+    for name in ("metrics.json", "scores.parquet"):
+        assert sha256(folder / "reports" / name) == sha256(reproduced / "reports" / name)
 
 
 def test_same_seed_same_model(reproduced: Path, tmp_path: Path) -> None:
@@ -230,8 +249,6 @@ print(json.dumps([sorted(tags), v.description, candidate.tags["limpid.defense"],
     assert names == ["atop", "student_adaptive", "student_grey"]
     assert candidate in names
     assert "n = 60" in words
-    import numpy as np
-
     x = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
     purifier = load(reproduced / "models/student_grey")
     direct = load(reproduced / "models/standard")(purifier(x))
@@ -258,8 +275,6 @@ def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path
 
 def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
-    import shutil
-
     for name in ("data", "models", "adversarial"):
         shutil.copytree(reproduced / name, folder / name)
     part = folder / "adversarial/none/full/pgd/part-00000.parquet"
@@ -267,11 +282,7 @@ def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> Non
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    code, printed = project.stage(
-        folder, "evaluate", val="data/val", test="data/test", models="models",
-        adversarial="adversarial", out_metrics="reports/metrics.json",
-        out_scores="reports/scores.parquet", out_report="reports/report.html",
-    )  # fmt: skip
+    code, printed = project.stage(folder, "evaluate", **EVALUATE)
     assert code == 3, printed
     assert "part-00000.parquet" in printed
     assert "Traceback" not in printed
