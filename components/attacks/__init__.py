@@ -88,7 +88,9 @@ def _craft(
         broken = violations(images, clean, threat)
         assert not broken, f"{type(attack).__name__} left the threat: {broken}"
     with torch.no_grad():
-        right = defense(images, draws).argmax(1) == labels
+        logits = defense(images, draws)
+    # Logits that are not numbers classify nothing.
+    right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     columns = (images, ~right, outcome.iterations, target.passes.forward, target.passes.backward)
     return (data.ids, data.labels, *(column.cpu() for column in columns))
 

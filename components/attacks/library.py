@@ -34,10 +34,11 @@ class Square(Attack):
         # Clipping to eps in float32 can overshoot by a rounding; the projection does not.
         found = threat.project(found.detach(), images)
         with torch.no_grad():
-            clean = margin(target(images, 0), labels)
+            attacked = target(images, 0).argmax(1) == labels  # as the library chooses them
             reached = margin(target(found, 0), labels)
         queries = torch.zeros_like(labels)
-        queries[clean > 0] = attack.queries.to(queries.dtype)
+        if bool(attacked.any()):
+            queries[attacked] = attack.queries.to(queries.dtype)
         target.passes.forward.index_add_(0, target.rows, queries)
         return Outcome(found, reached, queries)
 

@@ -1,0 +1,690 @@
+"""Attacks keep their threat, leave no trace, treat every image alone, and find what there is."""
+
+import json
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from components.attacks import L2, Attack, AttackConfig, Crafted, Linf, craft, violations
+from components.attacks.apgd import targeted_dlr
+from components.attacks.contract import Outcome
+from components.classifiers import Classifier
+from components.data import ImageSet
+from components.defense import Defense, Target
+from components.draws import Draws
+from components.purifiers import Purifier
+
+LINF = Linf(norm="linf", eps_255=32.0)
+BALL = L2(norm="l2", eps_l2=0.7)
+SAMPLES: dict[str, dict[str, Any]] = {
+    "noise": {"tries": 5},
+    "fgsm": {"random_start": False, "step": 1.0, "eot": 2},
+    "bim": {"steps": 8, "step": 0.25, "eot": 2},
+    "pgd": {
+        "steps": 8, "step": 0.25, "restarts": 2, "random_start": True, "early_stop": True, "eot": 2,
+    },
+    "cw_l2": {
+        "c": 1.0, "searches": 2, "steps": 10, "learning_rate": 0.1, "confidence": 0.0, "eot": 2,
+    },
+    "apgd_ce": {"steps": 8, "restarts": 2, "eot": 2},
+    "apgd_t": {"steps": 8, "targets": 2, "eot": 2},
+    "square": {"queries": 40},
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fgsm from a random start": {"kind": "fgsm", "random_start": True, "step": 1.25, "eot": 2},
+    "pgd, last iterate": {
+        "kind": "pgd", "steps": 8, "step": 0.25, "restarts": 1, "random_start": True,
+        "early_stop": False, "eot": 2,
+    },
+}  # fmt: skip
+THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
+EVERY = pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS])
+PER_IMAGE = pytest.mark.parametrize("name", [n for n in [*SAMPLES, *VARIANTS] if n != "square"])
+
+
+def make(name: str, **changes: Any) -> Any:
+    section = VARIANTS.get(name) or {"kind": name, **SAMPLES[name]}
+    return TypeAdapter(AttackConfig).validate_python({**section, **changes})
+
+
+class Noisy(Purifier):
+    stochastic = True
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        return (x + 0.1 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
+
+
+class Precise(nn.Module):
+    """A classifier in float64, so that the size of a batch moves no result by rounding."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = deepcopy(classifier).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x.double())
+        return logits
+
+
+class Constant(nn.Module):
+    """Gives every image the same logits."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def some(data: ImageSet, count: int = 40) -> ImageSet:
+    return data[torch.arange(count)]
+
+
+def fooled(crafted: Crafted) -> int:
+    return int(crafted.success.sum())
+
+
+def test_the_table_has_every_kind() -> None:
+    members = get_args(get_args(AttackConfig)[0])
+    kinds = {kind for m in members for kind in get_args(m.model_fields["kind"].annotation)}
+    assert kinds == set(SAMPLES)
+
+
+# What holds for every attack
+
+
+@EVERY
+@THREATS
+@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
+def test_what_is_returned_lies_in_the_ball_and_is_judged_by_its_bytes(
+    name: str, threat: Linf | L2, stochastic: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    if name == "square" and stochastic:
+        pytest.skip("refused, see below")
+    attack, data = make(name), some(test_set)
+    defense = Defense(classifier, Noisy() if stochastic else None).freeze()
+    crafted = craft(attack, defense, "full", data, threat, 0, 25)
+    assert torch.equal(crafted.ids, data.ids) and torch.equal(crafted.labels, data.labels)
+    assert crafted.images.shape == data.images.shape and crafted.images.dtype == torch.float32
+    assert crafted.images.isfinite().all()
+    assert crafted.images.min() >= 0 and crafted.images.max() <= 1
+    delta = (crafted.images.double() - data.pixels().double()).flatten(1)
+    reach = delta.abs().amax(1) if threat is LINF else delta.norm(dim=1)
+    if attack.bounded:
+        assert reach.max() <= threat.eps + 1e-6
+    draws = Draws(0, "attack", data.ids)
+    right = torch.cat([
+        defense(crafted.images[rows], draws[rows]).argmax(1) == data.labels[rows]
+        for rows in (torch.arange(25), torch.arange(25, 40))
+    ])  # fmt: skip
+    assert torch.equal(crafted.success, ~right)
+    clean = (defense(data.pixels(), draws).argmax(1) != data.labels).sum()
+    assert fooled(crafted) >= clean
+    assert (crafted.forward > 0).all()
+    assert crafted.iterations.dtype == crafted.forward.dtype == torch.int64
+    if name != "noise" and name != "square":
+        assert (crafted.backward > 0)[~crafted.success].all()
+        assert (crafted.backward <= crafted.forward).all()
+    else:
+        assert not crafted.backward.any()
+
+
+@EVERY
+@THREATS
+def test_an_attack_does_harm(
+    name: str, threat: Linf | L2, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data = some(test_set, 100)
+    defense = Defense(classifier, None).freeze()
+    crafted = craft(make(name), defense, "full", data, threat, 0, 100)
+    clean = int((classifier(data.pixels()).argmax(1) != data.labels).sum())
+    assert fooled(crafted) >= clean + {"noise": 0, "square": 3}.get(name, 10)
+    assert not torch.equal(crafted.images, data.pixels())
+
+
+@EVERY
+@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_noise(
+    name: str, stochastic: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    if name == "square" and stochastic:
+        pytest.skip("refused, see below")
+    defense = Defense(classifier, Noisy() if stochastic else None).freeze()
+    data = some(test_set)
+    one = craft(make(name), defense, "full", data, LINF, 0, 40)
+    torch.manual_seed(99)
+    again = craft(make(name), defense, "full", data, LINF, 0, 40)
+    for field in fields(Crafted):
+        assert torch.equal(getattr(one, field.name), getattr(again, field.name))
+    other = craft(make(name), defense, "full", data, LINF, 1, 40)
+    seeded = stochastic or name not in ("fgsm", "bim", "cw_l2")
+    assert torch.equal(one.images, other.images) != seeded
+
+
+@PER_IMAGE
+@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
+def test_an_image_is_attacked_on_its_own(
+    name: str, stochastic: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Whatever the order and the size of the batches. In float64, where rounding has no say."""
+    defense = Defense(Precise(classifier), Noisy() if stochastic else None).freeze()
+    data = some(test_set)
+    whole = craft(make(name), defense, "full", data, LINF, 0, 40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    for batch in (40, 17):
+        shuffled = craft(make(name), defense, "full", data[order], LINF, 0, batch)
+        assert torch.equal(shuffled.ids, whole.ids[order])
+        assert torch.allclose(shuffled.images, whole.images[order], rtol=0, atol=1e-5)
+        for column in ("success", "iterations", "forward", "backward"):
+            assert torch.equal(getattr(shuffled, column), getattr(whole, column)[order]), column
+
+
+@PER_IMAGE
+def test_the_order_of_a_batch_changes_no_byte(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    defense, data = Defense(classifier, Noisy()).freeze(), some(test_set)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    whole = craft(make(name), defense, "full", data, LINF, 0, 40)
+    shuffled = craft(make(name), defense, "full", data[order], LINF, 0, 40)
+    assert torch.equal(shuffled.images, whole.images[order])
+
+
+@EVERY
+@pytest.mark.parametrize("mode", ["full", "bpda"])
+def test_an_attack_leaves_no_trace(
+    name: str, mode: Any, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data = some(test_set, 10)
+    model = deepcopy(classifier).requires_grad_(True)
+    purifier = nn.Module() if name == "square" else Noisy()
+    defense = Defense(model, purifier if isinstance(purifier, Purifier) else None).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pixels = data.images.clone()
+    streams = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    craft(make(name), defense, mode, data, LINF, 0, 10)
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert (random.getstate(), str(np.random.get_state())) == streams[1:]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert not any(p.grad is not None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(data.images, pixels)
+    assert torch.is_grad_enabled()
+
+
+@EVERY
+def test_an_image_that_is_wrong_already_counts_as_fooled(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data = some(test_set, 12)
+    wrong = ImageSet(data.images, (data.labels + 1) % 10, data.ids, data.class_names)
+    crafted = craft(make(name), Defense(classifier, None).freeze(), "full", wrong, LINF, 0, 12)
+    assert crafted.success.all()
+    if name not in ("pgd, last iterate", "noise", "cw_l2"):
+        assert torch.equal(crafted.images, wrong.pixels()), "effort spent where none is needed"
+
+
+@EVERY
+@pytest.mark.parametrize("logits", [[torch.nan] * 10, [0.0] * 9 + [torch.nan]], ids=str)
+def test_logits_that_are_not_numbers_count_as_fooled(
+    name: str, logits: list[float], test_set: ImageSet
+) -> None:
+    """For whatever label: torch says that NaN is the largest, so class 0 would look robust."""
+    data = some(test_set, 30)
+    crafted = craft(
+        make(name, **({"targets": 2} if name == "apgd_t" else {})),
+        Defense(Constant(logits), None).freeze(), "full", data, LINF, 0, 30,
+    )  # fmt: skip
+    assert set(data.labels.tolist()) >= {0, 9}
+    assert crafted.success.all()
+
+
+@EVERY
+def test_tied_logits_stop_no_attack(name: str, test_set: ImageSet) -> None:
+    """Equal logits have margin 0: not right beyond doubt, so no attack has work left to do."""
+    data = some(test_set)
+    assert (data.labels == 0).sum() > 1
+    defense = Defense(Constant([1.0] * 10), None).freeze()
+    crafted = craft(make(name), defense, "full", data, LINF, 0, 40)
+    assert violations(crafted.images, data.pixels(), LINF) == []
+
+
+def test_a_stochastic_defense_is_never_left_alone_after_one_lucky_draw(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    data = some(test_set)
+    random_one = Defense(classifier, Noisy()).freeze()
+    fixed = Defense(classifier, None).freeze()
+    for name, effort in (("pgd", 16), ("bim", 8), ("apgd_ce", 18), ("fgsm", 1)):
+        crafted = craft(make(name), random_one, "full", data, LINF, 0, 40)
+        assert crafted.iterations.tolist() == [effort] * 40
+        assert (crafted.backward == 2 * effort).all(), "eot: 2 draws to a gradient"
+        spared = craft(make(name), fixed, "full", data, LINF, 0, 40)
+        assert (spared.iterations <= effort).all() and spared.success.any()
+        if effort > 1:
+            assert spared.iterations[spared.success].float().mean() < 0.75 * effort
+        assert (spared.iterations[~spared.success] == effort).all()
+
+
+def test_the_least_margin_found_is_what_is_kept(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """More tries, steps or restarts of the same attack never leave an image with more margin."""
+    data = some(test_set, 60)
+    defense = Defense(classifier, None).freeze()
+    ladders: list[tuple[str, str, tuple[int, ...]]] = [
+        ("noise", "tries", (1, 3, 10)),
+        ("pgd", "steps", (1, 4, 12)),
+        ("pgd", "restarts", (1, 2, 4)),
+        ("bim", "steps", (1, 4, 12)),
+        ("apgd_ce", "restarts", (1, 2, 3)),
+        ("apgd_t", "targets", (1, 4, 9)),
+    ]
+    for name, key, values in ladders:
+        margins, wrong = [], []
+        for value in values:
+            changes = {"restarts": 1, key: value} if name == "pgd" else {key: value}
+            crafted = craft(make(name, **changes), defense, "full", data, LINF, 0, 60)
+            margins.append(least_margin(defense, crafted))
+            wrong.append(crafted.success)
+        for weak, strong in zip(range(len(values) - 1), range(1, len(values)), strict=True):
+            robust = ~wrong[weak]
+            assert wrong[strong][wrong[weak]].all(), (name, key)
+            assert (margins[strong] <= margins[weak] + 1e-4)[robust].all(), (name, key)
+        assert margins[-1].sum() < margins[0].sum() - 0.01, (name, key)
+
+
+def least_margin(defense: Defense, crafted: Crafted) -> Tensor:
+    logits = defense(crafted.images)
+    true = logits.gather(1, crafted.labels[:, None]).squeeze(1)
+    return true - logits.scatter(1, crafted.labels[:, None], -torch.inf).amax(1)
+
+
+def test_a_longer_apgd_is_no_weaker(classifier: Classifier, test_set: ImageSet) -> None:
+    data, defense = some(test_set, 120), Defense(classifier, None).freeze()
+    tight = Linf(norm="linf", eps_255=20.0)
+    for name, changes in (("apgd_ce", {"restarts": 1}), ("apgd_t", {"targets": 2})):
+        counts = [
+            fooled(craft(make(name, steps=steps, **changes), defense, "full", data, tight, 0, 120))
+            for steps in (5, 25, 100)
+        ]
+        assert counts[0] - 1 <= counts[1] <= counts[2] + 1 and 10 < counts[2] < 120
+
+
+def test_a_larger_ball_fools_no_fewer(classifier: Classifier, test_set: ImageSet) -> None:
+    data, defense = some(test_set, 60), Defense(classifier, None).freeze()
+    for name in ("fgsm", "pgd", "apgd_ce", "apgd_t"):
+        counts = [
+            fooled(craft(make(name), defense, "full", data, LINF.scaled(factor), 0, 60))
+            for factor in (0.01, 0.5, 1, 2, 8)
+        ]
+        clean = int((classifier(data.pixels()).argmax(1) != data.labels).sum())
+        assert counts[0] <= clean + 1
+        steps = zip(counts, counts[1:], strict=False)
+        # One step overshoots where it is large (FGSM), the others may not.
+        assert all(b >= a - 1 for a, b in steps) or name == "fgsm"
+        assert counts[-1] == 60 or name == "fgsm"
+
+
+def test_bpda_gets_past_rounding_that_leaves_no_gradient(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    class Rounded(Purifier):
+        differentiable = False
+
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            return torch.round(x * 15) / 15
+
+    data, defense = some(test_set, 100), Defense(classifier, Rounded()).freeze()
+    full, bpda = (
+        fooled(craft(make("pgd"), defense, mode, data, LINF, 0, 100)) for mode in ("full", "bpda")
+    )
+    assert bpda > full + 30
+
+
+# Closed form: a linear model is robust where margin > eps * dual norm of the difference of weights
+
+
+class Linear(nn.Module):
+    """Logits W x + b over flattened pixels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+def linear_task(classes: int, count: int = 1200) -> tuple[Linear, ImageSet]:
+    """Return a linear model and grey images whose pixels stay clear of 0 and 1 under attack."""
+    generator = torch.Generator().manual_seed(classes)
+    weight = torch.randn(classes, 36, generator=generator)
+    images = torch.randint(90, 166, (count, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    bias = -(weight @ torch.full((36,), 128 / 255))
+    model = Linear(weight, bias)
+    labels = model(images / 255).argmax(1)
+    wrong = torch.rand(count, generator=generator) < 0.05
+    labels[wrong] = (labels[wrong] + 1) % classes
+    names = tuple(str(k) for k in range(classes))
+    return model, ImageSet(images, labels, torch.arange(count), names)
+
+
+def distances(model: Linear, data: ImageSet, dual: float) -> Tensor:
+    """Return how far each image is from being wrong (negative: it is), in the norm whose dual is
+    of order `dual`.
+    """
+    logits, y = model(data.pixels()).double(), data.labels
+    gaps = logits.gather(1, y[:, None]) - logits
+    spans = (model.weight[y][:, None] - model.weight[None]).double().norm(dim=2, p=dual)
+    return (gaps / spans).scatter(1, y[:, None], torch.inf).amin(1)
+
+
+# With more than two classes the cross-entropy pulls towards all others at once, and finds less.
+CLOSED: list[tuple[str, int, dict[str, Any], float]] = [
+    ("pgd", 2, {"steps": 20, "step": 0.2}, 0.002),
+    ("apgd_ce", 2, {"steps": 50, "restarts": 1}, 0.002),
+    ("apgd_t", 5, {"steps": 40, "targets": 4}, 0.002),
+    ("pgd", 5, {"steps": 40, "step": 0.1}, 0.1),
+    ("apgd_ce", 5, {"steps": 50, "restarts": 1}, 0.1),
+]
+
+
+@THREATS
+@pytest.mark.parametrize(("name", "classes", "changes", "tolerance"), CLOSED)
+def test_on_a_linear_model_attacks_find_the_exact_robust_accuracy(
+    name: str, classes: int, changes: dict[str, Any], tolerance: float, threat: Linf | L2
+) -> None:
+    model, data = linear_task(classes)
+    exact = distances(model, data, 1 if threat is LINF else 2)
+    eps = exact.quantile(0.5).item()  # half of the images are robust
+    tight = Linf(norm="linf", eps_255=255 * eps) if threat is LINF else L2(norm="l2", eps_l2=eps)
+    assert 0 < eps < 90 / 255 / 2, "a clip would be met"
+    crafted = craft(
+        make(name, **changes), Defense(model, None).freeze(), "full", data, tight, 0, 400
+    )
+    assert not (crafted.success & (exact > eps + 1e-5)).any(), "more was found than there is"
+    found = (~crafted.success).float().mean().item()
+    assert found == pytest.approx(0.5, abs=tolerance)
+
+
+def test_cw_finds_the_nearest_point_across_the_boundary() -> None:
+    model, data = linear_task(4, 200)
+    exact = distances(model, data, 2).clamp_min(0)
+    attack = make("cw_l2", c=0.1, steps=100, searches=8, learning_rate=0.01)
+    crafted = craft(attack, Defense(model, None).freeze(), "full", data, BALL, 0, 200)
+    found = BALL.distance(crafted.images, data.pixels())
+    assert crafted.success.all()
+    assert (found >= exact - 1e-5).all(), "nearer than there is anything"
+    assert found.mean() == pytest.approx(exact.mean().item(), rel=0.02)
+    assert (found[exact == 0] == 0).all()
+
+
+def test_cw_with_confidence_goes_further(classifier: Classifier, test_set: ImageSet) -> None:
+    data, defense = some(test_set), Defense(classifier, None).freeze()
+    far = []
+    for confidence in (0.0, 2.0):
+        attack = make("cw_l2", confidence=confidence, steps=40, searches=3)
+        crafted = craft(attack, defense, "full", data, BALL, 0, 40)
+        clean = classifier(data.pixels()).argmax(1) == data.labels
+        assert crafted.success.float().mean() > 0.95
+        far.append(BALL.distance(crafted.images, data.pixels())[clean])
+        margins = least_margin(defense, crafted)
+        assert (margins[clean & crafted.success] <= -confidence + 1e-3).all()
+    assert far[1].mean() > far[0].mean() + 0.05
+
+
+# The authors' AutoAttack on a fixed model
+
+
+class ParityModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(8, 16, 5, stride=2, padding=2)
+        self.fc1, self.fc2 = nn.Linear(784, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        logits: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
+        return logits
+
+
+@pytest.fixture(scope="module")
+def recorded(parity: Path) -> tuple[Defense, ImageSet, dict[str, Any]]:
+    tensors = load_file(parity / "model_and_images.safetensors")
+    images, labels = tensors.pop("images"), tensors.pop("labels").long()
+    model = ParityModel()
+    model.load_state_dict(tensors)
+    data = ImageSet(images, labels, torch.arange(len(labels)), tuple("0123456789"))
+    outcomes: dict[str, Any] = json.loads((parity / "outcomes.json").read_text())["threat"]
+    return Defense(model, None).freeze(), data, outcomes
+
+
+def test_the_recorded_model_is_read_as_it_was(
+    recorded: tuple[Defense, ImageSet, dict[str, Any]],
+) -> None:
+    defense, data, _ = recorded
+    logits = defense(data.pixels())
+    assert logits.double().sum().item() == pytest.approx(-2683.1345, abs=0.01)
+    assert int((logits.argmax(1) == data.labels).sum()) == 249
+
+
+@THREATS
+@pytest.mark.parametrize("name", ["apgd_ce", "apgd_t"])
+def test_apgd_agrees_with_the_authors_image_by_image(
+    name: str, threat: Linf | L2, recorded: tuple[Defense, ImageSet, dict[str, Any]]
+) -> None:
+    defense, data, outcomes = recorded
+    norm = "Linf" if threat is LINF else "L2"
+    # Nine times 100 steps on all images are 10 s: the targeted runs take every fifth.
+    rows = torch.arange(0, 256, 5 if name == "apgd_t" else 1)
+    ball = Linf(norm="linf", eps_255=51.0) if threat is LINF else L2(norm="l2", eps_l2=1.5)
+    assert ball.eps == pytest.approx(outcomes[norm]["eps"])
+    settings = {"restarts": 1} if name == "apgd_ce" else {"targets": 9}
+    attack = make(name, steps=100, eot=1, **settings)
+    crafted = craft(attack, defense, "full", data[rows], ball, 0, 256)
+    theirs = torch.tensor(outcomes[norm][name.replace("_", "-")]["robust"]).bool()[rows]
+    ours = ~crafted.success
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= (2 if name == "apgd_t" else 3)
+    assert int((ours != theirs).sum()) <= (3 if name == "apgd_t" else 6)
+
+
+# Square, by torchattacks
+
+
+@THREATS
+def test_square_fools_more_than_noise(
+    threat: Linf | L2, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data, defense = some(test_set, 100), Defense(classifier, None).freeze()
+    square = craft(make("square", queries=150), defense, "full", data, threat, 0, 100)
+    noise = craft(make("noise", tries=20), defense, "full", data, threat, 0, 100)
+    assert fooled(square) > fooled(noise) + 5
+    assert violations(square.images, data.pixels(), threat) == []
+    spent = square.iterations
+    assert (spent[~square.success] == 151).all() and (spent <= 151).all()
+    assert spent[square.success].float().mean() < 100
+    assert torch.equal(square.forward - spent, torch.full_like(spent, 2)), "two looks of our own"
+
+
+def test_square_is_refused_for_stochastic_defenses(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    defense = Defense(classifier, Noisy()).freeze()
+    with pytest.raises(ValueError, match="not for stochastic defenses"):
+        craft(make("square"), defense, "full", some(test_set, 4), LINF, 0, 4)
+
+
+# Planted faults
+
+
+class Cheat(Attack):
+    """Returns whatever it was told to."""
+
+    images: Callable[[Tensor], Tensor]
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        return Outcome(self.images(images), torch.full((len(images),), -1.0), labels)
+
+
+FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "twice the radius": (lambda x: (x + 2 * LINF.eps).clamp(0, 1), "linf distance 0.25"),
+    "one pixel of one image": (
+        lambda x: x.index_put((torch.tensor(3), torch.tensor(0), torch.tensor(2), torch.tensor(2)),
+                              (x[3, 0, 2, 2] + 0.2) % 1.0),
+        "linf distance",
+    ),
+    "slightly": (lambda x: torch.where(x > 0.5, x - LINF.eps - 1e-4, x), "linf distance"),
+    "below 0": (lambda x: x - 0.01, "outside"),
+    "above 1": (lambda x: x + 0.01, "outside"),
+    "not finite": (lambda x: x.where(x > 0, torch.nan), "not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_attack_that_leaves_its_threat_is_stopped(
+    fault: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    fault_of, said = FAULTS[fault]
+    defense, data = Defense(classifier, None).freeze(), some(test_set, 8)
+    with pytest.raises(AssertionError, match=f"Cheat left the threat: .*{said}"):
+        craft(Cheat(images=fault_of), defense, "full", data, LINF, 0, 8)
+
+
+def test_an_attack_does_not_grade_itself(classifier: Classifier, test_set: ImageSet) -> None:
+    """It claims margin -1 everywhere, and returned the clean images."""
+    defense, data = Defense(classifier, None).freeze(), some(test_set, 50)
+    crafted = craft(Cheat(images=lambda x: x), defense, "full", data, LINF, 0, 50)
+    assert torch.equal(crafted.success, classifier(data.pixels()).argmax(1) != data.labels)
+
+
+def test_violations_are_named() -> None:
+    clean = torch.full((2, 1, 4, 4), 0.5)
+    assert violations(clean + LINF.eps, clean, LINF) == []
+    assert violations(clean + LINF.eps + 2e-6, clean, LINF) == [
+        "linf distance 0.125492 above 0.125490"
+    ]
+    assert violations(clean.double(), clean, LINF) == ["stored as torch.float64, not float32"]
+    assert violations(clean.half(), clean, LINF) == ["stored as torch.float16, not float32"]
+    assert violations(clean + 0.7 / 4, clean, BALL) == []
+    assert len(violations(clean + 0.71 / 4, clean, BALL)) == 1
+    assert len(violations(clean + 3, clean, LINF)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pgd", {"early_stop": False, "restarts": 2}),
+        ("pgd", {"steps": 0}),
+        ("pgd", {"step": 0.0}),
+        ("pgd", {"alpha": 0.1}),
+        ("apgd_t", {"targets": 0}),
+        ("square", {"queries": 0}),
+        ("cw_l2", {"confidence": -1.0}),
+        ("noise", {"tries": 1.5}),
+    ],
+)
+def test_settings_that_make_no_attack_are_refused(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        make(name, **changes)
+
+
+def test_restarts_without_early_stop_are_refused_with_a_sentence() -> None:
+    with pytest.raises(ValidationError, match="returns the last iterate of one run"):
+        make("pgd", early_stop=False, restarts=2)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, 256.0, float("nan")])
+def test_a_radius_that_is_none_is_refused(eps: float) -> None:
+    with pytest.raises(ValidationError):
+        Linf(norm="linf", eps_255=eps)
+    if eps != 256:
+        with pytest.raises(ValidationError):
+            L2(norm="l2", eps_l2=eps)
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(3, 1), (3, 2), (5, 5)])
+def test_targets_that_are_not_there_are_refused_with_a_sentence(classes: int, targets: int) -> None:
+    model, data = linear_task(classes, 10)
+    with pytest.raises(ValueError, match=f"needs 4 classes and at most {classes - 1} targets here"):
+        craft(make("apgd_t", targets=targets), Defense(model, None), "full", data, LINF, 0, 10)
+
+
+# The balls and the losses
+
+
+@THREATS
+def test_projection_lands_inside_and_leaves_alone_what_is(threat: Linf | L2) -> None:
+    generator = torch.Generator().manual_seed(0)
+    origin = torch.rand(50, 3, 8, 8, generator=generator)
+    wild = origin + torch.randn(origin.shape, generator=generator)
+    projected = threat.project(wild, origin)
+    assert violations(projected, origin, threat) == []
+    assert torch.allclose(threat.project(projected, origin), projected, atol=1e-6)
+    inside = origin + (0.5 * (projected - origin))
+    assert torch.allclose(threat.project(inside, origin), inside, atol=1e-7)
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.5, 5.0, 40.0])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 224, 224)])
+def test_rounding_never_carries_a_projection_out_of_an_l2_ball(
+    eps: float, shape: tuple[int, int, int]
+) -> None:
+    threat, generator = L2(norm="l2", eps_l2=eps), torch.Generator().manual_seed(0)
+    origin = torch.rand(8, *shape, generator=generator)
+    wild = origin + torch.randn(origin.shape, generator=generator)
+    assert violations(threat.project(wild, origin), origin, threat) == []
+
+
+def test_random_starts_fill_the_ball() -> None:
+    many, grey = Draws(0, "attack", torch.arange(2000)), torch.full((2000, 1, 6, 6), 0.5)
+    start = LINF.start(grey, many, "start") - grey
+    assert abs(start.mean()) < 5 * LINF.eps / (3 * start.numel()) ** 0.5
+    assert abs(start.std() - LINF.eps / 3**0.5) < 0.001
+    length = (BALL.start(grey, many, "start") - grey).flatten(1).norm(dim=1)
+    assert length.max() <= 0.7 + 1e-6
+    assert ((length / 0.7).sort().values - torch.linspace(0, 1, 2000)).abs().max() < 0.05
+    others = LINF.start(grey, many.redraw(1), "start") - grey
+    assert not torch.allclose(start, others)
+
+
+def test_steps_are_steepest_for_their_norm() -> None:
+    gradient = torch.tensor([3.0, -4.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    zero = torch.zeros_like(gradient)
+    assert LINF.ascend(zero, gradient, 0.1).flatten().tolist() == pytest.approx([0.1, -0.1, 0, 0])
+    assert BALL.ascend(zero, gradient, 0.1).flatten().tolist() == pytest.approx([0.06, -0.08, 0, 0])
+    assert BALL.ascend(zero, zero, 0.1).isfinite().all(), "no direction, no step"
+
+
+def test_a_scaled_ball_is_as_large_as_it_says() -> None:
+    assert LINF.scaled(0.5).eps == pytest.approx(16 / 255) and LINF.scaled(100).eps == 1
+    assert BALL.scaled(2).eps == pytest.approx(1.4)
+
+
+def test_the_targeted_loss_is_that_of_the_paper() -> None:
+    """Equation 7: -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2), the largest four being 6, 5, 3, 1."""
+    logits = torch.tensor([[5.0, 1.0, 6.0, 3.0, -2.0]])
+    right, wrong = torch.tensor([2]), torch.tensor([0])
+    for aim, expected in ((0, -1 / 4), (1, -5 / 4), (4, -8 / 4)):
+        found = targeted_dlr(logits, right, torch.tensor([aim]))
+        assert found.item() == pytest.approx(expected)
+    assert targeted_dlr(logits, wrong, torch.tensor([2])).item() == pytest.approx(1 / 4)
+    shifted = targeted_dlr(7 * logits + 3, right, torch.tensor([0]))
+    assert shifted.item() == pytest.approx(-1 / 4), "scale and shift are of no account"

@@ -1,0 +1,284 @@
+"""A target gives the value it says with the gradient it says, counts its passes, and folds."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.classifiers import Classifier, ClassifierConfig
+from components.data import ImageSet
+from components.defense import Defense, Mode, aim, fold, margin
+from components.draws import Draws
+from components.purifiers import Purifier, PurifierConfig
+
+AUTOENCODER = {
+    "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
+}  # fmt: skip
+RT2 = {"kind": "rt2", "patch": 2, "missing": 0.25, "sigma": 0.1}
+PURIFIERS = {
+    "autoencoder": AUTOENCODER,
+    "global": {**AUTOENCODER, "residual": "global", "blocks": 5, "strided": [1, 3]},
+    "random": {"kind": "random_transform", "transform": RT2, "inner": AUTOENCODER},
+}
+CLASSIFIERS = {
+    "small_cnn": {"kind": "small_cnn", "width": 4},
+    "resnet": {"kind": "resnet", "depth": 14, "width": 4},
+    "resnet18": {"kind": "resnet18", "width": 4},
+}
+
+
+def purifier_of(name: str) -> Purifier:
+    config = TypeAdapter(PurifierConfig).validate_python(PURIFIERS[name])
+    purifier = config.build((1, 8, 8))
+    randomise(purifier)
+    return purifier
+
+
+def classifier_of(name: str) -> Classifier:
+    config = TypeAdapter(ClassifierConfig).validate_python(CLASSIFIERS[name])
+    classifier = config.build((1, 8, 8), 10)
+    randomise(classifier)
+    return classifier
+
+
+def randomise(module: nn.Module) -> None:
+    """Give every BatchNorm statistics and weights that a folding must not lose."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (layer.running_mean, -0.5, 0.5),
+                (layer.running_var, 0.5, 2.0),
+                (layer.weight, 0.5, 1.5),
+                (layer.bias, -0.5, 0.5),
+            ):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+
+
+def batch(test_set: ImageSet, count: int = 32) -> tuple[Tensor, Tensor, Draws]:
+    some = test_set[torch.arange(count)]
+    return some.pixels(), some.labels, Draws(0, "attack", some.ids)
+
+
+class Rounded(Purifier):
+    """Cuts the gradient to zero, but leaves the graph."""
+
+    differentiable = False
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return torch.round(x * 3) / 3
+
+
+class Detached(Purifier):
+    """Cuts the graph altogether."""
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        with torch.no_grad():
+            return 0.9 * x
+
+
+class Noisy(Purifier):
+    stochastic = True
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        return (x + 0.2 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", [*PURIFIERS, "none"])
+def test_bpda_and_full_answer_alike_to_the_bit(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, _, draws = batch(test_set)
+    purifier = None if name == "none" else purifier_of(name)
+    defense = Defense(classifier, purifier).freeze()
+    for draw in (0, 3):
+        full = aim(defense, "full", draws, 1)(x, draw)
+        assert torch.equal(aim(defense, "bpda", draws, 1)(x, draw), full)
+        assert torch.equal(defense(x, draws.redraw(draw)), full)
+
+
+def test_bpda_gives_the_gradient_of_the_classifier_at_the_purified_image(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, labels, draws = batch(test_set)
+    for purifier in (purifier_of("autoencoder"), Rounded(), Detached(), Noisy()):
+        defense = Defense(classifier, purifier).freeze()
+        seen = aim(defense, "bpda", draws, 1).evaluate(x, labels, margin, 2)
+        purified = defense.purify(x, draws.redraw(2)).detach().requires_grad_()
+        with torch.enable_grad():
+            margins = margin(classifier(purified), labels)
+        (expected,) = torch.autograd.grad(margins.sum(), purified)
+        assert torch.equal(seen.gradient, expected) and expected.abs().max() > 0
+        assert torch.equal(seen.margin, margins.detach())
+        full = aim(defense, "full", draws, 1).evaluate(x, labels, margin, 2).gradient
+        assert not torch.allclose(full, expected)
+
+
+@pytest.mark.parametrize("purifier", ["autoencoder", "global", "random"])
+def test_the_full_gradient_is_that_of_central_differences(
+    purifier: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, labels, draws = batch(test_set, 4)
+    # Kinks of ReLU would spoil the differences; softplus at the same weights has none. Pixels are
+    # pulled inwards so that no clip is met, and noise is frozen.
+    inner = purifier_of(purifier)
+    defense = smooth(deepcopy(Defense(classifier, inner))).double().freeze()
+    x = 0.8 + 0.1 * x.double() if purifier == "global" else 0.4 + 0.2 * x.double()
+
+    def loss(point: Tensor) -> Tensor:
+        return F.cross_entropy(defense(point, draws.redraw(1)), labels, reduction="none")
+
+    def each(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    target = aim(defense, "full", draws, 1)
+    gradient = target.evaluate(x, labels, each, 1).gradient.flatten(1)
+    assert gradient.dtype == torch.float64
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if purifier == "random":  # stay off the clip of the transform: move what is well inside
+            noisy = x + 0.1 * draws.redraw(1).normal((1, 8, 8), "noise")
+            direction *= (noisy > 1e-3) & (noisy < 1 - 1e-3)
+        h = 1e-5
+        with torch.no_grad():
+            difference = (loss(x + h * direction) - loss(x - h * direction)) / (2 * h)
+        predicted = (gradient * direction.flatten(1)).sum(1)
+        assert torch.allclose(predicted, difference, rtol=1e-4, atol=1e-8)
+        assert difference.abs().min() > 1e-7, "nothing to compare"
+
+
+def smooth(defense: Defense) -> Defense:
+    for module in list(defense.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.Softplus(beta=5))
+    return defense
+
+
+@pytest.mark.parametrize("mode", ["full", "bpda"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_every_pass_is_counted_per_image(
+    mode: Mode, stochastic: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, labels, draws = batch(test_set, 6)
+    purifier = Noisy() if stochastic else None
+    target = aim(Defense(classifier, purifier).freeze(), mode, draws, 3)
+    eot = 3 if stochastic else 1  # a deterministic defense needs one draw and takes one
+    target.look(x, labels, 0)
+    assert target.passes.forward.tolist() == [eot] * 6 and not target.passes.backward.any()
+    target.evaluate(x, labels, margin, 1)
+    assert target.passes.forward.tolist() == [2 * eot] * 6
+    assert target.passes.backward.tolist() == [eot] * 6
+    rows = torch.tensor([4, 1])
+    part = target[rows][torch.tensor([True, False])]
+    part.evaluate(x[[4]], labels[[4]], margin, 2)
+    assert target.passes.forward.tolist() == [2 * eot] * 4 + [3 * eot] + [2 * eot]
+    assert target.passes.backward.tolist() == [eot] * 4 + [2 * eot] + [eot]
+
+
+def test_rows_of_a_target_carry_their_noise(classifier: Classifier, test_set: ImageSet) -> None:
+    x, labels, draws = batch(test_set)
+    target = aim(Defense(classifier, Noisy()).freeze(), "full", draws, 2)
+    whole = target.evaluate(x, labels, margin, 5)
+    rows = torch.tensor([9, 30, 2])
+    some = target[rows].evaluate(x[rows], labels[rows], margin, 5)
+    assert torch.allclose(some.gradient, whole.gradient[rows], atol=1e-5)
+    assert torch.allclose(some.margin, whole.margin[rows], atol=1e-5)
+    moved = target[rows].evaluate(x[rows], labels[rows], margin, 6)
+    assert not torch.allclose(moved.margin, some.margin, atol=1e-3)
+
+
+def test_eot_is_the_mean_over_draws_that_no_other_look_shares(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, labels, draws = batch(test_set, 8)
+    defense = Defense(classifier, Noisy()).freeze()
+    three = aim(defense, "full", draws, 3)
+    for look in (0, 1, 4):
+        seen = three.evaluate(x, labels, margin, look)
+        alone = [
+            aim(defense, "full", draws, 1).evaluate(x, labels, margin, 3 * look + k)
+            for k in range(3)
+        ]
+        assert torch.allclose(seen.gradient, sum(a.gradient for a in alone) / 3, atol=1e-6)
+        assert torch.allclose(seen.margin, sum(a.margin for a in alone) / 3, atol=1e-5)
+        assert torch.allclose(seen.loss, sum(a.loss for a in alone) / 3, atol=1e-5)
+        assert torch.allclose(three.look(x, labels, look), seen.margin, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("purifier", PURIFIERS)
+def test_folding_changes_nothing_but_the_time(
+    purifier: str, name: str, test_set: ImageSet
+) -> None:
+    x, _, draws = batch(test_set)
+    defense = Defense(classifier_of(name), purifier_of(purifier)).freeze()
+    before = deepcopy(defense.state_dict())
+    folded = fold(defense)
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not norms and any(isinstance(m, nn.BatchNorm2d) for m in defense.modules())
+    assert torch.allclose(folded.purify(x, draws), defense.purify(x, draws), atol=1e-5)
+    scale = defense(x, draws).abs().max().clamp_min(1)
+    assert ((folded(x, draws) - defense(x, draws)).abs() / scale).max() < 1e-5
+    assert all(torch.equal(before[key], value) for key, value in defense.state_dict().items())
+    assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
+
+
+def test_a_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
+    x, labels, draws = batch(test_set)
+    defense = Defense(classifier_of("resnet"), purifier_of("autoencoder")).freeze()
+    gradients = [
+        aim(one, "full", draws, 1).evaluate(x, labels, margin, 0).gradient.flatten(1)
+        for one in (defense, fold(defense))
+    ]
+    assert F.cosine_similarity(*gradients).min() > 1 - 1e-5
+
+
+def test_the_margin_is_the_true_logit_less_the_largest_other() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, -1.0]])
+    assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [2.0, -2.0, 0.0]
+
+
+@pytest.mark.parametrize("row", [[torch.nan] * 3, [0.0, torch.nan, 1.0], [torch.nan, 0.0, 1.0]])
+def test_logits_that_are_not_numbers_give_no_margin(row: list[float]) -> None:
+    for label in range(3):
+        assert margin(torch.tensor([row]), torch.tensor([label])).isnan().all()
+
+
+@pytest.mark.parametrize("build", [Rounded, Detached])
+def test_a_cut_graph_gives_a_gradient_of_zero(
+    build: Callable[[], Purifier], classifier: Classifier, test_set: ImageSet
+) -> None:
+    x, labels, draws = batch(test_set)
+    target = aim(Defense(classifier, build()).freeze(), "full", draws, 1)
+    seen = target.evaluate(x, labels, margin, 0)
+    assert seen.gradient.shape == x.shape and not seen.gradient.any()
+    assert target.passes.backward.tolist() == [1] * len(x)
+
+
+def test_looking_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> None:
+    x, labels, draws = batch(test_set)
+    defense = Defense(deepcopy(classifier), purifier_of("random")).freeze()
+    before, stream = deepcopy(defense.state_dict()), torch.get_rng_state()
+    pixels = x.clone()
+    seen = aim(defense, "full", draws, 2).evaluate(x, labels, margin, 0)
+    assert all(torch.equal(before[key], value) for key, value in defense.state_dict().items())
+    assert torch.equal(x, pixels) and not x.requires_grad
+    assert not seen.loss.requires_grad and not seen.margin.requires_grad
+    assert not any(p.grad is not None for p in defense.parameters())
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_a_defense_says_what_its_purifier_is(classifier: Classifier) -> None:
+    facts = [
+        (d.stochastic, d.differentiable)
+        for d in (Defense(classifier, p) for p in (None, Rounded(), Noisy(), Detached()))
+    ]
+    assert facts == [(False, True), (False, False), (True, True), (False, True)]

@@ -1,0 +1,294 @@
+"""Every purifier keeps the contract: images in, images out, each on its own, facts as declared."""
+
+import inspect
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from components.draws import Draws
+from components.purifiers import ControlConfig, Purifier, PurifierConfig
+from components.purifiers.transforms import Rt1, Rt2
+
+AUTOENCODER = {
+    "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
+}  # fmt: skip
+RT1 = {"kind": "rt1", "patch": 2, "missing": 0.25}
+RT2 = {**RT1, "kind": "rt2", "sigma": 0.1}
+SAMPLES: dict[str, dict[str, Any]] = {
+    "conv_autoencoder": AUTOENCODER,
+    "random_transform": {"kind": "random_transform", "transform": RT2, "inner": AUTOENCODER},
+    "identity": {"kind": "identity"},
+    "gaussian_noise": {"kind": "gaussian_noise", "sigma": 0.1},
+    "bit_depth": {"kind": "bit_depth", "bits": 2},
+    "median": {"kind": "median", "size": 3},
+    "threshold": {"kind": "threshold", "at": 0.5},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "autoencoder, global": {**AUTOENCODER, "residual": "global"},
+    "autoencoder, odd and strided twice": {**AUTOENCODER, "blocks": 5, "strided": [1, 3]},
+    "rt1": {"kind": "random_transform", "transform": RT1, "inner": AUTOENCODER},
+    "median 5": {"kind": "median", "size": 5},
+    "bit_depth 8": {"kind": "bit_depth", "bits": 8},
+}
+SHAPES = ((1, 8, 8), (3, 12, 16))
+EVERY = pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS])
+SHAPED = pytest.mark.parametrize("shape", SHAPES)
+IMAGES = 24
+
+
+def make(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
+    """Build a purifier with BatchNorm statistics of its own, frozen, in eval mode."""
+    config = TypeAdapter(PurifierConfig).validate_python({**SAMPLES, **VARIANTS}[name])
+    torch.manual_seed(0)
+    purifier = config.build(shape)
+    with torch.no_grad():
+        for _ in range(3):
+            purifier.train()(pixels(shape))
+    return purifier.eval().requires_grad_(False)
+
+
+def pixels(shape: tuple[int, int, int]) -> Tensor:
+    """Return images with the grey levels of a file, plenty of 0 and 1 among them."""
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.randint(-128, 384, (IMAGES, *shape), generator=generator).clamp(0, 255)
+    return levels.float() / 255
+
+
+def keyed(count: int = IMAGES) -> Draws:
+    return Draws(0, "score", torch.arange(count) * 11)
+
+
+def kinds(union: Any) -> set[str]:
+    members = get_args(get_args(union)[0])
+    return {kind for m in members for kind in get_args(m.model_fields["kind"].annotation)}
+
+
+def test_the_table_has_every_kind() -> None:
+    assert kinds(PurifierConfig) == set(SAMPLES)
+    assert {name for name in SAMPLES if SAMPLES[name]["kind"] == name} == set(SAMPLES)
+    assert kinds(ControlConfig) == set(SAMPLES) - {"conv_autoencoder", "random_transform"}
+
+
+@EVERY
+@SHAPED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_in_are_images_out(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    x = pixels(shape).to(dtype)
+    before = x.clone()
+    purified = make(name, shape).to(dtype)(x, keyed())
+    assert purified.shape == x.shape and purified.dtype == dtype and purified.device == x.device
+    assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
+    assert torch.equal(x, before), "the input was written to"
+
+
+@EVERY
+@pytest.mark.parametrize("image", ["black", "white", "one"])
+def test_extreme_images_are_purified_too(name: str, image: str) -> None:
+    x = torch.ones(1, 1, 8, 8) if image == "one" else torch.full((4, 1, 8, 8), image == "white")
+    purified = make(name)(x.float(), keyed(len(x)))
+    assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
+
+
+@EVERY
+def test_it_is_as_random_as_declared(name: str) -> None:
+    purifier, x = make(name), pixels(SHAPES[0])
+    one = purifier(x, keyed())
+    assert torch.equal(purifier(x, keyed()), one), "equal draws, other answer"
+    redrawn, reseeded = purifier(x, keyed().redraw(1)), purifier(x, Draws(1, "score", keyed().ids))
+    role = purifier(x, Draws(0, "attack", keyed().ids))
+    for other in (redrawn, reseeded, role):
+        moved = (other != one).flatten(1).any(1)
+        assert moved.all() if purifier.stochastic else not moved.any()
+
+
+@EVERY
+def test_served_without_draws_its_noise_is_fresh(name: str) -> None:
+    purifier, x = make(name), pixels(SHAPES[0])
+    same = torch.equal(purifier(x), purifier(x))
+    assert same != purifier.stochastic
+    if purifier.stochastic:
+        twice = purifier(x[:1].expand(2, -1, -1, -1))
+        assert not torch.equal(twice[0], twice[1]), "one noise for the whole batch"
+
+
+@EVERY
+def test_it_is_as_differentiable_as_declared(name: str) -> None:
+    purifier = make(name)
+    x = (0.2 + 0.6 * pixels(SHAPES[0])).requires_grad_()
+    purified = purifier(x, keyed())
+    probe = torch.randn(purified.shape, generator=torch.Generator().manual_seed(2))
+    gradient = torch.zeros_like(x)
+    if purified.requires_grad:
+        (found,) = torch.autograd.grad((probe * purified).sum(), x, allow_unused=True)
+        gradient = gradient if found is None else found
+    assert gradient.isfinite().all()
+    usable = gradient.flatten(1).ne(0).any(1)
+    assert usable.all() if purifier.differentiable else not usable.any()
+
+
+@EVERY
+def test_an_image_is_purified_on_its_own(name: str) -> None:
+    """Equal bytes at the same batch size in any company; equal up to rounding at another size."""
+    purifier, x, draws = make(name), pixels(SHAPES[0]), keyed()
+    whole = purifier(x, draws)
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(purifier(x[order], draws[order]), whole[order])
+    company = x.clone()
+    company[1:] = 1 - company[1:]
+    assert torch.equal(purifier(company, draws)[0], whole[0])
+    for rows in (order[:1], order[:7], order[5:]):
+        assert torch.allclose(purifier(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
+
+
+@EVERY
+def test_it_sees_images_and_noise_and_no_labels(name: str) -> None:
+    purifier = make(name)
+    for method in (purifier.forward, purifier.purify):
+        assert list(inspect.signature(method).parameters) == ["x", "draws"]
+
+
+@EVERY
+def test_purifying_changes_nothing_in_the_purifier(name: str) -> None:
+    purifier = make(name)
+    before = {key: value.clone() for key, value in purifier.state_dict().items()}
+    stream = torch.get_rng_state()
+    purifier(pixels(SHAPES[0]), keyed())
+    assert all(torch.equal(before[key], value) for key, value in purifier.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream), "keyed noise took from the global stream"
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def autoencoder(**changes: Any) -> Any:
+    return TypeAdapter(PurifierConfig).validate_python({**AUTOENCODER, **changes})
+
+
+def test_the_papers_autoencoder_has_the_papers_size() -> None:
+    net = autoencoder(blocks=15, width=64, strided=[1]).build((3, 32, 32))
+    assert parameters(net) / 1e6 == pytest.approx(1.041, abs=0.002)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    deconvolutions = [m for m in net.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert (len(convolutions), len(deconvolutions)) == (15, 15)
+    assert net.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "strided"),
+    [
+        ((1, 28, 28), 15, [1, 3]),
+        ((1, 28, 28), 5, [1, 3]),
+        ((1, 28, 28), 6, [2, 6]),
+        ((3, 32, 32), 15, [1, 8, 15]),
+        ((1, 8, 8), 2, [1, 2]),
+        ((1, 8, 12), 3, []),
+    ],
+)
+def test_skips_meet_the_shape_they_came_from(
+    shape: tuple[int, int, int], blocks: int, strided: list[int]
+) -> None:
+    net = autoencoder(blocks=blocks, strided=strided).build(shape).eval()
+    assert net(torch.rand(2, *shape)).shape == (2, *shape)
+
+
+@pytest.mark.parametrize(("blocks", "skips"), [(15, 7), (6, 2), (5, 2), (4, 1), (2, 0)])
+def test_every_second_block_is_skipped_to(blocks: int, skips: int) -> None:
+    """Silencing a decoder block leaves a path to the output through every skip behind it."""
+    net = autoencoder(blocks=blocks, strided=[]).build((1, 8, 8)).eval()
+    decoder = net.get_submodule("decoder")
+    x, found = torch.rand(1, 1, 8, 8), 0
+    for block in decoder.children():
+        hooks = [block.register_forward_hook(lambda m, i, o: torch.zeros_like(o))]
+        # Whatever comes after it is an identity, so that only skips can tell two images apart.
+        seen: list[Tensor] = []
+        following = [*decoder.children(), net.get_submodule("last")]
+        following = following[following.index(block) + 1 :][:1]
+        hooks += [b.register_forward_hook(lambda m, i, o: seen.append(i[0])) for b in following]
+        net(x)
+        net(1 - x)
+        found += not torch.equal(seen[0], seen[1])
+        for hook in hooks:
+            hook.remove()
+    assert found == skips
+
+
+def test_the_global_skip_starts_from_the_image_itself() -> None:
+    net = autoencoder(residual="global").build((1, 8, 8)).eval()
+    last = net.get_submodule("last")
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    x = pixels((1, 8, 8))
+    assert torch.allclose(net(x), x, atol=1e-6)
+
+
+def test_images_that_cannot_be_halved_are_refused_with_a_sentence() -> None:
+    with pytest.raises(ValueError, match="halves 2 times, which 10 x 8 images do not allow"):
+        autoencoder(strided=[1, 2]).build((1, 10, 8))
+    with pytest.raises(ValidationError, match=r"strided \[5\] must name blocks 1\.\.4"):
+        autoencoder(strided=[5])
+    config = {"kind": "random_transform", "transform": {**RT1, "patch": 3}, "inner": AUTOENCODER}
+    with pytest.raises(ValueError, match="patches of side 3 do not tile 8 x 8 images"):
+        TypeAdapter(PurifierConfig).validate_python(config).build((1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("patch", "missing", "cells"), [(4, 0.25, 16), (2, 0.25, 64), (2, 0.5, 128), (1, 0.15, 154)]
+)
+def test_transforms_remove_exactly_their_share_of_patches(
+    patch: int, missing: float, cells: int
+) -> None:
+    """On 32 x 32 images: 16 of 64 cells of side 4 is the setting of AToP (facts 4.2)."""
+    white = torch.ones(IMAGES, 3, 32, 32)
+    kept = Rt1(kind="rt1", patch=patch, missing=missing).apply(white, keyed())
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    gone = (kept == 0).flatten(1).sum(1)
+    assert gone.tolist() == [cells * patch * patch * 3] * IMAGES
+    blocks = kept.unfold(2, patch, patch).unfold(3, patch, patch).flatten(4)
+    assert torch.equal(blocks.amin(4), blocks.amax(4)), "a patch was cut"
+    assert torch.equal(kept[:, :1].expand_as(kept), kept), "channels lose different patches"
+
+
+def test_every_image_loses_its_own_patches_and_every_patch_is_lost_as_often() -> None:
+    many = 4000
+    white = torch.ones(many, 1, 8, 8)
+    kept = Rt1(kind="rt1", patch=2, missing=0.25).apply(white, keyed(many))
+    assert len({tuple(mask.flatten().tolist()) for mask in kept[:20]}) == 20
+    share = (kept == 0).float().mean(0)
+    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / many) ** 0.5
+    assert not torch.equal(
+        Rt1(kind="rt1", patch=2, missing=0.25).apply(white, keyed(many).redraw(1)), kept
+    )
+
+
+def test_the_second_transform_adds_clipped_noise_before_patches_go() -> None:
+    grey = torch.full((IMAGES, 1, 32, 32), 0.5)
+    rt2 = Rt2(kind="rt2", patch=2, missing=0.25, sigma=0.1)
+    damaged = rt2.apply(grey, keyed())
+    mask = Rt1(kind="rt1", patch=2, missing=0.25).apply(torch.ones_like(grey), keyed())
+    assert torch.equal(damaged == 0, mask == 0), "a missing patch is not empty"
+    noise = damaged[mask == 1] - 0.5
+    n = noise.numel()
+    assert abs(noise.mean()) < 5 * 0.1 / n**0.5
+    assert abs(noise.std() - 0.1) < 5 * 0.1 / (2 * n) ** 0.5
+    wild = Rt2(kind="rt2", patch=2, missing=0.25, sigma=2.0).apply(grey, keyed())
+    assert wild.min() == 0 and wild.max() == 1
+    assert 0.3 < (wild[mask == 1] == 1).float().mean() < 0.5
+
+
+def test_controls_compute_what_they_are_named_after() -> None:
+    x = pixels((1, 8, 8))
+    assert torch.equal(make("identity")(x), x)
+    assert torch.equal(make("threshold")(x), (x > 0.5).float())
+    assert torch.allclose(make("bit_depth")(x), (x * 3).round() / 3)
+    assert torch.allclose(make("bit_depth 8")(x), x, atol=1e-6), "8 bits are what a file has"
+    windows = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    window = windows[:, :, 2:5, 4:7].flatten(2).sort(2).values[:, :, 4]
+    assert torch.equal(make("median")(x)[:, :, 2, 4], window)
+    noise = make("gaussian_noise")(torch.full_like(x, 0.5), keyed()) - 0.5
+    assert abs(noise.std() - 0.1) < 0.02
