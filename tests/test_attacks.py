@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -279,9 +280,7 @@ def test_a_stochastic_defense_is_never_left_alone_after_one_lucky_draw(
         assert (spared.iterations[~spared.success] == effort).all()
 
 
-def test_the_least_margin_found_is_what_is_kept(
-    classifier: Classifier, test_set: ImageSet
-) -> None:
+def test_the_least_margin_found_is_what_is_kept(classifier: Classifier, test_set: ImageSet) -> None:
     """More tries, steps or restarts of the same attack never leave an image with more margin."""
     data = some(test_set, 60)
     defense = Defense(classifier, None).freeze()
@@ -300,7 +299,7 @@ def test_the_least_margin_found_is_what_is_kept(
             crafted = craft(make(name, **changes), defense, "full", data, LINF, 0, 60)
             margins.append(least_margin(defense, crafted))
             wrong.append(crafted.success)
-        for weak, strong in zip(range(len(values) - 1), range(1, len(values)), strict=True):
+        for weak, strong in pairwise(range(len(values))):
             robust = ~wrong[weak]
             assert wrong[strong][wrong[weak]].all(), (name, key)
             assert (margins[strong] <= margins[weak] + 1e-4)[robust].all(), (name, key)
@@ -333,7 +332,7 @@ def test_a_larger_ball_fools_no_fewer(classifier: Classifier, test_set: ImageSet
         ]
         clean = int((classifier(data.pixels()).argmax(1) != data.labels).sum())
         assert counts[0] <= clean + 1
-        steps = zip(counts, counts[1:], strict=False)
+        steps = pairwise(counts)
         # One step overshoots where it is large (FGSM), the others may not.
         assert all(b >= a - 1 for a, b in steps) or name == "fgsm"
         assert counts[-1] == 60 or name == "fgsm"

@@ -215,9 +215,7 @@ def test_eot_is_the_mean_over_draws_that_no_other_look_shares(
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("purifier", PURIFIERS)
-def test_folding_changes_nothing_but_the_time(
-    purifier: str, name: str, test_set: ImageSet
-) -> None:
+def test_folding_changes_nothing_but_the_time(purifier: str, name: str, test_set: ImageSet) -> None:
     x, _, draws = batch(test_set)
     defense = Defense(classifier_of(name), purifier_of(purifier)).freeze()
     before = deepcopy(defense.state_dict())

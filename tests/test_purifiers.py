@@ -1,6 +1,7 @@
 """Every purifier keeps the contract: images in, images out, each on its own, facts as declared."""
 
 import inspect
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -201,15 +202,14 @@ def test_skips_meet_the_shape_they_came_from(
 def test_every_second_block_is_skipped_to(blocks: int, skips: int) -> None:
     """Silencing a decoder block leaves a path to the output through every skip behind it."""
     net = autoencoder(blocks=blocks, strided=[]).build((1, 8, 8)).eval()
-    decoder = net.get_submodule("decoder")
+    blocks_of = [*net.get_submodule("decoder").children(), net.get_submodule("last")]
     x, found = torch.rand(1, 1, 8, 8), 0
-    for block in decoder.children():
-        hooks = [block.register_forward_hook(lambda m, i, o: torch.zeros_like(o))]
-        # Whatever comes after it is an identity, so that only skips can tell two images apart.
+    for silenced, following in pairwise(blocks_of):
         seen: list[Tensor] = []
-        following = [*decoder.children(), net.get_submodule("last")]
-        following = following[following.index(block) + 1 :][:1]
-        hooks += [b.register_forward_hook(lambda m, i, o: seen.append(i[0])) for b in following]
+        hooks = [
+            silenced.register_forward_hook(lambda module, args, out: torch.zeros_like(out)),
+            following.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0])),
+        ]
         net(x)
         net(1 - x)
         found += not torch.equal(seen[0], seen[1])

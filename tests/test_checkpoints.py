@@ -1,0 +1,305 @@
+"""A model folder gives back the very network that was saved, or says why it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from components.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    ModelCard,
+    build,
+    fingerprint,
+    load,
+    load_purifier,
+    read_card,
+    save,
+    state_digest,
+)
+from components.classifiers import ClassifierConfig
+from components.draws import Draws
+from components.purifiers import PurifierConfig
+from components.shards import MANIFEST, DataError, sha256
+
+AUTOENCODER = {
+    "kind": "conv_autoencoder", "blocks": 4, "width": 4, "strided": [2], "residual": "none",
+}  # fmt: skip
+RT2 = {"kind": "rt2", "patch": 2, "missing": 0.25, "sigma": 0.1}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small_cnn": ("classifier", {"kind": "small_cnn", "width": 4}),
+    "resnet": ("classifier", {"kind": "resnet", "depth": 8, "width": 4}),
+    "resnet18": ("classifier", {"kind": "resnet18", "width": 4}),
+    "conv_autoencoder": ("purifier", AUTOENCODER),
+    "random_transform": (
+        "purifier",
+        {"kind": "random_transform", "transform": RT2, "inner": AUTOENCODER},
+    ),
+    "identity": ("purifier", {"kind": "identity"}),
+    "gaussian_noise": ("purifier", {"kind": "gaussian_noise", "sigma": 0.1}),
+    "bit_depth": ("purifier", {"kind": "bit_depth", "bits": 3}),
+    "median": ("purifier", {"kind": "median", "size": 3}),
+    "threshold": ("purifier", {"kind": "threshold", "at": 0.5}),
+}
+EVERY = pytest.mark.parametrize("name", MODELS)
+IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def card_of(name: str, **changes: Any) -> ModelCard:
+    family, model = MODELS[name]
+    facts: dict[str, Any] = {
+        "format": 1,
+        "family": family,
+        "model": model,
+        "shape": [1, 8, 8],
+        "class_names": [str(digit) for digit in range(10)],
+        "provenance": {"trained_on": "nothing"},
+    }
+    return ModelCard(**{**facts, **changes})
+
+
+def trained(name: str, seed: int = 0) -> nn.Module:
+    """Return a network whose buffers are not those it was born with."""
+    torch.manual_seed(seed)
+    module = build(card_of(name))
+    with torch.no_grad():
+        module.train()(IMAGES)
+    if name in ("small_cnn", "resnet", "resnet18"):
+        module.get_buffer("mean").fill_(0.3)
+    return module.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "model", trained("small_cnn"), card_of("small_cnn"))
+    return tmp_path / "model"
+
+
+def test_the_table_has_every_kind() -> None:
+    kinds = set()
+    for union in (ClassifierConfig, PurifierConfig):
+        for member in get_args(get_args(union)[0]):
+            kinds |= set(get_args(member.model_fields["kind"].annotation))
+    assert kinds == set(MODELS)
+
+
+@EVERY
+def test_what_is_loaded_answers_to_the_bit_as_what_was_saved(name: str, tmp_path: Path) -> None:
+    module, draws = trained(name), Draws(0, "score", torch.arange(12))
+    save(tmp_path / "model", module, card_of(name))
+    loaded = load(tmp_path / "model")
+    noise = (draws,) if MODELS[name][0] == "purifier" else ()
+    assert torch.equal(loaded(IMAGES, *noise), module(IMAGES, *noise))
+    assert state_digest(loaded) == state_digest(module)
+    assert not any(m.training for m in loaded.modules())
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(load(str(tmp_path / "model"))(IMAGES, *noise), module(IMAGES, *noise))
+
+
+@EVERY
+def test_a_folder_holds_no_pickle_and_nothing_of_the_machine(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "model", trained(name), card_of(name))
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == sorted([CONFIG, WEIGHTS, MANIFEST])
+    json.loads((tmp_path / "model" / CONFIG).read_text())
+    json.loads((tmp_path / "model" / MANIFEST).read_text())
+    weights = (tmp_path / "model" / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    tensors = {k: v for k, v in json.loads(weights[8:header]).items() if k != "__metadata__"}
+    values = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    assert header + values == len(weights), "more than a header and numbers"
+    for path in (tmp_path / "model").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+@EVERY
+def test_equal_weights_are_equal_bytes(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "one", trained(name), card_of(name))
+    save(tmp_path / "two", trained(name), card_of(name))
+    for file in (CONFIG, WEIGHTS, MANIFEST):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
+
+
+def test_weights_that_lie_otherwise_in_memory_are_equal_bytes(tmp_path: Path) -> None:
+    module = trained("resnet")
+    save(tmp_path / "one", module, card_of("resnet"))
+    save(tmp_path / "two", module.to(memory_format=torch.channels_last), card_of("resnet"))
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+
+
+def test_the_fingerprint_changes_with_weights_and_with_the_card(tmp_path: Path) -> None:
+    cards = [card_of("small_cnn"), card_of("small_cnn", provenance={"trained_on": "something"})]
+    prints = set()
+    for index, (seed, card) in enumerate(((0, cards[0]), (1, cards[0]), (0, cards[1]))):
+        save(tmp_path / str(index), trained("small_cnn", seed), card)
+        prints.add(fingerprint(tmp_path / str(index)))
+    assert len(prints) == 3
+
+
+def test_the_digest_of_a_state_covers_buffers_and_names() -> None:
+    module = trained("small_cnn")
+    digest = state_digest(module)
+    assert digest == state_digest(trained("small_cnn"))
+    module.get_buffer("network.1.running_mean").add_(1e-6)
+    assert state_digest(module) != digest
+    one, other = nn.Module(), nn.Module()
+    one.register_buffer("a", torch.ones(2))
+    other.register_buffer("b", torch.ones(2))
+    assert state_digest(one) != state_digest(other)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_every_altered_byte_is_refused(file: str, folder: Path) -> None:
+    content = (folder / file).read_bytes()
+    for place in torch.randint(len(content), (40,)).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (folder / file).write_bytes(damaged)
+        for reader in (load, read_card, fingerprint):
+            with pytest.raises(DataError, match=f"{file} was altered since it was written"):
+                reader(folder)
+    (folder / file).write_bytes(content[:-1])
+    with pytest.raises(DataError, match="altered"):
+        load(folder)
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_an_altered_manifest_is_refused_or_harmless(bit: int, folder: Path) -> None:
+    """Whatever byte of it: a DataError and nothing else, or the very same weights."""
+    content = (folder / MANIFEST).read_bytes()
+    digest = state_digest(load(folder))
+    refused = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        (folder / MANIFEST).write_bytes(damaged)
+        try:
+            assert state_digest(load(folder)) == digest
+        except DataError:
+            refused += 1
+    assert refused > 120, "two digests of 64 digits stand there"
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_missing_file_is_named(file: str, folder: Path) -> None:
+    (folder / file).unlink()
+    with pytest.raises(DataError, match=f"no finished model folder.*{file} is missing"):
+        load(folder)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished model folder"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("listed", ["[]", "{}", '{"files": [{}]}', '{"files": 3}', "nonsense", ""])
+def test_a_manifest_of_another_form_is_refused(listed: str, folder: Path) -> None:
+    (folder / MANIFEST).write_text(listed)
+    with pytest.raises(DataError, match="no model folder of this version"):
+        load(folder)
+
+
+def test_a_manifest_must_vouch_for_both_files(folder: Path) -> None:
+    """Else an altered file passes for want of a digest to compare it with."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for left_out in (CONFIG, WEIGHTS):
+        files = [file for file in manifest["files"] if file["path"] != left_out]
+        (folder / MANIFEST).write_text(json.dumps({"files": files}))
+        with pytest.raises(DataError):
+            load(folder)
+
+
+def rewrite(folder: Path, card: dict[str, Any]) -> None:
+    """Replace the card and make the manifest agree, as somebody with an editor would."""
+    (folder / CONFIG).write_text(json.dumps(card))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for file in manifest["files"]:
+        file["sha256"] = sha256(folder / file["path"])
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_weights_of_another_architecture_are_refused_and_named(folder: Path) -> None:
+    card = json.loads((folder / CONFIG).read_text())
+    rewrite(folder, {**card, "model": {"kind": "small_cnn", "width": 8}})
+    with pytest.raises(DataError, match=r"network\.0\.weight: config \(8, 1, 3, 3\), weights \(4,"):
+        load(folder)
+    rewrite(folder, {**card, "model": {"kind": "resnet", "depth": 8, "width": 4}})
+    with pytest.raises(DataError, match=r"does not fit its config: .*config \(.*weights None"):
+        load(folder)
+    rewrite(folder, {**card, "class_names": ["a", "b", "c"]})
+    with pytest.raises(DataError, match=r"network\.10\.weight: config \(3, 64\), weights \(10, 64"):
+        load(folder)
+    rewrite(folder, {**card, "shape": [1, 28, 28]})
+    with pytest.raises(DataError, match=r"network\.10\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"kind": "vgg"}}, "describes no network of ours"),
+        ({"model": {"kind": "resnet", "depth": 9, "width": 4}}, "not 6n"),
+        ({"model": {"kind": "small_cnn", "width": 4, "depth": 3}}, "describes no network of ours"),
+        ({"family": "detector"}, "no model folder of this version"),
+        ({"format": 2}, "no model folder of this version"),
+        ({"family": "purifier"}, "describes no network of ours"),
+        ({"shape": [1, 8]}, "describes no network of ours"),
+    ],
+)
+def test_a_card_that_describes_nothing_is_refused(
+    change: dict[str, Any], said: str, folder: Path
+) -> None:
+    card = json.loads((folder / CONFIG).read_text())
+    rewrite(folder, {**card, **change})
+    with pytest.raises(DataError, match=said):
+        load(folder)
+
+
+def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds a classifier, but a purifier is needed"):
+        load_purifier(folder)
+    save(tmp_path / "purifier", trained("conv_autoencoder"), card_of("conv_autoencoder"))
+    assert load_purifier(tmp_path / "purifier")(IMAGES).shape == IMAGES.shape
+
+
+# Serving: torch, safetensors and `components` are all it takes
+
+SERVING = """
+import sys
+for name in ("ray", "dvc", "mlflow", "ruamel", "ruamel.yaml", "yaml", "pipelines"):
+    sys.modules[name] = None
+import torch
+from components.checkpoints import load
+
+purifier = load(sys.argv[1])
+theirs = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+images = torch.rand(5, 1, 8, 8)
+cleaned = purifier(images)
+assert cleaned.shape == images.shape and cleaned.min() >= 0 and cleaned.max() <= 1
+assert theirs(cleaned).shape == (5, 3)
+assert not torch.equal(cleaned, images)
+again = purifier(images)
+assert torch.equal(again, cleaned) != purifier.stochastic, "served noise is fresh"
+loaded = [n for n in ("ray", "dvc", "mlflow", "pipelines") if sys.modules.get(n) is not None]
+assert not loaded, loaded
+print("served")
+"""
+
+
+@pytest.mark.parametrize("name", ["conv_autoencoder", "random_transform"])
+def test_a_purifier_is_served_without_ray_dvc_or_mlflow(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "model", trained(name), card_of(name))
+    command = [sys.executable, "-c", SERVING, str(tmp_path / "model")]
+    repository = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "served"

@@ -1,0 +1,309 @@
+"""Counting: published intervals, brute force for the rules, a random defense with known worth."""
+
+import itertools
+from collections.abc import Iterator
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from components.defense import Defense
+from components.draws import Draws
+from components.evaluation import (
+    Score,
+    count_correct,
+    holm,
+    majority_of,
+    more_fooled,
+    summarise,
+    wilson,
+    worst,
+    worst_of,
+)
+from components.purifiers import Purifier
+from components.purifiers.controls import GaussianNoise
+
+
+class Along(nn.Module):
+    """Logits of the mean pixel less a threshold: class 1 above it, class 0 below."""
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(threshold), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = x.flatten(1).mean(1) - self.threshold
+        return torch.stack([-value, value], 1)
+
+
+class Fixed(nn.Module):
+    """The logits it is told, one row per image of a batch that is as long."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[(x.flatten(1)[:, 0] * 255).round().long()]
+
+
+class Coin(Purifier):
+    """Blackens an image with the chance that its first pixel names."""
+
+    stochastic = True
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        toss = draws.uniform((1, 1, 1), "toss")
+        return torch.where(toss < x[:, :, :1, :1], torch.zeros_like(x), torch.ones_like(x))
+
+
+def score(draws: int, select: list[int], scored: list[int]) -> Score:
+    return Score(draws, np.array(select, dtype=np.int64), np.array(scored, dtype=np.int64))
+
+
+# Intervals and tests
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (0, 500, 0.0, 0.0076),
+        (250, 500, 0.4563, 0.5437),
+        (500, 500, 0.9924, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (256, 512, 0.4569, 0.5431),
+    ],
+)
+def test_wilson_gives_the_published_intervals(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_solves_its_equation() -> None:
+    """The ends are where the share lies 1.96 standard deviations of the end away."""
+    for share, n in ((0.1, 40), (0.63, 500), (0.97, 77)):
+        for end in wilson(share, n):
+            assert abs(share - end) == pytest.approx(1.959964 * sqrt(end * (1 - end) / n), rel=1e-6)
+    assert wilson(0.5, 0) == (0.0, 1.0)
+
+
+def test_a_summary_counts_images_and_not_draws() -> None:
+    shares = np.array([1.0, 0.5, 0.0, 0.5])
+    low, high = wilson(0.5, 4)
+    assert summarise(shares) == {"accuracy": 0.5, "low": low, "high": high, "n": 4}
+    nobody = {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    assert summarise(np.array([])) == nobody
+
+
+def test_the_sign_test_by_hand() -> None:
+    """Heads in at least 8 of 10 tosses: (45 + 10 + 1) / 1024."""
+    reference = np.ones(30)
+    suspect = np.ones(30)
+    suspect[:8] = 0
+    reference[28:] = 0
+    assert more_fooled(suspect, reference) == pytest.approx(56 / 1024)
+    assert more_fooled(reference, suspect) == pytest.approx(1 - 11 / 1024)
+    assert more_fooled(suspect, suspect) == 1.0
+    one = np.array([0.5, 1.0])
+    assert more_fooled(one, np.array([0.6, 1.0])) == 0.5, "shares differ, however little"
+    strong = np.zeros(1000)
+    assert more_fooled(strong, np.ones(1000)) == pytest.approx(0.5**1000)
+
+
+def test_holm_by_hand() -> None:
+    """Smallest times 4, next times 3 and not below the one before, and so on; at most 1."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([0.02, 0.011]) == pytest.approx([0.022, 0.022])
+    assert holm([0.2]) == [0.2] and holm([]) == []
+
+
+# Rules over draws
+
+
+def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
+    scores = {
+        "clean": score(4, [4, 4, 2, 0], [4, 3, 1, 4]),
+        "pgd": score(4, [1, 4, 2, 3], [2, 0, 0, 0]),
+        "apgd": score(4, [0, 4, 1, 3], [3, 0, 4, 0]),
+    }
+    chosen, found = worst(scores, ["clean", "pgd", "apgd"])
+    assert chosen == ["apgd", "clean", "apgd", "clean"]
+    assert found.score.tolist() == [3, 3, 4, 4], "the score of what was chosen, not the least"
+    assert found.select.tolist() == [0, 4, 1, 0] and found.draws == 4
+    assert found.share().tolist() == [0.75, 0.75, 1.0, 1.0]
+
+
+def test_ties_go_to_the_first_in_order() -> None:
+    scores = {
+        "a": score(2, [1, 0], [1, 1]),
+        "b": score(2, [1, 0], [2, 2]),
+        "c": score(2, [1, 1], [0, 0]),
+    }
+    for order in itertools.permutations("abc"):
+        chosen, _ = worst(scores, list(order))
+        assert chosen[0] == order[0]
+        assert chosen[1] == next(name for name in order if name != "c")
+
+
+def test_entries_of_one_draw_are_compared_by_share() -> None:
+    scores = {"many": score(32, [31, 1], [30, 2]), "one": score(1, [1, 0], [1, 0])}
+    chosen, found = worst(scores, ["many", "one"])
+    assert chosen == ["many", "one"] and found.draws == 32
+    assert found.score.tolist() == [30, 0]
+
+
+def subsets(right: int, draws: int, tries: int) -> Iterator[tuple[bool, ...]]:
+    outcomes = [True] * right + [False] * (draws - right)
+    return itertools.combinations(outcomes, tries)
+
+
+@pytest.mark.parametrize("tries", [1, 2, 3, 4, 7])
+def test_retries_are_what_enumeration_gives(tries: int) -> None:
+    draws = 7
+    every = score(draws, [0] * 8, list(range(8)))
+    for right, none_wrong, majority in zip(
+        range(8), worst_of(every, tries), majority_of(every, tries), strict=True
+    ):
+        cases = list(subsets(right, draws, tries))
+        assert none_wrong == pytest.approx(np.mean([all(case) for case in cases]))
+        votes = [sum(case) > tries / 2 for case in cases]
+        assert majority == pytest.approx(np.mean(votes)), "a tie is no majority"
+
+
+def test_one_draw_is_its_own_worst_and_majority() -> None:
+    one = score(1, [1, 0], [1, 0])
+    assert worst_of(one, 10).tolist() == majority_of(one, 10).tolist() == [1.0, 0.0]
+
+
+# Counting answers
+
+
+def test_counting_agrees_with_a_loop_and_with_any_batch() -> None:
+    images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels, ids = torch.arange(30) % 2, torch.arange(30) * 5
+    noise = GaussianNoise(kind="gaussian_noise", sigma=0.3).build((1, 4, 4))
+    defense = Defense(Along(), noise).freeze()
+    counts = count_correct(defense, images, labels, ids, 3, "score", 8, 30)
+    by_hand = [
+        sum(
+            int(defense(images[[i]], Draws(3, "score", ids[[i]], draw)).argmax()) == labels[i]
+            for draw in range(8)
+        )
+        for i in range(30)
+    ]
+    assert counts.tolist() == by_hand and counts.dtype == np.int64
+    for batch in (1, 7, 100):
+        again = count_correct(defense, images, labels, ids, 3, "score", 8, batch)
+        assert again.tolist() == counts.tolist()
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    shuffled = count_correct(defense, images[order], labels[order], ids[order], 3, "score", 8, 9)
+    assert shuffled.tolist() == counts[order.numpy()].tolist()
+
+
+def test_roles_and_seeds_count_under_other_noise() -> None:
+    images, labels, ids = torch.full((200, 1, 2, 2), 0.5), torch.ones(200).long(), torch.arange(200)
+    defense = Defense(Along(), Coin()).freeze()
+    counts = {
+        key: tuple(count_correct(defense, images, labels, ids, key[1], key[0], 8, 200).tolist())
+        for key in (("score", 0), ("select", 0), ("clean", 0), ("attack", 0), ("score", 1))
+    }  # type: ignore[arg-type]
+    assert len(set(counts.values())) == 5
+
+
+def test_a_deterministic_defense_is_asked_once() -> None:
+    class Counting(Along):
+        asked = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).asked += 1
+            return super().forward(x)
+
+    images = torch.tensor([0.2, 0.9]).view(2, 1, 1, 1)
+    defense = Defense(Counting(), None).freeze()
+    counts = count_correct(
+        defense, images, torch.tensor([0, 0]), torch.arange(2), 0, "score", 32, 2
+    )
+    assert counts.tolist() == [32, 0] and Counting.asked == 1
+
+
+def test_the_known_accuracy_of_a_random_defense_is_counted() -> None:
+    """Image i is right with chance 1 - p_i: each count is binomial, and so is their sum."""
+    chances = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]).repeat(200)
+    images = chances.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    ids, draws = torch.arange(1000), 32
+    defense = Defense(Along(), Coin()).freeze()
+    counts = count_correct(defense, images, torch.ones(1000).long(), ids, 0, "score", draws, 128)
+    for chance in chances.unique().tolist():
+        found = counts[(chances == chance).numpy()]
+        n = 200 * draws
+        assert abs(found.sum() - n * (1 - chance)) <= 4 * sqrt(n * chance * (1 - chance))
+    spread = counts[(chances == 0.5).numpy()].var() / (draws / 4)
+    assert 0.6 < spread < 1.5, "draws of an image are not independent"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_wrong(bad: float) -> None:
+    rows = torch.tensor([[bad, 0.0], [0.0, bad], [1.0, 0.0], [bad, bad]])
+    images = (torch.arange(4) / 255).view(4, 1, 1, 1)
+    for label in (0, 1):
+        counts = count_correct(
+            Defense(Fixed(rows), None).freeze(), images, torch.full((4,), label), torch.arange(4),
+            0, "score", 1, 4,
+        )  # fmt: skip
+        assert counts.tolist() == [0, 0, int(label == 0), 0]
+
+
+# The headline, end to end, where it can be computed
+
+
+def test_the_headline_of_a_noisy_defense_is_its_closed_form() -> None:
+    """Mean pixel m behind noise of deviation s over n pixels: right with chance
+    Phi((m - threshold) sqrt(n) / s). The worst of two sets is the nearer one to the threshold,
+    and since noise that selects does not score, the headline is its mean chance.
+    """
+    count, pixels, sigma = 3000, 16, 0.1
+    defense = Defense(
+        Along(), GaussianNoise(kind="gaussian_noise", sigma=sigma).build((1, 4, 4))
+    ).freeze()
+    means = torch.linspace(0.5, 0.6, count)
+    ids, labels = torch.arange(count), torch.ones(count).long()
+
+    def counted(shift: float, role: str) -> tuple[Score, Tensor]:
+        images = (means - shift).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+        select, scored = (
+            count_correct(defense, images, labels, ids, 0, r, 32, 1000)  # type: ignore[arg-type]
+            for r in ("select", role)
+        )
+        chance = torch.special.ndtr((means - shift - 0.5).double() * sqrt(pixels) / sigma)
+        return Score(32, select, scored), chance
+
+    clean, chance_clean = counted(0.0, "clean")
+    attacked, chance_attacked = counted(0.02, "score")
+    for found, chance in ((clean, chance_clean), (attacked, chance_attacked)):
+        deviation = (chance * (1 - chance)).sum().sqrt().item() / count / sqrt(32)
+        assert abs(found.share().mean() - chance.mean().item()) < 3 * deviation
+    chosen, headline = worst({"clean": clean, "attack": attacked}, ["clean", "attack"])
+    picked = torch.tensor([name == "attack" for name in chosen])
+    expected = torch.where(picked, chance_attacked, chance_clean)
+    deviation = (expected * (1 - expected)).sum().sqrt().item() / count / sqrt(32)
+    assert abs(headline.share().mean() - expected.mean().item()) < 3 * deviation
+    assert picked[means < 0.52].all(), "where both are often wrong, the attack is worse"
+
+
+def test_noise_that_selects_does_not_score() -> None:
+    """Ten attacks of equal worth: the least of ten counts is far below what they are worth, and
+    the headline is not.
+    """
+    rng = np.random.default_rng(0)
+    names = [f"attack {k}" for k in range(10)]
+    scores = {n: Score(32, rng.binomial(32, 0.6, 2000), rng.binomial(32, 0.6, 2000)) for n in names}
+    chosen, headline = worst(scores, names)
+    assert set(chosen) == set(names)
+    assert abs(headline.share().mean() - 0.6) < 4 * sqrt(0.24 / 2000 / 32)
+    assert (headline.select / 32).mean() < 0.5
