@@ -109,8 +109,8 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     attacked = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
     unseen = Defense(load(plan.unseen, device), defense.purifier).freeze()
     behind = (
-        _score(unseen, pixels, some, plan, CLEAN),
-        _score(unseen, attacked, some, plan, "worst"),
+        _once(unseen, pixels, some, plan, "clean"),
+        _once(unseen, attacked, some, plan, "score"),
     )
     findings += _recorded(entry, plan)
     findings.append(checks.unchanged(before, state_digest(defense), defense.training))
@@ -229,15 +229,22 @@ def describe(name: str, found: Mapping[str, Any], threat: Mapping[str, Any]) -> 
 
 
 def _score(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, name: str) -> Score:
-    draws = plan.scoring.score_draws if defense.stochastic else 1
-    select = plan.scoring.select_draws if defense.stochastic else 1
+    draws, select = plan.scoring.score_draws, plan.scoring.select_draws
     labels, ids = images.labels, images.ids
-    role: Role = "clean" if name == CLEAN else "score"
-    counted = count_correct(defense, x, labels, ids, plan.seed, role, draws, plan.batch)
+    scored = _once(defense, x, images, plan, "clean" if name == CLEAN else "score")
     if not defense.stochastic:
-        return Score(1, counted, counted)
+        return scored
     chosen = count_correct(defense, x, labels, ids, plan.seed, "select", select, plan.batch)
-    return Score(draws, chosen * draws // select, counted)
+    return Score(draws, chosen * draws // select, scored.score)
+
+
+def _once(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, role: Role) -> Score:
+    """Count under one role alone: nothing is chosen by it."""
+    draws = plan.scoring.score_draws if defense.stochastic else 1
+    counted = count_correct(
+        defense, x, images.labels, images.ids, plan.seed, role, draws, plan.batch
+    )
+    return Score(draws, counted, counted)
 
 
 def _counted(

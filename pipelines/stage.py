@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from pipelines.tracking import ROOT, Registration, Tracker, lock
 
 TIMINGS = Path("reports/timings.json")
 SCHEMA = 1
+STOPPED = threading.Event()
+INTERRUPTED = "interrupted; the same command goes on from where it was"
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
         "cluster", "params", "progress", "stage", "tracking",
@@ -88,7 +91,7 @@ def main(module_name: str, argv: Sequence[str] | None = None) -> int:
     try:
         _execute(module, options)
     except Interrupted:
-        return _say("interrupted; the same command goes on from the last checkpoint", 130)
+        return _say(INTERRUPTED, 130)
     except ConfigError as error:
         return _say(str(error), 2)
     except DataError as error:
@@ -100,6 +103,8 @@ def main(module_name: str, argv: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         return _say(f"{type(error).__name__}: {error}", 4)
     except Exception as error:
+        if STOPPED.is_set():  # Ray's compiled code turns our exception into one of its own.
+            return _say(INTERRUPTED, 130)
         ROOT.mkdir(exist_ok=True)
         (ROOT / "last_error.txt").write_text(traceback.format_exc())
         first = (str(error).strip().splitlines() or [""])[0][:300]
@@ -250,6 +255,7 @@ def _remove(path: Path) -> None:
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     # A second signal ends at once.
+    STOPPED.set()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Interrupted

@@ -116,7 +116,7 @@ def test_depth_counts_the_layers_that_learn(depth: int, convolutions: int) -> No
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 1
 
 
-@pytest.mark.parametrize("depth", [2, 7, 9, 18, 55, -4, 0])
+@pytest.mark.parametrize("depth", [2, 7, 9, 11, 18, 55, -4, 0])
 def test_a_depth_that_is_no_resnet_is_refused_with_a_sentence(depth: int) -> None:
     with pytest.raises(ValidationError, match=f"depth {depth} is not 6n\\+2"):
         TypeAdapter(ClassifierConfig).validate_python(

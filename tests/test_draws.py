@@ -117,6 +117,15 @@ def test_normal_noise_is_normal_to_the_tails() -> None:
     assert noise.isfinite().all() and noise.abs().max() < 9
 
 
+@pytest.mark.parametrize("bits", [-1, 0, 2**63 - 1, -(2**63)])
+def test_noise_is_sound_for_whatever_bits_come(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest uniform number stays below 1, and no normal one is infinite."""
+    monkeypatch.setattr(Draws, "_bits", lambda draws, count, use: torch.full((1, count), bits))
+    draws = Draws(0, "score", torch.tensor([1]))
+    assert 0 <= draws.uniform((1,), "use").item() < 1
+    assert draws.normal((1,), "use").isfinite().all() and draws.normal((1,), "use").abs() < 9
+
+
 def kolmogorov(values: Tensor) -> float:
     """Return sqrt(n) times the Kolmogorov-Smirnov distance to the uniform distribution."""
     n = len(values)

@@ -290,5 +290,7 @@ def test_controls_compute_what_they_are_named_after() -> None:
     windows = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
     window = windows[:, :, 2:5, 4:7].flatten(2).sort(2).values[:, :, 4]
     assert torch.equal(make("median")(x)[:, :, 2, 4], window)
+    corner = x[:, 0, [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 1, 0, 0, 1]]
+    assert torch.equal(make("median")(x)[:, 0, 0, 0], corner.median(1).values), "edges repeat"
     noise = make("gaussian_noise")(torch.full_like(x, 0.5), keyed()) - 0.5
     assert abs(noise.std() - 0.1) < 0.02
