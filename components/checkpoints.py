@@ -91,16 +91,22 @@ def load_purifier(folder: Path, device: str = "cpu") -> Purifier:
 def read_card(folder: Path) -> ModelCard:
     """Return the card of a model folder whose files are as they were written, else DataError."""
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
-        for file in listed:
-            if sha256(folder / file["path"]) != file["sha256"]:
-                raise DataError(f"{folder / file['path']} was altered since it was written")
+        listed = {
+            file["path"]: file["sha256"]
+            for file in json.loads((folder / MANIFEST).read_bytes())["files"]
+        }
+        if set(listed) != {CONFIG, WEIGHTS}:
+            raise DataError(f"{folder / MANIFEST} must vouch for {CONFIG} and {WEIGHTS}")
+        for name, digest in listed.items():
+            if sha256(folder / name) != digest:
+                raise DataError(f"{folder / name} was altered since it was written")
         return ModelCard.model_validate_json((folder / CONFIG).read_bytes())
+    except DataError:
+        raise
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} is no finished model folder: {error.filename} is missing"
-        ) from None
-    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as error:
+        lost = f"{error.filename} is missing"
+        raise DataError(f"{folder} is no finished model folder: {lost}") from None
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is no model folder of this version: {error}") from None
 
 

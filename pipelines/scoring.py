@@ -254,6 +254,8 @@ def _counted(
     clean = scores[CLEAN]
 
     def masked(name: str, score: Score) -> Score:
+        if name == CLEAN:
+            return score
         here = inside[name]
         select: Counts = np.where(here, score.select, clean.select)
         return Score(score.draws, select, np.where(here, score.score, clean.score))

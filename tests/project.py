@@ -42,8 +42,10 @@ def tiny() -> dict:
         "inner": params["purifiers"]["normal_teacher"]["model"],
     }
     params["classifiers"]["standard"]["training"] |= {"epochs": 8}
-    params["attacks"]["apgd_t"] |= {"steps": 5, "targets": 2}
-    params["attacks"]["apgd_ce"] |= {"steps": 10}
+    params["attacks"]["apgd_t"] |= {"steps": 10, "targets": 2}
+    params["attacks"]["apgd_ce"] |= {"steps": 30}
+    params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}
+    params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["square"] |= {"queries": 20}
     params["scoring"] = {"select_draws": 4, "score_draws": 4, "shown": 2}
     return params
@@ -78,7 +80,7 @@ def run(folder: Path, *command: str, **environment: str) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def stage(folder: Path, name: str, **options: str) -> tuple[int, str]:
+def stage(folder: Path, module: str, /, **options: str) -> tuple[int, str]:
     """Run one stage as its DVC command would."""
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    return run(folder, sys.executable, "-m", f"pipelines.{name}", *arguments)
+    return run(folder, sys.executable, "-m", f"pipelines.{module}", *arguments)

@@ -95,8 +95,8 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
     sets = reproduced / ".limpid/sets"
     before = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     params = project.tiny()
-    params["attacks"]["pgd5"] = {**params["attacks"]["pgd"], "steps": 5}
-    params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd5"]}
+    params["attacks"]["pgd3"] = {**params["attacks"]["pgd"], "steps": 3}
+    params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd3"]}
     project.write_params(reproduced, params)
     code, printed = project.stage(
         reproduced, "generate_baseline", name="none", test="data/test",
@@ -108,7 +108,7 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
     assert all(after[path] == when for path, when in before.items())
     assert len(after) - len(before) == 2  # two parts of one set
     assert sorted(path.name for path in (reproduced / "again/full").iterdir()) == [
-        "fgsm", "pgd", "pgd5",
+        "fgsm", "pgd", "pgd3",
     ]  # fmt: skip
 
 
