@@ -163,13 +163,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_noise(
     if name == "square" and stochastic:
         pytest.skip("refused, see below")
     defense = Defense(classifier, Noisy() if stochastic else None).freeze()
-    data = some(test_set)
-    one = craft(make(name), defense, "full", data, LINF, 0, 40)
+    data = some(test_set, 16)
+    one = craft(make(name), defense, "full", data, LINF, 0, 16)
     torch.manual_seed(99)
-    again = craft(make(name), defense, "full", data, LINF, 0, 40)
+    again = craft(make(name), defense, "full", data, LINF, 0, 16)
     for field in fields(Crafted):
         assert torch.equal(getattr(one, field.name), getattr(again, field.name))
-    other = craft(make(name), defense, "full", data, LINF, 1, 40)
+    other = craft(make(name), defense, "full", data, LINF, 1, 16)
     seeded = stochastic or name not in ("fgsm", "bim", "cw_l2")
     assert torch.equal(one.images, other.images) != seeded
 
@@ -181,10 +181,10 @@ def test_an_image_is_attacked_on_its_own(
 ) -> None:
     """Whatever the order and the size of the batches. In float64, where rounding has no say."""
     defense = Defense(Precise(classifier), Noisy() if stochastic else None).freeze()
-    data = some(test_set)
-    whole = craft(make(name), defense, "full", data, LINF, 0, 40)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    for batch in (40, 17):
+    data = some(test_set, 24)
+    whole = craft(make(name), defense, "full", data, LINF, 0, 24)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    for batch in (24, 10):
         shuffled = craft(make(name), defense, "full", data[order], LINF, 0, batch)
         assert torch.equal(shuffled.ids, whole.ids[order])
         assert torch.allclose(shuffled.images, whole.images[order], rtol=0, atol=1e-5)
@@ -196,10 +196,10 @@ def test_an_image_is_attacked_on_its_own(
 def test_the_order_of_a_batch_changes_no_byte(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    defense, data = Defense(classifier, Noisy()).freeze(), some(test_set)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    whole = craft(make(name), defense, "full", data, LINF, 0, 40)
-    shuffled = craft(make(name), defense, "full", data[order], LINF, 0, 40)
+    defense, data = Defense(classifier, Noisy()).freeze(), some(test_set, 24)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    whole = craft(make(name), defense, "full", data, LINF, 0, 24)
+    shuffled = craft(make(name), defense, "full", data[order], LINF, 0, 24)
     assert torch.equal(shuffled.images, whole.images[order])
 
 
@@ -253,6 +253,23 @@ def test_logits_that_are_not_numbers_count_as_fooled(
     assert crafted.success.all()
 
 
+@pytest.mark.parametrize("name", ["noise", "pgd", "apgd_ce", "apgd_t"])
+def test_an_image_where_logits_stop_being_numbers_is_kept(name: str) -> None:
+    """Random starts find it, and no image with an ordinary margin is preferred to it."""
+
+    class Broken(Constant):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).where(x.mean((1, 2, 3))[:, None] < 0.505, torch.nan)
+
+    grey = torch.full((30, 1, 4, 4), 128, dtype=torch.uint8)
+    data = ImageSet(grey, torch.zeros(30).long(), torch.arange(30), tuple("0123"))
+    changes = {"noise": {"tries": 40}, "apgd_t": {"targets": 3}, "pgd": {"restarts": 40}}
+    attack = make(name, **{"apgd_ce": {"restarts": 40}, **changes}[name])
+    defense = Defense(Broken([4.0, 3.0, 2.0, 1.0]), None).freeze()
+    crafted = craft(attack, defense, "full", data, LINF, 0, 30)
+    assert crafted.success.float().mean() > (0.8 if name == "apgd_t" else 0.99)
+
+
 @EVERY
 def test_tied_logits_stop_no_attack(name: str, test_set: ImageSet) -> None:
     """Equal logits have margin 0: not right beyond doubt, so no attack has work left to do."""
@@ -278,6 +295,25 @@ def test_a_stochastic_defense_is_never_left_alone_after_one_lucky_draw(
         if effort > 1:
             assert spared.iterations[spared.success].float().mean() < 0.75 * effort
         assert (spared.iterations[~spared.success] == effort).all()
+
+
+@PER_IMAGE
+def test_no_two_looks_share_their_noise(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Draw 0 alone is met again: it ranks the target classes, and judges what is returned."""
+    seen: list[int] = []
+
+    class Listening(Noisy):
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            assert draws is not None and draws.role == "attack"
+            seen.append(draws.draw)
+            return super().purify(x, draws)
+
+    defense = Defense(classifier, Listening()).freeze()
+    craft(make(name), defense, "full", some(test_set, 8), LINF, 0, 8)
+    later = [draw for draw in seen if draw]
+    assert len(later) == len(set(later)) == max(seen)
 
 
 def test_the_least_margin_found_is_what_is_kept(classifier: Classifier, test_set: ImageSet) -> None:
@@ -421,6 +457,52 @@ def test_on_a_linear_model_attacks_find_the_exact_robust_accuracy(
     assert found == pytest.approx(0.5, abs=tolerance)
 
 
+def test_every_class_is_aimed_at_in_turn() -> None:
+    """The runner-up has the weights of the true class, so nothing leads there; the next does."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(90, 166, (50, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    weight, bias = torch.zeros(4, 36), torch.tensor([1.0, 0.9, 0.5, -3.0])
+    weight[2] = torch.randn(36, generator=generator)
+    bias[2] -= (weight[2] * 128 / 255).sum()
+    model, labels = Linear(weight, bias), torch.zeros(50).long()
+    data = ImageSet(images, labels, torch.arange(50), tuple("abcd"))
+    ranks = model(data.pixels()).argsort(1, descending=True)
+    data = data[(ranks[:, 0] == 0) & (ranks[:, 1] == 1) & (ranks[:, 2] == 2)]
+    assert len(data) > 5
+    wide = Linf(norm="linf", eps_255=40.0)
+    counts = [
+        fooled(craft(make("apgd_t", targets=n), Defense(model, None), "full", data, wide, 0, 50))
+        for n in (1, 2)
+    ]
+    assert counts[0] < len(data) / 2 and counts[1] == len(data)
+
+
+def test_apgd_shortens_its_steps_where_long_ones_overshoot() -> None:
+    """Only a small cube around a hidden point inside the ball fools this model; its gradient leads
+    there, but steps of fixed length jump over it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(90, 166, (60, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    data = ImageSet(images, torch.zeros(60).long(), torch.arange(60), tuple("ab"))
+    offsets = LINF.eps * (1.4 * torch.rand(60, 1, 4, 4, generator=generator) - 0.7)
+    hidden = data.pixels() + offsets
+
+    class Valley(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Parameter(hidden, requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            nearest = (x[:, None] - self.hidden[None]).flatten(2).norm(dim=2).amin(1)
+            return torch.stack([20 * nearest - 1, 0 * nearest], 1)
+
+    defense = Defense(Valley(), None).freeze()
+    assert fooled(craft(make("noise"), defense, "full", data, LINF, 0, 60)) == 0
+    for name, changes in (("apgd_ce", {"steps": 100, "restarts": 1}), ("pgd", {"steps": 100})):
+        found = fooled(craft(make(name, **changes), defense, "full", data, LINF, 0, 60))
+        assert found > 30 if name == "apgd_ce" else found < 5
+
+
 def test_cw_finds_the_nearest_point_across_the_boundary() -> None:
     model, data = linear_task(4, 200)
     exact = distances(model, data, 2).clamp_min(0)
@@ -490,8 +572,8 @@ def test_apgd_agrees_with_the_authors_image_by_image(
 ) -> None:
     defense, data, outcomes = recorded
     norm = "Linf" if threat is LINF else "L2"
-    # Nine times 100 steps on all images are 10 s: the targeted runs take every fifth.
-    rows = torch.arange(0, 256, 5 if name == "apgd_t" else 1)
+    # Nine times 100 steps on all images are 10 s: the targeted runs take every eighth.
+    rows = torch.arange(0, 256, 8 if name == "apgd_t" else 1)
     ball = Linf(norm="linf", eps_255=51.0) if threat is LINF else L2(norm="l2", eps_l2=1.5)
     assert ball.eps == pytest.approx(outcomes[norm]["eps"])
     settings = {"restarts": 1} if name == "apgd_ce" else {"targets": 9}
@@ -499,8 +581,8 @@ def test_apgd_agrees_with_the_authors_image_by_image(
     crafted = craft(attack, defense, "full", data[rows], ball, 0, 256)
     theirs = torch.tensor(outcomes[norm][name.replace("_", "-")]["robust"]).bool()[rows]
     ours = ~crafted.success
-    assert abs(int(ours.sum()) - int(theirs.sum())) <= (2 if name == "apgd_t" else 3)
-    assert int((ours != theirs).sum()) <= (3 if name == "apgd_t" else 6)
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= (1 if name == "apgd_t" else 3)
+    assert int((ours != theirs).sum()) <= (2 if name == "apgd_t" else 6)
 
 
 # Square, by torchattacks
