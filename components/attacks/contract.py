@@ -112,10 +112,6 @@ class Attack(Config):
 
     bounded: ClassVar[bool] = True
 
-    def passes_eot(self) -> int:
-        """Return the number of noise draws averaged per gradient of a stochastic target."""
-        return 1
-
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:

@@ -25,7 +25,10 @@ class Square(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the fooling image, or the one of lowest margin; ValueError if stochastic."""
+        """Return the fooling image, or the clean one where none was found.
+
+        Raises ValueError for a stochastic target.
+        """
         if target.stochastic:
             raise ValueError("square cannot bind noise to images: not for stochastic defenses")
         attack = _square(target, threat, self.queries, _seed(draws))
