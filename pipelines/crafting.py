@@ -85,22 +85,24 @@ class Order:
 
 def craft_all(orders: Sequence[Order], context: Context) -> None:
     """Craft every order, parts side by side; what is in the keep already is only copied."""
+    if not orders:
+        return
     code = {str(path): sha256(path) for path in code_of(sys.modules[__name__])}
-    kept = {id(order): ROOT / "sets" / _key(order.facts(), code) for order in orders}
-    parts = len(data.read_by_part(orders[0].images)) if orders else 0
+    facts = [order.facts() for order in orders]
+    kept = [ROOT / "sets" / _key(one, code) for one in facts]
+    images = data.read_by_part(orders[0].images)
     tasks: list[dict[str, Any]] = [
-        {"order": order, "part": part, "path": (kept[id(order)] / part_name(part)).absolute()}
-        for part in range(parts)
-        for order in orders
+        {"order": order, "part": part, "path": (folder / part_name(part)).absolute()}
+        for part in range(len(images))
+        for order, folder in zip(orders, kept, strict=True)
     ]
     missing = [task for task in tasks if not task["path"].exists()]
     cluster.map_shards(craft_part, missing, context.resources, context.shard)
-    shape = data.read_by_part(orders[0].images)[0].shape if orders else (0, 0, 0)
-    for order in orders:
+    for order, folder, fact in zip(orders, kept, facts, strict=True):
         order.out.mkdir(parents=True, exist_ok=True)
-        for part in range(parts):
-            shutil.copyfile(kept[id(order)] / part_name(part), order.out / part_name(part))
-        seal(order.out, shape, order.facts())
+        for part in range(len(images)):
+            shutil.copyfile(folder / part_name(part), order.out / part_name(part))
+        seal(order.out, images[0].shape, fact)
 
 
 def craft_part(order: Order, part: int, path: Path, device: str) -> None:

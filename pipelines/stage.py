@@ -48,10 +48,6 @@ PLUMBING = {
 }  # fmt: skip
 
 
-class InsaneError(Exception):
-    """A blocking check failed on a defense that is meant to hold."""
-
-
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM."""
 
@@ -96,7 +92,7 @@ def main(module_name: str, argv: Sequence[str] | None = None) -> int:
         return _say(str(error), 2)
     except DataError as error:
         return _say(str(error), 3)
-    except (Diverged, InsaneError) as error:
+    except Diverged as error:
         return _say(str(error), 5)
     except ValueError as error:
         return _say(str(error), 2)
@@ -127,8 +123,9 @@ def _execute(module: Any, options: dict[str, Any]) -> None:
     key = stage_key(module, view, [path for k, path in options.items() if k not in outs])
     work = ROOT / "work" / f"{stage}-{name + '-' if name else ''}{key[:12]}"
     watch = Watch(title)
-    tracked = {k: v for k, v in view.model_dump(mode="json").items() if k != "resources"}
-    tracker = Tracker(title.replace(" ", "@"), f"limpid-{everything.data.kind}", tracked, key)
+    label = title.replace(" ", "@")
+    experiment = f"limpid-{everything.data.kind}"
+    tracker = Tracker(label, experiment, view.model_dump(mode="json"), key)
     context = Context(watch, everything.resources, work, tracker, everything.data.kind)
     parts = {k: path.with_name(f".{path.name}.part") for k, path in outs.items()}
     status = "FAILED"
@@ -152,7 +149,7 @@ def _execute(module: Any, options: dict[str, Any]) -> None:
         problem = tracker.finish(status, context.registrations if status == "FINISHED" else ())
         if problem:
             watch.say(problem)
-    _note_time(title.replace(" ", "@"), seconds)
+    _note_time(label, seconds)
     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, int | float))
     watch.say(f"{title}: done in {seconds:.1f} s  {shown}")
 
