@@ -59,7 +59,8 @@ class Defense(nn.Module):
 
 
 def fold(defense: Defense) -> Defense:
-    """Return a copy with every BatchNorm folded into the convolution before it: equal, but faster.
+    """Return a copy with every BatchNorm folded into the convolution before it, in channels-last
+    layout: equal up to rounding, but faster.
 
     For attacks only; what they find is checked on the defense itself, which is what is scored.
     """
@@ -67,7 +68,15 @@ def fold(defense: Defense) -> Defense:
     for module in list(copy.modules()):
         if isinstance(module, nn.Sequential):
             _fold_sequence(module)
+    channels_last(copy)
     return copy
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay the weights out channels last, in place: the same numbers, but convolutions over few
+    channels run a quarter faster.
+    """
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _fold_sequence(sequence: nn.Sequential) -> None:

@@ -19,7 +19,7 @@ from components.checkpoints import ModelCard, build, fingerprint, load, load_pur
 from components.classifiers import Classifier
 from components.config import Config
 from components.data import ImageSet
-from components.defense import Defense
+from components.defense import Defense, channels_last
 from components.evaluation import count_correct
 from components.objectives import Frozen
 from components.shards import DataError
@@ -86,9 +86,12 @@ def build_job(recipe: Recipe, device: str) -> Job:
     model = load(recipe.base).requires_grad_(True) if recipe.base else build(blank)
     if isinstance(model, Classifier):
         model.normalise_by(train.pixels())
-    model.to(device)
     classifier = load(recipe.classifier, device) if recipe.classifier else None
     teachers = [load_purifier(folder, device) for folder in recipe.teachers]
+    model.to(device)
+    for network in (model, classifier, *teachers):
+        if network is not None:
+            channels_last(network)
     objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
 
     def right(network: Any) -> int:
