@@ -22,7 +22,7 @@ from torch import nn
 
 from components.classifiers import ClassifierConfig
 from components.config import Config
-from components.data import Shape
+from components.data import ImageSet, Shape
 from components.purifiers import Purifier, PurifierConfig
 from components.shards import MANIFEST, DataError, sha256, write_bytes, write_json
 
@@ -108,6 +108,24 @@ def read_card(folder: Path) -> ModelCard:
         raise DataError(f"{folder} is no finished model folder: {lost}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is no model folder of this version: {error}") from None
+
+
+def require_fit(folder: Path, data: ImageSet) -> None:
+    """Raise ValueError where the model of a folder was made for other images or other classes."""
+    card = read_card(folder)
+    made, given = card.shape, list(data.shape)
+    if made != given:
+        raise ValueError(f"{folder} was made for images of {made}, but these are of {given}")
+    if card.class_names != list(data.class_names):
+        odd = [
+            n
+            for n in (*card.class_names, *data.class_names)
+            if (n in card.class_names) != (n in data.class_names)
+        ][:5]
+        raise ValueError(
+            f"{folder} knows {len(card.class_names)} classes, the images have "
+            f"{len(data.class_names)}; they differ in {', '.join(odd) or 'their order'}"
+        )
 
 
 def fingerprint(folder: Path) -> str:

@@ -3,8 +3,9 @@
 An attack never touches a `Defense`. It is handed a `Target`: the defense in one gradient mode,
 with its noise bound to keyed draws, indexable by rows, and counting every pass it is asked for.
 Modes: `full` is the exact gradient through the purifier; `bpda` runs the purifier forwards and
-takes the identity for its derivative (Athalye et al. 2018). The grey-box mode `classifier` is no
-mode of a target: it replays what was crafted against the bare classifier.
+takes the identity for its derivative (Athalye et al. 2018); `fixed_noise` is `full` by an attacker
+who knows the very noise, the same at every look. The modes `classifier` and `transfer` are none of
+a target: they replay what was crafted against a bare classifier.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from components.draws import Draws
 from components.purifiers.contract import Purifier
 
-Mode = Literal["full", "bpda"]
+Mode = Literal["full", "bpda", "fixed_noise"]
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N,K), labels (N,) -> (N,)
 
 
@@ -139,13 +140,13 @@ class Target:
         self, defense: Defense, mode: Mode, draws: Draws, eot: int, passes: Passes, rows: Tensor
     ) -> None:
         self.defense, self.mode, self.draws = defense, mode, draws
-        self.eot = eot if defense.stochastic else 1
+        self.eot = eot if self.stochastic else 1
         self.passes, self.rows = passes, rows
 
     @property
     def stochastic(self) -> bool:
         """Whether a second look may answer differently."""
-        return self.defense.stochastic
+        return self.defense.stochastic and self.mode != "fixed_noise"
 
     def __getitem__(self, rows: Tensor) -> "Target":
         return Target(
@@ -155,8 +156,8 @@ class Target:
     def __call__(self, x: Tensor, draw: int) -> Tensor:
         """Return the logits under draw number `draw`, with a graph if gradients are on."""
         self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        draws = self.draws.redraw(draw)
-        if self.mode == "full":
+        draws = self.draws.redraw(0 if self.mode == "fixed_noise" else draw)
+        if self.mode != "bpda":
             logits: Tensor = self.defense(x, draws)
             return logits
         with torch.no_grad():
@@ -188,6 +189,32 @@ class Target:
             torch.stack(gradients).mean(0),
         )
 
+    def jacobian(
+        self, x: Tensor, labels: Tensor, classes: Tensor, draw: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how single logits stand to the true one, averaged over the EOT draws of a look.
+
+        Three things: the margin (N,), the logits of `classes` (N,k) less the true one (N,k), and
+        the input gradients (N,k,C,H,W) of these. A draw costs one forward and k backward passes.
+        """
+        margins, gaps, slopes = [], [], []
+        for k in range(self.eot):
+            point = x.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self(point, draw * self.eot + k)
+                gap = logits.gather(1, classes) - logits.gather(1, labels[:, None])
+            margins.append(margin(logits.detach(), labels))
+            gaps.append(gap.detach())
+            slopes.append(torch.stack([_gradient(each, point, True) for each in gap.unbind(1)], 1))
+            self.passes.backward.index_add_(
+                0, self.rows, torch.full_like(self.rows, classes.shape[1])
+            )
+        return (
+            torch.stack(margins).mean(0),
+            torch.stack(gaps).mean(0),
+            torch.stack(slopes).mean(0),
+        )
+
 
 def aim(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
     """Bind a defense to a gradient mode and to noise, for an attack on len(draws) images."""
@@ -203,10 +230,10 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return true - others.amax(1)
 
 
-def _gradient(value: Tensor, point: Tensor) -> Tensor:
+def _gradient(value: Tensor, point: Tensor, retain: bool = False) -> Tensor:
     # A purifier that cuts the graph (a comparison, a detach) leaves nothing to differentiate:
     # that is a gradient of zero, which the checks are there to notice.
     if not value.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+    (gradient,) = torch.autograd.grad(value.sum(), point, retain_graph=retain, allow_unused=True)
     return torch.zeros_like(point) if gradient is None else gradient

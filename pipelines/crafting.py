@@ -19,8 +19,9 @@ import torch
 from components import data, shards
 from components.adversarial import seal, write_crafted
 from components.attacks import L2, Attack, Linf, craft
-from components.checkpoints import fingerprint, load, load_purifier
+from components.checkpoints import fingerprint, load, load_purifier, read_card, require_fit
 from components.config import Config
+from components.data import ImageSet
 from components.defense import Defense, Mode
 from components.purifiers import Purifier
 from components.shards import part_name, sha256
@@ -37,6 +38,17 @@ class Subject:
     purifier: Path | None = None
     control: Config | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is no purifier at all."""
+        return self.purifier is None and self.control is None
+
+    def require_fit(self, images: ImageSet) -> None:
+        """Raise ValueError where a model was made for other images or classes."""
+        for folder in (self.classifier, self.purifier):
+            if folder is not None:
+                require_fit(folder, images)
+
     def defense(self, device: str = "cpu") -> Defense:
         """Load it, frozen."""
         classifier = load(self.classifier, device)
@@ -44,7 +56,8 @@ class Subject:
         if self.purifier is not None:
             purifier = load_purifier(self.purifier, device)
         elif self.control is not None:
-            purifier = self.control.build((1, 1, 1))  # type: ignore[attr-defined]
+            shape = read_card(self.classifier).shape
+            purifier = self.control.build(tuple(shape))  # type: ignore[attr-defined]
         return Defense(classifier, purifier).freeze()
 
     def facts(self) -> dict[str, str]:

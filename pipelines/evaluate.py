@@ -6,6 +6,7 @@ lie in a folder.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,30 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from components import data
+from components.checks.models import leakage
+from components.checks.scores import not_beaten
 from components.shards import write_json, write_part
 from pipelines import cluster
 from pipelines.crafting import Subject
-from pipelines.params import Baseline, Control, CraftingView, Defended, Ladder, Scoring
+from pipelines.params import (
+    MODES,
+    REPLAYED,
+    SURROGATE,
+    Baseline,
+    Control,
+    CraftingView,
+    Defended,
+    Ladder,
+    Scoring,
+)
 from pipelines.report import write_report
 from pipelines.scoring import (
     CLEAN,
-    MODES,
-    NONE,
     Entry,
     Plan,
     Result,
     describe,
+    headline,
     merge,
     score_part,
     summary,
@@ -52,6 +64,7 @@ def run(
     params: EvaluateParams,
     context: Context,
     *,
+    train: Path,
     val: Path,
     test: Path,
     models: Path,
@@ -71,8 +84,15 @@ def run(
         val=val.absolute(),
         test=test.absolute(),
         unseen=(models / "unseen").absolute(),
+        surrogate=(models / params.baselines[SURROGATE].classifier).absolute()
+        if SURROGATE in params.baselines
+        else None,
     )
     images = data.read(test)
+    for entry in entries:
+        entry.subject.require_fit(images)
+    learnt = [(folder.name, data.read(folder).images) for folder in (train, val)]
+    leaked = leakage(images.images, learnt)
     parts = range(len(data.read_by_part(test)))
     tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
     pieces = cluster.map_shards(score_part, tasks, context.resources, context.shard)
@@ -85,10 +105,11 @@ def run(
             "score_draws": params.scoring.score_draws,
         },
         "defenses": {
-            entry.name: summary(entry, result, plan)
+            entry.name: summary(entry, replace(result, findings=[*result.findings, leaked]), plan)
             for entry, result in zip(entries, results, strict=True)
         },
     }
+    _compare(entries, results, metrics["defenses"])
     write_json(out_metrics, metrics)
     write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
     write_report(out_report, metrics, entries, plan, models, params.scoring.shown)
@@ -100,7 +121,6 @@ def run(
 def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:
     """List what params.yaml scores: bare classifiers, defenses, controls."""
     standard = models / "standard"
-    grey = adversarial / NONE / "full"
     subjects: list[tuple[str, str, Subject, Path, Ladder]] = [
         ("baseline", name, Subject(models / section.classifier), adversarial / name, section.ladder)
         for name, section in params.baselines.items()
@@ -132,7 +152,10 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
             subject=subject,
             probes=folder / "checks.json",
             sets={
-                f"{mode}/{attack}": (grey if mode == "classifier" else folder / mode) / attack
+                f"{mode}/{attack}": (
+                    adversarial / REPLAYED[mode] / "full" if mode in REPLAYED else folder / mode
+                )
+                / attack
                 for mode in MODES
                 for attack in params.attacks
                 if attack in ladder.get(mode, [])
@@ -140,6 +163,18 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
         )
         for role, name, subject, folder, ladder in subjects
     ]
+
+
+def _compare(entries: Sequence[Entry], results: Sequence[Result], scored: dict[str, Any]) -> None:
+    """Say of every defense which controls and bare classifiers it does not beat."""
+    shares = {e.name: headline(r)[1].share() for e, r in zip(entries, results, strict=True)}
+    rivals = {entry.name: shares[entry.name] for entry in entries if entry.role != "defense"}
+    for entry in entries:
+        if entry.role == "defense":
+            scored[entry.name]["not_better_than"] = {
+                rival: {"difference": difference, "p": p}
+                for rival, (difference, p) in not_beaten(shares[entry.name], rivals).items()
+            }
 
 
 def _score_table(

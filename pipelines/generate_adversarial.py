@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from components import data
+from components.adversarial import read_crafted
 from components.checkpoints import state_digest
-from components.checks import Finding, probe, unchanged
+from components.checks import Finding, probe
+from components.checks.models import unchanged
+from components.data import ImageSet
 from components.defense import Mode
 from components.shards import write_json
 from pipelines.crafting import Order, Subject, craft_all
-from pipelines.params import CraftingView, Ladder
+from pipelines.params import REPLAYED, CraftingView, Ladder
 from pipelines.stage import Context, main
 
 
@@ -48,22 +53,34 @@ def generate(
         )
         for out, (subject, ladder) in subjects.items()
         for mode, attacks in ladder.items()
-        if mode != "classifier"
+        if mode not in REPLAYED
         for attack in attacks
     ]  # fmt: skip
+    images = data.read(test)
+    for subject, _ in subjects.values():
+        subject.require_fit(images)
     craft_all(orders, context)
     for out, (subject, ladder) in subjects.items():
-        modes = [mode for mode in ladder if mode != "classifier"]
-        findings = probes(subject, modes, test, params)
+        findings = _probes(out, subject, ladder, images, params)
         write_json(out / "checks.json", [finding.model_dump() for finding in findings])
 
 
-def probes(subject: Subject, modes: list[str], test: Path, params: CraftingView) -> list[Finding]:
-    """Probe one subject."""
+def _probes(
+    out: Path, subject: Subject, ladder: Ladder, images: ImageSet, params: CraftingView
+) -> list[Finding]:
+    """Probe one subject in the modes of its ladder; `out` holds its sets."""
     defense = subject.defense()
     before = state_digest(defense)
-    images = data.read(test)
-    findings = probe(defense, cast(list[Mode], modes), images, params.threat, params.seed)
+    full = ladder.get("full", [])
+    fooled = None
+    if params.checks.thorough and full:
+        sets = [read_crafted(out / "full" / attack).success for attack in full]
+        fooled = torch.stack(sets).any(0)
+    findings = probe(
+        defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], images,
+        params.threat, params.seed, params.checks.images,
+        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), fooled,
+    )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]
 
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from components import data
 from components.adversarial import read_crafted
 from components.attacks import L2, Linf
-from components.checkpoints import ModelCard, build, fingerprint, load, load_purifier
+from components.checkpoints import (
+    ModelCard,
+    build,
+    fingerprint,
+    load,
+    load_purifier,
+    require_fit,
+)
 from components.classifiers import Classifier
 from components.config import Config
 from components.data import ImageSet
@@ -79,8 +86,11 @@ def train(
 
 
 def build_job(recipe: Recipe, device: str) -> Job:
-    """Build the job of a recipe on a device; DataError where folders do not fit together."""
+    """Build the job of a recipe on a device; ValueError where folders do not fit together."""
     train, val = data.read(recipe.train), data.read(recipe.val)
+    for folder in (recipe.classifier, recipe.base, *recipe.teachers):
+        if folder is not None:
+            require_fit(folder, train)
     torch.manual_seed(recipe.seed)
     blank = _card(recipe, train, {})
     model = load(recipe.base).requires_grad_(True) if recipe.base else build(blank)

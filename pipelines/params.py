@@ -30,6 +30,14 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 Ladder = dict[str, list[Name]]
 
 
+# The rungs of the threat ladder, from what knows least of the defense to what knows all; between
+# equal attacks the first carries an image. The first two replay what was crafted against a bare
+# classifier: the baseline of this name, and the classifier under protection.
+MODES = ("transfer", "classifier", "bpda", "full", "fixed_noise")
+REPLAYED = {"transfer": "surrogate", "classifier": "none"}
+SURROGATE = REPLAYED["transfer"]
+
+
 class ConfigError(ValueError):
     """Parameters that cannot be used: one sentence, said before anything starts."""
 
@@ -105,6 +113,23 @@ class Scoring(Config):
     score_draws: Count
     shown: Count
 
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        # Shares over either are compared in whole counts.
+        if self.score_draws % self.select_draws:
+            raise ValueError(
+                f"score_draws {self.score_draws} must be a multiple of select_draws "
+                f"{self.select_draws}"
+            )
+        return self
+
+
+class Checks(Config):
+    """How many test images each probe looks at, and whether those that cost attacks are run."""
+
+    images: Annotated[int, Field(ge=16)]
+    thorough: bool
+
 
 class Resources(Config):
     """What the stages may use; tracked by no stage, since no result depends on it.
@@ -137,6 +162,7 @@ class Params(Config):
     defenses: dict[Name, Defended]
     controls: dict[Name, Control]
     scoring: Scoring
+    checks: Checks
     resources: Resources
 
     @model_validator(mode="after")
@@ -167,7 +193,9 @@ class Params(Config):
         }
         for name, scored_one in scored_with.items():
             for mode, attacks in scored_one.ladder.items():
-                _known(f"ladder of {name}", mode, {"classifier": 0, "bpda": 0, "full": 0})
+                _known(f"ladder of {name}", mode, dict.fromkeys(MODES))
+                if mode == "transfer":
+                    _known(f"ladder of {name}: transfer", SURROGATE, self.baselines)
                 for attack in attacks:
                     _known(f"ladder of {name}", attack, self.attacks)
         return self
@@ -200,10 +228,11 @@ class ThreatView(View):
 
 
 class CraftingView(ThreatView):
-    """What every stage sees that crafts ladders: all attacks these may name."""
+    """What every stage sees that crafts ladders: all attacks these may name, and the probes."""
 
     attacks: dict[Name, AttackConfig]
-    tracks = {**ThreatView.tracks, "attacks": "attacks"}
+    checks: Checks
+    tracks = {**ThreatView.tracks, "attacks": "attacks", "checks": "checks"}
 
 
 def load(path: Path = PARAMS) -> Params:

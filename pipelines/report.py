@@ -27,11 +27,15 @@ from components.data import ImageSet
 from components.defense import Defense
 from components.draws import Draws
 from components.shards import DataError, write_bytes
-from pipelines.scoring import MODES, Entry, Plan
+from pipelines.params import MODES
+from pipelines.scoring import Entry, Plan
 
 TEMPLATE = "report.html.j2"
 ROLES = ("baseline", "defense", "control")
+# Columns of the score table that are there even where nothing was run.
+SHOWN = ("classifier", "bpda", "full")
 BLIND = {
+    "transfer": "has only another classifier",
     "classifier": "ignores the purifier",
     "bpda": "takes the purifier for the identity in the backward pass (BPDA)",
 }
@@ -39,17 +43,35 @@ MEANINGS = {
     "input_convention": "Attacks are given pixels in [0, 1]; normalisation is the classifier's.",
     "logits": "Answers are finite, no softmax, and not the same for every image.",
     "randomness_declared": "The defense answers at random exactly if it is declared stochastic.",
+    "batch_independence": "An image is answered alike in any company.",
+    "labels_unseen": "The defense answers by the picture, not by whose picture it is.",
     "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
+    "gradient_correct": "The gradient says what differences measure, in halves and whole.",
+    "loss_alive": "The cross-entropy has a gradient where the margin has one.",
+    "eot_agreement": "Two estimates of the gradient over the noise point one way.",
     "unbounded": "With every image allowed, one of another class is not taken for the true one.",
     "unbounded_by_gradient": "With every image allowed, following the gradient fools the defense.",
+    "radius_pays": "A larger radius never protects.",
+    "converged": "More steps fool no more of the images that stood.",
+    "planted": "The attack finds adversarial examples that are known to exist.",
+    "repeatable": "The same seed gives the same bytes; other seeds give about the same accuracy.",
+    "chance": "Little of the accuracy is owed to noise the attacker cannot foresee.",
+    "eot_enough": "Twice the draws per gradient fool no more images.",
     "state_unchanged": "Scoring and probing changed no weight; everything was in eval mode.",
     "recorded_accuracy": "The bare classifier is as accurate as on the day it was trained.",
+    "leakage": "No test image was learnt from.",
     "accounting": "Every test image is in the set exactly once, with its own label.",
     "threat_model": "The stored bytes are in [0, 1] and, where the attack is bounded, in the ball.",
-    "provenance": "The set was crafted against the very models and images it is scored on.",
+    "provenance": "The set was crafted as params.yaml says, against what it is scored on.",
+    "effort": "Images that withstood were attacked for as long as the attack's name promises.",
+    "quantisation": "Rounded to 8 bits, the worst examples fool as many.",
     "order_of_strength": "No attack fools what all stronger attacks together leave standing.",
+    "white_is_strongest": "Without gradients next to nothing more is fooled.",
     "full_is_strongest": "No weaker rung fools what the full gradient leaves standing.",
     "full_rung": "At least one attack follows the exact gradient of the whole defense.",
+    "strong_attack": "At least one attack with the full gradient has the steps and the reach.",
+    "scoring_draws": "A random defense is judged by many draws.",
+    "undefended_falls": "A classifier without a defense is fooled on nearly every image.",
 }
 # Side of a picture on the page in CSS pixels, met as nearly as whole magnification allows.
 TILE_PX = 76
@@ -118,6 +140,7 @@ def write_report(
         shape=test.shape,
         classes=len(test.class_names),
         scored=scored,
+        columns=[m for m in MODES if m in SHOWN or any(each["ladder"][m] for each in scored)],
         roles={role: [each for each in scored if each["role"] == role] for role in ROLES},
         best=_best(scored),
         meanings=MEANINGS,
@@ -172,12 +195,22 @@ def illusion(name: str, found: Mapping[str, Any]) -> str:
     seen = ", ".join(
         f"{percent(rungs[rung]['accuracy'])} when the attacker {BLIND[rung]}" for rung in blind
     )
-    which = "number is" if len(blind) == 1 else "two numbers are"
+    which = {1: "number is", 2: "two numbers are"}.get(len(blind), f"{len(blind)} numbers are")
     left = percent(rungs["full"]["accuracy"])
     return (
         f"{name} shows {seen}, and {left} when the attacker differentiates through it: "
         f"the first {which} no robustness."
     )
+
+
+def not_beaten(found: Mapping[str, Any]) -> str:
+    """Say which controls and bare classifiers a defense does not beat; "" if it beats them all."""
+    rivals = found.get("not_better_than", {})
+    said = [
+        f"{name} ({100 * rival['difference']:+.1f} points, p = {rival['p']:.2g})"
+        for name, rival in rivals.items()
+    ]
+    return f"does not beat {', '.join(said)}" if said else ""
 
 
 def _scored(
@@ -198,6 +231,7 @@ def _scored(
         "name": entry.name,
         "what": what,
         "illusion": illusion(entry.name, found),
+        "not_beaten": not_beaten(found),
         "ladder": {mode: found["rungs"].get(mode) for mode in MODES},
         "void": [m for m in MODES if any(f["name"] == f"gradient_present/{m}" for f in failed)],
         "sets": {name: found["attacks"].get(name) for name in entry.sets},

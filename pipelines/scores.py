@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report import ROLES, describe_threat, illusion
+from pipelines.report import ROLES, describe_threat, illusion, not_beaten
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = json.loads(path.read_bytes())
         scored: Mapping[str, Any] = metrics["defenses"]
         table = score_table(scored)
-        sentences = [illusion(name, scored[name]) for name in ordered(scored)]
+        names = ordered(scored)
+        sentences = [illusion(name, scored[name]) for name in names]
+        rivals = {name: not_beaten(scored[name]) for name in names}
+        sentences += [f"{name} {said}." for name, said in rivals.items() if said]
         threat = metrics["threat_model"]
         notes = NOTES.format(n=threat["n"], threat=describe_threat(threat))
     except FileNotFoundError:

@@ -14,11 +14,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components import checks, data, shards
+from components import data, shards
 from components.adversarial import read_crafted
 from components.attacks import L2, SLACK, Attack, Linf
 from components.checkpoints import load, read_card, state_digest
 from components.checks import Finding
+from components.checks.models import recorded_accuracy, unchanged
+from components.checks.scores import (
+    Illusion,
+    draws_enough,
+    full_is_strongest,
+    illusions,
+    order_of_strength,
+    strong_enough,
+    undefended_falls,
+    white_is_strongest,
+)
+from components.checks.sets import agreement, effort, rounding, stored_set
 from components.data import ImageSet
 from components.defense import Defense
 from components.draws import Role
@@ -33,12 +45,11 @@ from components.evaluation import (
 )  # fmt: skip
 from components.shards import read_manifest
 from pipelines.crafting import Subject
-from pipelines.params import Scoring
+from pipelines.params import MODES, REPLAYED, Scoring
 
-CLEAN, NONE = "clean", "none"
-# From what knows least of the defense to what knows all; ties between attacks go to the first.
-MODES = ("classifier", "bpda", "full")
+CLEAN = "clean"
 TRIES = 10
+CERTIFICATE = ("gradient_present", "gradient_correct", "eot_agreement")
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,15 @@ class Plan:
     val: Path
     test: Path
     unseen: Path
+    surrogate: Path | None
 
-    def kind(self, name: str) -> str:
-        """Return the kind of attack behind mode/attack."""
-        return str(getattr(self.attacks[name.rpartition("/")[2]], "kind", ""))
+    def attack(self, name: str) -> Attack:
+        """Return the attack behind mode/attack."""
+        return self.attacks[name.rpartition("/")[2]]
 
     def bounded(self, name: str) -> bool:
         """Whether the attack behind mode/attack stays inside the primary threat by itself."""
-        return self.attacks[name.rpartition("/")[2]].bounded
+        return self.attack(name).bounded
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ class Result:
 
     `scores` by mode/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
-    part in training, behind the same purifier.
+    part in training, behind the same purifier; `worst` those on the worst examples as they are
+    stored and rounded to 8 bits.
     """
 
     scores: Mapping[str, Score]
@@ -88,6 +101,7 @@ class Result:
     distance: Mapping[str, npt.NDArray[np.float64]]
     findings: list[Finding]
     unseen: tuple[Score, Score]
+    worst: tuple[Score, Score]
 
 
 def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
@@ -112,9 +126,14 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
         _once(unseen, pixels, some, plan, "clean"),
         _once(unseen, attacked, some, plan, "score"),
     )
+    rounded = (attacked * 255).round() / 255
+    examples = (
+        _once(defense, attacked, some, plan, "score"),
+        _once(defense, rounded, some, plan, "score"),
+    )
     findings += _recorded(entry, plan)
-    findings.append(checks.unchanged(before, state_digest(defense), defense.training))
-    return Result(scores, inside, distance, findings, behind)
+    findings.append(unchanged(before, state_digest(defense), defense.training))
+    return Result(scores, inside, distance, findings, behind, examples)
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -123,6 +142,9 @@ def merge(parts: Sequence[Result]) -> Result:
     def together(scores: Sequence[Score]) -> Score:
         select = np.concatenate([score.select for score in scores])
         return Score(scores[0].draws, select, np.concatenate([score.score for score in scores]))
+
+    def both(pairs: Sequence[tuple[Score, Score]]) -> tuple[Score, Score]:
+        return together([pair[0] for pair in pairs]), together([pair[1] for pair in pairs])
 
     first = parts[0]
     return Result(
@@ -133,10 +155,8 @@ def merge(parts: Sequence[Result]) -> Result:
             next((f for f in same if not f.passed), same[0])
             for same in zip(*(part.findings for part in parts), strict=True)
         ],
-        unseen=(
-            together([part.unseen[0] for part in parts]),
-            together([part.unseen[1] for part in parts]),
-        ),
+        unseen=both([part.unseen for part in parts]),
+        worst=both([part.worst for part in parts]),
     )
 
 
@@ -153,33 +173,37 @@ def _stored(entry: Entry, plan: Plan, images: ImageSet) -> tuple[dict[str, Tenso
     for name, folder in entry.sets.items():
         crafted = read_crafted(folder)
         threat = plan.threat if plan.bounded(name) else None
-        judged = checks.stored_set(
-            name, crafted.images, crafted.ids, crafted.labels, images, threat
-        )
+        judged = stored_set(name, crafted.images, crafted.ids, crafted.labels, images, threat)
         judged.append(_provenance(name, folder, entry, plan))
-        findings += judged
+        findings += [*judged, effort(name, plan.attack(name), crafted)]
         if all(finding.passed for finding in judged):
             stored[name] = crafted.images
     return stored, findings
 
 
+def headline(result: Result) -> tuple[list[str], Score]:
+    """Return which entry of A carries each image, and how often it is then right."""
+    counted = _counted(result.scores, result.inside)
+    return worst(counted, list(counted))
+
+
 def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
     """Sum up one entry for metrics.json."""
     counted = _counted(result.scores, result.inside)
-    chosen, headline = worst(counted, list(counted))
+    chosen, carried = headline(result)
     rungs = {
         mode: worst(_rung(counted, mode), list(_rung(counted, mode)))[1]
         for mode in MODES
         if any(name.startswith(f"{mode}/") for name in counted)
     }
-    findings = [*result.findings, *_judged(result, rungs, counted, plan)]
+    findings = [*result.findings, *_judged(entry, result, rungs, counted, carried, plan)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
     clean = result.scores[CLEAN]
     return {
         "role": entry.role,
         "stochastic": bool(clean.draws > 1),
         "clean": summarise(clean.share()),
-        "headline": {**summarise(headline.share()), "upper_bound": bool(failed)},
+        "headline": {**summarise(carried.share()), "upper_bound": bool(failed)},
         "carried_by": {n: chosen.count(n) for n in dict.fromkeys(chosen)},
         "rungs": {mode: summarise(score.share()) for mode, score in rungs.items()},
         "attacks": {
@@ -193,8 +217,8 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
             if name != CLEAN
         },
         "retries": {
-            "worst_of_10": summarise(worst_of(headline, TRIES)),
-            "majority_of_10": summarise(majority_of(headline, TRIES)),
+            "worst_of_10": summarise(worst_of(carried, TRIES)),
+            "majority_of_10": summarise(majority_of(carried, TRIES)),
             "clean_worst_of_10": summarise(worst_of(clean, TRIES)),
             "clean_majority_of_10": summarise(majority_of(clean, TRIES)),
         },
@@ -210,6 +234,9 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
             "blocking_failed": failed,
             "warnings": [f.name for f in findings if not f.passed and f.level == "warn"],
             "findings": [f.model_dump() for f in findings],
+        },
+        "certificate": {
+            f.name: f.figures for f in findings if f.name.partition("/")[0] in CERTIFICATE
         },
     }
 
@@ -268,28 +295,47 @@ def _rung(counted: Mapping[str, Score], mode: str) -> dict[str, Score]:
 
 
 def _judged(
-    result: Result, rungs: Mapping[str, Score], counted: Mapping[str, Score], plan: Plan
+    entry: Entry,
+    result: Result,
+    rungs: Mapping[str, Score],
+    counted: Mapping[str, Score],
+    carried: Score,
+    plan: Plan,
 ) -> list[Finding]:
     full = {
-        name: (plan.kind(name), score.share())
+        name: (plan.attack(name).kind, score.share())
         for name, score in counted.items()
         if name.startswith("full/") and plan.bounded(name)
     }
-    findings = checks.order_of_strength(full)
+    stochastic = carried.draws > 1
+    findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
+    stored, rounded = (round(float(score.share().sum())) for score in result.worst)
+    findings.append(rounding(stored, rounded, len(result.worst[0].score)))
+    draws = plan.scoring
+    findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
     if "full" in rungs:
-        others = {mode: s.share() for mode, s in rungs.items() if mode != "full"}
-        findings += checks.full_is_strongest(rungs["full"].share(), others)
+        others = {m: s.share() for m, s in rungs.items() if m not in ("full", "fixed_noise")}
+        findings += full_is_strongest(rungs["full"].share(), others)
+        findings.append(strong_enough({name: plan.attack(name) for name in full}))
     else:
         detail = "no attack followed the full gradient of this defense"
         findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
+    if entry.subject.bare and _standard_trained(entry.subject.classifier):
+        findings.append(undefended_falls(float(carried.share().mean()), plan.threat))
     return findings
 
 
-def _illusions(rungs: Mapping[str, Score]) -> list[checks.Illusion]:
+def _standard_trained(classifier: Path) -> bool:
+    objective: dict[str, str] = read_card(classifier).provenance["objective"]
+    return objective["kind"] == "classification"
+
+
+def _illusions(rungs: Mapping[str, Score]) -> list[Illusion]:
     if "full" not in rungs:
         return []
-    others = {mode: score.share() for mode, score in rungs.items() if mode != "full"}
-    return checks.illusions(others, rungs["full"].share())
+    weaker = MODES[: MODES.index("full")]
+    others = {mode: score.share() for mode, score in rungs.items() if mode in weaker}
+    return illusions(others, rungs["full"].share())
 
 
 def _recorded(entry: Entry, plan: Plan) -> list[Finding]:
@@ -299,13 +345,24 @@ def _recorded(entry: Entry, plan: Plan) -> list[Finding]:
     now = count_correct(
         bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
     ).sum()
-    return [checks.recorded_accuracy(int(now), then["correct"], then["n"])]
+    return [recorded_accuracy(int(now), then["correct"], then["n"])]
 
 
 def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
     facts = read_manifest(folder)
     now = entry.subject.facts()
-    if name.startswith("classifier/"):
-        now["purifier"] = NONE
-    now["data"] = shards.fingerprint(plan.test)
-    return checks.agreement(name, {key: (str(facts[key]), now[key]) for key in now})
+    mode = name.partition("/")[0]
+    if mode in REPLAYED:
+        bare = plan.surrogate if mode == "transfer" else entry.subject.classifier
+        assert bare is not None, "params.yaml asks for transfer without a surrogate"
+        now = Subject(bare).facts()
+    threat = plan.threat.model_dump(mode="json") if plan.bounded(name) else None
+    expected = {
+        **now,
+        "data": shards.fingerprint(plan.test),
+        "mode": "full" if mode in REPLAYED else mode,
+        "attack": plan.attack(name).model_dump(mode="json"),
+        "threat": threat,
+        "seed": plan.seed,
+    }
+    return agreement(name, {key: (str(facts[key]), str(now)) for key, now in expected.items()})

@@ -49,6 +49,8 @@ class Tracker:
     """The MLflow run of one stage."""
 
     def __init__(self, stage: str, experiment: str, params: Mapping[str, Any], key: str) -> None:
+        # In the main thread, and early: who leaves `catch_warnings` takes later filters along.
+        warnings.filterwarnings("ignore", message="(?s).*type hint", category=UserWarning)
         self.start: Event = {
             "event": "start",
             "stage": stage,
@@ -115,7 +117,6 @@ def _client() -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="(?s).*type hint", category=UserWarning)
     mlflow.set_tracking_uri(tracking_uri())
     client = mlflow.MlflowClient()
     # Several processes that open a fresh SQLite store at once trip over each other's migrations.

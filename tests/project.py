@@ -47,7 +47,8 @@ def tiny() -> dict:
     params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["square"] |= {"queries": 20}
-    params["scoring"] = {"select_draws": 4, "score_draws": 4, "shown": 2}
+    params["scoring"] = {"select_draws": 12, "score_draws": 12, "shown": 2}
+    params["checks"] = {"images": 30, "thorough": False}
     return params
 
 

@@ -14,7 +14,8 @@ from components import checks
 from components.attacks import L2, AttackConfig, Linf, craft
 from components.attacks.gradient import Pgd
 from components.checkpoints import state_digest
-from components.checks import Finding, Shares
+from components.checks import Finding, models, scores, sets
+from components.checks.contract import Shares
 from components.classifiers import Classifier
 from components.data import ImageSet
 from components.defense import Defense, Mode
@@ -114,7 +115,8 @@ def failed(findings: list[Finding], level: str = "block") -> list[str]:
 def probe(
     data: ImageSet, classifier: nn.Module, purifier: Purifier | None, modes: tuple[Mode, ...]
 ) -> list[Finding]:
-    return checks.probe(Defense(classifier, purifier).freeze(), modes, data, THREAT, 0)
+    defense = Defense(classifier, purifier).freeze()
+    return checks.probe(defense, modes, data, THREAT, 0, 128, 4, None)
 
 
 FULL: tuple[Mode, ...] = ("full",)
@@ -132,8 +134,10 @@ def test_an_honest_defense_raises_no_doubt(
     findings = probe(test_set, classifier, purifier, modes)
     names = [finding.name for finding in findings]
     assert names == [
-        "input_convention", "logits", "randomness_declared",
-        *(f"gradient_present/{mode}" for mode in modes), "unbounded_by_gradient", "unbounded",
+        "input_convention", "logits", "randomness_declared", "batch_independence", "labels_unseen",
+        *(f"{name}/{mode}" for mode in modes for name in ("gradient_present", "loss_alive")),
+        "gradient_correct", *(["eot_agreement"] if isinstance(purifier, Noisy) else []),
+        "unbounded_by_gradient", "unbounded",
     ]  # fmt: skip
     assert failed(findings) == [] and failed(findings, "warn") == []
     assert all(finding.detail for finding in findings)
@@ -142,10 +146,10 @@ def test_an_honest_defense_raises_no_doubt(
 def test_probing_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> None:
     defense = Defense(classifier, Noisy()).freeze()
     before, stream = state_digest(defense), torch.get_rng_state()
-    first = checks.probe(defense, BOTH, test_set, THREAT, 0)
+    first = checks.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None)
     assert state_digest(defense) == before and not defense.training
     assert torch.equal(torch.get_rng_state(), stream)
-    assert checks.probe(defense, BOTH, test_set, THREAT, 0) == first
+    assert checks.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None) == first
 
 
 # Gradients
@@ -170,9 +174,10 @@ def test_rounding_leaves_an_unbounded_attack_helpless_on_its_own_gradient(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     findings = probe(test_set, classifier, Rounded(), FULL)
-    assert failed(findings, "warn") == ["unbounded_by_gradient"]
+    assert failed(findings, "warn") == ["gradient_correct", "unbounded_by_gradient"]
     assert "unbounded" not in failed(findings), "an image of another class is another class"
-    assert failed(probe(test_set, classifier, Rounded(), BOTH), "warn") == [], "bpda gets there"
+    both = failed(probe(test_set, classifier, Rounded(), BOTH), "warn")
+    assert both == ["gradient_correct"], "bpda gets there"
 
 
 # Logits and randomness
@@ -200,12 +205,12 @@ def test_logits_that_are_none_are_named(
 
 def test_logits_are_judged_as_such() -> None:
     sound = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
-    assert checks.logits_sound(sound).passed
-    assert checks.logits_sound(torch.tensor([[0.3, 0.6], [0.2, 0.1]])).passed, "sums are not 1"
-    assert not checks.logits_sound(torch.tensor([[0.3, 0.7], [0.9, 0.1]])).passed
-    assert not checks.logits_sound(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).passed
-    assert not checks.logits_sound(torch.tensor([[1.0, torch.inf], [1.0, 2.0]])).passed
-    assert checks.logits_sound(sound[:1]).passed, "one image varies with nobody"
+    assert models.logits_sound(sound).passed
+    assert models.logits_sound(torch.tensor([[0.3, 0.6], [0.2, 0.1]])).passed, "sums are not 1"
+    assert not models.logits_sound(torch.tensor([[0.3, 0.7], [0.9, 0.1]])).passed
+    assert not models.logits_sound(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).passed
+    assert not models.logits_sound(torch.tensor([[1.0, torch.inf], [1.0, 2.0]])).passed
+    assert models.logits_sound(sound[:1]).passed, "one image varies with nobody"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_randomness_that_is_not_as_declared_is_found(
 
 def test_pixels_are_between_0_and_1(test_set: ImageSet) -> None:
     pixels = test_set.pixels()
-    assert checks.convention(pixels).passed
+    assert models.convention(pixels).passed
     normalised = (pixels - pixels.mean()) / pixels.std()
     wrong = {
         "normalised": normalised,
@@ -237,7 +242,7 @@ def test_pixels_are_between_0_and_1(test_set: ImageSet) -> None:
         "not a number": pixels.where(pixels > 0, torch.nan),
     }
     for name, images in wrong.items():
-        found = checks.convention(images)
+        found = models.convention(images)
         assert not found.passed and found.level == "block", name
 
 
@@ -262,9 +267,7 @@ def test_an_unbounded_attack_that_fails_is_a_fault(
 
 def stored(data: ImageSet, images: Tensor, **changes: Any) -> list[Finding]:
     facts = {"ids": data.ids, "labels": data.labels, "threat": THREAT, **changes}
-    return checks.stored_set(
-        "full/pgd", images, facts["ids"], facts["labels"], data, facts["threat"]
-    )
+    return sets.stored_set("full/pgd", images, facts["ids"], facts["labels"], data, facts["threat"])
 
 
 def attacked(data: ImageSet, factor: float = 1.0) -> Tensor:
@@ -330,9 +333,9 @@ def test_images_shifted_against_their_ids_leave_the_ball(test_set: ImageSet) -> 
 
 def test_a_set_of_another_model_is_a_transfer() -> None:
     same = {"classifier": ("a", "a"), "purifier": ("b", "b"), "data": ("c", "c")}
-    assert checks.agreement("full/pgd", same).passed
+    assert sets.agreement("full/pgd", same).passed
     for part in same:
-        found = checks.agreement("full/pgd", {**same, part: ("a", "z")})
+        found = sets.agreement("full/pgd", {**same, part: ("a", "z")})
         assert not found.passed and found.level == "block"
         assert f"another {part}" in found.detail and "transfer" in found.detail
 
@@ -341,11 +344,11 @@ def test_a_set_of_another_model_is_a_transfer() -> None:
 
 
 def test_the_recorded_accuracy_must_be_met() -> None:
-    assert checks.recorded_accuracy(96, 96, 100).passed
+    assert models.recorded_accuracy(96, 96, 100).passed
     for now in (95, 97, 0):
-        assert not checks.recorded_accuracy(now, 96, 100).passed
-    assert checks.recorded_accuracy(9590, 9600, 10_000).passed, "0.1 points, for another device"
-    assert not checks.recorded_accuracy(9589, 9600, 10_000).passed
+        assert not models.recorded_accuracy(now, 96, 100).passed
+    assert models.recorded_accuracy(9590, 9600, 10_000).passed, "0.1 points, for another device"
+    assert not models.recorded_accuracy(9589, 9600, 10_000).passed
 
 
 def test_another_checkpoint_has_another_accuracy(
@@ -359,8 +362,8 @@ def test_another_checkpoint_has_another_accuracy(
     then, other = right(classifier), deepcopy(classifier)
     for parameter in other.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    assert checks.recorded_accuracy(right(classifier), then, len(test_set)).passed
-    assert not checks.recorded_accuracy(right(other), then, len(test_set)).passed
+    assert models.recorded_accuracy(right(classifier), then, len(test_set)).passed
+    assert not models.recorded_accuracy(right(other), then, len(test_set)).passed
 
 
 def test_scoring_that_changes_the_model_is_found(
@@ -369,11 +372,11 @@ def test_scoring_that_changes_the_model_is_found(
     model = deepcopy(classifier)
     before = state_digest(model)
     model(test_set.pixels())
-    assert checks.unchanged(before, state_digest(model), model.training).passed
-    assert not checks.unchanged(before, state_digest(model), True).passed
+    assert models.unchanged(before, state_digest(model), model.training).passed
+    assert not models.unchanged(before, state_digest(model), True).passed
     model.train()(test_set.pixels())
     model.eval()
-    found = checks.unchanged(before, state_digest(model), model.training)
+    found = models.unchanged(before, state_digest(model), model.training)
     assert not found.passed and "changed" in found.detail and found.level == "block"
 
 
@@ -387,8 +390,8 @@ def shares(n: int, wrong: int, start: int = 0) -> Shares:
     return values
 
 
-def order(kinds: Mapping[str, tuple[str, Shares]]) -> list[str]:
-    return failed(checks.order_of_strength(kinds))
+def order(kinds: Mapping[str, tuple[str, Shares]], stochastic: bool = False) -> list[str]:
+    return failed(scores.order_of_strength(kinds, stochastic))
 
 
 def test_a_weak_attack_that_beats_all_stronger_ones_is_found() -> None:
@@ -416,9 +419,11 @@ def test_strong_attacks_are_judged_together() -> None:
         "full/apgd_t": ("apgd_t", shares(200, 60, start=40)),
     }
     assert order(both) == []
-    assert order({k: v for k, v in both.items() if k != "full/apgd_t"}) == [
-        "order_of_strength/full/pgd"
-    ]
+    two = {k: v for k, v in both.items() if k != "full/apgd_t"}
+    assert order(two) == ["order_of_strength/full/pgd"]
+    assert order(two, stochastic=True) == [], "under noise, steps of one's own choice gain nothing"
+    weak = {**two, "full/fgsm": ("fgsm", shares(200, 120))}
+    assert order(weak, stochastic=True) == ["order_of_strength/full/fgsm"]
 
 
 def test_attacks_of_no_tier_are_judged_by_nobody() -> None:
@@ -427,36 +432,37 @@ def test_attacks_of_no_tier_are_judged_by_nobody() -> None:
         "full/cw": ("cw_l2", shares(200, 200)),
         "full/pgd": ("pgd", shares(200, 20)),
     }
-    assert order(odd) == [] and checks.order_of_strength({}) == []
-    assert [f.name for f in checks.order_of_strength(odd)] == []
+    assert order(odd) == [] and order({}) == []
+    for stochastic in (False, True):
+        assert [f.name for f in scores.order_of_strength(odd, stochastic)] == []
 
 
 def test_a_weaker_rung_that_beats_the_full_gradient_is_found() -> None:
     full = shares(300, 100)
     rungs = {"classifier": shares(300, 60), "bpda": shares(300, 100)}
-    assert failed(checks.full_is_strongest(full, rungs)) == []
+    assert failed(scores.full_is_strongest(full, rungs)) == []
     rungs["bpda"] = shares(300, 130)
-    findings = checks.full_is_strongest(full, rungs)
+    findings = scores.full_is_strongest(full, rungs)
     assert failed(findings) == ["full_is_strongest/bpda"]
     assert [f.name for f in findings] == ["full_is_strongest/classifier", "full_is_strongest/bpda"]
-    assert failed(checks.full_is_strongest(full, {"bpda": shares(300, 150, start=150)})) != []
-    assert failed(checks.full_is_strongest(full, {"bpda": shares(300, 103)})) == [], "chance"
+    assert failed(scores.full_is_strongest(full, {"bpda": shares(300, 150, start=150)})) != []
+    assert failed(scores.full_is_strongest(full, {"bpda": shares(300, 103)})) == [], "chance"
 
 
 def test_many_rungs_do_not_make_chance_a_finding() -> None:
     """p = 1/128 for seven images fooled by one rung alone: a finding for one, not for twenty."""
     full, rung = shares(300, 0), shares(300, 7)
-    assert failed(checks.full_is_strongest(full, {"bpda": rung})) == ["full_is_strongest/bpda"]
+    assert failed(scores.full_is_strongest(full, {"bpda": rung})) == ["full_is_strongest/bpda"]
     many = {f"rung {k}": rung for k in range(20)}
-    assert failed(checks.full_is_strongest(full, many)) == []
+    assert failed(scores.full_is_strongest(full, many)) == []
 
 
 def test_accuracy_that_the_full_gradient_takes_away_is_called_an_illusion() -> None:
     full = shares(200, 150)
     rungs = {"classifier": shares(200, 20), "bpda": shares(200, 135)}
-    (found,) = checks.illusions(rungs, full)
+    (found,) = scores.illusions(rungs, full)
     assert (found.rung, found.seen, found.left) == ("classifier", 0.9, 0.25)
-    assert checks.illusions({"bpda": shares(200, 150)}, full) == []
+    assert scores.illusions({"bpda": shares(200, 150)}, full) == []
 
 
 # The same, found by real attacks on real defenses
@@ -481,9 +487,9 @@ def test_bpda_beats_the_full_gradient_of_a_masked_defense_only(
     for purifier, masked in ((Rounded(), True), (Soft(), False)):
         defense = Defense(classifier, purifier).freeze()
         full, bpda = (attack_shares(defense, mode, data)[1] for mode in BOTH)
-        found = failed(checks.full_is_strongest(full, {"bpda": bpda}))
+        found = failed(scores.full_is_strongest(full, {"bpda": bpda}))
         assert found == (["full_is_strongest/bpda"] if masked else [])
-        assert bool(checks.illusions({"full": full}, bpda)) == masked
+        assert bool(scores.illusions({"full": full}, bpda)) == masked
 
 
 def test_noise_beats_a_gradient_attack_that_follows_nothing(

@@ -54,6 +54,9 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("learning_rate: 0.003", "learning_rate: 3e-3x", "learning_rate"),
         ("batch_size: 64", "batch_size: 1", "batch_size"),
         ("depth: 8", "depth: 9", "6n+2"),
+        ("score_draws: 32", "score_draws: 48", "multiple of select_draws"),
+        ("images: 128", "images: 8", "greater than or equal to 16"),
+        ("full: [fgsm, pgd, apgd_ce]", "transfer: [pgd]", "surrogate"),
         ("strided: [2]", "strided: [7]", "1..4"),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
@@ -112,7 +115,7 @@ def test_an_override_reaches_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("profile", "overrides", "said"),
     [
-        ("mnis", [], "there are cifar10, digits, mnist"),
+        ("mnis", [], "there are cifar10, digits, digits-full, mnist"),
         ("digits", ["threat.eps_255"], "section.key=value"),
         ("digits", ["threat.eps_25=8"], "did you mean eps_255?"),
         ("digits", ["threat.eps_255=["], "not readable"),

@@ -21,6 +21,7 @@ from components.shards import sha256
 
 TRAIN = {"train": "data/train", "val": "data/val"}
 EVALUATE = {
+    "train": "data/train",
     "val": "data/val",
     "test": "data/test",
     "models": "models",

@@ -27,15 +27,15 @@ from components.purifiers.controls import GaussianNoise
 from components.shards import part_name, write_json
 from pipelines import scores, scoring, verdict
 from pipelines.crafting import Subject
-from pipelines.params import Scoring
+from pipelines.params import MODES, Scoring
 from pipelines.report import BLIND, MEANINGS, settings, write_report
-from pipelines.scoring import MODES, Entry, Plan, Result, summary
+from pipelines.scoring import Entry, Plan, Result, summary
 
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
 EVIL = "<script>alert(1)</script>"
 THREAT = Linf(norm="linf", eps_255=51.0)
 PGD = Pgd(
-    kind="pgd", steps=4, step=0.5, restarts=1, random_start=True, early_stop=True, eot=1
+    kind="pgd", steps=10, step=0.2, restarts=1, random_start=True, early_stop=True, eot=1
 )  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
 # How many of the images are right, by mode/attack, for every scored defense.
@@ -110,6 +110,7 @@ class World:
             val=root / "test",
             test=root / "test",
             unseen=self.models / "unseen",
+            surrogate=None,
         )
         self.entries = [self._entry(name) for name in RIGHT]
         self.metrics = {
@@ -131,7 +132,12 @@ class World:
             model=model.model_dump(mode="json"),
             shape=list(SHAPE),
             class_names=list(CLASSES),
-            provenance={"training": {"epochs": 2}, "seed": 0, "made_from": dict(made_from)},
+            provenance={
+                "objective": {"kind": "classification"},
+                "training": {"epochs": 2},
+                "seed": 0,
+                "made_from": dict(made_from),
+            },
         )
         save(self.models / name, build(card).eval(), card)
         history = [{"loss": 2.0, "val_accuracy": 0.25}, {"loss": 0.125, "val_accuracy": 0.875}]
@@ -177,7 +183,8 @@ class World:
             findings.append(lie)
         distance = {name: np.full(N, 1.25) for name in right}
         scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
-        return Result(scored, inside, distance, findings, (score(N), score(9)))
+        unseen, worst = (score(N), score(9)), (score(6), score(6))
+        return Result(scored, inside, distance, findings, unseen, worst)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +232,7 @@ def test_the_illusion_is_said_in_words(world: World, page: Page) -> None:
     )
     assert alone in page.text and "the first number is no robustness." in page.text
     assert "student_adaptive shows" not in page.text
-    assert set(MODES) - {"full"} == set(BLIND)
+    assert set(MODES) - {"full", "fixed_noise"} == set(BLIND)
 
 
 def test_an_upper_bound_is_struck(world: World) -> None:
@@ -266,7 +273,8 @@ def test_nothing_to_show_is_said(world: World, tmp_path: Path) -> None:
 
 
 def test_every_check_has_a_meaning() -> None:
-    source = Path(checks.__file__).read_text() + Path(scoring.__file__).read_text()
+    files = [*Path(checks.__file__).parent.glob("*.py"), Path(scoring.__file__)]
+    source = "".join(file.read_text() for file in files)
     named = set(re.findall(r'name=f?"(\w+)[/"]', source)) | {"unbounded", "unbounded_by_gradient"}
     assert named == set(MEANINGS)
 
@@ -294,7 +302,7 @@ def test_scores_fit_into_80_columns_and_lose_no_digit(
     (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive"))
     assert row.split() == ["student_adaptive", "100.0", "66.7", "66.7", "58.3", "58.3",
                            "32.0-80.7", "100/75", "no", "ok"]  # fmt: skip
-    assert "<=100.0" in out and "void" in out and "1 bad" in out
+    assert "<=100.0" in out and "void" in out and "2 bad" in out
     words = " ".join(out.split())
     assert "student_grey shows 91.7 % when the attacker ignores the purifier" in words
     assert "reports/report.html" in out

@@ -12,18 +12,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.apgd import ApgdCe, ApgdT
+from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
+from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import L2, Attack, Linf, Threat
 from components.attacks.cw import CwL2
-from components.attacks.gradient import Bim, Fgsm, Noise, Pgd
-from components.attacks.library import Square
+from components.attacks.deepfool import DeepFool
+from components.attacks.elastic_net import ElasticNet
+from components.attacks.fab import FabT
+from components.attacks.flip import Flip
+from components.attacks.gradient import Bim, Fgsm, Noise, Pgd, RFgsm
+from components.attacks.library import MiFgsm
+from components.attacks.square import Square
+from components.attacks.stadv import StAdv
 from components.data import ImageSet
 from components.defense import Defense, Mode, aim, fold
 from components.draws import Draws
 
 AttackConfig = Annotated[
-    Noise | Fgsm | Bim | Pgd | CwL2 | ApgdCe | ApgdT | Square, Field(discriminator="kind")
-]
+    Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
+    | ApgdCe | ApgdDlr | ApgdT | FabT | AutoAttack | Square | Flip,
+    Field(discriminator="kind"),
+]  # fmt: skip
 
 # Float32 cannot hold most radii exactly; this much above one is rounding and not an attack.
 SLACK = 1e-6

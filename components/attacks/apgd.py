@@ -1,9 +1,9 @@
 """Auto-PGD (Croce and Hein 2020, algorithm 1): the step length is chosen by the attack itself.
 
-With its 100 steps and no other free parameter it is the first half of AutoAttack: on the
-cross-entropy (`apgd_ce`) and, from every one of `targets` runner-up classes, on the targeted
-difference-of-logits-ratio loss (`apgd_t`). Written from the paper; the random start is scaled to
-the surface of the ball, as in the authors' code, so that outcomes can be compared.
+It climbs the cross-entropy (`apgd_ce`), the difference-of-logits ratio (`apgd_dlr`) or, towards
+each of `targets` runner-up classes, the targeted form of that ratio (`apgd_t`); with 100 steps
+these are parts of AutoAttack. Written from the paper; the random start is scaled to the surface of
+the ball, as in the authors' code, so that outcomes can be compared.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
 from components.attacks.gradient import cross_entropy
-from components.defense import Loss, Target
+from components.defense import Loss, Target, margin
 from components.draws import Draws
 
 LossOf = Callable[[Tensor], Loss]  # rows of the batch -> the loss of exactly these rows
@@ -32,15 +32,47 @@ class ApgdCe(Attack):
     restarts: Positive
     eot: Positive
 
+    def effort(self) -> int:
+        """Every start and every step is one pass."""
+        return self.restarts * (self.steps + 1)
+
+    def strong(self) -> bool:
+        """Ten steps at least; how far they reach is the attack's own choice."""
+        return self.steps >= 10
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the image of lowest margin."""
         search = Search(target, images, labels, drop=True)
-        for restart in range(self.restarts):
-            search.restart()
-            _ascend(search, threat, draws.redraw(restart), self.steps, lambda rows: cross_entropy)
-        return search.outcome()
+        return _climb(search, threat, draws, self.steps, self.restarts, cross_entropy)
+
+
+class ApgdDlr(Attack):
+    """APGD on the DLR loss, which knows neither the scale nor the shift of the logits.
+
+    Needs three classes, else ValueError.
+    """
+
+    kind: Literal["apgd_dlr"]
+    steps: Positive
+    restarts: Positive
+    eot: Positive
+
+    def effort(self) -> int:
+        """Every start and every step is one pass."""
+        return self.restarts * (self.steps + 1)
+
+    def strong(self) -> bool:
+        """Ten steps at least; how far they reach is the attack's own choice."""
+        return self.steps >= 10
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the image of lowest margin."""
+        search = Search(target, images, labels, drop=True)
+        return _climb(search, threat, draws, self.steps, self.restarts, dlr)
 
 
 class ApgdT(Attack):
@@ -53,6 +85,14 @@ class ApgdT(Attack):
     steps: Positive
     targets: Annotated[int, Field(ge=1)]
     eot: Positive
+
+    def effort(self) -> int:
+        """Every start and every step is one pass."""
+        return self.targets * (self.steps + 1)
+
+    def strong(self) -> bool:
+        """Ten steps at least; how far they reach is the attack's own choice."""
+        return self.steps >= 10
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -67,10 +107,10 @@ class ApgdT(Attack):
                 f"apgd_t needs 4 classes and at most {classes - 1} targets here, "
                 f"but has {classes} classes and targets: {self.targets}"
             )
-        others = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+        aims = runners_up(logits, labels)
         for index in range(self.targets):
             search.restart()
-            loss_of = _towards(others[:, index])
+            loss_of = _towards(aims[:, index])
             _ascend(search, threat, draws.redraw(index), self.steps, loss_of)
         return search.outcome()
 
@@ -94,6 +134,15 @@ class _State:
     def keep(self, rows: Tensor) -> None:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
+
+
+def _climb(
+    search: Search, threat: Linf | L2, draws: Draws, steps: int, restarts: int, loss: Loss
+) -> Outcome:
+    for restart in range(restarts):
+        search.restart()
+        _ascend(search, threat, draws.redraw(restart), steps, lambda rows: loss)
+    return search.outcome()
 
 
 def _ascend(search: Search, threat: Linf | L2, draws: Draws, steps: int, loss_of: LossOf) -> None:
@@ -122,8 +171,7 @@ def _ascend(search: Search, threat: Linf | L2, draws: Draws, steps: int, loss_of
 
 def _begin(search: Search, threat: Linf | L2, draws: Draws, loss_of: LossOf) -> _State:
     origin = search.origin
-    noise = _surface(threat, draws, origin)
-    x = threat.project(origin + noise, origin)
+    x = threat.project(origin + threat.eps * direction(threat, draws, origin, "apgd"), origin)
     seen = search.evaluate(x, loss_of(search.rows))
     count = len(x)
     zeros = torch.zeros(count, device=x.device)
@@ -176,14 +224,20 @@ def _checkpoints(steps: int) -> set[int]:
     return points
 
 
-def _surface(threat: Linf | L2, draws: Draws, origin: Tensor) -> Tensor:
+def direction(threat: Linf | L2, draws: Draws, origin: Tensor, use: str) -> Tensor:
+    """Return random differences (N,C,H,W) of length one in the norm of the threat."""
     shape = tuple(origin.shape[1:])
     if isinstance(threat, Linf):
-        noise = 2 * draws.uniform(shape, "apgd").to(origin.dtype) - 1
-        return threat.eps * noise / noise.flatten(1).abs().amax(1)[:, None, None, None]
-    noise = draws.normal(shape, "apgd").to(origin.dtype)
+        noise = 2 * draws.uniform(shape, use).to(origin.dtype) - 1
+        return noise / noise.flatten(1).abs().amax(1)[:, None, None, None]
+    noise = draws.normal(shape, use).to(origin.dtype)
     lengths: Tensor = noise.flatten(1).norm(dim=1)
-    return threat.eps * noise / lengths[:, None, None, None]
+    return noise / lengths[:, None, None, None]
+
+
+def runners_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the classes (N,K), likeliest first; the true one comes last."""
+    return logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
 
 
 def _towards(aims: Tensor) -> LossOf:
@@ -201,3 +255,14 @@ def targeted_dlr(logits: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
     true = logits.gather(1, labels[:, None]).squeeze(1)
     aim = logits.gather(1, aims[:, None]).squeeze(1)
     return -(true - aim) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return -(z_y - max of the others) / (z_1 - z_3) per image (N,), z_k the k-th largest logit.
+
+    Croce and Hein 2020, equation 6. Raises ValueError with fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"apgd_dlr needs 3 classes, but the classifier has {logits.shape[1]}")
+    ordered = logits.sort(dim=1, descending=True).values
+    return -margin(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)

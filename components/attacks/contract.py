@@ -112,6 +112,16 @@ class Attack(Config):
 
     bounded: ClassVar[bool] = True
 
+    kind: str
+
+    def effort(self) -> int:
+        """Return how many backward passes an image that withstands has cost at least."""
+        return 0
+
+    def strong(self) -> bool:
+        """Say whether a claim may rest on this attack: it has the steps and the reach."""
+        return False
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:

@@ -1,7 +1,8 @@
 """Attacks that follow the sign (or the direction) of the gradient: FGSM, BIM, PGD; and noise.
 
-Papers: Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Wong et
-al. 2020 (one step from a random start), Athalye et al. 2018 (expectation over transformation).
+Papers: Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Tramer et
+al. 2018 (RAND+FGSM), Wong et al. 2020 (one step from a random start), Athalye et al. 2018
+(expectation over transformation).
 Step lengths are multiples of the radius of the threat.
 """
 
@@ -57,6 +58,14 @@ class Pgd(Attack):
         if not self.early_stop and self.restarts > 1:
             raise ValueError("early_stop: false returns the last iterate of one run: restarts is 1")
         return self
+
+    def effort(self) -> int:
+        """Every step of every restart is one pass."""
+        return self.steps * self.restarts
+
+    def strong(self) -> bool:
+        """Ten steps at least, which together travel one and a half radii."""
+        return _far(self.steps, self.step)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -125,6 +134,27 @@ class Fgsm(Attack):
         return _pursue(target, [start], images, labels, threat, 1, self.step)
 
 
+class RFgsm(Attack):
+    """RAND+FGSM (Tramer et al. 2018): `alpha` of the radius at random, the rest by the gradient.
+
+    Under L-inf the random step is along the sign of Gaussian noise, under L2 along the noise. The
+    two steps together are as long as the radius; a full step after the random one would leave the
+    ball.
+    """
+
+    kind: Literal["r_fgsm"]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    eot: Positive
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the image after both steps, or the one of lower margin before them."""
+        noise = draws.normal(tuple(images.shape[1:]), "start").to(images.dtype)
+        start = threat.project(threat.ascend(images, noise, self.alpha * threat.eps), images)
+        return _pursue(target, [start], images, labels, threat, 1, 1 - self.alpha)
+
+
 class Bim(Attack):
     """PGD from the image itself."""
 
@@ -133,11 +163,23 @@ class Bim(Attack):
     step: Factor
     eot: Positive
 
+    def effort(self) -> int:
+        """Every step is one pass."""
+        return self.steps
+
+    def strong(self) -> bool:
+        """Ten steps at least, which together travel one and a half radii."""
+        return _far(self.steps, self.step)
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
         return _pursue(target, [images], images, labels, threat, self.steps, self.step)
+
+
+def _far(steps: int, step: float) -> bool:
+    return steps >= 10 and steps * step >= 1.5
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

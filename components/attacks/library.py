@@ -1,81 +1,125 @@
-"""Square (Andriushchenko et al. 2020), by torchattacks, wrapped so that its traps cannot bite.
+"""Attacks by torchattacks, wrapped so that its traps cannot bite.
 
-torchattacks reseeds the global random stream at every call (here: a forked one, with a seed from
-the images' own draws), sets modes on the model it is given (here: a throw-away module around the
-target) and counts no queries (here: read from the run). It asks the model about rows it does not
-name, so noise cannot be bound to images: Square is refused against a stochastic target.
+torchattacks reseeds the global random stream (here: a forked one), sets the mode of the model it is
+given and leaves gradients in its parameters (here: a throw-away module around the target, with one
+parameter of no account), counts no passes (the target does), divides by gradients that are zero
+(here: an image whose gradient vanishes stays where it was), and trusts its own clipping (here:
+projected once more). It asks about rows it does not name, so noise cannot be bound to images: what
+it offers is refused against a stochastic target.
+
+Only what is right in the pinned 3.3.0 stands here. NI-FGSM (Lin et al. 2020) does not: its look
+ahead is longer than in the paper by the number of pixels, and out of the ball and of [0,1].
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.defense import Target, margin
+from components.attacks.square import Square as Square
+from components.attacks.square import margins
+from components.defense import Target
 from components.draws import Draws
 
 
-class Square(Attack):
-    """Random search with square patches: no gradient, at most `queries` forward passes."""
+class MiFgsm(Attack):
+    """MI-FGSM (Dong et al. 2018): `steps` of `step` times the radius along the accumulated sign.
 
-    kind: Literal["square"]
-    queries: Positive
+    `decay` is the share of the accumulated gradient that is carried on; 1 in the paper. Made to
+    transfer: the last iterate is returned, fooling or not. For L-inf and deterministic targets.
+    """
+
+    kind: Literal["mi_fgsm"]
+    steps: Positive
+    step: Annotated[float, Field(gt=0)]
+    decay: Annotated[float, Field(ge=0)]
+
+    def effort(self) -> int:
+        """Every step is one pass."""
+        return self.steps
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the fooling image, or the clean one where none was found.
+        """Return the last iterate; images that are wrong already are left as they are."""
+        if not isinstance(threat, Linf):
+            raise ValueError("mi_fgsm steps along the sign: for linf threats only, not l2")
+        # Imported here because it takes a second, which no stage without it should pay.
+        import torchattacks
 
-        Raises ValueError for a stochastic target.
-        """
-        if target.stochastic:
-            raise ValueError("square cannot bind noise to images: not for stochastic defenses")
-        attack = _square(target, threat, self.queries, _seed(draws))
-        with torch.random.fork_rng(), torch.no_grad():
-            found = attack.forward(images.contiguous(), labels)
-        # Clipping to eps in float32 can overshoot by a rounding; the projection does not.
-        found = threat.project(found.detach(), images)
-        with torch.no_grad():
-            attacked = target(images, 0).argmax(1) == labels  # as the library chooses them
-            reached = margin(target(found, 0), labels)
-        queries = torch.zeros_like(labels)
-        if bool(attacked.any()):
-            queries[attacked] = attack.queries.to(queries.dtype)
-        target.passes.forward.index_add_(0, target.rows, queries)
-        return Outcome(found, reached, queries)
+        eps, length = threat.eps, self.step * threat.eps
+        return borrowed(
+            lambda model: torchattacks.MIFGSM(model, eps, length, self.steps, self.decay),
+            self.kind, self.steps, target, images, labels, threat,
+        )  # fmt: skip
 
 
-def _seed(draws: Draws) -> int:
-    return int(draws.uniform((1,), "square")[0].item() * 2**24) if len(draws) else 0
+def borrowed(
+    make: Callable[[nn.Module], Any], kind: str, steps: int, target: Target, images: Tensor,
+    labels: Tensor, threat: Linf | L2,
+) -> Outcome:  # fmt: skip
+    """Run the attack of torchattacks that `make` builds on the images that are still right.
 
-
-def _square(target: Target, threat: Linf | L2, queries: int, seed: int) -> Any:
-    """Make the library's attack, which also remembers the queries spent on each image."""
-    # Imported here because it takes a second, which no stage without Square should pay.
-    import torchattacks
-
-    class Remembering(torchattacks.Square):  # type: ignore[misc]
-        queries = torch.zeros(0)
-
-        def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            self.queries, best = super().attack_single_run(x, y)
-            return self.queries, best
-
-    norm = "Linf" if isinstance(threat, Linf) else "L2"
-    return Remembering(
-        _Module(target), norm=norm, eps=threat.eps, n_queries=queries, n_restarts=1, seed=seed
-    )
+    Raises ValueError for a stochastic target.
+    """
+    if target.stochastic:
+        raise ValueError(f"{kind} cannot bind noise to images: not for stochastic defenses")
+    found, margin = images.clone(), margins(target, images, labels, 0)
+    rows = (margin > 0).nonzero().flatten()
+    spent = torch.zeros_like(labels).index_fill_(0, rows, steps)
+    if len(rows):
+        origin, module = images[rows].contiguous(), _Module(target[rows])
+        with torch.random.fork_rng(), torch.enable_grad():
+            moved = make(module).forward(origin, labels[rows]).detach()
+        moved = torch.where(_numbers(moved), moved, module.seen)
+        found[rows] = threat.project(moved, origin)
+        margin[rows] = margins(target[rows], found[rows], labels[rows], 1)
+    return Outcome(found, margin.float(), spent)
 
 
 class _Module(nn.Module):
-    """A target in the form torchattacks wants: a module with a parameter, so with a device."""
+    """A target in the form torchattacks wants: a module with a parameter, so with a device.
+
+    The target is no submodule, so neither modes nor gradients get at the networks behind it.
+    `seen` (N,C,H,W) is what each row was last asked about, of images that were numbers.
+    """
 
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros((), device=target.rows.device))
-        self.call = target.defense
+        self.target, self.seen = target, torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.call(x)
+        now = x.detach()
+        self.seen = torch.where(_numbers(now), now, self.seen)
+        logits: Tensor = _Logits.apply(x, self.target)  # type: ignore[no-untyped-call]
         return logits
+
+
+class _Logits(torch.autograd.Function):
+    """Logits (N,K) whose graph leads to the pixels and to no parameter, each pass counted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Target) -> Tensor:
+        ctx.target, ctx.point = target, x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.logits = target(ctx.point, 0)
+        logits: Tensor = ctx.logits.detach().clone()  # the library writes into what it gets
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        rows = ctx.target.rows
+        ctx.target.passes.backward.index_add_(0, rows, torch.ones_like(rows))
+        if not ctx.logits.requires_grad:
+            return torch.zeros_like(ctx.point), None
+        (found,) = torch.autograd.grad(ctx.logits, ctx.point, gradients[0], allow_unused=True)
+        return (torch.zeros_like(ctx.point) if found is None else found), None
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Return which images (N,1,1,1) are finite."""
+    return x.isfinite().flatten(1).all(1)[:, None, None, None]

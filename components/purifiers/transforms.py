@@ -59,10 +59,17 @@ class RandomTransform(Config):
     inner: ConvAutoencoder
 
     def build(self, shape: Shape) -> Purifier:
-        """Make the untrained network; raise ValueError where patches do not tile `shape`."""
+        """Make the untrained network; raise ValueError where patches do not tile `shape`
+        or none of them would be removed.
+        """
         patch = self.transform.patch
         if shape[1] % patch or shape[2] % patch:
             raise ValueError(f"patches of side {patch} do not tile {shape[1]} x {shape[2]} images")
+        cells = (shape[1] // patch) * (shape[2] // patch)
+        if not round(self.transform.missing * cells):
+            raise ValueError(
+                f"missing: {self.transform.missing} of {cells} patches is none: nothing is removed"
+            )
         return _RandomTransform(self, shape)
 
 

@@ -1,0 +1,155 @@
+"""Doubts about counts: attacks out of order, rungs out of order, claims that n cannot carry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from components.attacks import L2, Attack, Linf
+from components.checks.contract import SIGNIFICANT, Finding, Shares
+from components.evaluation import holm, more_fooled
+
+# The order of strength of attack kinds: none may be beaten by one of a lower tier.
+# Under noise APGD's choice of steps gains nothing on fixed ones (Lee and Kim 2023): there all that
+# iterates is one tier.
+TIERS = {
+    "noise": 0, "fgsm": 1, "r_fgsm": 1, "bim": 2, "pgd": 2, "apgd_ce": 3, "apgd_dlr": 3,
+    "apgd_t": 3, "autoattack": 4,
+}  # fmt: skip
+# Attacks that see answers only; what follows gradients should leave them nothing to find.
+BLIND = ("square", "flip")
+LEAST_DRAWS = 10
+
+
+def order_of_strength(full: Mapping[str, tuple[str, Shares]], stochastic: bool) -> list[Finding]:
+    """Check 12: on the full rung no attack is beaten by one of a lower tier.
+
+    `full` maps a name to (kind, shares correct per image); compared with the union of all that is
+    stronger, by exact paired tests after Holm.
+    """
+
+    def tier(kind: str, unknown: int) -> int:
+        known = TIERS.get(kind, unknown)
+        return min(known, 2) if stochastic and kind in TIERS else known
+
+    names, values = [], []
+    for name, (kind, shares) in full.items():
+        stronger = [s for k, s in full.values() if tier(k, -1) > tier(kind, 99)]
+        if stronger:
+            names.append(name)
+            values.append(more_fooled(shares, np.minimum.reduce(stronger)))
+    return [
+        Finding(
+            name=f"order_of_strength/{name}",
+            level="block",
+            passed=p >= SIGNIFICANT,
+            detail=f"p = {p:.3g} that it fools what all stronger attacks together do not",
+        )
+        for name, p in zip(names, holm(values), strict=True)
+    ]
+
+
+def full_is_strongest(full: Shares, others: Mapping[str, Shares]) -> list[Finding]:
+    """Checks 17 and 18: no weaker rung beats the union of the full rung."""
+    adjusted = holm([more_fooled(shares, full) for shares in others.values()])
+    return [
+        Finding(
+            name=f"full_is_strongest/{rung}",
+            level="block",
+            passed=p >= SIGNIFICANT,
+            detail=f"p = {p:.3g} that mode {rung} fools what the full gradient does not",
+        )
+        for rung, p in zip(others, adjusted, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Illusion:
+    """How much of a weaker rung's accuracy is left under the full gradient."""
+
+    rung: str
+    seen: float
+    left: float
+
+
+def illusions(rungs: Mapping[str, Shares], full: Shares) -> list[Illusion]:
+    """Return the rungs that show at least 10 points more than the full gradient leaves."""
+    left = float(full.mean())
+    return [
+        Illusion(rung, float(shares.mean()), left)
+        for rung, shares in rungs.items()
+        if shares.mean() - left >= 0.1 and more_fooled(full, shares) < SIGNIFICANT
+    ]
+
+
+def white_is_strongest(full: Mapping[str, tuple[str, Shares]]) -> list[Finding]:
+    """Check 16: on the full rung, attacks that see answers only find next to nothing more.
+
+    `full` as in `order_of_strength`. An honest small network lets Square fool a few images that
+    gradients miss; what blocks is a significant loss of over a point on at least 1,000 images.
+    """
+    seen = [shares for kind, shares in full.values() if kind not in BLIND]
+    findings = []
+    for name, (kind, shares) in full.items():
+        if kind not in BLIND or not seen:
+            continue
+        union = np.minimum.reduce(seen)
+        lost = float((union - np.minimum(union, shares)).mean())
+        p = more_fooled(np.minimum(union, shares), union)
+        fired = lost > 0.002 and (p < SIGNIFICANT or lost > 0.02)
+        grave = fired and lost > 0.01 and len(union) >= 1000
+        findings.append(
+            Finding(
+                name=f"white_is_strongest/{name}",
+                level="block" if grave else "warn",
+                passed=not fired,
+                detail=f"without gradients it fools a further {lost:.1%} of images (p = {p:.3g})",
+            )
+        )
+    return findings
+
+
+def strong_enough(full: Mapping[str, Attack]) -> Finding:
+    """Check 26: at least one attack on the full rung has the steps and the reach to count."""
+    strong = [name for name, attack in full.items() if attack.strong()]
+    return Finding(
+        name="strong_attack",
+        level="block",
+        passed=bool(strong),
+        detail=f"strong attacks with the full gradient: {', '.join(strong) or 'none'}",
+    )
+
+
+def draws_enough(stochastic: bool, select: int, score: int) -> Finding:
+    """Check 22: a random defense is judged by many fresh draws, for selection and for scoring."""
+    passed = not stochastic or min(select, score) >= LEAST_DRAWS
+    what = f"{select} draws select, {score} others score" if stochastic else "one answer is enough"
+    return Finding(name="scoring_draws", level="block", passed=passed, detail=what)
+
+
+def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
+    """Check 25: an undefended, standard-trained classifier is fooled on nearly every image.
+
+    Blocks from 8/255 in L-infinity on; at a radius that is small, or not comparable, it warns.
+    """
+    large = isinstance(threat, Linf) and threat.eps_255 >= 8
+    return Finding(
+        name="undefended_falls",
+        level="block" if large else "warn",
+        passed=accuracy <= 0.05,
+        detail=f"{accuracy:.1%} of images stay right with no defense at all",
+    )
+
+
+def not_beaten(shares: Shares, rivals: Mapping[str, Shares]) -> dict[str, tuple[float, float]]:
+    """Return the rivals that `shares` does not beat: (difference of means, p that it is chance).
+
+    All are shares correct per image under the worst examples (N,); exact paired tests, Holm.
+    """
+    names = list(rivals)
+    values = holm([more_fooled(rivals[rival], shares) for rival in names])
+    return {
+        rival: (float(shares.mean() - rivals[rival].mean()), p)
+        for rival, p in zip(names, values, strict=True)
+        if p >= SIGNIFICANT
+    }

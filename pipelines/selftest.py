@@ -1,0 +1,48 @@
+"""Plant every known lie, run the checks, and print which were caught."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from components import selftest
+from components.selftest import HONEST, LIES, Result
+from pipelines.progress import Watch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 5 if a lie was not caught or an honest defense was flagged."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    watch = Watch("selftest")
+    results: list[Result] = []
+    for result in selftest.run(selftest.toy()):
+        results.append(result)
+        watch.advance(len(results), len(LIES) + len(HONEST), "cases")
+    watch.close()
+    Console(highlight=False).print(_table(results))
+    wrong = [result.case for result in results if not result.caught]
+    if wrong:
+        print(f"error: the harness is broken: {', '.join(wrong)}", file=sys.stderr)
+        return 5
+    print(f"{len(LIES)} lies caught by name, {len(HONEST)} honest cases left alone")
+    return 0
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for title in ("planted", "must raise", "raised", ""):
+        table.add_column(title, overflow="fold")
+    for result in results:
+        verdict = Text("ok", "green") if result.caught else Text("NO", "bold red")
+        table.add_row(
+            result.case, result.expected or "nothing", ", ".join(result.raised) or "-", verdict
+        )
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

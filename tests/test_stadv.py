@@ -1,0 +1,253 @@
+"""StAdv reads pixels from where the flow says, keeps its bound, and fools what looks at places."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.attacks import L2, Linf, craft
+from components.attacks import stadv as module
+from components.attacks.stadv import StAdv, displace, roughness
+from components.classifiers import Classifier
+from components.data import ImageSet
+from components.defense import Defense, aim
+from components.draws import Draws
+from components.purifiers import Purifier
+
+LINF = Linf(norm="linf", eps_255=32.0)
+ATTACK = StAdv(kind="stadv", bound=0.3, steps=15, step=0.2, smoothness=0.01, eot=2)
+
+
+class Noisy(Purifier):
+    stochastic = True
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        return (x + 0.05 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
+
+
+class Precise(nn.Module):
+    """A classifier in float64, so that the size of a batch moves no result by rounding."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = deepcopy(classifier).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x.double())
+        return logits
+
+
+class Left(nn.Module):
+    """Says class 0 if the left half of an image (N,1,H,W) is the brighter one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.mean((1, 2)).chunk(2, 1)
+        return torch.stack([left.sum(1), right.sum(1)], 1)
+
+
+def some(data: ImageSet, count: int = 60) -> ImageSet:
+    return data[torch.arange(count)]
+
+
+def noise(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def stripe(column: int) -> ImageSet:
+    """Return one 8 x 8 image, black but for a white column."""
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    images[..., column] = 255
+    return ImageSet(images, torch.zeros(1).long(), torch.arange(1), ("left", "right"))
+
+
+def within_reach(images: Tensor, clean: Tensor, bound: float) -> Tensor:
+    """Return whether every pixel lies between the least and the largest in its reach (N,)."""
+    pads = [int(bound * size / 2 + 0.999999) for size in (clean.shape[3], clean.shape[2])]
+    padded = F.pad(clean, (pads[0], pads[0], pads[1], pads[1]), mode="replicate")
+    windows = padded.unfold(2, 2 * pads[1] + 1, 1).unfold(3, 2 * pads[0] + 1, 1).flatten(4)
+    inside = (images >= windows.amin(4) - 1e-5) & (images <= windows.amax(4) + 1e-5)
+    return inside.flatten(1).all(1)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 1, 5, 9), (1, 1, 28, 28), (1, 2, 1, 4)])
+def test_no_flow_is_no_change(shape: tuple[int, ...]) -> None:
+    images = noise(shape)
+    still = torch.zeros(shape[0], *shape[2:], 2)
+    assert torch.allclose(displace(images, still), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 0), (0, 1), (-2, 0), (0, -1), (1, -1), (0.5, 0)])
+def test_a_flow_of_so_many_pixels_moves_the_image_by_so_many(columns: float, rows: float) -> None:
+    """In coordinates from -1 to 1 a column is 2 / W and a row 2 / H; the edge goes on outside."""
+    images = noise((2, 3, 6, 10))
+    flow = torch.tensor([columns * 2 / 10, rows * 2 / 6]).expand(2, 6, 10, 2)
+    x = torch.arange(10) + columns
+    y = (torch.arange(6) + rows).clamp(0, 5).long()
+    low, high = x.floor().clamp(0, 9).long(), x.ceil().clamp(0, 9).long()
+    expected = (images[:, :, y][..., low] + images[:, :, y][..., high]) / 2
+    assert torch.allclose(displace(images, flow), expected, atol=1e-5)
+
+
+def test_each_pixel_has_a_flow_of_its_own() -> None:
+    images = noise((1, 1, 4, 4))
+    flow = torch.zeros(1, 4, 4, 2)
+    flow[0, 1, 2] = torch.tensor([2 / 4, -2 / 4])
+    moved = displace(images, flow)
+    assert moved[0, 0, 1, 2].item() == pytest.approx(images[0, 0, 0, 3].item(), abs=1e-6)
+    rest = torch.ones(4, 4).bool()
+    rest[1, 2] = False
+    assert torch.allclose(moved[0, 0][rest], images[0, 0][rest], atol=1e-6)
+
+
+def test_roughness_is_that_of_the_paper() -> None:
+    """Over all pixels and their four neighbours, the length of the difference of the flows."""
+    flow = torch.zeros(2, 3, 3, 2)
+    flow[0, 1, 1] = torch.tensor([3.0, 4.0])
+    flow[0, 0, 0] = torch.tensor([-2.0, 0.0])
+    assert roughness(flow).tolist() == pytest.approx([2 * (4 * 5 + 2 * 2), 0], abs=1e-4)
+    assert roughness(flow + 7).tolist() == pytest.approx(roughness(flow).tolist(), abs=1e-4)
+    start = torch.zeros(1, 3, 3, 2, requires_grad=True)
+    (slope,) = torch.autograd.grad(roughness(start).sum(), start)
+    assert not slope.any(), "a flow that is smooth has no slope, and no NaN"
+
+
+def test_it_fools_an_undefended_classifier(classifier: Classifier, test_set: ImageSet) -> None:
+    data, defense = some(test_set, 100), Defense(classifier, None).freeze()
+    crafted = craft(ATTACK, defense, "full", data, LINF, 0, 100)
+    assert crafted.success.float().mean() > 0.7
+    assert within_reach(crafted.images, data.pixels(), ATTACK.bound).all()
+    assert crafted.images.min() >= 0 and crafted.images.max() <= 1
+    delta = (crafted.images - data.pixels()).abs().amax((1, 2, 3))
+    assert (delta[crafted.success] > LINF.eps).any(), "no L-inf ball holds it"
+    spent = ATTACK.steps
+    assert (crafted.backward[~crafted.success] == spent).all() and ATTACK.effort() == spent
+    assert crafted.iterations[crafted.success].float().mean() < 0.8 * spent
+    stochastic = craft(ATTACK, Defense(classifier, Noisy()).freeze(), "bpda", data, LINF, 0, 100)
+    assert stochastic.success.float().mean() > 0.6
+    assert (stochastic.iterations == spent).all() and (stochastic.backward == 2 * spent).all()
+
+
+def test_the_bound_is_what_a_pixel_can_travel() -> None:
+    """A white column in column 3 of 8 leaves the left half by a flow of one pixel, 2 / 8."""
+    for bound, success in ((0.2, False), (0.26, True)):
+        attack = ATTACK.model_copy(update={"bound": bound, "steps": 30, "smoothness": 0.0})
+        crafted = craft(attack, Defense(Left(), None).freeze(), "full", stripe(3), LINF, 0, 1)
+        white = crafted.images[0, 0]
+        assert bool(crafted.success) == success
+        assert within_reach(crafted.images, stripe(3).pixels(), bound).all()
+        assert not white[:, :2].any() and not white[:, 5:].any(), "it came further than it may"
+        assert white[:, 4].min() > 0.5
+    far = ATTACK.model_copy(update={"bound": 0.4, "steps": 60})
+    crafted = craft(far, Defense(Left(), None).freeze(), "full", stripe(0), LINF, 0, 1)
+    assert not crafted.success.any()
+
+
+def test_no_flow_ever_leaves_the_bound(
+    classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every image that is looked at was read by a flow inside, on either axis of every pixel."""
+    flows: list[Tensor] = []
+
+    def listening(images: Tensor, flow: Tensor) -> Tensor:
+        flows.append(flow.detach().clone())
+        return displace(images, flow)
+
+    monkeypatch.setattr(module, "displace", listening)
+    attack = ATTACK.model_copy(update={"step": 0.7, "bound": 0.11})
+    craft(attack, Defense(classifier, None).freeze(), "full", some(test_set), LINF, 0, 60)
+    assert len(flows) == attack.steps + 1
+    assert max(flow.abs().max().item() for flow in flows) == pytest.approx(0.11, abs=1e-7)
+    assert not flows[0].any()
+
+
+def test_smoothness_smooths(
+    classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last: dict[float, Tensor] = {}
+    for smoothness in (0.0, 0.1):
+
+        def listening(images: Tensor, flow: Tensor, key: float = smoothness) -> Tensor:
+            last[key] = flow.detach()
+            return displace(images, flow)
+
+        monkeypatch.setattr(module, "displace", listening)
+        attack = ATTACK.model_copy(update={"smoothness": smoothness, "step": 0.05})
+        noisy = Defense(classifier, Noisy()).freeze()  # where no row is dropped
+        craft(attack, noisy, "full", some(test_set), LINF, 0, 60)
+    assert roughness(last[0.1]).mean() < 0.7 * roughness(last[0.0]).mean()
+
+
+def test_a_wider_bound_and_more_steps_fool_no_fewer(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    data, defense = some(test_set, 80), Defense(classifier, None).freeze()
+    for key, values in (("bound", (0.02, 0.1, 0.3)), ("steps", (1, 4, 15))):
+        margins = []
+        for value in values:
+            attack = ATTACK.model_copy(update={key: value})
+            margins.append(craft(attack, defense, "full", data, LINF, 0, 80).success.sum().item())
+        assert all(more > less for less, more in pairwise(margins)), (key, margins)
+
+
+@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
+def test_an_image_is_attacked_on_its_own(
+    stochastic: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Whatever the order and the size of the batches. In float64, where rounding has no say."""
+    defense = Defense(Precise(classifier), Noisy() if stochastic else None).freeze()
+    data = some(test_set, 20)
+    whole = craft(ATTACK, defense, "full", data, LINF, 0, 20)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    for batch in (20, 7, 1):
+        shuffled = craft(ATTACK, defense, "full", data[order], LINF, 0, batch)
+        assert torch.allclose(shuffled.images, whole.images[order], rtol=0, atol=1e-5)
+        for column in ("success", "iterations", "forward", "backward"):
+            assert torch.equal(getattr(shuffled, column), getattr(whole, column)[order]), column
+
+
+@pytest.mark.parametrize("mode", ["full", "bpda"])
+def test_it_leaves_no_trace(mode: str, classifier: Classifier, test_set: ImageSet) -> None:
+    data, model = some(test_set, 8), deepcopy(classifier).requires_grad_(True)
+    draws, stream = Draws(0, "attack", data.ids), torch.get_rng_state()
+    target = aim(Defense(model, Noisy()).eval(), mode, draws, 2)  # type: ignore[arg-type]
+    pixels = data.pixels().to(memory_format=torch.channels_last)
+    for _ in range(2):
+        with torch.no_grad():
+            outcome = ATTACK.run(target, pixels, data.labels, LINF, draws)
+    assert torch.equal(torch.get_rng_state(), stream) and torch.equal(pixels, data.pixels())
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not outcome.images.requires_grad
+
+
+def test_what_is_wrong_already_or_no_number_is_left_alone(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    data, defense = some(test_set, 12), Defense(classifier, None).freeze()
+    wrong = ImageSet(data.images, (data.labels + 1) % 10, data.ids, data.class_names)
+    crafted = craft(ATTACK, defense, "full", wrong, L2(norm="l2", eps_l2=0.1), 0, 12)
+    assert crafted.success.all() and torch.equal(crafted.images, wrong.pixels())
+
+    class Nan(Left):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nan * super().forward(x)
+
+    for purifier in (None, Noisy()):
+        nan = Defense(Nan(), purifier).freeze()
+        assert craft(ATTACK, nan, "full", stripe(3), LINF, 0, 1).success.all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bound": 0.0}, {"bound": 2.5}, {"step": 0.0}, {"steps": 0}, {"smoothness": -1.0}]
+)
+def test_settings_that_make_no_attack_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        StAdv.model_validate({**ATTACK.model_dump(), **changes})
