@@ -48,7 +48,7 @@ def probe(
         findings.append(gradients.gradient_correct(defense, x, labels, bench.draws))
         if defense.stochastic:
             findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
-    findings += trials.unbounded(bench.first(UNBOUNDED), modes)
+    findings += trials.unbounded(bench.pick(rows[:UNBOUNDED].to(device)), modes)
     if fooled is not None and "full" in modes:
         findings += _thorough(bench, fooled[: len(x)].to(device), eot)
     return findings

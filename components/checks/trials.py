@@ -4,7 +4,7 @@ Each runs on a few dozen images. `unbounded` always runs; the others are what `t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -44,12 +44,9 @@ class Bench:
         """Noise of role `attack` for these images."""
         return Draws(self.seed, "attack", self.ids)
 
-    def first(self, count: int) -> "Bench":
-        """Return the bench with its first `count` images."""
-        return Bench(
-            self.defense, self.x[:count], self.labels[:count], self.ids[:count], self.threat,
-            self.seed,
-        )  # fmt: skip
+    def pick(self, rows: Tensor) -> "Bench":
+        """Return the bench with some of its images."""
+        return replace(self, x=self.x[rows], labels=self.labels[rows], ids=self.ids[rows])
 
     def run(self, attack: Attack, mode: Mode, threat: Linf | L2, seed: int) -> Tensor:
         """Return what `attack` makes of the images."""
@@ -139,28 +136,24 @@ def radii(bench: Bench) -> Finding:
 def converged(bench: Bench, fooled: Tensor) -> Finding:
     """Check 13: images that all stored attacks on the full rung left standing stand up to more.
 
-    `fooled` (N,) bool says which did not. The budget is doubled until twice in a row it fools at
-    most max(1 %, 2 images) more; out of budget, the accuracy is an upper bound.
+    `fooled` (N,) bool says which did not. APGD from new starts, with 100 and then 200 steps, may
+    fool at most max(1 %, 2 images) more; else the stored accuracy is an upper bound.
     """
-    allowed, quiet, found = max(0.01 * len(bench.x), 2), 0, []
-    left = ~fooled
-    for doubling in range(3):
-        attack = ApgdCe(kind="apgd_ce", steps=100 * 2**doubling, restarts=1, eot=EOT)
+    left, found = ~fooled, []
+    for steps in (100, 200):
         rows = left.nonzero().flatten()
         if len(rows):
-            images = _pick(bench, rows).run(attack, "full", bench.threat, bench.seed + 1 + doubling)
-            shares = torch.from_numpy(_pick(bench, rows).shares(images))
-            left[rows[(shares < 0.5).to(rows.device)]] = False
+            some = bench.pick(rows)
+            attack = ApgdCe(kind="apgd_ce", steps=steps, restarts=1, eot=EOT)
+            images = some.run(attack, "full", bench.threat, bench.seed + steps)
+            left[rows] = torch.from_numpy(some.shares(images) >= 0.5).to(rows.device)
         found.append(len(rows) - int(left.sum()))
-        quiet = quiet + 1 if found[-1] <= allowed else 0
-        if quiet == 2:
-            break
-    more = ", ".join(f"{count} of {100 * 2**k}" for k, count in enumerate(found))
     return Finding(
         name="converged",
         level="block",
-        passed=quiet == 2,
-        detail=f"of {int((~fooled).sum())} images that stood, further APGD steps fooled: {more}",
+        passed=sum(found) <= max(0.01 * len(bench.x), 2),
+        detail=f"of {int((~fooled).sum())} images that stood, 100 steps of APGD from a new start "
+        f"fooled {found[0]}, 200 from another {found[1]} more",
     )
 
 
@@ -230,7 +223,7 @@ def planted(bench: Bench, attack: Attack) -> Finding:
     """
     found, sound = 0, 0
     for row in range(min(len(bench.x), PLANTED)):
-        one = _pick(bench, torch.tensor([row], device=bench.x.device))
+        one = bench.pick(torch.tensor([row], device=bench.x.device))
         head = _head(one)
         if head is None:
             continue
@@ -281,9 +274,3 @@ def _head(one: Bench) -> _Head | None:
     if not bool(reach[far] > rest):
         return None
     return _Head(way, (reach[far] + rest) / 2)
-
-
-def _pick(bench: Bench, rows: Tensor) -> Bench:
-    return Bench(
-        bench.defense, bench.x[rows], bench.labels[rows], bench.ids[rows], bench.threat, bench.seed
-    )
