@@ -14,6 +14,7 @@ iterate, without it at the last one; all else follows Madry et al. 2018.
 """
 
 import argparse
+import ctypes
 import importlib
 import platform
 import subprocess
@@ -246,6 +247,8 @@ def _memory(field: str, reset_peak: bool) -> float:
     if not process.exists():
         return float("nan")
     if reset_peak:
+        # Freed memory that the allocator keeps would hide what the next attack needs.
+        ctypes.CDLL(None).malloc_trim(0)
         (process / "clear_refs").write_text("5")
     lines = (process / "status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

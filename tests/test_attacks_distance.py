@@ -16,7 +16,7 @@ from components.attacks.deepfool import DeepFool, onto_nearest
 from components.attacks.elastic_net import ElasticNet, shrink
 from components.classifiers import Classifier
 from components.data import ImageSet
-from components.defense import Defense, Mode, aim, margin
+from components.defense import Defense, Mode, Target, aim, margin
 from components.draws import Draws
 from components.purifiers import Purifier
 
@@ -86,7 +86,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
+        logits: Tensor = x.flatten(1) @ self.weight.T + self.bias
+        return logits
 
 
 class Gap(nn.Module):
@@ -119,7 +120,8 @@ def distances(model: Linear, data: ImageSet, dual: float) -> Tensor:
     logits, y = model(data.pixels()).double(), data.labels
     gaps = logits.gather(1, y[:, None]) - logits
     spans = (model.weight[y][:, None] - model.weight[None]).double().norm(dim=2, p=dual)
-    return (gaps / spans).scatter(1, y[:, None], torch.inf).amin(1).clamp_min(0)
+    nearest: Tensor = (gaps / spans).scatter(1, y[:, None], torch.inf).amin(1)
+    return nearest.clamp_min(0)
 
 
 def taxi(images: Tensor, data: ImageSet) -> Tensor:
@@ -199,9 +201,15 @@ def test_the_move_onto_the_nearest_boundary_by_hand() -> None:
 
 def test_the_move_ignores_what_is_no_slope() -> None:
     slopes = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.nan, 1.0]]).view(1, 3, 1, 1, 2)
-    gaps = torch.tensor([[-5.0, -1e-3, -0.1]])
+    gaps = torch.tensor([[-5.0, -1e-3, -2.0]])
     assert onto_nearest(gaps, slopes).flatten().tolist() == pytest.approx([0.6, 0.8])
-    assert onto_nearest(gaps[:, 1:], slopes[:, 1:]).flatten().tolist() == [0, 0]
+    assert onto_nearest(gaps[:, 1:], slopes[:, 1:]).flatten().tolist() == [0, 2]
+    assert onto_nearest(gaps[:, 1:2], slopes[:, 1:2]).flatten().tolist() == [0, 0]
+    unlikely = torch.tensor([[-5.0, -torch.inf, -torch.inf]])
+    assert onto_nearest(unlikely, slopes).flatten().tolist() == pytest.approx([0.6, 0.8])
+    for gone in (slice(1, 2), slice(1, 3)):
+        assert onto_nearest(unlikely[:, gone], slopes[:, gone]).isfinite().all()
+    assert not onto_nearest(torch.tensor([[-5.0, -1.0, torch.nan]]), slopes).any()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -339,7 +347,9 @@ def test_the_first_steps_of_the_elastic_net_by_hand() -> None:
     """Two pixels (0.5, 0.5), gap 2 x1 + 0.1 x2 - 0.8 > 0, c = 0.5, rate 0.2 sqrt(1 - k/2), beta
     0.05. Step 1: z = (0.3, 0.49), x = (0.35, 0.5): gap -0.05, fooled, L1 0.15. No momentum yet.
     Step 2: the hinge is 0 there, so z = y - 0.141421 * 2 (y - x0) = (0.392426, 0.5) and
-    x = (0.442426, 0.5): gap 0.134853, not fooled. The first is what is returned.
+    x = (0.442426, 0.5): gap 0.134853, not fooled. The first is what is returned. The second search
+    starts anew, with c = 0.25: x = (0.45, 0.5), then z = 0.45 - 0.141421 (0.5 - 0.1) for the first
+    pixel, x = (0.443431, 0.5), and none of them fools.
     """
     weight = torch.tensor([[2.0, 0.1], [0.0, 0.0]])
     model = Linear(weight, torch.tensor([-0.8, 0.0]))
@@ -353,10 +363,11 @@ def test_the_first_steps_of_the_elastic_net_by_hand() -> None:
             seen.append(x.detach().clone())
             return x
 
-    attack = elastic_net(beta=0.05, c=0.5, searches=1, steps=2, learning_rate=0.2, eot=1)
+    attack = elastic_net(beta=0.05, c=0.5, searches=2, steps=2, learning_rate=0.2, eot=1)
     grey = torch.full((1, 1, 1, 2), 0.5)
     _, outcome = run(attack, Defense(model, Listening()), data, grey)
     path = [(0.5, 0.5), (0.5, 0.5), (0.35, 0.5), (0.35, 0.5), (0.442426, 0.5)]
+    path += [(0.5, 0.5), (0.45, 0.5), (0.45, 0.5), (0.443431, 0.5)]
     assert [x.flatten().tolist() for x in seen] == [pytest.approx(p, abs=1e-5) for p in path]
     assert outcome.images.flatten().tolist() == pytest.approx([0.35, 0.5], abs=1e-6)
     assert outcome.margin.item() == pytest.approx(-0.05, abs=1e-6)
@@ -441,6 +452,26 @@ def test_each_rule_keeps_the_best_by_its_own_measure(
     }
     assert (ways["l1"] < ways["en"])[apart].all()
     assert (nets["en"] < nets["l1"])[apart].all()
+
+
+def test_the_weight_is_bisected_for_each_image_by_itself() -> None:
+    """Images that fall from c = 0.3 and from c = 5 on: ten times c until then, the middle after."""
+    seen: list[list[float]] = []
+
+    class Scripted(ElasticNet):
+        def _descend(
+            self, target: Target, labels: Tensor, c: Tensor, look: int, found: Any
+        ) -> Tensor:
+            assert look == 1 + 2 * self.steps * len(seen)
+            seen.append(c.tolist())
+            return c >= torch.tensor([0.3, 5.0])
+
+    model, data = linear_task(3, 60)
+    right = data[distances(model, data, 2) > 0][torch.arange(2)]
+    attack = Scripted(**elastic_net(c=1.0, searches=5).model_dump())
+    run(attack, Defense(model, None), right)
+    assert [a for a, _ in seen] == [1, 0.5, 0.25, 0.375, 0.3125]
+    assert [b for _, b in seen] == [1, 10, 5.5, 3.25, 4.375]
 
 
 def test_more_searches_never_keep_a_farther_image(
@@ -557,8 +588,12 @@ def test_what_is_wrong_already_is_left_alone_and_costs_nothing(
 def test_random_answers_settle_nothing_at_the_first_look(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
+    """Not even where they are wrong: all images get the same attention."""
     data, defense = some(test_set, 20), Defense(classifier, Noisy()).freeze()
+    labels = torch.where(torch.arange(20) < 10, data.labels, (data.labels + 1) % 10)
+    data = ImageSet(data.images, labels, data.ids, data.class_names)
     crafted = craft(make(name, eot=3), defense, "full", data, LINF, 0, 20)
+    assert crafted.success.sum() >= 10
     if name == "deepfool":
         steps, forward, backward = 20, 3 * (1 + 2 * 20) + 1, 3 * 9 * 20
     else:
@@ -617,7 +652,20 @@ def test_what_is_not_a_number_stops_nothing(name: str, where: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "random"])
+def test_a_gradient_that_is_none_in_one_pixel_leaves_the_others(name: str) -> None:
+    class Cracked(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * (x - x.detach()).flatten(1)[:, :1].abs().sqrt()
+
+    model, data = linear_task(10, 12)
+    right = ImageSet(data.images, model(data.pixels()).argmax(1), data.ids, data.class_names)
+    _, outcome = run(make(name), Defense(Cracked(model.weight, model.bias), None), right)
+    assert (outcome.margin <= 0).all() and outcome.images.isfinite().all()
+    assert torch.equal(outcome.images[:, :, 0, 0], right.pixels()[:, :, 0, 0])
+
+
+@BOTH
+@STOCHASTIC
 def test_a_model_without_a_gradient_gives_the_clean_images_back(
     name: str, stochastic: bool
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from components import data
 from components.adversarial import read_crafted
-from components.checkpoints import load, read_card
+from components.checkpoints import load, read_card, save
 from components.shards import sha256
 
 TRAIN = {"train": "data/train", "val": "data/val"}
@@ -296,3 +296,54 @@ def test_a_lost_input_is_one_sentence(tmp_path: Path) -> None:
     assert code == 3
     assert printed.strip().count("\n") == 0
     assert "data/train is missing" in printed
+
+
+def test_a_set_crafted_against_another_model_is_not_counted(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    for name in ("data", "models", "adversarial"):
+        shutil.copytree(reproduced / name, folder / name)
+    mine = folder / "adversarial/student_adaptive/full/pgd"
+    shutil.rmtree(mine)
+    shutil.copytree(folder / "adversarial/student_grey/full/pgd", mine)
+    code, printed = project.stage(folder, "evaluate", **EVALUATE)
+    assert code == 0, printed
+    metrics = json.loads((folder / "reports/metrics.json").read_text())
+    found = metrics["defenses"]["student_adaptive"]
+    assert "provenance/full/pgd" in found["checks"]["blocking_failed"]
+    assert "full/pgd" not in found["attacks"] and found["headline"]["upper_bound"]
+    code, printed = project.stage(folder, "verdict", metrics="reports/metrics.json")
+    assert code == 5 and "student_adaptive" in printed
+
+
+def test_a_classifier_of_other_classes_is_refused_before_training(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    card = read_card(reproduced / "models/standard")
+    strange = card.model_copy(update={"class_names": ["ship", *card.class_names[1:]]})
+    save(other, load(reproduced / "models/standard"), strange)
+    code, printed = project.stage(
+        reproduced, "train_purifier", name="normal_teacher", classifier=str(other), pool="pool",
+        out=str(tmp_path / "out"), **TRAIN,
+    )  # fmt: skip
+    assert code == 2, printed
+    assert "ship" in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_result_carries_its_certificate(metrics: dict) -> None:
+    for name in ("none", "student_adaptive", "atop"):
+        certificate = metrics["defenses"][name]["certificate"]
+        assert certificate["gradient_present/full"]["unusable"] <= 0.01
+        assert certificate["gradient_correct"]["defense"] >= 0.95
+        assert ("eot_agreement" in certificate) == (name == "atop")
+
+
+def test_what_is_not_beaten_is_said(metrics: dict) -> None:
+    rivals = {*project.tiny()["controls"], *project.tiny()["baselines"]}
+    for name in project.tiny()["defenses"]:
+        found = metrics["defenses"][name]["not_better_than"]
+        assert set(found) <= rivals
+        assert all(rival["p"] >= 0.01 for rival in found.values())

@@ -137,15 +137,15 @@ def test_it_fools_an_undefended_classifier(classifier: Classifier, test_set: Ima
 
 
 def test_the_bound_is_what_a_pixel_can_travel() -> None:
-    """A white column in column 3 of 8 leaves the left half by a flow of one pixel, 2 / 8."""
-    for bound, success in ((0.2, False), (0.26, True)):
-        attack = ATTACK.model_copy(update={"bound": bound, "steps": 30, "smoothness": 0.0})
+    """A white column in column 3 of 8 is more right than left after half a pixel, 1 / 8."""
+    for bound, success in ((0.12, False), (0.14, True)):
+        # Where black lies beside black there is no slope: only smoothness takes such pixels along.
+        attack = ATTACK.model_copy(update={"bound": bound, "steps": 60})
         crafted = craft(attack, Defense(Left(), None).freeze(), "full", stripe(3), LINF, 0, 1)
         white = crafted.images[0, 0]
         assert bool(crafted.success) == success
         assert within_reach(crafted.images, stripe(3).pixels(), bound).all()
         assert not white[:, :2].any() and not white[:, 5:].any(), "it came further than it may"
-        assert white[:, 4].min() > 0.5
     far = ATTACK.model_copy(update={"bound": 0.4, "steps": 60})
     crafted = craft(far, Defense(Left(), None).freeze(), "full", stripe(0), LINF, 0, 1)
     assert not crafted.success.any()
@@ -163,17 +163,21 @@ def test_no_flow_ever_leaves_the_bound(
 
     monkeypatch.setattr(module, "displace", listening)
     attack = ATTACK.model_copy(update={"step": 0.7, "bound": 0.11})
-    craft(attack, Defense(classifier, None).freeze(), "full", some(test_set), LINF, 0, 60)
+    noisy = Defense(classifier, Noisy()).freeze()  # where no row is dropped
+    craft(attack, noisy, "full", some(test_set), LINF, 0, 60)
     assert len(flows) == attack.steps + 1
     assert max(flow.abs().max().item() for flow in flows) == pytest.approx(0.11, abs=1e-7)
-    assert not flows[0].any()
+    assert all(flow.abs().amax((1, 2)).min() > 0.07 for flow in flows)
+    large = ATTACK.model_copy(update={"step": 50.0, "steps": 1})
+    craft(large, noisy, "full", some(test_set), LINF, 0, 60)
+    assert flows[-2].abs().max().item() == pytest.approx(0.3), "the random step is clipped too"
 
 
 def test_smoothness_smooths(
     classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: dict[float, Tensor] = {}
-    for smoothness in (0.0, 0.1):
+    for smoothness in (0.0, 1.0):
 
         def listening(images: Tensor, flow: Tensor, key: float = smoothness) -> Tensor:
             last[key] = flow.detach()
@@ -183,19 +187,19 @@ def test_smoothness_smooths(
         attack = ATTACK.model_copy(update={"smoothness": smoothness, "step": 0.05})
         noisy = Defense(classifier, Noisy()).freeze()  # where no row is dropped
         craft(attack, noisy, "full", some(test_set), LINF, 0, 60)
-    assert roughness(last[0.1]).mean() < 0.7 * roughness(last[0.0]).mean()
+    assert roughness(last[1.0]).mean() < 0.6 * roughness(last[0.0]).mean()
 
 
 def test_a_wider_bound_and_more_steps_fool_no_fewer(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     data, defense = some(test_set, 80), Defense(classifier, None).freeze()
-    for key, values in (("bound", (0.02, 0.1, 0.3)), ("steps", (1, 4, 15))):
-        margins = []
+    for key, values in (("bound", (0.02, 0.05, 0.1)), ("steps", (1, 3, 15))):
+        counts = []
         for value in values:
-            attack = ATTACK.model_copy(update={key: value})
-            margins.append(craft(attack, defense, "full", data, LINF, 0, 80).success.sum().item())
-        assert all(more > less for less, more in pairwise(margins)), (key, margins)
+            attack = ATTACK.model_copy(update={"bound": 0.08, key: value})
+            counts.append(craft(attack, defense, "full", data, LINF, 0, 80).success.sum().item())
+        assert all(more > less for less, more in pairwise(counts)), (key, counts)
 
 
 @pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
@@ -220,9 +224,7 @@ def test_it_leaves_no_trace(mode: str, classifier: Classifier, test_set: ImageSe
     draws, stream = Draws(0, "attack", data.ids), torch.get_rng_state()
     target = aim(Defense(model, Noisy()).eval(), mode, draws, 2)  # type: ignore[arg-type]
     pixels = data.pixels().to(memory_format=torch.channels_last)
-    for _ in range(2):
-        with torch.no_grad():
-            outcome = ATTACK.run(target, pixels, data.labels, LINF, draws)
+    outcome = ATTACK.run(target, pixels, data.labels, LINF, draws)
     assert torch.equal(torch.get_rng_state(), stream) and torch.equal(pixels, data.pixels())
     assert not any(p.grad is not None for p in model.parameters())
     assert not outcome.images.requires_grad

@@ -32,6 +32,10 @@ class CwL2(Attack):
     confidence: Annotated[float, Field(ge=0)]
     eot: Positive
 
+    def effort(self) -> int:
+        """Every step of every search is one pass."""
+        return self.searches * self.steps
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:

@@ -95,11 +95,13 @@ def onto_nearest(gaps: Tensor, slopes: Tensor) -> Tensor:
     """Return the move (N,C,H,W) onto the nearest of k linearised boundaries (algorithm 2, 5-9).
 
     `gaps` (N,k) are logits less the true one, `slopes` (N,k,C,H,W) their gradients. A boundary
-    that is behind already asks for no move; so does one whose slope is zero or not a number.
+    that is behind already, or whose gap is not a number, asks for no move; a boundary without a
+    slope is infinitely far, and a slope that is not a number counts as zero.
     """
     short = -gaps.to(slopes.dtype).clamp_max(0)
+    slopes = slopes.nan_to_num(0, 0, 0)
     length = slopes.flatten(2).norm(dim=2).clamp_min(1e-12)
-    nearest = (short / length).nan_to_num(torch.inf, torch.inf).argmin(1)
+    nearest = (short / length).argmin(1)
     rows = torch.arange(len(gaps), device=gaps.device)
     stride: Tensor = (short / length**2)[rows, nearest]
     return (stride[:, None, None, None] * slopes[rows, nearest]).nan_to_num(0, 0, 0)

@@ -2,8 +2,7 @@
 
 torchattacks reseeds the global random stream (here: a forked one), sets the mode of the model it is
 given and leaves gradients in its parameters (here: a throw-away module around the target, with one
-parameter of no account), counts no passes (the target does), divides by gradients that are zero
-(here: an image whose gradient vanishes stays where it was), and trusts its own clipping (here:
+parameter of no account), counts no passes (the target does), and trusts its own clipping (here:
 projected once more). It asks about rows it does not name, so noise cannot be bound to images: what
 it offers is refused against a stochastic target.
 
@@ -19,7 +18,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.attacks.square import Square as Square
 from components.attacks.square import margins
 from components.defense import Target
 from components.draws import Draws
@@ -29,7 +27,8 @@ class MiFgsm(Attack):
     """MI-FGSM (Dong et al. 2018): `steps` of `step` times the radius along the accumulated sign.
 
     `decay` is the share of the accumulated gradient that is carried on; 1 in the paper. Made to
-    transfer: the last iterate is returned, fooling or not. For L-inf and deterministic targets.
+    transfer: the last iterate is returned, fooling or not. An image whose gradient vanishes stays
+    where that happens. For L-inf and deterministic targets.
     """
 
     kind: Literal["mi_fgsm"]
@@ -71,11 +70,10 @@ def borrowed(
     rows = (margin > 0).nonzero().flatten()
     spent = torch.zeros_like(labels).index_fill_(0, rows, steps)
     if len(rows):
-        origin, module = images[rows].contiguous(), _Module(target[rows])
-        with torch.random.fork_rng(), torch.enable_grad():
-            moved = make(module).forward(origin, labels[rows]).detach()
-        moved = torch.where(_numbers(moved), moved, module.seen)
-        found[rows] = threat.project(moved, origin)
+        origin = images[rows].contiguous()
+        with torch.random.fork_rng():
+            moved = make(_Module(target[rows])).forward(origin, labels[rows])
+        found[rows] = threat.project(moved.detach(), origin)
         margin[rows] = margins(target[rows], found[rows], labels[rows], 1)
     return Outcome(found, margin.float(), spent)
 
@@ -84,17 +82,14 @@ class _Module(nn.Module):
     """A target in the form torchattacks wants: a module with a parameter, so with a device.
 
     The target is no submodule, so neither modes nor gradients get at the networks behind it.
-    `seen` (N,C,H,W) is what each row was last asked about, of images that were numbers.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros((), device=target.rows.device))
-        self.target, self.seen = target, torch.zeros(())
+        self.target = target
 
     def forward(self, x: Tensor) -> Tensor:
-        now = x.detach()
-        self.seen = torch.where(_numbers(now), now, self.seen)
         logits: Tensor = _Logits.apply(x, self.target)  # type: ignore[no-untyped-call]
         return logits
 
@@ -118,8 +113,3 @@ class _Logits(torch.autograd.Function):
             return torch.zeros_like(ctx.point), None
         (found,) = torch.autograd.grad(ctx.logits, ctx.point, gradients[0], allow_unused=True)
         return (torch.zeros_like(ctx.point) if found is None else found), None
-
-
-def _numbers(x: Tensor) -> Tensor:
-    """Return which images (N,1,1,1) are finite."""
-    return x.isfinite().flatten(1).all(1)[:, None, None, None]

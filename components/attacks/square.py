@@ -4,10 +4,12 @@ A patch of every image is changed at random, and the change stays where it lower
 side of the patch follows the paper's schedule; under L-inf the patch gets one new colour (algorithm
 2), under L2 a bump takes over the mass of two windows (algorithm 3). Batched, but every image has
 patches of its own, from its own draws. The schedule is that of the authors' code: one halving more
-than in the paper, and iterations rescaled to 10,000, so that any number of queries ends small. What is found at the end has to beat the clean image once more, or that is what is returned.
+than in the paper, and iterations rescaled to 10,000, so that any number of queries ends small. What
+is found has to beat the clean image in the end, or that is what is returned.
 """
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -27,7 +29,7 @@ class Square(Attack):
 
     Against a stochastic target margins are means over `eot` draws, and the image held so far is
     looked at again beside its rival, under the same draws: a margin kept from earlier draws would
-    soon be the luckiest of many, which no rival beats any more. That is two passes a query and draw.
+    soon be the luckiest of many, which no rival beats any more. A query is two looks then.
     """
 
     kind: Literal["square"]
@@ -160,6 +162,7 @@ def _window(u: Tensor, side: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (within[0][:, :, None] & within[1][:, None, :])[:, None], places[0], places[1]
 
 
+@lru_cache
 def _bump(side: int) -> Tensor:
     """Return two pyramids of opposite sign, one below the other (side, side), of length 1."""
     halves = _pyramid(side // 2, side), -_pyramid(side - side // 2, side)

@@ -23,7 +23,7 @@ from components.draws import Draws
 
 
 class StAdv(Attack):
-    """`steps` descents of the margin plus `smoothness` times the roughness of the flow.
+    """`steps` descents of the margin plus `smoothness` times the roughness, from a random flow.
 
     Each step moves the flow by `step` times `bound` along the sign and clips it to `bound`, on
     either axis of every pixel. It knows no L-inf or L2 ball, and the radius of the threat is of no
@@ -50,14 +50,14 @@ class StAdv(Attack):
     ) -> Outcome:
         """Return the displaced image of lowest margin, the clean one where none is lower."""
         search = Search(target, images, labels, drop=True)
-        flow = images.new_zeros(len(search.rows), *images.shape[2:], 2)
+        # A pixel at rest sees one of its two neighbours on an axis: the first step is a random one.
+        noise = draws[search.rows].uniform((*images.shape[2:], 2), "flow").to(images.dtype)
+        flow = (self.step * self.bound * (2 * noise - 1)).clamp(-self.bound, self.bound)
         for _ in range(self.steps):
             if not len(search.rows):
                 break
-            with torch.enable_grad():
-                flow.requires_grad_()
-                displaced = displace(search.origin, flow)
-                rough = roughness(flow).sum()
+            flow.requires_grad_()
+            displaced, rough = displace(search.origin, flow), roughness(flow).sum()
             seen = search.evaluate(displaced.detach(), margin)
             (slope,) = torch.autograd.grad(
                 [displaced, rough], flow, [seen.gradient, rough.new_tensor(self.smoothness)]
