@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from components import data
 from components.adversarial import read_crafted
 from components.checkpoints import state_digest
@@ -72,14 +70,14 @@ def _probes(
     defense = subject.defense()
     before = state_digest(defense)
     full = ladder.get("full", [])
-    fooled = None
-    if params.checks.thorough and full:
-        sets = [read_crafted(out / "full" / attack).success for attack in full]
-        fooled = torch.stack(sets).any(0)
+    stored = None
+    if params.checks.thorough:
+        bounded = [attack for attack in full if params.attacks[attack].bounded]
+        stored = [read_crafted(out / "full" / attack).images for attack in bounded]
     findings = probe(
         defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], images,
         params.threat, params.seed, params.checks.images,
-        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), fooled,
+        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), stored,
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]
 

@@ -24,12 +24,13 @@ __all__ = ["Finding", "probe"]
 
 def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
-    images: int, eot: int, fooled: Tensor | None,
+    images: int, eot: int, stored: Sequence[Tensor] | None,
 ) -> list[Finding]:  # fmt: skip
     """Probe a defense on the first `images` images of `data`: models, gradients, eps = 1.
 
-    `eot` is the number of draws its attacks average over. With `fooled` (N,) bool, which of all
-    images the stored attacks of the full rung fool, the trials that cost attacks are run too.
+    `eot` is the number of draws its attacks average over. With `stored`, what the attacks of the
+    full rung that stay in the ball made of all images (N,C,H,W), the trials that cost attacks of
+    their own are run too.
     """
     device = next(defense.classifier.parameters()).device
     rows = torch.arange(min(len(data), images))
@@ -49,16 +50,16 @@ def probe(
         if defense.stochastic:
             findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings += trials.unbounded(bench.pick(rows[:UNBOUNDED].to(device)), modes)
-    if fooled is not None and "full" in modes:
-        findings += _thorough(bench, fooled[: len(x)].to(device), eot)
+    if stored is not None and "full" in modes:
+        findings += _thorough(bench, [part[: len(x)].to(device) for part in stored], eot)
     return findings
 
 
-def _thorough(bench: Bench, fooled: Tensor, eot: int) -> list[Finding]:
+def _thorough(bench: Bench, stored: Sequence[Tensor], eot: int) -> list[Finding]:
     attack = ApgdCe(kind="apgd_ce", steps=100, restarts=1, eot=1)
     findings = [
         trials.radii(bench),
-        trials.converged(bench, fooled),
+        trials.converged(bench, stored),
         trials.planted(bench, attack),
         trials.repeatable(bench),
     ]
