@@ -365,4 +365,9 @@ def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
         "threat": threat,
         "seed": plan.seed,
     }
-    return agreement(name, {key: (str(facts[key]), str(now)) for key, now in expected.items()})
+    pairs = {key: (facts[key], now) for key, now in expected.items()}
+    return agreement(name, {key: (_plain(a), _plain(b)) for key, (a, b) in pairs.items()})
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -14,6 +14,10 @@ from components.defense import Defense
 class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Pixels (N,C,H,W) in [0,1] to purified pixels and logits: the code path that was attacked."""
 
+    # MLflow would take type hints for a schema of its own kinds, and warns where there are none
+    # past every filter.
+    _skip_type_hint_validation = True
+
     def load_context(self, context: Any) -> None:
         """Load the model folders that were registered."""
         classifier = load(context.artifacts["classifier"])

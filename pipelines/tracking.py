@@ -14,7 +14,6 @@ import queue
 import subprocess
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +48,6 @@ class Tracker:
     """The MLflow run of one stage."""
 
     def __init__(self, stage: str, experiment: str, params: Mapping[str, Any], key: str) -> None:
-        # In the main thread, and early: who leaves `catch_warnings` takes later filters along.
-        warnings.filterwarnings("ignore", message="(?s).*type hint", category=UserWarning)
         self.start: Event = {
             "event": "start",
             "stage": stage,

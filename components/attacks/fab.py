@@ -137,9 +137,7 @@ def _lead(aims: Tensor) -> Loss:
 
 def _step(x: Tensor, origin: Tensor, seen: Evaluation, order: float) -> Tensor:
     """Overstep the plane where `lead` would be 0, from `x` and, less weighted, from `origin`."""
-    # Where logits are not numbers there is no plane, and the image stays where it is.
-    slope = seen.gradient.nan_to_num(0, 0, 0)
-    lead = seen.loss.to(x.dtype).nan_to_num(0, 0, 0)
+    slope, lead = seen.gradient, seen.loss.to(x.dtype)
     there = lead + (slope * (origin - x)).flatten(1).sum(1)
     step = to_plane(x, slope, -lead, order)
     from_origin = to_plane(origin, slope, -there, order)
@@ -157,7 +155,8 @@ def to_plane(x: Tensor, slope: Tensor, rise: Tensor, order: float) -> Tensor:
 
     Pixel i moves by min(t * speed_i, room_i), speed being 1 (infinity) or |slope_i| (2), so the
     rise is a concave, piecewise linear function of t: Newton's method climbs it from 0 without
-    ever passing the root, and is exact after a few segments (the paper sorts the segments).
+    ever passing the root, and is exact after a few segments (the paper sorts the segments). Slopes
+    or rises that are not numbers point nowhere, and move nothing.
     """
     weight = slope.flatten(1).abs()
     scale = weight.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -102,7 +102,7 @@ class _Logits(torch.autograd.Function):
         ctx.target, ctx.point = target, x.detach().requires_grad_()
         with torch.enable_grad():
             ctx.logits = target(ctx.point, 0)
-        logits: Tensor = ctx.logits.detach().clone()  # the library writes into what it gets
+        logits: Tensor = ctx.logits.detach()
         return logits
 
     @staticmethod
