@@ -69,6 +69,7 @@ def run(
     test: Path,
     models: Path,
     adversarial: Path,
+    selftest: Path,
     out_metrics: Path,
     out_scores: Path,
     out_report: Path,
@@ -97,7 +98,9 @@ def run(
     tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
     pieces = cluster.map_shards(score_part, tasks, context.resources, context.shard)
     results = [merge(pieces[i : i + len(parts)]) for i in range(0, len(pieces), len(parts))]
-    metrics = {
+    cases = json.loads(selftest.read_text())
+    metrics: dict[str, Any] = {
+        "selftest": {"cases": len(cases), "caught": sum(case["caught"] for case in cases)},
         "threat_model": {
             **params.threat.model_dump(),
             "n": len(images),

@@ -137,6 +137,7 @@ def write_report(
     html = environment.get_template(TEMPLATE).render(
         threat=describe_threat(metrics["threat_model"]),
         threat_model=metrics["threat_model"],
+        selftest=metrics["selftest"],
         shape=test.shape,
         classes=len(test.class_names),
         scored=scored,

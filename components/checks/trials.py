@@ -16,7 +16,7 @@ from components.attacks.apgd import ApgdCe
 from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
 from components.checks.contract import SIGNIFICANT, Finding, Shares
-from components.defense import Defense, Mode, aim, fold
+from components.defense import Defense, Mode, Target, aim, fold
 from components.draws import Draws, Role
 from components.evaluation import count_correct, holm, more_fooled
 
@@ -87,7 +87,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
         left["from itself"].append(int((margins > 0).sum()))
         search = Search(target, x, labels, drop=True)
         search.rows = torch.arange(len(x), device=x.device)
-        search.look(_of_another_class(x, labels))
+        search.look(_of_another_class(target, x, labels))
         left["from another class"].append(int((search.margin > 0).sum()))
     allowed = max(0.01 * len(x), 2)
     names = {"from itself": "unbounded_by_gradient", "from another class": "unbounded"}
@@ -102,11 +102,14 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
     ]
 
 
-def _of_another_class(x: Tensor, labels: Tensor) -> Tensor:
-    """Return for every image the next one in the batch with another label, or its negative."""
-    others = 1 - x
+def _of_another_class(target: Target, x: Tensor, labels: Tensor) -> Tensor:
+    """Return for every image the next one in the batch that is known for another class.
+
+    Known are those the defense answers right; where there is no other, an image's negative.
+    """
+    known, others = target.look(x, labels, 0) > 0, 1 - x
     for row in range(len(x)):
-        differing = (labels != labels[row]).nonzero().flatten()
+        differing = ((labels != labels[row]) & known).nonzero().flatten()
         if len(differing):
             others[row] = x[differing[(differing > row).int().argmax()]]
     return others
