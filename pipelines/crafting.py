@@ -58,7 +58,7 @@ class Subject:
         elif self.control is not None:
             shape = read_card(self.classifier).shape
             purifier = self.control.build(tuple(shape))  # type: ignore[attr-defined]
-        return Defense(classifier, purifier).freeze()
+        return Defense(classifier, purifier).freeze().to(device)
 
     def facts(self) -> dict[str, str]:
         """Return the fingerprints that say which models these are."""

@@ -42,6 +42,11 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def keep_selftest(reproduced: Path, folder: Path) -> None:
+    (folder / "reports").mkdir()
+    shutil.copyfile(reproduced / EVALUATE["selftest"], folder / EVALUATE["selftest"])
+
+
 @pytest.fixture
 def metrics(reproduced: Path) -> dict:
     return json.loads((reproduced / "reports/metrics.json").read_text())
@@ -142,6 +147,7 @@ def test_scores_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_pat
     project.write_params(folder, params)
     for name in ("data", "models", "adversarial"):
         os.symlink(reproduced / name, folder / name)
+    keep_selftest(reproduced, folder)
     code, printed = project.stage(folder, "evaluate", **EVALUATE)
     assert code == 0, printed
     for name in ("metrics.json", "scores.parquet"):
@@ -279,6 +285,7 @@ def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> Non
     folder = project.copy_to(tmp_path / "project")
     for name in ("data", "models", "adversarial"):
         shutil.copytree(reproduced / name, folder / name)
+    keep_selftest(reproduced, folder)
     part = folder / "adversarial/none/full/pgd/part-00000.parquet"
     os.chmod(part, 0o644)
     content = bytearray(part.read_bytes())
@@ -305,6 +312,7 @@ def test_a_set_crafted_against_another_model_is_not_counted(
     folder = project.copy_to(tmp_path / "project")
     for name in ("data", "models", "adversarial"):
         shutil.copytree(reproduced / name, folder / name)
+    keep_selftest(reproduced, folder)
     mine = folder / "adversarial/student_adaptive/full/pgd"
     shutil.rmtree(mine)
     shutil.copytree(folder / "adversarial/student_grey/full/pgd", mine)

@@ -26,6 +26,8 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "bit_depth": {"kind": "bit_depth", "bits": 2},
     "median": {"kind": "median", "size": 3},
     "threshold": {"kind": "threshold", "at": 0.5},
+    "jpeg": {"kind": "jpeg", "quality": 50},
+    "random_network": {"kind": "random_network", "inner": AUTOENCODER, "seed": 0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder, global": {**AUTOENCODER, "residual": "global"},
