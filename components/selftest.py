@@ -43,7 +43,7 @@ from components.sources.digits import Digits
 from components.training import Training, fit
 
 THREAT = Linf(norm="linf", eps_255=51)
-PROBED, TRAINED, BATCH = 48, 1200, 48
+PROBED, TRAINED, BATCH = 48, 900, 48
 EOT = 4
 
 
