@@ -45,4 +45,4 @@ def run(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__spec__.name))
+    main(__spec__.name)

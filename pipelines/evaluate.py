@@ -238,4 +238,4 @@ def _registrations(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__spec__.name))
+    main(__spec__.name)

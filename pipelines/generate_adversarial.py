@@ -83,4 +83,4 @@ def _probes(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(__spec__.name))
+    main(__spec__.name)

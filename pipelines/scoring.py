@@ -92,8 +92,8 @@ class Result:
 
     `scores` by mode/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
-    part in training, behind the same purifier; `worst` those on the worst examples as they are
-    stored and rounded to 8 bits.
+    part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
+    bits.
     """
 
     scores: Mapping[str, Score]
@@ -101,7 +101,7 @@ class Result:
     distance: Mapping[str, npt.NDArray[np.float64]]
     findings: list[Finding]
     unseen: tuple[Score, Score]
-    worst: tuple[Score, Score]
+    rounded: Score
 
 
 def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
@@ -126,14 +126,10 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
         _once(unseen, pixels, some, plan, "clean"),
         _once(unseen, attacked, some, plan, "score"),
     )
-    rounded = (attacked * 255).round() / 255
-    examples = (
-        _once(defense, attacked, some, plan, "score"),
-        _once(defense, rounded, some, plan, "score"),
-    )
+    rounded = _once(defense, (attacked * 255).round() / 255, some, plan, "score")
     findings += _recorded(entry, plan)
     findings.append(unchanged(before, state_digest(defense), defense.training))
-    return Result(scores, inside, distance, findings, behind, examples)
+    return Result(scores, inside, distance, findings, behind, rounded)
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -142,9 +138,6 @@ def merge(parts: Sequence[Result]) -> Result:
     def together(scores: Sequence[Score]) -> Score:
         select = np.concatenate([score.select for score in scores])
         return Score(scores[0].draws, select, np.concatenate([score.score for score in scores]))
-
-    def both(pairs: Sequence[tuple[Score, Score]]) -> tuple[Score, Score]:
-        return together([pair[0] for pair in pairs]), together([pair[1] for pair in pairs])
 
     first = parts[0]
     return Result(
@@ -155,8 +148,11 @@ def merge(parts: Sequence[Result]) -> Result:
             next((f for f in same if not f.passed), same[0])
             for same in zip(*(part.findings for part in parts), strict=True)
         ],
-        unseen=both([part.unseen for part in parts]),
-        worst=both([part.worst for part in parts]),
+        unseen=(
+            together([part.unseen[0] for part in parts]),
+            together([part.unseen[1] for part in parts]),
+        ),
+        rounded=together([part.rounded for part in parts]),
     )
 
 
@@ -309,8 +305,8 @@ def _judged(
     }
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
-    stored, rounded = (round(float(score.share().sum())) for score in result.worst)
-    findings.append(rounding(stored, rounded, len(result.worst[0].score)))
+    stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
+    findings.append(rounding(stored, rounded, len(carried.score)))
     draws = plan.scoring
     findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
     if "full" in rungs:

@@ -1,7 +1,7 @@
 """The common shape of a stage.
 
 A stage file has a function `run(params, context, *, <dep>: Path, ..., out: Path) -> metrics` and
-ends in `raise SystemExit(main(__spec__.name))`. Its signature is its command line: every
+ends in `main(__spec__.name)`. Its signature is its command line: every
 keyword-only parameter is an option (`out_train` is `--out-train`), and `name: str` is the foreach
 instance. `main` reads the parameters, names the run by a key, tracks it, and moves outputs into
 place only when they are whole.
@@ -77,8 +77,19 @@ class Context:
         self.watch.advance(done, total, "pieces")
 
 
-def main(module_name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a stage from the command line and return its exit code."""
+def main(module_name: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a stage from the command line, and end the process with its exit code.
+
+    At once: everything is written and Ray is down by then, and taking torch, Ray and MLflow apart
+    would cost every stage a second.
+    """
+    code = _run(module_name, argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(module_name: str, argv: Sequence[str] | None) -> int:
     # Imported by name, so that Ray's workers can import what the stage hands them.
     module = importlib.import_module(module_name)
     options = _parse(module.run, module.__doc__ or "", argv)

@@ -184,8 +184,7 @@ class World:
             findings.append(lie)
         distance = {name: np.full(N, 1.25) for name in right}
         scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
-        unseen, worst = (score(N), score(9)), (score(6), score(6))
-        return Result(scored, inside, distance, findings, unseen, worst)
+        return Result(scored, inside, distance, findings, (score(N), score(9)), score(6))
 
 
 @pytest.fixture(scope="module")

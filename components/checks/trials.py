@@ -81,7 +81,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
     for mode in modes:
         target = aim(bench.defense, mode, bench.draws, EOT)
         attack = Pgd(
-            kind="pgd", steps=40, step=0.05, restarts=1, random_start=True, early_stop=True, eot=EOT
+            kind="pgd", steps=20, step=0.1, restarts=1, random_start=True, early_stop=True, eot=EOT
         )
         margins = attack.run(target, x, labels, whole, bench.draws).margin
         left["from itself"].append(int((margins > 0).sum()))
