@@ -196,7 +196,7 @@ def illusion(name: str, found: Mapping[str, Any]) -> str:
     seen = ", ".join(
         f"{percent(rungs[rung]['accuracy'])} when the attacker {BLIND[rung]}" for rung in blind
     )
-    which = {1: "number is", 2: "two numbers are"}.get(len(blind), f"{len(blind)} numbers are")
+    which = ("number is", "two numbers are", "three numbers are")[len(blind) - 1]
     left = percent(rungs["full"]["accuracy"])
     return (
         f"{name} shows {seen}, and {left} when the attacker differentiates through it: "

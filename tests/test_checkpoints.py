@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bit_depth": ("purifier", {"kind": "bit_depth", "bits": 3}),
     "median": ("purifier", {"kind": "median", "size": 3}),
     "threshold": ("purifier", {"kind": "threshold", "at": 0.5}),
+    "jpeg": ("purifier", {"kind": "jpeg", "quality": 50}),
+    "random_network": ("purifier", {"kind": "random_network", "inner": AUTOENCODER, "seed": 0}),
 }
 EVERY = pytest.mark.parametrize("name", MODELS)
 IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
