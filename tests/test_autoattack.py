@@ -668,7 +668,7 @@ def test_autoattack_finds_what_the_authors_find(
 ) -> None:
     """Their attacks, each on all images, found one more than their single run of the ensemble.
 
-    Under L2, where that takes twice as long, it was done by hand: docs/evaluation.md.
+    Under L2, where that takes twice as long, it was done by hand: docs/benchmarks.md.
     """
     parts = ["apgd-ce", "apgd-t", "fab-t", "square"]
     ours, theirs = compared(STANDARD, parts, LINF, recorded)
