@@ -71,6 +71,7 @@ MEANINGS = {
     "full_rung": "At least one attack follows the exact gradient of the whole defense.",
     "strong_attack": "At least one attack with the full gradient has the steps and the reach.",
     "scoring_draws": "A random defense is judged by many draws.",
+    "selection": "No single attack does better than the worst of all, chosen image by image.",
     "undefended_falls": "A classifier without a defense is fooled on nearly every image.",
 }
 # Side of a picture on the page in CSS pixels, met as nearly as whole magnification allows.

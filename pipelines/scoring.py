@@ -26,6 +26,7 @@ from components.checks.scores import (
     full_is_strongest,
     illusions,
     order_of_strength,
+    selection,
     strong_enough,
     undefended_falls,
     white_is_strongest,
@@ -307,6 +308,8 @@ def _judged(
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
     stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
     findings.append(rounding(stored, rounded, len(carried.score)))
+    singles = {name: score.share() for name, score in counted.items()}
+    findings.append(selection(carried.share(), singles))
     draws = plan.scoring
     findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
     if "full" in rungs:

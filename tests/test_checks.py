@@ -437,6 +437,14 @@ def test_attacks_of_no_tier_are_judged_by_nobody() -> None:
         assert [f.name for f in scores.order_of_strength(odd, stochastic)] == []
 
 
+def test_a_single_attack_below_the_headline_is_found() -> None:
+    singles = {"full/pgd": shares(200, 100), "full/apgd": shares(200, 120)}
+    assert scores.selection(shares(200, 130), singles).passed
+    assert scores.selection(shares(200, 119), singles).passed, "half a point is noise"
+    found = scores.selection(shares(200, 110), singles)
+    assert not found.passed and found.level == "warn" and "full/apgd" in found.detail
+
+
 def test_a_weaker_rung_that_beats_the_full_gradient_is_found() -> None:
     full = shares(300, 100)
     rungs = {"classifier": shares(300, 60), "bpda": shares(300, 100)}

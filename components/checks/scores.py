@@ -127,6 +127,23 @@ def draws_enough(stochastic: bool, select: int, score: int) -> Finding:
     return Finding(name="scoring_draws", level="block", passed=passed, detail=what)
 
 
+def selection(headline: Shares, singles: Mapping[str, Shares]) -> Finding:
+    """Say whether a single attack, on every image, does better than the worst chosen per image.
+
+    Only noise can make it so: what selects is not what scores, and among many equal attacks the
+    luckiest is chosen. Deterministic defenses pass by construction.
+    """
+    least = min(singles, key=lambda name: float(singles[name].mean()), default=None)
+    lowest = float(singles[least].mean()) if least else 1.0
+    return Finding(
+        name="selection",
+        level="warn",
+        passed=float(headline.mean()) <= lowest + 0.005,
+        detail=f"headline {headline.mean():.1%}; the strongest single attack, {least or 'none'}, "
+        f"leaves {lowest:.1%}",
+    )
+
+
 def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
     """Check 25: an undefended, standard-trained classifier is fooled on nearly every image.
 
