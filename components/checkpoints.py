@@ -23,7 +23,7 @@ from torch import nn
 from components.classifiers import ClassifierConfig
 from components.config import Config
 from components.data import ImageSet, Shape
-from components.purifiers import Purifier, PurifierConfig
+from components.purifiers import Inference, Purifier, PurifierConfig
 from components.shards import MANIFEST, DataError, sha256, write_bytes, write_json
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -80,11 +80,19 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
     return module.eval().requires_grad_(False).to(device)
 
 
-def load_purifier(folder: Path, device: str = "cpu") -> Purifier:
-    """Return a purifier; raise DataError when the folder holds something else."""
+def load_purifier(
+    folder: Path, device: str = "cpu", inference: Inference | None = None
+) -> Purifier:
+    """Return a purifier, or what `inference` makes of the network.
+
+    Raises DataError when the folder holds something else, ValueError when `inference` does not
+    fit it.
+    """
     module = load(folder, device)
+    if inference is not None:
+        module = inference.wrap(module).eval()
     if not isinstance(module, Purifier):
-        raise DataError(f"{folder} holds a {read_card(folder).family}, but a purifier is needed")
+        raise DataError(f"{folder} holds no purifier, or one that needs an inference")
     return module
 
 

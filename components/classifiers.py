@@ -3,6 +3,8 @@
 One section per kind; `build` makes the network. The ResNets are those of He et al. 2016 for
 32 x 32 images: `resnet` is the CIFAR form of depth 6n+2 (20, 56) with parameter-free shortcuts
 replaced by 1 x 1 convolutions where the shape changes, `resnet18` the wide four-stage form.
+`defense_gan_a` and `defense_gan_b` are the MNIST classifiers of Samangouei et al. 2018 with the
+paddings of DiffDefense (Silva et al. 2023), whose fixed sizes are kept.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from components.config import Config
 from components.data import Shape
+from components.draws import Draws
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -96,7 +99,71 @@ class ResNet18(Config):
         return _residual(shape, classes, [self.width * f for f in (1, 2, 4, 8)], 2)
 
 
-ClassifierConfig = Annotated[SmallCnn | ResNet | ResNet18, Field(discriminator="kind")]
+class DefenseGanA(Config):
+    """Defense-GAN's classifier A: two 5 x 5 convolutions of 64, strides 1 and 2, and 128 features.
+
+    Unpadded, so that on 28 x 28 images the last row and column of pixels are not looked at.
+    """
+
+    kind: Literal["defense_gan_a"]
+
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network; raise ValueError for images smaller than 9 x 9."""
+        body = nn.Sequential(
+            nn.Conv2d(shape[0], 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU(), nn.Flatten()
+        )
+        features = _features(self.kind, body, shape, 9)
+        head = (_Dropout(0.25, "body"), nn.Linear(features, 128), nn.ReLU(), _Dropout(0.5, "head"))
+        network = nn.Sequential(body, *head, nn.Linear(128, classes))
+        return Classifier(network, shape[0], classes)
+
+
+class DefenseGanB(Config):
+    """Defense-GAN's classifier B: convolutions 8 x 8 of 64, 6 x 6 and 5 x 5 of 128, one layer.
+
+    Only the last is padded, so that on 28 x 28 images the last two rows and columns of pixels are
+    not looked at.
+    """
+
+    kind: Literal["defense_gan_b"]
+
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network; raise ValueError for images smaller than 26 x 26."""
+        body = nn.Sequential(
+            nn.Conv2d(shape[0], 64, 8, 2), nn.ReLU(), nn.Conv2d(64, 128, 6, 2), nn.ReLU(),
+            nn.Conv2d(128, 128, 5, 1, 1), nn.ReLU(), nn.Flatten(),
+        )  # fmt: skip
+        features = _features(self.kind, body, shape, 26)
+        head = (_Dropout(0.5, "head"), nn.Linear(features, classes))
+        return Classifier(nn.Sequential(_Dropout(0.2, "pixels"), body, *head), shape[0], classes)
+
+
+ClassifierConfig = Annotated[
+    SmallCnn | ResNet | ResNet18 | DefenseGanA | DefenseGanB, Field(discriminator="kind")
+]
+
+
+class _Dropout(nn.Module):
+    """Drop a share of the features (N,...) in training; `use` tells it from the net's others.
+
+    Torch's own draws from the global stream, which is no part of the state that a training is
+    resumed from; here the noise is keyed by the number of the call, which is.
+    """
+
+    calls: Tensor
+
+    def __init__(self, share: float, use: str) -> None:
+        super().__init__()
+        self.share, self.use = share, use
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        draws = Draws(0, "train", torch.arange(len(x), device=x.device), int(self.calls))
+        kept = draws.uniform(tuple(x.shape[1:]), f"dropout {self.use}") >= self.share
+        self.calls += 1
+        return x * kept / (1 - self.share)
 
 
 class _Block(nn.Module):
@@ -132,3 +199,12 @@ def _residual(shape: Shape, classes: int, widths: Sequence[int], blocks: int) ->
             previous = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, classes)]
     return Classifier(nn.Sequential(*layers), shape[0], classes)
+
+
+def _features(kind: str, body: nn.Module, shape: Shape, smallest: int) -> int:
+    if min(shape[1:]) < smallest:
+        raise ValueError(
+            f"{kind} takes images of at least {smallest} x {smallest}, not {shape[1]} x {shape[2]}"
+        )
+    with torch.no_grad():
+        return int(body(torch.zeros(1, *shape)).numel())

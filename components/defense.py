@@ -2,25 +2,28 @@
 
 An attack never touches a `Defense`. It is handed a `Target`: the defense in one gradient mode,
 with its noise bound to keyed draws, indexable by rows, and counting every pass it is asked for.
-Modes: `full` is the exact gradient through the purifier; `bpda` runs the purifier forwards and
-takes the identity for its derivative (Athalye et al. 2018); `fixed_noise` is `full` by an attacker
-who knows the very noise, the same at every look. The modes `classifier` and `transfer` are none of
-a target: they replay what was crafted against a bare classifier.
+Modes: `full` is the exact gradient through the purifier, unrolled where that iterates; `bpda` runs
+the purifier forwards and takes the identity for its derivative (Athalye et al. 2018); a stand-in
+(`direct`, `plain`, `detached`, `short`, `soft`) does so with the derivative of a purifier that is
+cheaper or smoother; `fixed_noise` is `full` by an attacker who knows the very noise, the same at
+every look. The modes `classifier` and `transfer` are none of a target: they replay what was crafted
+against a bare classifier.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from components.draws import Draws
-from components.purifiers.contract import Purifier
+from components.purifiers.contract import Purifier, StandIn
 
-Mode = Literal["full", "bpda", "fixed_noise"]
+Mode = Literal["full", "bpda", "fixed_noise"] | StandIn
+STAND_INS: tuple[StandIn, ...] = get_args(StandIn)
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N,K), labels (N,) -> (N,)
 
 
@@ -52,6 +55,15 @@ class Defense(nn.Module):
             return x
         purified: Tensor = self.purifier(x, draws)
         return purified
+
+    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+        """Return what a stand-in makes of `x`; raise ValueError for one the purifier lacks."""
+        known = () if self.purifier is None else self.purifier.stand_ins
+        if self.purifier is None or kind not in known:
+            raise ValueError(
+                f"no stand-in {kind} here; this purifier has {', '.join(known) or 'none'}"
+            )
+        return self.purifier.stand_in(kind, x, draws)
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1]."""
@@ -153,16 +165,25 @@ class Target:
             self.defense, self.mode, self.draws[rows], self.eot, self.passes, self.rows[rows]
         )
 
-    def __call__(self, x: Tensor, draw: int) -> Tensor:
-        """Return the logits under draw number `draw`, with a graph if gradients are on."""
+    def __call__(self, x: Tensor, draw: int, bare: bool = False) -> Tensor:
+        """Return the logits under draw number `draw`, with a graph if gradients are on.
+
+        `bare` asks the classifier alone.
+        """
         self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        draws = self.draws.redraw(0 if self.mode == "fixed_noise" else draw)
-        if self.mode != "bpda":
+        draws = self._drawn(draw)
+        if bare:
+            answer: Tensor = self.defense.classifier(x)
+            return answer
+        if self.mode in ("full", "fixed_noise"):
             logits: Tensor = self.defense(x, draws)
             return logits
         with torch.no_grad():
             purified = self.defense.purify(x, draws)
-        through: Tensor = self.defense.classifier(_straight(x, purified))
+        approximate = x
+        if self.mode in STAND_INS and torch.is_grad_enabled():
+            approximate = self.defense.stand_in(self.mode, x, draws)
+        through: Tensor = self.defense.classifier(_straight(approximate, purified))
         return through
 
     def look(self, x: Tensor, labels: Tensor, draw: int) -> Tensor:
@@ -171,13 +192,37 @@ class Target:
             margins = [margin(self(x, draw * self.eot + k), labels) for k in range(self.eot)]
         return torch.stack(margins).mean(0)
 
-    def evaluate(self, x: Tensor, labels: Tensor, loss: Loss, draw: int) -> Evaluation:
-        """Return loss, margin and input gradient, averaged over the EOT draws of look `draw`."""
+    def suspicion(self, x: Tensor, draw: int) -> Tensor:
+        """Return how odd the images look to the purifier (N,), averaged over a look's EOT draws.
+
+        Without a purifier nobody is suspicious: zero.
+        """
+        with torch.no_grad():
+            seen = [self._suspicion(x, draw * self.eot + k) for k in range(self.eot)]
+        return torch.stack(seen).mean(0)
+
+    def suspect(self, x: Tensor, draw: int) -> Tensor:
+        """Return the input gradient of the suspicion (N,C,H,W), averaged over the EOT draws."""
+        gradients = []
+        for k in range(self.eot):
+            point = x.detach().requires_grad_()
+            with torch.enable_grad():
+                value = self._suspicion(point, draw * self.eot + k)
+            gradients.append(_gradient(value, point))
+        return torch.stack(gradients).mean(0)
+
+    def evaluate(
+        self, x: Tensor, labels: Tensor, loss: Loss, draw: int, bare: bool = False
+    ) -> Evaluation:
+        """Return loss, margin and input gradient, averaged over the EOT draws of look `draw`.
+
+        `bare` asks the classifier alone.
+        """
         losses, margins, gradients = [], [], []
         for k in range(self.eot):
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = self(point, draw * self.eot + k)
+                logits = self(point, draw * self.eot + k, bare)
                 value = loss(logits, labels)
             losses.append(value.detach())
             margins.append(margin(logits.detach(), labels))
@@ -214,6 +259,15 @@ class Target:
             torch.stack(gaps).mean(0),
             torch.stack(slopes).mean(0),
         )
+
+    def _suspicion(self, x: Tensor, draw: int) -> Tensor:
+        if self.defense.purifier is None:
+            return torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        return self.defense.purifier.suspicion(x, self._drawn(draw))
+
+    def _drawn(self, draw: int) -> Draws:
+        return self.draws.redraw(0 if self.mode == "fixed_noise" else draw)
 
 
 def aim(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:

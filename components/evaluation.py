@@ -21,6 +21,8 @@ from components.draws import Draws, Role
 
 Counts = npt.NDArray[np.int64]
 Z95 = 1.959963984540054
+# The name of the clean images among the sets.
+CLEAN = "clean"
 
 
 @dataclass(frozen=True)

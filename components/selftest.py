@@ -146,7 +146,7 @@ class _Lie(Purifier):
     def __init__(self, function: Callable[[Tensor, Draws | None], Tensor], random: bool) -> None:
         super().__init__()
         self.function = function
-        self.stochastic = random  # type: ignore[misc]
+        self.stochastic = random
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self.function(x, draws)

@@ -38,7 +38,10 @@ MISTAKES: dict[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to train one network; `card` describes it when it is trained."""
+    """All that a worker needs to train one network.
+
+    `finish` is called once with what was trained, then `card` describes it.
+    """
 
     model: nn.Module
     objective: Objective
@@ -47,6 +50,7 @@ class Job:
     training: Training
     seed: int
     validate: Validate
+    finish: Callable[[nn.Module], None]
     card: Callable[[nn.Module], ModelCard]
 
 
@@ -252,6 +256,7 @@ def _worker(config: dict[str, Any]) -> None:
             ray.train.report(epoch.metrics)
         if first:
             job.model.eval()
+            job.finish(job.model)
             save(out, job.model, job.card(job.model))
             write_json(out / "history.json", history)
     except tuple(MISTAKES.values()) as error:

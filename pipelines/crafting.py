@@ -23,7 +23,7 @@ from components.checkpoints import fingerprint, load, load_purifier, read_card, 
 from components.config import Config
 from components.data import ImageSet
 from components.defense import Defense, Mode
-from components.purifiers import Purifier
+from components.purifiers import Inference, Purifier
 from components.shards import part_name, sha256
 from pipelines import cluster
 from pipelines.stage import Context, code_of
@@ -32,11 +32,15 @@ from pipelines.tracking import ROOT
 
 @dataclass(frozen=True)
 class Subject:
-    """What is attacked: a classifier folder, and a purifier folder, a control or nothing."""
+    """What is attacked: a classifier folder, and a purifier folder, a control or nothing.
+
+    `inference` says how the network of a purifier folder is used.
+    """
 
     classifier: Path
     purifier: Path | None = None
     control: Config | None = None
+    inference: Inference | None = None
 
     @property
     def bare(self) -> bool:
@@ -54,11 +58,20 @@ class Subject:
         classifier = load(self.classifier, device)
         purifier: Purifier | None = None
         if self.purifier is not None:
-            purifier = load_purifier(self.purifier, device)
+            purifier = load_purifier(self.purifier, device, self.inference)
         elif self.control is not None:
             shape = read_card(self.classifier).shape
             purifier = self.control.build(tuple(shape))  # type: ignore[attr-defined]
         return Defense(classifier, purifier).freeze().to(device)
+
+    def stand_ins(self) -> Sequence[str]:
+        """Return the names of the purifier's stand-ins."""
+        purifier = self.defense().purifier
+        return () if purifier is None else purifier.stand_ins
+
+    def differentiable(self) -> bool:
+        """Say whether the exact gradient is usable."""
+        return self.defense().differentiable
 
     def facts(self) -> dict[str, str]:
         """Return the fingerprints that say which models these are."""
@@ -67,7 +80,10 @@ class Subject:
             purifier = fingerprint(self.purifier)
         elif self.control is not None:
             purifier = hashlib.sha256(self.control.model_dump_json().encode()).hexdigest()
-        return {"classifier": fingerprint(self.classifier), "purifier": purifier}
+        facts = {"classifier": fingerprint(self.classifier), "purifier": purifier}
+        if self.inference is not None:
+            facts["inference"] = self.inference.model_dump_json()
+        return facts
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from components import data
 from components.checks.models import leakage
 from components.checks.scores import not_beaten
+from components.evaluation import CLEAN
 from components.shards import write_json, write_part
 from pipelines import cluster
 from pipelines.crafting import Subject
@@ -33,7 +34,6 @@ from pipelines.params import (
 )
 from pipelines.report import write_report
 from pipelines.scoring import (
-    CLEAN,
     Entry,
     Plan,
     Result,
@@ -132,7 +132,7 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
         (
             "defense",
             name,
-            Subject(standard, models / section.model),
+            Subject(standard, models / section.model, inference=section.inference),
             adversarial / name,
             section.ladder,
         )
@@ -219,6 +219,9 @@ def _registrations(
                 "classifier": entry.subject.classifier,
                 "purifier": entry.subject.purifier or entry.subject.classifier,
             },
+            inference=entry.subject.inference.model_dump(mode="json")
+            if entry.subject.inference
+            else None,
             metrics={
                 "clean": found[entry.name]["clean"]["accuracy"],
                 "headline": found[entry.name]["headline"]["accuracy"],

@@ -15,18 +15,18 @@ from components.checkpoints import state_digest
 from components.checks import Finding, probe
 from components.checks.models import unchanged
 from components.data import ImageSet
-from components.defense import Mode
+from components.defense import STAND_INS, Mode
 from components.shards import write_json
 from pipelines.crafting import Order, Subject, craft_all
-from pipelines.params import REPLAYED, CraftingView, Ladder
+from pipelines.params import REPLAYED, CraftingView, Defended, Ladder
 from pipelines.stage import Context, main
 
 
 class GenerateParams(CraftingView):
-    """The ladder of one defense, and all attacks it may name."""
+    """One defense with its ladder, and all attacks this may name."""
 
-    ladder: Ladder
-    tracks = {**CraftingView.tracks, "ladder": "defenses.{name}.ladder"}
+    defended: Defended
+    tracks = {**CraftingView.tracks, "defended": "defenses.{name}"}
 
 
 def run(
@@ -34,8 +34,9 @@ def run(
     purifier: Path, out: Path,
 ) -> dict[str, float]:  # fmt: skip
     """Craft the sets of the defense called `name` and probe it."""
-    subject = Subject(classifier.absolute(), purifier.absolute())
-    generate({out: (subject, params.ladder)}, params, test, context)
+    defended = params.defended
+    subject = Subject(classifier.absolute(), purifier.absolute(), inference=defended.inference)
+    generate({out: (subject, defended.ladder)}, params, test, context)
     return {}
 
 
@@ -55,8 +56,15 @@ def generate(
         for attack in attacks
     ]  # fmt: skip
     images = data.read(test)
-    for subject, _ in subjects.values():
+    for out, (subject, ladder) in subjects.items():
         subject.require_fit(images)
+        known = subject.stand_ins()
+        lacking = [mode for mode in ladder if mode in STAND_INS and mode not in known]
+        if lacking:
+            raise ValueError(
+                f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
+                f"{', '.join(known) or 'none'}"
+            )
     craft_all(orders, context)
     for out, (subject, ladder) in subjects.items():
         findings = _probes(out, subject, ladder, images, params)

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from pipelines.crafting import Subject
-from pipelines.generate_adversarial import GenerateParams, generate
+from pipelines.generate_adversarial import generate
+from pipelines.params import CraftingView, Ladder
 from pipelines.stage import Context, main
 
 
-class BaselineParams(GenerateParams):
+class BaselineParams(CraftingView):
     """The ladder of one bare classifier, and all attacks it may name."""
 
-    tracks = {**GenerateParams.tracks, "ladder": "baselines.{name}.ladder"}
+    ladder: Ladder
+    tracks = {**CraftingView.tracks, "ladder": "baselines.{name}.ladder"}
 
 
 def run(

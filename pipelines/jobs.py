@@ -29,6 +29,7 @@ from components.data import ImageSet
 from components.defense import Defense, channels_last
 from components.evaluation import count_correct
 from components.objectives import Frozen
+from components.purifiers import Purifier
 from components.shards import DataError
 from components.training import Training
 from pipelines import cluster
@@ -111,6 +112,16 @@ def build_job(recipe: Recipe, device: str) -> Job:
         )
         return int(counts.sum())
 
+    # A generative network answers nothing by itself: its defenses are scored, not it.
+    answers = isinstance(model, Classifier | Purifier)
+
+    def facts(network: Any) -> dict[str, Any]:
+        return {"validation": {"correct": right(network), "n": len(val)}} if answers else {}
+
+    def finish(network: Any) -> None:
+        if isinstance(network, Purifier):
+            network.calibrate(train.pixels(), recipe.batch)
+
     return Job(
         model=model,
         objective=objective,
@@ -118,10 +129,9 @@ def build_job(recipe: Recipe, device: str) -> Job:
         attacked=_pool(recipe.pool, train),
         training=recipe.training,
         seed=recipe.seed,
-        validate=lambda network: {"val_accuracy": right(network) / len(val)},
-        card=lambda network: _card(
-            recipe, train, {"validation": {"correct": right(network), "n": len(val)}}
-        ),
+        validate=lambda network: {"val_accuracy": right(network) / len(val)} if answers else {},
+        finish=finish,
+        card=lambda network: _card(recipe, train, facts(network)),
     )
 
 

@@ -19,8 +19,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from components.attacks import AttackConfig, Threat
 from components.classifiers import ClassifierConfig
 from components.config import Config
+from components.defense import STAND_INS
 from components.objectives import Atop, ClassifierObjective, Distillation, PurifierObjective
-from components.purifiers import ControlConfig, PurifierConfig
+from components.purifiers import ControlConfig, InferenceConfig, PurifierConfig
 from components.sources import DataConfig
 from components.training import Training
 
@@ -33,9 +34,12 @@ Ladder = dict[str, list[Name]]
 # The rungs of the threat ladder, from what knows least of the defense to what knows all; between
 # equal attacks the first carries an image. The first two replay what was crafted against a bare
 # classifier: the baseline of this name, and the classifier under protection.
-MODES = ("transfer", "classifier", "bpda", "full", "fixed_noise")
+MODES = ("transfer", "classifier", "bpda", *STAND_INS, "full", "fixed_noise")
 REPLAYED = {"transfer": "surrogate", "classifier": "none"}
 SURROGATE = REPLAYED["transfer"]
+# Networks that have a training of their own, and those that map no image to an image.
+OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan": "wgan_gp"}
+GENERATIVE = ("ddpm", "gan")
 
 
 class ConfigError(ValueError):
@@ -93,9 +97,13 @@ class Baseline(Config):
 
 
 class Defended(Config):
-    """A trained purifier to score, and which attacks on which rung of the ladder."""
+    """A trained network to score as a purifier, and which attacks on which rung of the ladder.
+
+    What is itself a purifier needs no `inference`.
+    """
 
     model: Name
+    inference: InferenceConfig | None = None
     ladder: Ladder
 
 
@@ -186,6 +194,11 @@ class Params(Config):
         purifiers = {**self.purifiers, **self.students, **self.atop}
         for name, defended in self.defenses.items():
             _known(f"defenses.{name}.model", defended.model, purifiers)
+        learnt: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
+        for name, one in learnt.items():
+            _learnable(name, one.model.kind, one.objective.kind)
+        for name, defended in self.defenses.items():
+            _usable(f"defenses.{name}", defended, self.kind_of(defended.model))
         scored_with: dict[str, Baseline | Defended | Control] = {
             **self.baselines,
             **self.defenses,
@@ -199,6 +212,13 @@ class Params(Config):
                 for attack in attacks:
                     _known(f"ladder of {name}", attack, self.attacks)
         return self
+
+    def kind_of(self, model: str) -> str:
+        """Return the kind of network of a purifier, student or fine-tuned purifier."""
+        if model in self.atop:
+            return self.kind_of(self.atop[model].base)
+        sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
+        return sections[model].model.kind
 
 
 class View(Config):
@@ -290,6 +310,24 @@ def explain(error: ValidationError) -> str:
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, sorted(names), 1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def _learnable(where: str, model: str, objective: str) -> None:
+    needed = OBJECTIVES.get(model)
+    if needed and objective != needed:
+        raise ValueError(f"{where}: a {model} is trained by {needed}, not by {objective}")
+    if not needed and objective in OBJECTIVES.values():
+        fits = next(kind for kind, its in OBJECTIVES.items() if its == objective)
+        raise ValueError(f"{where}: {objective} trains a {fits}, not a {model}")
+
+
+def _usable(where: str, defended: Defended, model: str) -> None:
+    inference = defended.inference
+    if inference is None and model in GENERATIVE:
+        raise ValueError(f"{where}: a {model} is no purifier by itself: say its inference")
+    if inference is not None and model not in inference.of:
+        fits = " or ".join(inference.of)
+        raise ValueError(f"{where}: {inference.kind} needs a model of kind {fits}, not {model}")
 
 
 def _known(where: str, name: str, names: Mapping[str, object]) -> None:

@@ -24,9 +24,11 @@ from components import data
 from components.adversarial import read_crafted
 from components.checkpoints import ModelCard, fingerprint, read_card
 from components.data import ImageSet
-from components.defense import Defense
+from components.defense import STAND_INS, Defense
+from components.detection import CURVE, RATES
 from components.draws import Draws
 from components.shards import DataError, write_bytes
+from pipelines.crafting import Subject
 from pipelines.params import MODES
 from pipelines.scoring import Entry, Plan
 
@@ -67,9 +69,10 @@ MEANINGS = {
     "quantisation": "Rounded to 8 bits, the worst examples fool as many.",
     "order_of_strength": "No attack fools what all stronger attacks together leave standing.",
     "white_is_strongest": "Without gradients next to nothing more is fooled.",
-    "full_is_strongest": "No weaker rung fools what the full gradient leaves standing.",
-    "full_rung": "At least one attack follows the exact gradient of the whole defense.",
-    "strong_attack": "At least one attack with the full gradient has the steps and the reach.",
+    "full_is_strongest": "No weaker rung fools what attacks that see through leave standing.",
+    "full_rung": "At least one attack follows the gradient of the defense or of a stand-in.",
+    "stand_ins": "What iterates or rounds is attacked through something easier in its place, too.",
+    "strong_attack": "At least one attack that sees through has the steps and the reach.",
     "scoring_draws": "A random defense is judged by many draws.",
     "selection": "No single attack does better than the worst of all, chosen image by image.",
     "undefended_falls": "A classifier without a defense is fooled on nearly every image.",
@@ -96,6 +99,18 @@ class Panel:
     side: tuple[int, int]
     labels: list[str]
     rows: dict[str, Words]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A detector at every threshold: (clean images rejected, wrong answers let through).
+
+    The first axis ends at `right`; `marks` are the points of the thresholds with a name.
+    """
+
+    points: list[tuple[float, float]]
+    right: float
+    marks: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,8 @@ def write_report(
         classes=len(test.class_names),
         scored=scored,
         columns=[m for m in MODES if m in SHOWN or any(each["ladder"][m] for each in scored)],
+        detectors=[each for each in scored if each["detection"]],
+        stand_ins=STAND_INS,
         roles={role: [each for each in scored if each["role"] == role] for role in ROLES},
         best=_best(scored),
         meanings=MEANINGS,
@@ -170,6 +187,8 @@ def settings(value: Mapping[str, Any]) -> str:
     def text(part: Any) -> str:
         if isinstance(part, Mapping):
             return f"({settings(part)})"
+        if part is None:
+            return "none"
         return ("no", "yes")[part] if isinstance(part, bool) else str(part)
 
     kind = [str(value["kind"])] if "kind" in value else []
@@ -215,6 +234,46 @@ def not_beaten(found: Mapping[str, Any]) -> str:
     return f"does not beat {', '.join(said)}" if said else ""
 
 
+def no_better(name: str, found: Mapping[str, Any]) -> str:
+    """Say that a detector is no better than one that knows nothing; "" if it mostly is.
+
+    Sets of a void rung are passed over: there the attack had nothing to follow.
+    """
+    if found["detection"] is None:
+        return ""
+    void = void_rungs(found)
+    sets = [
+        each
+        for attack, each in found["detection"]["attacks"].items()
+        if attack.partition("/")[0] not in void
+    ]
+    as_well = sum(each["control_auc"] >= each["auc"] for each in sets)
+    if 2 * as_well <= len(sets):
+        return ""
+    return (
+        f"On {as_well} of {len(sets)} sets {name} tells attacked images from clean ones no better "
+        "than the distance from black and white does, which knows nothing."
+    )
+
+
+def void_rungs(found: Mapping[str, Any]) -> list[str]:
+    """Return the rungs without a usable gradient: what was run there proves nothing."""
+    failed = {*found["checks"]["blocking_failed"], *found["checks"]["warnings"]}
+    return [mode for mode in MODES if f"gradient_present/{mode}" in failed]
+
+
+def describe_subject(subject: Subject) -> str:
+    """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
+    if subject.control is not None:
+        return settings(subject.control.model_dump(mode="json"))
+    if subject.purifier is None:
+        return f"bare classifier {subject.classifier.name}"
+    if subject.inference is None:
+        return f"purifier {subject.purifier.name}"
+    used = settings(subject.inference.model_dump(mode="json"))
+    return f"purifier {subject.purifier.name} used as {used}"
+
+
 def _scored(
     entry: Entry, found: Mapping[str, Any], plan: Plan, test: ImageSet, shown: int
 ) -> dict[str, Any]:
@@ -222,20 +281,18 @@ def _scored(
     findings = found["checks"]["findings"]
     failed = sorted((f for f in findings if not f["passed"]), key=lambda f: str(f["level"]))
     passed = sorted((f for f in findings if f["passed"]), key=_check)
-    subject = entry.subject
-    what = f"bare classifier {subject.classifier.name}"
-    if subject.purifier is not None:
-        what = f"purifier {subject.purifier.name}"
-    elif subject.control is not None:
-        what = settings(subject.control.model_dump(mode="json"))
+    lacking = set(STAND_INS) - set(entry.subject.stand_ins())
     return {
         **found,
         "name": entry.name,
-        "what": what,
+        "what": describe_subject(entry.subject),
         "illusion": illusion(entry.name, found),
         "not_beaten": not_beaten(found),
+        "no_better": no_better(entry.name, found),
+        "curve": _curve(found["detection"]) if found["detection"] else None,
         "ladder": {mode: found["rungs"].get(mode) for mode in MODES},
-        "void": [m for m in MODES if any(f["name"] == f"gradient_present/{m}" for f in failed)],
+        "lacking": lacking,
+        "void": void_rungs(found),
         "sets": {name: found["attacks"].get(name) for name in entry.sets},
         "failed": failed,
         "passed": {check: list(group) for check, group in groupby(passed, key=_check)},
@@ -245,6 +302,15 @@ def _scored(
 
 def _check(finding: Mapping[str, Any]) -> str:
     return str(finding["name"]).partition("/")[0]
+
+
+def _curve(detection: Mapping[str, Any]) -> Curve:
+    points = [(float(rejected), float(passed)) for rejected, passed in detection["curve"]]
+    return Curve(
+        points=points,
+        right=0.5 if points[-1][0] <= 0.5 else 1.0,
+        marks={name: points[CURVE.index(rate)] for name, rate in RATES.items()},
+    )
 
 
 def _best(scored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

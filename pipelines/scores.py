@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report import ROLES, describe_threat, illusion, not_beaten
+from pipelines.report import ROLES, describe_threat, illusion, not_beaten, void_rungs
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
@@ -23,7 +23,8 @@ NOTES = (
     "All in % of n = {n} test images; {threat}. headline: worst of all attacks per image, with "
     "its Wilson interval (<= upper bound, a check failed). grey: the attacker sees only the "
     "classifier, which is never robust accuracy. unseen: a classifier that played no part in "
-    "training, clean/same worst examples: a transfer."
+    "training, clean/same worst examples: a transfer. void: there was no gradient to follow. Other "
+    "rungs and detection are in the report."
 )
 
 
@@ -100,7 +101,7 @@ def _row(found: Mapping[str, Any]) -> list[Text]:
 
 def _rung(found: Mapping[str, Any], mode: str) -> Text:
     """Return the accuracy on a rung, `-` where nothing was run, `void` without a gradient."""
-    if f"gradient_present/{mode}" in found["checks"]["blocking_failed"]:
+    if mode in void_rungs(found):
         return Text("void", "red")
     return Text(_number(found["rungs"][mode]) if mode in found["rungs"] else "-")
 

@@ -19,6 +19,7 @@ from components.adversarial import read_crafted
 from components.attacks import L2, SLACK, Attack, Linf
 from components.checkpoints import load, read_card, state_digest
 from components.checks import Finding
+from components.checks.contract import Shares
 from components.checks.models import recorded_accuracy, unchanged
 from components.checks.scores import (
     Illusion,
@@ -27,15 +28,19 @@ from components.checks.scores import (
     illusions,
     order_of_strength,
     selection,
+    stand_ins_tried,
     strong_enough,
     undefended_falls,
     white_is_strongest,
 )
 from components.checks.sets import agreement, effort, rounding, stored_set
 from components.data import ImageSet
-from components.defense import Defense
+from components.defense import STAND_INS, Defense
+from components.detection import Watched, detection, watch
+from components.detection import merge as merge_watched
 from components.draws import Role
 from components.evaluation import (
+    CLEAN,
     Counts,
     Score,
     count_correct,
@@ -48,7 +53,6 @@ from components.shards import read_manifest
 from pipelines.crafting import Subject
 from pipelines.params import MODES, REPLAYED, Scoring
 
-CLEAN = "clean"
 TRIES = 10
 CERTIFICATE = ("gradient_present", "gradient_correct", "eot_agreement")
 
@@ -94,7 +98,7 @@ class Result:
     `scores` by mode/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
-    bits.
+    bits; `watched` is what the purifier makes of them as a detector, if it is one.
     """
 
     scores: Mapping[str, Score]
@@ -103,6 +107,7 @@ class Result:
     findings: list[Finding]
     unseen: tuple[Score, Score]
     rounded: Score
+    watched: Watched | None
 
 
 def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
@@ -128,9 +133,11 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
         _once(unseen, attacked, some, plan, "score"),
     )
     rounded = _once(defense, (attacked * 255).round() / 255, some, plan, "score")
+    known = _share(data.read(plan.val), part, len(read_manifest(plan.test)["files"]))
+    watched = watch(defense, sets, some.ids, known.pixels(), known.ids, plan.seed, plan.batch)
     findings += _recorded(entry, plan)
     findings.append(unchanged(before, state_digest(defense), defense.training))
-    return Result(scores, inside, distance, findings, behind, rounded)
+    return Result(scores, inside, distance, findings, behind, rounded, watched)
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -154,6 +161,7 @@ def merge(parts: Sequence[Result]) -> Result:
             together([part.unseen[1] for part in parts]),
         ),
         rounded=together([part.rounded for part in parts]),
+        watched=merge_watched([part.watched for part in parts]),
     )
 
 
@@ -161,6 +169,11 @@ def _rows(folder: Path, part: int) -> Tensor:
     """Return the positions of a part within its whole set."""
     sizes = [int(file["rows"]) for file in read_manifest(folder)["files"]]
     return torch.arange(sum(sizes[:part]), sum(sizes[: part + 1]))
+
+
+def _share(images: ImageSet, part: int, parts: int) -> ImageSet:
+    """Return this part's share of images that every part has a hand in."""
+    return images[torch.arange(part, len(images), parts)]
 
 
 def _stored(entry: Entry, plan: Plan, images: ImageSet) -> tuple[dict[str, Tensor], list[Finding]]:
@@ -213,6 +226,9 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
             for name, score in result.scores.items()
             if name != CLEAN
         },
+        "detection": detection(result.watched, result.inside, counted, chosen)
+        if result.watched
+        else None,
         "retries": {
             "worst_of_10": summarise(worst_of(carried, TRIES)),
             "majority_of_10": summarise(majority_of(carried, TRIES)),
@@ -304,6 +320,7 @@ def _judged(
         for name, score in counted.items()
         if name.startswith("full/") and plan.bounded(name)
     }
+    white = _white(entry)
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
     stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
@@ -312,16 +329,34 @@ def _judged(
     findings.append(selection(carried.share(), singles))
     draws = plan.scoring
     findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
-    if "full" in rungs:
-        others = {m: s.share() for m, s in rungs.items() if m not in ("full", "fixed_noise")}
-        findings += full_is_strongest(rungs["full"].share(), others)
-        findings.append(strong_enough({name: plan.attack(name) for name in full}))
+    shares: dict[str, Shares] = {mode: score.share() for mode, score in rungs.items()}
+    ours = {str(mode): share for mode, share in shares.items() if mode in STAND_INS}
+    findings += stand_ins_tried(entry.subject.stand_ins(), ours, shares.get("full"))
+    seeing = [s for mode, s in shares.items() if mode in white]
+    if seeing:
+        others = {m: s for m, s in shares.items() if m not in (*white, "fixed_noise")}
+        findings += full_is_strongest(np.minimum.reduce(seeing), others)
+        through = {
+            name: plan.attack(name)
+            for name in counted
+            if name.partition("/")[0] in white and plan.bounded(name)
+        }
+        findings.append(strong_enough(through))
     else:
-        detail = "no attack followed the full gradient of this defense"
+        detail = "no attack followed the gradient of this defense, or a stand-in for it"
         findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
     if entry.subject.bare and _standard_trained(entry.subject.classifier):
         findings.append(undefended_falls(float(carried.share().mean()), plan.threat))
     return findings
+
+
+def _white(entry: Entry) -> tuple[str, ...]:
+    """Return the rungs on which an attack sees through the purifier.
+
+    One without a gradient is seen through by its stand-ins, and by the identity.
+    """
+    seeing = ("full", *STAND_INS)
+    return seeing if entry.subject.differentiable() else (*STAND_INS, "bpda")
 
 
 def _standard_trained(classifier: Path) -> bool:
@@ -332,7 +367,8 @@ def _standard_trained(classifier: Path) -> bool:
 def _illusions(rungs: Mapping[str, Score]) -> list[Illusion]:
     if "full" not in rungs:
         return []
-    weaker = MODES[: MODES.index("full")]
+    # Stand-ins see through the purifier: what they leave is no illusion, whatever it is.
+    weaker = ("transfer", "classifier", "bpda")
     others = {mode: score.share() for mode, score in rungs.items() if mode in weaker}
     return illusions(others, rungs["full"].share())
 

@@ -1,14 +1,17 @@
 """A registered defense as MLflow loads it: from code and model folders, nothing unpickled."""
 
+from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import torch
 from mlflow.models import set_model
+from pydantic import TypeAdapter
 
-from components.checkpoints import load
+from components.checkpoints import load, load_purifier
 from components.defense import Defense
+from components.purifiers import InferenceConfig
 
 
 class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -21,7 +24,13 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the model folders that were registered."""
         classifier = load(context.artifacts["classifier"])
-        purifier = load(context.artifacts["purifier"])
+        inference = (context.model_config or {}).get("inference")
+        purifier = load_purifier(
+            Path(context.artifacts["purifier"]),
+            inference=TypeAdapter(InferenceConfig).validate_python(inference)
+            if inference
+            else None,
+        )
         self.defense = Defense(classifier, purifier).freeze()
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -28,12 +28,16 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Registration:
-    """A defense to register: its folders, figures and the words that describe it."""
+    """A defense to register: its folders, figures and the words that describe it.
+
+    `inference` are the settings by which the network of the purifier folder is used.
+    """
 
     name: str
     version_of: str
     fingerprint: str
     folders: Mapping[str, Path]
+    inference: Mapping[str, Any] | None
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     description: str
@@ -171,6 +175,7 @@ def _register(client: Any, run: str, registration: Registration) -> None:
                 name=registration.name,
                 python_model=str(Path(__file__).with_name("served.py")),
                 artifacts={key: str(path) for key, path in registration.folders.items()},
+                model_config={"inference": registration.inference},
                 code_paths=["components"],
                 pip_requirements=["torch", "safetensors", "pydantic", "numpy", "pyarrow"],
             )

@@ -50,6 +50,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "apgd_t": {"steps": 8, "targets": 2, "eot": 2},
     "apgd_dlr": {"steps": 8, "restarts": 2, "eot": 2},
     "autoattack": {"version": "standard"},
+    "detector_aware": {
+        "sees": "defense", "weights": [0.0, 10.0], "steps": 8, "step": 0.25, "eot": 2,
+    },
     "deepfool": {"steps": 10, "overshoot": 0.02, "classes": 10, "eot": 2},
     "elastic_net": {
         "rule": "en", "beta": 0.01, "c": 1.0, "searches": 2, "steps": 10, "learning_rate": 0.1,
@@ -71,9 +74,16 @@ REFUSES = {
 }
 GRADIENT_FREE = ("noise", "square")
 # FAB's first run starts at the image, and here nothing is left for the second.
-UNSEEDED = ("fgsm", "bim", "mi_fgsm", "cw_l2", "deepfool", "elastic_net", "fab_t", "flip")
+UNSEEDED = (
+    "fgsm", "bim", "mi_fgsm", "cw_l2", "deepfool", "elastic_net", "fab_t", "flip",
+    "detector_aware", "detector_aware, classifier",
+)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "fgsm from a random start": {"kind": "fgsm", "random_start": True, "step": 1.25, "eot": 2},
+    "detector_aware, classifier": {
+        "kind": "detector_aware", "sees": "classifier", "weights": [1.0], "steps": 8,
+        "step": 0.25, "eot": 2,
+    },
     "pgd, last iterate": {
         "kind": "pgd", "steps": 8, "step": 0.25, "restarts": 1, "random_start": True,
         "early_stop": False, "eot": 2,

@@ -14,7 +14,10 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "small_cnn": {"kind": "small_cnn", "width": 4},
     "resnet": {"kind": "resnet", "depth": 14, "width": 4},
     "resnet18": {"kind": "resnet18", "width": 4},
+    "defense_gan_a": {"kind": "defense_gan_a"},
+    "defense_gan_b": {"kind": "defense_gan_b"},
 }
+SMALLEST = {"defense_gan_a": 9, "defense_gan_b": 26}
 EVERY = pytest.mark.parametrize("kind", SAMPLES)
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 9, 15)]
 
@@ -27,6 +30,11 @@ def make(config: dict[str, Any], shape: tuple[int, int, int], classes: int) -> C
 
 def images(shape: tuple[int, int, int], count: int = 16) -> Tensor:
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def small(kind: str, channels: int = 1) -> tuple[int, int, int]:
+    """Return the smallest shape these tests try: 8 x 8 unless the kind needs more."""
+    return (channels, SMALLEST.get(kind, 8), SMALLEST.get(kind, 8))
 
 
 def test_the_table_has_every_kind() -> None:
@@ -42,6 +50,10 @@ def test_the_table_has_every_kind() -> None:
 def test_pixels_in_are_logits_out(
     kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    if min(shape[1:]) < SMALLEST.get(kind, 1):
+        with pytest.raises(ValueError, match="at least"):
+            make(SAMPLES[kind], shape, 7)
+        return
     logits = make(SAMPLES[kind], shape, 7).to(dtype)(images(shape).to(dtype))
     assert logits.shape == (16, 7) and logits.dtype == dtype and logits.isfinite().all()
     assert not torch.allclose(logits.sum(1), torch.ones(16, dtype=dtype)), "softmaxed"
@@ -50,7 +62,7 @@ def test_pixels_in_are_logits_out(
 
 @EVERY
 def test_an_image_is_classified_on_its_own(kind: str) -> None:
-    model, x = make(SAMPLES[kind], (1, 8, 8), 10), images((1, 8, 8))
+    model, x = make(SAMPLES[kind], small(kind), 10), images(small(kind))
     whole = model(x)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     assert torch.equal(model(x[order]), whole[order])
@@ -59,8 +71,8 @@ def test_an_image_is_classified_on_its_own(kind: str) -> None:
 
 @EVERY
 def test_every_pixel_is_looked_at(kind: str) -> None:
-    x = images((1, 8, 8)).requires_grad_()
-    logits = make(SAMPLES[kind], (1, 8, 8), 10)(x)
+    x = images(small(kind)).requires_grad_()
+    logits = make(SAMPLES[kind], small(kind), 10)(x)
     (gradient,) = torch.autograd.grad((logits * torch.arange(10)).sum(), x)
     assert gradient.isfinite().all() and gradient.ne(0).any(0).all()
 
@@ -70,7 +82,7 @@ def test_normalisation_lies_inside(kind: str) -> None:
     """Scaling the pixels and renormalising leaves the logits as they were: the network itself
     sees images of mean 0 and deviation 1, whatever their brightness.
     """
-    model, x = make(SAMPLES[kind], (3, 8, 8), 10), images((3, 8, 8))
+    model, x = make(SAMPLES[kind], small(kind, 3), 10), images(small(kind, 3))
     x = x * torch.tensor([0.3, 0.6, 0.9])[:, None, None]
     model.normalise_by(x)
     assert torch.allclose(model.mean, x.mean((0, 2, 3)))
@@ -107,6 +119,59 @@ def test_the_networks_have_the_published_sizes(
     model = make(config, (3, 32, 32), 10)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] <= count <= millions[1]
+
+
+@pytest.mark.parametrize(("kind", "millions"), [("defense_gan_a", 0.925), ("defense_gan_b", 0.710)])
+def test_the_classifiers_of_defense_gan_have_their_sizes(kind: str, millions: float) -> None:
+    model = make(SAMPLES[kind], (1, 28, 28), 10)
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.001)
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_images_the_convolutions_do_not_fit_are_refused_with_a_sentence(kind: str) -> None:
+    side = SMALLEST[kind]
+    said = f"{kind} takes images of at least {side} x {side}, not {side - 1} x {side}"
+    with pytest.raises(ValueError, match=said):
+        make(SAMPLES[kind], (1, side - 1, side), 10)
+    with pytest.raises(ValueError, match="at least"):
+        make(SAMPLES[kind], (1, side, side - 1), 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("defense_gan_a", [0.25, 0.5]), ("defense_gan_b", [0.2, 0.5])]
+)
+def test_dropout_drops_its_share_in_training_alone(kind: str, shares: list[float]) -> None:
+    model, x = make(SAMPLES[kind], (1, 28, 28), 10), images((1, 28, 28), 64)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for module in model.network.children():
+        if type(module).__name__ == "_Dropout":
+            module.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    model(x)
+    assert len(seen) == 2 and all(torch.equal(before, after) for before, after in seen)
+    seen.clear()
+    model.train()(x)
+    for (before, after), share in zip(seen, shares, strict=True):
+        alive = before != 0
+        kept = (after != 0)[alive].double()
+        assert kept.mean() == pytest.approx(1 - share, abs=5 * 0.5 / kept.numel() ** 0.5)
+        scaled = before[after != 0] / (1 - share)
+        assert torch.allclose(after[after != 0], scaled), "the mean is not kept"
+        assert len({tuple(row.tolist()) for row in (after != 0).flatten(1)}) == len(x)
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_dropout_goes_on_where_the_state_was_and_leaves_the_global_stream_alone(kind: str) -> None:
+    model, x = make(SAMPLES[kind], (1, 28, 28), 10).train(), images((1, 28, 28))
+    stream = torch.get_rng_state()
+    first = model(x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    second = model(x)
+    assert not torch.equal(first, second), "the same mask twice"
+    assert torch.equal(torch.get_rng_state(), stream)
+    other = make(SAMPLES[kind], (1, 28, 28), 10).train()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), second)
 
 
 @pytest.mark.parametrize(("depth", "convolutions"), [(8, 7 + 2), (20, 19 + 2), (56, 55 + 2)])

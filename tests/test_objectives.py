@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -31,6 +32,7 @@ from components.objectives import (
     relativistic,
 )
 from components.purifiers import Purifier, PurifierConfig
+from components.purifiers.diffusion import Diffusion
 
 THREAT = Linf(norm="linf", eps_255=32.0)
 INNER = {
@@ -39,6 +41,12 @@ INNER = {
 NOISY = {
     "kind": "random_transform", "inner": INNER,
     "transform": {"kind": "rt2", "patch": 2, "missing": 0.25, "sigma": 0.1},
+}  # fmt: skip
+MAGNET = {"kind": "magnet", "width": 3}
+GAN = {"kind": "gan", "latent": 16, "width": 4}
+DDPM = {
+    "kind": "ddpm", "width": 4, "steps": 10, "beta_start": 0.0001, "beta_end": 0.2,
+    "centred": False, "norm_input": True,
 }  # fmt: skip
 POOL = {"kind": "pool"}
 IN_LOOP = {"steps": 3, "step": 0.5, "random_start": True, "ramp": 0.0}
@@ -57,6 +65,10 @@ SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "reconstruction": (PurifierObjective, {"kind": "reconstruction"}),
     "distillation": (Distillation, DISTILLATION),
     "atop": (Atop, ATOP),
+    "denoising": (PurifierObjective, {"kind": "denoising", "sigma_max": 0.3}),
+    "reformer_detectors": (PurifierObjective, {"kind": "reformer_detectors", "volume": 0.1}),
+    "noise_prediction": (PurifierObjective, {"kind": "noise_prediction"}),
+    "wgan_gp": (PurifierObjective, {"kind": "wgan_gp", "critic_steps": 2}),
 }
 
 
@@ -70,9 +82,9 @@ def bind(name: str, frozen: Frozen, **changes: Any) -> Objective:
     return objective
 
 
-def purifier(config: dict[str, Any], seed: int = 0) -> Purifier:
+def purifier(config: dict[str, Any], seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    built: Purifier = TypeAdapter(PurifierConfig).validate_python(config).build((1, 8, 8))
+    built = TypeAdapter(PurifierConfig).validate_python(config).build((1, 8, 8))
     return built.train()
 
 
@@ -257,7 +269,8 @@ def test_following_the_gradient_lowers_the_loss(
     name: str, frozen: Frozen, train_set: ImageSet
 ) -> None:
     batch, draws = batch_of(train_set)
-    model: nn.Module = purifier(INNER)
+    own = {"reformer_detectors": MAGNET, "noise_prediction": DDPM, "wgan_gp": GAN}
+    model: nn.Module = purifier(own.get(name, INNER))
     if "classification" in name:
         torch.manual_seed(1)
         model = deepcopy(frozen.classifier).requires_grad_(True).train()  # type: ignore[union-attr]
@@ -268,6 +281,7 @@ def test_following_the_gradient_lowers_the_loss(
     losses = []
     optimiser = torch.optim.SGD(model.parameters(), 0.02)
     for _ in range(8):
+        # Always the critic's turn, where turns are taken.
         loss, _ = objective(model, batch, 1.0, draws)
         losses.append(loss.item())
         optimiser.zero_grad()
@@ -479,3 +493,58 @@ def test_equal_draws_give_equal_examples_and_others_do_not(
 def test_settings_that_make_no_loss_are_refused(name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         parse(name, **changes)
+
+
+# Networks with a training of their own
+
+
+def test_the_noise_to_predict_is_what_was_mixed_in(train_set: ImageSet) -> None:
+    """A network that is told the image finds the noise, and its loss is zero."""
+    batch, draws = batch_of(train_set)
+
+    class Oracle(Diffusion):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            kept = self.alpha_bar[t].to(z.dtype)[:, None, None, None]
+            return (z - kept.sqrt() * self.encode(batch.images)) / (1 - kept).sqrt()
+
+    model = purifier(DDPM)
+    model.__class__ = Oracle
+    loss, _ = bind("noise_prediction", Frozen(None, (), THREAT))(model, batch, 0.5, draws)
+    assert loss.item() < 1e-6
+
+
+def test_times_cover_the_whole_schedule(train_set: ImageSet) -> None:
+    batch, draws = batch_of(train_set, 640)
+    seen: list[Tensor] = []
+    model = purifier(DDPM)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    bind("noise_prediction", Frozen(None, (), THREAT))(model, batch, 0.5, draws)
+    counts = torch.bincount(seen[0], minlength=10)
+    assert len(counts) == 10 and counts.min() > 30
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_critic_and_generator_take_turns(step: int, train_set: ImageSet) -> None:
+    batch, draws = batch_of(train_set, 16)
+    model = purifier(GAN)
+    objective = bind("wgan_gp", Frozen(None, (), THREAT))
+    loss, metrics = objective(model, replace(batch, step=step), 0.5, draws)
+    loss.backward()  # type: ignore[no-untyped-call]
+    learns = {
+        half: any(p.grad is not None for p in getattr(model, half).parameters())
+        for half in ("generator", "critic")
+    }
+    turn = "generator" if step % 3 == 2 else "critic"
+    assert learns == {half: half == turn for half in learns}
+    assert loss.item() == metrics[turn].item() and set(metrics) == {"loss", "critic", "generator"}
+
+
+def test_magnets_two_networks_learn_at_once(train_set: ImageSet) -> None:
+    batch, draws = batch_of(train_set)
+    loss, metrics = bind("reformer_detectors", Frozen(None, (), THREAT), volume=0.0)(
+        purifier(MAGNET), batch, 0.5, draws
+    )
+    model = purifier(MAGNET)
+    expected = [F.mse_loss(made, batch.images) for made in model.autoencode(batch.images)]
+    assert loss.item() == pytest.approx(sum(expected).item(), rel=1e-5)  # type: ignore[union-attr]
+    assert metrics["detector"].item() == pytest.approx(expected[1].item(), rel=1e-5)

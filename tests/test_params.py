@@ -58,6 +58,22 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("images: 128", "images: 8", "greater than or equal to 16"),
         ("full: [fgsm, pgd, apgd_ce]", "transfer: [pgd]", "surrogate"),
         ("strided: [2]", "strided: [7]", "1..4"),
+        (
+            "{kind: normal_teacher}",
+            "{kind: wgan_gp, critic_steps: 5}",
+            "wgan_gp trains a gan, not a",
+        ),
+        (
+            "model: *autoencoder\n    objective: {kind: normal_teacher}",
+            "model: {kind: gan, latent: 8, width: 4}\n    objective: {kind: normal_teacher}",
+            "a gan is trained by wgan_gp, not by normal_teacher",
+        ),
+        (
+            "{model: student_adaptive, ladder: *whole}",
+            "{model: student_adaptive, ladder: *whole, inference: {kind: defense_gan, "
+            "iterations: 5, restarts: 2, rate: 10}}",
+            "defense_gan needs a model of kind gan, not conv_autoencoder",
+        ),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce]", "full: [fgms]", "did you mean fgsm?"),
@@ -115,7 +131,7 @@ def test_an_override_reaches_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("profile", "overrides", "said"),
     [
-        ("mnis", [], "there are cifar10, digits, digits-full, mnist"),
+        ("mnis", [], "there are apudae-table2,"),
         ("digits", ["threat.eps_255"], "section.key=value"),
         ("digits", ["threat.eps_25=8"], "did you mean eps_255?"),
         ("digits", ["threat.eps_255=["], "not readable"),

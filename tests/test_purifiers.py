@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from components.draws import Draws
-from components.purifiers import ControlConfig, Purifier, PurifierConfig
+from components.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
 from components.purifiers.transforms import Rt1, Rt2
 
 AUTOENCODER = {
@@ -18,6 +18,20 @@ AUTOENCODER = {
 }  # fmt: skip
 RT1 = {"kind": "rt1", "patch": 2, "missing": 0.25}
 RT2 = {**RT1, "kind": "rt2", "sigma": 0.1}
+DENOISER = {"kind": "denoiser", "width": 4}
+APUDAE = {
+    "kind": "apudae", "steps": 3, "rate": 0.02, "optimiser": "sgd", "target": "minimum",
+    "scaled": False, "noise_255": 0.0, "transform": None,
+}  # fmt: skip
+DDPM = {
+    "kind": "ddpm", "width": 2, "steps": 10, "beta_start": 0.0001, "beta_end": 0.2,
+    "centred": False, "norm_input": True,
+}  # fmt: skip
+DIFFDEFENSE = {
+    "kind": "diffdefense", "mode": "released", "iterations": 2, "restarts": 2, "steps": 3,
+    "rate": 25.0,
+}  # fmt: skip
+GAN = {"kind": "gan", "latent": 16, "width": 4}
 SAMPLES: dict[str, dict[str, Any]] = {
     "conv_autoencoder": AUTOENCODER,
     "random_transform": {"kind": "random_transform", "transform": RT2, "inner": AUTOENCODER},
@@ -28,6 +42,24 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "threshold": {"kind": "threshold", "at": 0.5},
     "jpeg": {"kind": "jpeg", "quality": 50},
     "random_network": {"kind": "random_network", "inner": AUTOENCODER, "seed": 0},
+    "denoiser": DENOISER,
+    "red_net": {"kind": "red_net", "blocks": 4, "width": 4},
+    "magnet": {"kind": "magnet", "width": 3},
+    "untrained_diffusion": {
+        "kind": "untrained_diffusion",
+        "network": DDPM,
+        "inference": DIFFDEFENSE,
+        "weights": "random",
+        "seed": 0,
+    },
+}
+# Networks that are no purifiers, and all the ways to use a network: (network, inference).
+GENERATIVE: dict[str, dict[str, Any]] = {"ddpm": DDPM, "gan": GAN}
+WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "apudae": (DENOISER, APUDAE),
+    "diffdefense": (DDPM, DIFFDEFENSE),
+    "diffpure": (DDPM, {"kind": "diffpure", "t_star": 4, "sampler": "ddpm", "substeps": 2}),
+    "defense_gan": (GAN, {"kind": "defense_gan", "iterations": 3, "restarts": 2, "rate": 10.0}),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder, global": {**AUTOENCODER, "residual": "global"},
@@ -35,22 +67,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rt1": {"kind": "random_transform", "transform": RT1, "inner": AUTOENCODER},
     "median 5": {"kind": "median", "size": 5},
     "bit_depth 8": {"kind": "bit_depth", "bits": 8},
+    "untrained_diffusion, zero": {
+        "kind": "untrained_diffusion",
+        "network": DDPM,
+        "inference": DIFFDEFENSE,
+        "weights": "zero",
+        "seed": 0,
+    },
+}
+WRAPPED_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "apudae by Adam": (DENOISER, {**APUDAE, "optimiser": "adam", "target": "one_sided"}),
+    "apudae with noise and turns": (
+        DENOISER,
+        {**APUDAE, "noise_255": 0.7, "transform": {"degrees": 5.0, "stretch": 0.1}},
+    ),
+    "diffdefense, faithful": (
+        {**DDPM, "centred": True, "norm_input": False},
+        {**DIFFDEFENSE, "mode": "faithful", "rate": 0.2},
+    ),
+    "diffpure, ddim": (DDPM, {"kind": "diffpure", "t_star": 4, "sampler": "ddim", "substeps": 2}),
 }
 SHAPES = ((1, 8, 8), (3, 12, 16))
-EVERY = pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS])
+EVERY = pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS, *WRAPPED, *WRAPPED_VARIANTS])
 SHAPED = pytest.mark.parametrize("shape", SHAPES)
 IMAGES = 24
 
 
 def make(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
     """Build a purifier with BatchNorm statistics of its own, frozen, in eval mode."""
-    config = TypeAdapter(PurifierConfig).validate_python({**SAMPLES, **VARIANTS}[name])
+    wrapped = {**WRAPPED, **WRAPPED_VARIANTS}
+    network, inference = wrapped.get(name) or ({**SAMPLES, **VARIANTS}[name], None)
     torch.manual_seed(0)
-    purifier = config.build(shape)
-    with torch.no_grad():
-        for _ in range(3):
-            purifier.train()(pixels(shape))
-    return purifier.eval().requires_grad_(False)
+    built = TypeAdapter(PurifierConfig).validate_python(network).build(shape)
+    if isinstance(built, Purifier):
+        with torch.no_grad():
+            for _ in range(3):
+                built.train()(pixels(shape))
+        built.eval().calibrate(pixels(shape), 8)
+    if inference is not None:
+        built = TypeAdapter(InferenceConfig).validate_python(inference).wrap(built)
+    assert isinstance(built, Purifier)
+    return built.eval().requires_grad_(False)
 
 
 def pixels(shape: tuple[int, int, int]) -> Tensor:
@@ -70,9 +127,56 @@ def kinds(union: Any) -> set[str]:
 
 
 def test_the_table_has_every_kind() -> None:
-    assert kinds(PurifierConfig) == set(SAMPLES)
+    assert kinds(PurifierConfig) == {*SAMPLES, *GENERATIVE}
     assert {name for name in SAMPLES if SAMPLES[name]["kind"] == name} == set(SAMPLES)
-    assert kinds(ControlConfig) == set(SAMPLES) - {"conv_autoencoder", "random_transform"}
+    trained = {"conv_autoencoder", "random_transform", "denoiser", "red_net", "magnet"}
+    assert kinds(ControlConfig) == set(SAMPLES) - trained
+    assert kinds(InferenceConfig) == set(WRAPPED)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_an_inference_names_the_networks_it_takes_and_refuses_the_others(name: str) -> None:
+    """What params.yaml is checked against is what `wrap` does."""
+    inference = TypeAdapter(InferenceConfig).validate_python(WRAPPED[name][1])
+    for kind, section in {**SAMPLES, **GENERATIVE}.items():
+        network = TypeAdapter(PurifierConfig).validate_python(section).build(SHAPES[0])
+        if kind in inference.of:
+            assert isinstance(inference.wrap(network), Purifier)
+        else:
+            with pytest.raises(ValueError, match=name):
+                inference.wrap(network)
+
+
+@pytest.mark.parametrize("kind", GENERATIVE)
+def test_a_generative_network_is_no_purifier(kind: str) -> None:
+    network = TypeAdapter(PurifierConfig).validate_python(GENERATIVE[kind]).build(SHAPES[0])
+    assert not isinstance(network, Purifier)
+
+
+@EVERY
+def test_stand_ins_are_purifiers_with_a_gradient_and_the_same_noise(name: str) -> None:
+    purifier, draws = make(name), keyed()
+    for kind in purifier.stand_ins:
+        x = (0.2 + 0.6 * pixels(SHAPES[0])).requires_grad_()
+        made = purifier.stand_in(kind, x, draws)
+        assert made.shape == x.shape and made.min() >= 0 and made.max() <= 1
+        assert torch.equal(purifier.stand_in(kind, x, draws), made), "other noise"
+        (gradient,) = torch.autograd.grad(made.square().sum(), x)
+        assert gradient.isfinite().all() and gradient.flatten(1).ne(0).any(1).all()
+    if not purifier.stand_ins:
+        with pytest.raises(NotImplementedError):
+            purifier.stand_in("direct", pixels(SHAPES[0]), draws)
+
+
+@EVERY
+def test_suspicion_is_one_number_an_image_whatever_the_company(name: str) -> None:
+    purifier, x, draws = make(name), pixels(SHAPES[0]), keyed()
+    seen = purifier.suspicion(x, draws)
+    assert seen.shape == (IMAGES,) and seen.isfinite().all()
+    rows = torch.tensor([3, 17, 5])
+    alone = purifier.suspicion(x[rows], draws[rows])
+    assert torch.allclose(alone, seen[rows], rtol=1e-3, atol=1e-5)
+    assert purifier.suspicion(x).shape == (IMAGES,), "served, it needs no draws"
 
 
 @EVERY

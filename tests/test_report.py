@@ -21,14 +21,17 @@ from components.checks import Finding
 from components.classifiers import SmallCnn
 from components.config import Config
 from components.data import ImageSet
+from components.defense import STAND_INS
+from components.detection import CURVE, Watched
 from components.evaluation import Score
+from components.purifiers.apudae import Apudae
 from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.controls import GaussianNoise
+from components.purifiers.controls import BitDepth, GaussianNoise
 from components.shards import part_name, write_json
 from pipelines import scores, scoring, verdict
 from pipelines.crafting import Subject
 from pipelines.params import MODES, Scoring
-from pipelines.report import BLIND, MEANINGS, settings, write_report
+from pipelines.report import BLIND, MEANINGS, describe_subject, settings, write_report
 from pipelines.scoring import Entry, Plan, Result, summary
 
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
@@ -37,6 +40,10 @@ THREAT = Linf(norm="linf", eps_255=51.0)
 PGD = Pgd(
     kind="pgd", steps=10, step=0.2, restarts=1, random_start=True, early_stop=True, eot=1
 )  # fmt: skip
+APUDAE = Apudae(
+    kind="apudae", steps=15, rate=0.05, optimiser="adam", target="minimum", scaled=False,
+    noise_255=0.0, transform=None,
+)  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
 # How many of the images are right, by mode/attack, for every scored defense.
 RIGHT = {
@@ -44,9 +51,10 @@ RIGHT = {
     "student_grey": {"classifier/pgd": 11, "bpda/pgd": 12, "full/pgd": 0, "full/cw": 3},
     "student_adaptive": {"classifier/pgd": 8, "bpda/pgd": 8, "full/pgd": 7},
     "noisy": {"classifier/pgd": 12, "full/pgd": 1},
+    "rounded": {"bpda/pgd": 4, "soft/pgd": 3, "full/pgd": 12},
     EVIL: {"full/pgd": 12},
 }
-ROLES = {"none": "baseline", "noisy": "control", EVIL: "control"}
+ROLES = {"none": "baseline", "noisy": "control", "rounded": "control", EVIL: "control"}
 
 
 class Page(HTMLParser):
@@ -151,6 +159,8 @@ class World:
             subject = Subject(standard, self.models / name)
         elif name == "noisy":
             subject = Subject(standard, control=GaussianNoise(kind="gaussian_noise", sigma=0.1))
+        elif name == "rounded":
+            subject = Subject(standard, control=BitDepth(kind="bit_depth", bits=1))
         folder = self.root / "adversarial" / str(list(RIGHT).index(name))
         for attack in RIGHT[name]:
             self._set(folder / attack)
@@ -173,7 +183,10 @@ class World:
             return Score(draws, counts, counts)
 
         right = RIGHT[entry.name]
-        inside = {name: np.full(N, name != "full/cw" or entry.name == "none") for name in right}
+        inside = {
+            name: np.full(N, name != "full/cw" or entry.name == "none")
+            for name in ("clean", *right)
+        }
         findings = [
             Finding(name=f"accounting/{name}", level="block", passed=True, detail="all there")
             for name in right
@@ -182,9 +195,25 @@ class World:
             detail = "100.0% of 12 images have a zero gradient <i>"
             lie = Finding(name="gradient_present/full", level="block", passed=False, detail=detail)
             findings.append(lie)
+        if entry.name == "rounded":
+            void = {"name": "gradient_present/full", "level": "warn", "passed": False}
+            findings.append(Finding(**void, detail="100.0% of 12 images have a zero gradient"))
         distance = {name: np.full(N, 1.25) for name in right}
         scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
-        return Result(scored, inside, distance, findings, (score(N), score(9)), score(6))
+        watched = _watched(entry.name, list(right))
+        return Result(scored, inside, distance, findings, (score(N), score(9)), score(6), watched)
+
+
+def _watched(name: str, sets: list[str]) -> Watched | None:
+    """Suspicions by image: student_adaptive is a good detector, and noisy knows nothing."""
+    clean = np.arange(N) / 16
+    lifted = {"student_adaptive": 0.5, "noisy": 0.0}
+    if name not in lifted:
+        return None
+    seen = dict.fromkeys(sets, clean + lifted[name])
+    control = dict.fromkeys(sets, clean + 0.25)
+    validation = np.append(np.arange(18) / 32, [0.65, 0.7])
+    return Watched({"clean": clean, **seen}, {"clean": clean, **control}, validation)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +261,7 @@ def test_the_illusion_is_said_in_words(world: World, page: Page) -> None:
     )
     assert alone in page.text and "the first number is no robustness." in page.text
     assert "student_adaptive shows" not in page.text
-    assert set(MODES) - {"full", "fixed_noise"} == set(BLIND)
+    assert set(MODES) - {"full", "fixed_noise", *STAND_INS} == set(BLIND)
 
 
 def test_an_upper_bound_is_struck(world: World) -> None:
@@ -240,6 +269,112 @@ def test_an_upper_bound_is_struck(world: World) -> None:
     (struck,) = re.findall(r'<s class="n">(.*?)</s>.*upper bound, check failed', html)
     assert struck == "100.0 %"
     assert "void: no usable gradient" in html
+
+
+def test_a_rung_is_void_by_a_warning_too(world: World, page: Page) -> None:
+    html = world.html()
+    assert "gradient_present/full" in world.metrics["defenses"]["rounded"]["checks"]["warnings"]
+    (row,) = re.findall(r'<th scope="row">rounded<small>.*?</tr>', html, re.DOTALL)
+    assert "<s>100.0 %</s>" in row and "void: no usable gradient" in row
+    assert '<strong class="n">25.0 %</strong>' in row and "upper bound" not in row
+    assert "warning gradient_present/full" in page.text
+
+
+def test_stand_ins_stand_in_the_tables_where_they_were_run(world: World, page: Page) -> None:
+    assert "soft stand-in gradient as if rounding were soft" in page.text
+    assert "soft stand-in, pgd 25.0 %" in page.text
+    assert "A stand-in is what the attacker differentiates" in page.text
+    assert not any(f"{mode} stand-in" in page.text for mode in set(STAND_INS) - {"soft"})
+    row, *_ = re.findall(r'<th scope="row">student_adaptive<.*?</tr>', world.html(), re.DOTALL)
+    assert row.count("has none") == 1 and "rounded shows" not in page.text
+
+
+def test_a_column_has_words_for_every_rung(world: World, tmp_path: Path) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    rungs = found["defenses"]["rounded"]["rungs"]
+    rungs |= dict.fromkeys(MODES, rungs["full"])
+    out = tmp_path / "report.html"
+    write_report(out, found, world.entries, world.plan, world.models, 0)
+    assert all(f"{kind} stand-in" in Page(out.read_text()).text for kind in STAND_INS)
+
+
+def test_how_a_network_is_used_is_said() -> None:
+    subject = Subject(Path("models/standard"), Path("models/denoiser"), inference=APUDAE)
+    assert describe_subject(subject) == (
+        "purifier denoiser used as apudae, steps 15, rate 0.05, optimiser adam, target minimum, "
+        "scaled no, noise_255 0.0, transform none"
+    )
+    assert describe_subject(Subject(Path("models/standard"))) == "bare classifier standard"
+
+
+def detection_of(html: str) -> str:
+    (section,) = re.findall(r'<section id="detection">.*?</section>', html, re.DOTALL)
+    return str(section)
+
+
+def test_detection_is_said_as_measured(world: World) -> None:
+    html = world.html()
+    words = Page(detection_of(html)).text
+    assert '<a href="#detection">' in html
+    assert "another claim than robust accuracy" in words
+    assert "student_adaptive thresholds on 20 images" in words
+    found = world.metrics["defenses"]["student_adaptive"]["detection"]
+    row = re.search(r"full gradient, pgd (\S+) (\S+) (\S+) % (\S+) %", words)
+    assert row and row.groups() == ("0.944", "0.778", "66.7", "75.0")
+    # Of twelve, the five last are wrong under the worst attack; the eight last are rejected.
+    counted = [found["clean_rejected"][r] for r in ("1", "5")]
+    counted += [found["detect_or_correct"][r] for r in ("1", "5")]
+    shares = [f"{100 * score['accuracy']:.1f} %" for score in counted]
+    assert shares == ["0.0 %", "8.3 %", "100.0 %", "100.0 %"]
+    spans = [f"{100 * one['low']:.1f}\N{EN DASH}{100 * one['high']:.1f}" for one in counted]
+    cells = " ".join(f"{share} {span}" for share, span in zip(shares, spans, strict=True))
+    assert cells in words
+
+
+def test_the_tradeoff_is_drawn_from_the_curve(world: World) -> None:
+    section = detection_of(world.html())
+    drawn = re.findall(r'<polyline points="(.*?) "/>', section)
+    curve = world.metrics["defenses"]["noisy"]["detection"]["curve"]
+    # Half of the clean images and more are rejected, so that the axis ends at all of them.
+    assert curve[-1][0] > 0.5 and "100 % of clean images rejected" in section
+    points = [(40 + 252 * x, 110 - 104 * y) for x, y in curve]
+    assert len(drawn) == 2 and len(points) == len(CURVE)
+    for point, (x, y) in zip(drawn[1].split(" "), points, strict=True):
+        assert [float(value) for value in point.split(",")] == pytest.approx([x, y], abs=0.06)
+    assert section.count("<circle") == 4 and section.count('<circle class="hollow"') == 2
+
+
+def test_a_detector_no_better_than_one_that_knows_nothing_is_named(page: Page) -> None:
+    assert "On 2 of 2 sets noisy tells attacked images from clean ones no better" in page.text
+    assert "sets student_adaptive tells" not in page.text
+
+
+def test_a_void_rung_says_nothing_of_a_detector(world: World, tmp_path: Path) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    found["defenses"]["noisy"]["checks"]["warnings"].append("gradient_present/full")
+    out = tmp_path / "report.html"
+    write_report(out, found, world.entries, world.plan, world.models, 0)
+    section = detection_of(out.read_text())
+    assert "On 1 of 1 sets noisy" in section and "<s>0.500</s>" in section
+
+
+def test_detect_or_correct_is_an_upper_bound_where_the_headline_is(
+    world: World, tmp_path: Path
+) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    found["defenses"]["student_adaptive"]["headline"]["upper_bound"] = True
+    out = tmp_path / "report.html"
+    write_report(out, found, world.entries, world.plan, world.models, 0)
+    assert detection_of(out.read_text()).count('<s class="n">100.0 %</s>') == 2
+
+
+def test_without_a_detector_there_is_no_section(world: World, tmp_path: Path) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    for one in found["defenses"].values():
+        one["detection"] = None
+    out = tmp_path / "report.html"
+    write_report(out, found, world.entries, world.plan, world.models, 0)
+    assert "#detection" not in out.read_text() and "Detect" not in Page(out.read_text()).text
 
 
 def test_what_users_name_is_escaped(world: World, page: Page) -> None:
@@ -302,7 +437,9 @@ def test_scores_fit_into_80_columns_and_lose_no_digit(
     (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive"))
     assert row.split() == ["student_adaptive", "100.0", "66.7", "66.7", "58.3", "58.3",
                            "32.0-80.7", "100/75", "no", "ok"]  # fmt: skip
-    assert "<=100.0" in out and "void" in out and "2 bad" in out
+    assert "<=100.0" in out and "2 bad" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("rounded"))
+    assert row.split()[1:5] == ["100.0", "-", "33.3", "void"] and row.split()[-1] == "ok"
     words = " ".join(out.split())
     assert "student_grey shows 91.7 % when the attacker ignores the purifier" in words
     assert "reports/report.html" in out

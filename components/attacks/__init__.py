@@ -17,6 +17,7 @@ from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import L2, Attack, Linf, Threat
 from components.attacks.cw import CwL2
 from components.attacks.deepfool import DeepFool
+from components.attacks.detector_aware import DetectorAware
 from components.attacks.elastic_net import ElasticNet
 from components.attacks.fab import FabT
 from components.attacks.flip import Flip
@@ -30,7 +31,8 @@ from components.draws import Draws
 
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
-    | ApgdCe | ApgdDlr | ApgdT | FabT | AutoAttack | Square | Flip,
+    | ApgdCe | ApgdDlr | ApgdT | FabT | AutoAttack | Square | Flip
+    | DetectorAware,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

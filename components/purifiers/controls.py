@@ -7,7 +7,7 @@ gradient of a softer rounding. `random_network` is a purifier nobody trained: wh
 no merit of training.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from components.config import Config
 from components.data import Shape
 from components.draws import Draws
 from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.contract import Purifier
+from components.purifiers.contract import Purifier, StandIn
 
 
 class Identity(Config):
@@ -127,6 +127,7 @@ class _GaussianNoise(Purifier):
 
 class _BitDepth(Purifier):
     differentiable = False
+    stand_ins: ClassVar[tuple[StandIn, ...]] = ("soft",)
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -134,6 +135,12 @@ class _BitDepth(Purifier):
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return torch.round(x * self.levels) / self.levels
+
+    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+        steps = x * self.levels
+        low = steps.detach().floor()
+        # One sigmoid for every step, half way between two levels.
+        return (low + _soft(steps - low - 0.5)) / self.levels
 
 
 class _Median(Purifier):
@@ -151,6 +158,7 @@ class _Median(Purifier):
 
 class _Threshold(Purifier):
     differentiable = False
+    stand_ins: ClassVar[tuple[StandIn, ...]] = ("soft",)
 
     def __init__(self, at: float) -> None:
         super().__init__()
@@ -158,6 +166,14 @@ class _Threshold(Purifier):
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return (x > self.at).to(x.dtype)
+
+    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+        return _soft(x - self.at)
+
+
+def _soft(x: Tensor) -> Tensor:
+    """Return a step from 0 to 1 at 0 that is a sigmoid a tenth wide: steep, and never flat."""
+    return torch.sigmoid(10 * x)
 
 
 # ITU-T T.81, annex K, tables K.1 (luminance) and K.2 (chrominance).

@@ -1,0 +1,185 @@
+"""A purifier as a detector: how well its suspicion tells attacked images from clean ones.
+
+Positive means attacked; an image is rejected when its suspicion exceeds a threshold. Thresholds
+are fixed on clean validation images, all else is counted on test images. Beside the purifier
+stands a control that knows nothing: how far an image is from black and white, which any change of
+grey levels raises.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from components.defense import Defense
+from components.draws import Draws, Role
+from components.evaluation import CLEAN, Score, summarise
+
+Suspicion = npt.NDArray[np.float64]
+# Clean images that may be rejected, as shares.
+RATES = {"1": 0.01, "5": 0.05}
+CURVE = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Suspicions (N,) of every set by name, CLEAN among them, and those of validation images.
+
+    `control` are those of the detector that knows nothing.
+    """
+
+    suspicion: Mapping[str, Suspicion]
+    control: Mapping[str, Suspicion]
+    validation: Suspicion
+
+    def inside(self, within: Mapping[str, npt.NDArray[np.bool_]]) -> "Watched":
+        """Return it as the headline sees it: outside the ball an example counts as clean."""
+        clean = self.suspicion[CLEAN]
+        seen = {n: np.where(within[n], s, clean) for n, s in self.suspicion.items()}
+        return Watched(seen, self.control, self.validation)
+
+
+def watch(
+    defense: Defense, sets: Mapping[str, Tensor], ids: Tensor, val: Tensor, val_ids: Tensor,
+    seed: int, batch: int,
+) -> Watched | None:  # fmt: skip
+    """Watch sets of images (N,C,H,W) with their ids, and clean validation images (M,C,H,W).
+
+    None for a bare classifier, and for a purifier that suspects nothing since it changes nothing.
+    """
+    if defense.purifier is None:
+        return None
+    suspicion = {n: _suspicion(defense, x, ids, seed, "score", batch) for n, x in sets.items()}
+    if not any(values.any() for values in suspicion.values()):
+        return None
+    control = {name: black_and_white(x) for name, x in sets.items()}
+    return Watched(suspicion, control, _suspicion(defense, val, val_ids, seed, "clean", batch))
+
+
+def merge(parts: Sequence[Watched | None]) -> Watched | None:
+    """Put what was seen of parts of the images together."""
+    seen = [part for part in parts if part is not None]
+    if len(seen) < len(parts):
+        return None
+    return Watched(
+        {n: np.concatenate([part.suspicion[n] for part in seen]) for n in seen[0].suspicion},
+        {n: np.concatenate([part.control[n] for part in seen]) for n in seen[0].control},
+        np.concatenate([part.validation for part in seen]),
+    )
+
+
+def detection(
+    watched: Watched, within: Mapping[str, npt.NDArray[np.bool_]], counted: Mapping[str, Score],
+    chosen: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Sum up a detector: what it makes of every set, then of the worst of all.
+
+    `within` says which examples are inside the ball, `counted` are scores as the headline sees
+    them, `chosen` names the worst set of each image. `attacks` tell each set as it was stored from
+    the clean images; `detect_or_correct` is the share of images on which no set both fools and
+    passes; `curve` pairs clean images rejected with wrong answers let through.
+    """
+    limits = {name: threshold(watched.validation, rate) for name, rate in RATES.items()}
+    ours = watched.inside(within)
+    clean = watched.suspicion[CLEAN]
+    worst = np.array([ours.suspicion[name][row] for row, name in enumerate(chosen)])
+    wrong = np.array([1 - counted[name].share()[row] for row, name in enumerate(chosen)])
+    return {
+        "validation": len(watched.validation),
+        "clean_rejected": {
+            name: summarise(rejected(clean, limit).astype(np.float64))
+            for name, limit in limits.items()
+        },
+        "attacks": {
+            name: {
+                "auc": auc(clean, seen),
+                "control_auc": auc(watched.control[CLEAN], watched.control[name]),
+                **{f"tpr_{rate}": float(rejected(seen, x).mean()) for rate, x in limits.items()},
+            }
+            for name, seen in watched.suspicion.items()
+            if name != CLEAN
+        },
+        "detect_or_correct": {
+            name: summarise(withstood(ours, counted, limit)) for name, limit in limits.items()
+        },
+        "curve": [let_through(watched.validation, clean, worst, wrong, rate) for rate in CURVE],
+    }
+
+
+def auc(clean: Suspicion, attacked: Suspicion) -> float:
+    """Return the area under the ROC curve: the chance that an attacked image looks odder.
+
+    Ties count half (Mann and Whitney 1947). What is not a number is the oddest.
+    """
+    ordered, attacked = np.sort(_numbers(clean)), _numbers(attacked)
+    below = np.searchsorted(ordered, attacked, "left")
+    upto = np.searchsorted(ordered, attacked, "right")
+    return float((below + upto).mean() / (2 * len(ordered)))
+
+
+def threshold(clean: Suspicion, rate: float) -> float:
+    """Return the suspicion that at most a share `rate` of these clean images exceed."""
+    ordered = np.sort(_numbers(clean))
+    return float(ordered[max(0, len(ordered) - 1 - int(rate * len(ordered)))])
+
+
+def rejected(suspicion: Suspicion, limit: float) -> npt.NDArray[np.bool_]:
+    """Return which images (N,) are rejected."""
+    return np.asarray(_numbers(suspicion) > limit)
+
+
+def let_through(
+    validation: Suspicion, clean: Suspicion, attacked: Suspicion, wrong: npt.NDArray[np.float64],
+    rate: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Return (clean images rejected, wrong answers let through) at the threshold of a rate.
+
+    `wrong` (N,) is the share of wrong answers on each of the `attacked` images.
+    """
+    limit = threshold(validation, rate)
+    passed = np.where(rejected(attacked, limit), 0.0, wrong)
+    return float(rejected(clean, limit).mean()), float(passed.mean())
+
+
+def withstood(
+    watched: Watched, counted: Mapping[str, Score], limit: float
+) -> npt.NDArray[np.float64]:
+    """Return per image (N,) how often the best of all sets is answered right, or rejected.
+
+    The attacker takes for every image the set that fools most often among those let through, by
+    draws of role `select`; counted are others. The clean image is among the sets.
+    """
+    names = list(counted)
+    out = {name: rejected(watched.suspicion[name], limit) for name in names}
+    select = np.stack([np.where(out[n], 1.0, counted[n].select / counted[n].draws) for n in names])
+    score = np.stack([np.where(out[n], 1.0, counted[n].share()) for n in names])
+    found: npt.NDArray[np.float64] = score[select.argmin(0), np.arange(score.shape[1])]
+    return found
+
+
+def black_and_white(x: Tensor) -> Suspicion:
+    """Return the control score of images (N,C,H,W): |x - 1[x > 0.5]|^2 (N,)."""
+    nearest = (x > 0.5).to(x.dtype)
+    return np.asarray((x - nearest).square().flatten(1).sum(1).double().numpy())
+
+
+def _suspicion(
+    defense: Defense, x: Tensor, ids: Tensor, seed: int, role: Role, batch: int
+) -> Suspicion:
+    assert defense.purifier is not None
+    device = next(defense.classifier.parameters()).device
+    parts = [torch.empty(0)]
+    with torch.no_grad():
+        for rows in torch.arange(len(x)).split(batch):  # type: ignore[no-untyped-call]
+            # Under a draw on which no answer is counted.
+            draws = Draws(seed, role, ids[rows].to(device), draw=-1)
+            parts.append(defense.purifier.suspicion(x[rows].to(device), draws).cpu())
+    return np.asarray(torch.cat(parts).double().numpy())
+
+
+def _numbers(suspicion: Suspicion) -> Suspicion:
+    return np.where(np.isnan(suspicion), np.inf, suspicion)

@@ -1,0 +1,80 @@
+"""Diffuse and denoise, in the manner of DiffPure (Nie et al. 2022): noise the image, go back.
+
+Our small stand-in: a discrete DDPM, a few respaced steps back and a U-Net of DiffDefense's size,
+where DiffPure integrates a stochastic differential equation in some hundred steps through a network
+of 10^8 parameters. No figure of DiffPure's may be read off it, nor the other way round. The gradient
+is exact, each step being replayed, where DiffPure's adjoint approximates it.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from components.draws import Draws
+from components.purifiers.contract import Inference, Purifier, StandIn
+from components.purifiers.diffusion import Diffusion, ancestral, ddim, noised, trained_way
+
+
+class DiffPure(Inference):
+    """Noise the image to the trained index `t_star` and go back in `substeps` steps.
+
+    `ddpm` draws new noise in every step but the last, `ddim` draws none.
+    """
+
+    of: ClassVar[tuple[str, ...]] = ("ddpm",)
+
+    kind: Literal["diffpure"]
+    t_star: Annotated[int, Field(ge=0)]
+    sampler: Literal["ddpm", "ddim"]
+    substeps: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiffPure":
+        if self.substeps > self.t_star + 1:
+            raise ValueError(
+                f"substeps: {self.substeps}, but from index {self.t_star} there are at most "
+                f"{self.t_star + 1}"
+            )
+        return self
+
+    def wrap(self, network: nn.Module) -> Purifier:
+        """Return the purifier; raise ValueError for a network that is no ddpm, or has seen less
+        noise than `t_star` asks for.
+        """
+        if not isinstance(network, Diffusion):
+            raise ValueError("diffpure goes back by a ddpm, which this model is not")
+        if self.t_star >= network.steps:
+            raise ValueError(
+                f"t_star: {self.t_star}, but the ddpm knows indices 0 to {network.steps - 1}"
+            )
+        return _DiffPure(self, network)
+
+
+class _DiffPure(Purifier):
+    stochastic = True
+    stand_ins: ClassVar[tuple[StandIn, ...]] = ("short",)
+
+    def __init__(self, config: DiffPure, network: Diffusion) -> None:
+        super().__init__()
+        self.config, self.network = config, network
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return self._there_and_back(x, draws, self.config.substeps)
+
+    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+        return self._there_and_back(x, draws, max(1, self.config.substeps // 3))
+
+    def _there_and_back(self, x: Tensor, draws: Draws | None, substeps: int) -> Tensor:
+        assert draws is not None
+
+        def noise(use: str) -> Tensor:
+            return draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
+
+        random = self.config.sampler == "ddpm"
+        way = trained_way(
+            self.network, self.config.t_star + 1, substeps, ancestral if random else ddim
+        )
+        z = noised(self.network.encode(x), noise("start"), way.bars[0])
+        end = way.back(self.network, z, noise if random else None, replayed=True)
+        return self.network.decode(end).clamp(0, 1)

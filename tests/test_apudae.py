@@ -1,0 +1,245 @@
+"""APuDAE: denoisers, their statistics, every variant of the descent, its gradient and stand-ins."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from components.defense import Defense, aim, margin
+from components.draws import Draws
+from components.objectives import Batch, Denoising, Frozen
+from components.purifiers.apudae import Apudae, Turn
+from components.purifiers.autoencoder import ConvAutoencoder
+from components.purifiers.contract import Purifier
+from components.purifiers.denoiser import Denoiser, DenoisingAutoencoder, RedNet
+
+SHAPE = (1, 8, 8)
+BASE: dict[str, Any] = {
+    "kind": "apudae", "steps": 4, "rate": 0.02, "optimiser": "adam", "target": "minimum",
+    "scaled": False, "noise_255": 0.0, "transform": None,
+}  # fmt: skip
+TURN = {"degrees": 5.0, "stretch": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "A": {"optimiser": "sgd", "rate": 0.1},
+    "B": {},
+    "C": {"scaled": True},
+    "D": {"target": "distribution"},
+    "E": {"target": "one_sided"},
+    "F": {"target": "one_sided", "noise_255": 0.7},
+    "G": {"target": "one_sided", "noise_255": 0.7, "transform": TURN},
+}
+
+
+class Shrink(DenoisingAutoencoder):
+    """f(x) = half of x: rd(x) = |x|^2 / 4, whose gradient is x / 2."""
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return x / 2
+
+
+def denoiser(trained: bool = True) -> DenoisingAutoencoder:
+    torch.manual_seed(0)
+    network = Denoiser(kind="denoiser", width=4).build(SHAPE)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(pixels(32))
+    network.eval().requires_grad_(False)
+    if trained:
+        network.calibrate(pixels(32), 8)
+    return network
+
+
+def apudae(network: nn.Module, **changes: Any) -> Purifier:
+    return Apudae.model_validate({**BASE, **changes}).wrap(network).eval()
+
+
+def pixels(count: int) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def keyed(count: int) -> Draws:
+    return Draws(0, "score", torch.arange(count) * 11)
+
+
+def test_parameters_of_the_paper() -> None:
+    small = Denoiser(kind="denoiser", width=64).build((1, 28, 28))
+    red = RedNet(kind="red_net", blocks=15, width=64).build((3, 32, 32))
+    assert sum(p.numel() for p in small.parameters()) == pytest.approx(0.0755e6, rel=0.01)
+    assert sum(p.numel() for p in red.parameters()) == pytest.approx(1.041e6, rel=0.01)
+
+
+@pytest.mark.parametrize("config", [Denoiser(kind="denoiser", width=4),
+                                    RedNet(kind="red_net", blocks=5, width=4)])  # fmt: skip
+def test_odd_sides_are_refused(config: Denoiser | RedNet) -> None:
+    with pytest.raises(ValueError, match="halves once, which 7 x 8 images do not allow"):
+        config.build((1, 7, 8))
+
+
+def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
+    network, x = denoiser(trained=False), pixels(20)
+    errors = (x - network(x)).square().flatten(1).sum(1)
+    for batch in (1, 7, 20):
+        network.calibrate(x, batch)
+        assert torch.allclose(network.clean_mean, errors.mean())
+        assert torch.allclose(network.clean_std, errors.std())
+    assert torch.allclose(network.suspicion(x), (errors - errors.mean()) / errors.std())
+
+
+def test_descending_on_a_known_error() -> None:
+    """With f(x) = x/2 a plain step of rate r turns x into x(1 - r/2)."""
+    x = pixels(3)
+    direct = apudae(Shrink(), optimiser="sgd", rate=0.4, steps=3)(x)
+    assert torch.allclose(direct, x * 0.8**3, atol=1e-6)
+    one = apudae(Shrink(), steps=1, rate=0.01)(x)
+    assert torch.allclose(one, (x - 0.01).clamp(0, 1), atol=1e-5), "Adam's first step is a sign"
+
+
+def test_one_sided_leaves_what_is_clean_alone() -> None:
+    network = Shrink()
+    x = pixels(8)
+    error = x.square().flatten(1).sum(1) / 4
+    network.clean_mean.copy_(error.sort().values[3:5].mean())
+    purified = apudae(network, target="one_sided", steps=6)(x)
+    below = error <= network.clean_mean
+    assert below.any() and not below.all()
+    assert torch.equal(purified[below], x[below])
+    moved = (purified != x).flatten(1).any(1)
+    assert torch.equal(moved, ~below)
+    two_sided = apudae(network, target="distribution", steps=6)(x)
+    assert (two_sided != x).flatten(1).any(1).all(), "D pulls clean images up to the mean"
+
+
+def test_the_scaled_rate_grows_with_the_error() -> None:
+    network = Shrink()
+    x = torch.cat([torch.full((1, *SHAPE), 0.1), torch.full((1, *SHAPE), 0.9)])
+    network.clean_mean.copy_(network.error(x).mean())
+    network.clean_std.fill_(0.5)
+    step = x - apudae(network, steps=1, scaled=True)(x)
+    share = torch.sigmoid((network.error(x) - network.clean_mean) / network.clean_std)
+    expected = (0.02 * share)[:, None, None, None].expand_as(step)
+    assert torch.allclose(step, expected, atol=1e-5)
+
+
+def test_noise_is_more_where_the_error_is_odd_and_none_at_the_mean() -> None:
+    network = Shrink()
+    x = torch.full((2, *SHAPE), 0.5)
+    x[1] = 0.9
+    network.clean_mean.copy_(network.error(x)[0])
+    noisy = apudae(network, target="one_sided", noise_255=0.7, steps=1, rate=1e-9)
+    moved = (noisy(x, keyed(2)) - x).abs().flatten(1).amax(1)
+    amplitude = 0.7 / 255 * min(float((network.error(x)[1] - network.clean_mean) / 2) ** 2, 4)
+    assert moved[0] < 1e-7 and 0.8 * amplitude < moved[1] <= amplitude + 1e-6
+
+
+def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
+    x, draws = pixels(4), keyed(4)
+    still = Turn(degrees=0.0, stretch=0.0).apply(x, draws)
+    assert torch.allclose(still, x, atol=1e-5)
+    turned = Turn(degrees=20.0, stretch=0.2).apply(x, draws)
+    assert (turned - x).abs().amax() > 0.1 and turned.min() >= 0 and turned.max() <= 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_image_goes_its_own_way(variant: str) -> None:
+    x, draws = pixels(9), keyed(9)
+    purifier = apudae(denoiser(), **VARIANTS[variant])
+    whole = purifier(x, draws)
+    assert purifier.stochastic == (variant in "FG")
+    assert whole.min() >= 0 and whole.max() <= 1
+    for rows in (torch.tensor([4]), torch.tensor([8, 0, 3])):
+        assert torch.allclose(purifier(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
+
+
+# Where a denoiser bends (ReLU, clip), differences say nothing; away from it they must agree.
+@pytest.mark.parametrize("variant", ["A", "C", "D", "E", "F", "G"])
+def test_the_unrolled_gradient_is_what_differences_measure(variant: str) -> None:
+    network = denoiser()
+    network.clean_mean.mul_(0.3)
+    changes = {"optimiser": "sgd", "rate": 0.05, **VARIANTS[variant], "steps": 3}
+    if variant not in "A":
+        changes |= {"optimiser": "sgd", "rate": 0.005}
+    purifier = apudae(network, **changes).double()
+    x, draws = 0.3 + 0.4 * pixels(4).double(), keyed(4)
+    point = x.clone().requires_grad_()
+    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
+    (slope,) = torch.autograd.grad((purifier(point, draws) * probe).sum(), point)
+    agreed = 0
+    for seed in range(6):
+        way = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
+        coarse, fine = (
+            (((purifier(x + h * way, draws) - purifier(x - h * way, draws)) * probe).sum((1, 2, 3)))
+            / (2 * h)
+            for h in (1e-6, 3e-7)
+        )
+        smooth = (coarse - fine).abs() <= 1e-4 * fine.abs().clamp_min(1e-6)
+        claimed = (slope * way).sum((1, 2, 3))
+        assert torch.allclose(claimed[smooth], fine[smooth], rtol=1e-3, atol=1e-6)
+        agreed += int(smooth.sum())
+    assert agreed >= 8
+
+
+def test_a_cut_graph_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: the error forgets that f(x) depends on x, in the backward pass too."""
+    exact = _through(denoiser())
+    monkeypatch.setattr(
+        DenoisingAutoencoder,
+        "error",
+        lambda self, x: (x - self(x).detach()).square().flatten(1).sum(1),
+    )
+    assert not torch.allclose(_through(denoiser()), exact, rtol=0.05)
+
+
+def _through(network: DenoisingAutoencoder) -> Tensor:
+    point = pixels(4).requires_grad_()
+    (slope,) = torch.autograd.grad(
+        apudae(network, optimiser="sgd", rate=0.05)(point).square().sum(), point
+    )
+    return slope
+
+
+def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() -> None:
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).requires_grad_(False)
+    purifier = apudae(denoiser())
+    defense = Defense(classifier, purifier).freeze()
+    x, labels, draws = pixels(5), torch.zeros(5, dtype=torch.int64), keyed(5)
+    exact = aim(defense, "full", draws, 1).evaluate(x, labels, margin, 0)
+    seen = [exact.gradient]
+    for kind in purifier.stand_ins:
+        found = aim(defense, kind, draws, 1).evaluate(x, labels, margin, 0)
+        assert torch.allclose(found.margin, exact.margin, atol=1e-6)
+        assert found.gradient.flatten(1).ne(0).any(1).all()
+        assert all(not torch.allclose(found.gradient, other) for other in seen)
+        seen.append(found.gradient)
+    with pytest.raises(ValueError, match="no stand-in short here; this purifier has direct, plain"):
+        aim(defense, "short", draws, 1).evaluate(x, labels, margin, 0)
+
+
+def test_the_stand_in_direct_is_one_pass_of_the_network() -> None:
+    network, x = denoiser(), pixels(3)
+    assert torch.equal(apudae(network).stand_in("direct", x, None), network(x))
+
+
+def test_only_denoisers_can_be_descended_on() -> None:
+    other = ConvAutoencoder(
+        kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="none"
+    ).build(SHAPE)
+    with pytest.raises(ValueError, match="apudae descends on a denoiser or a red_net"):
+        apudae(other)
+    with pytest.raises(ValidationError, match="rate"):
+        Apudae.model_validate({**BASE, "rate": 0})
+
+
+def test_denoising_draws_its_own_strength_for_every_image() -> None:
+    """With f = identity the loss is the mean of the squared noise, of which sigma^2/3 is left."""
+
+    class Identity(Purifier):
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            return x
+
+    frozen = Frozen(None, (), None)  # type: ignore[arg-type]
+    objective = Denoising(kind="denoising", sigma_max=0.3).bind(frozen)
+    x = pixels(4000)
+    loss, _ = objective(Identity(), Batch(x, torch.zeros(4000), None), 0.5, keyed(4000))
+    assert float(loss) == pytest.approx(0.3**2 / 3, rel=0.03)

@@ -1,0 +1,143 @@
+"""Detection: areas and thresholds by hand, and an attacker who picks what passes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from components.defense import Defense
+from components.detection import (
+    Watched,
+    auc,
+    black_and_white,
+    detection,
+    let_through,
+    merge,
+    rejected,
+    threshold,
+    watch,
+    withstood,
+)
+from components.draws import Draws
+from components.evaluation import Score
+from components.purifiers.contract import Purifier
+
+
+def floats(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float64)
+
+
+def score(*right: int, draws: int = 1) -> Score:
+    return Score(draws, np.array(right), np.array(right))
+
+
+def test_the_area_is_the_chance_that_the_attacked_one_looks_odder() -> None:
+    assert auc(floats(1, 2, 3), floats(4, 5)) == 1.0
+    assert auc(floats(4, 5), floats(1, 2, 3)) == 0.0
+    assert auc(floats(1, 2), floats(1, 2)) == 0.5
+    # Six pairs: (0,1)+ (0,2)+ (1,1)= (1,2)+ (3,1)- (3,2)- make 3.5 of 6.
+    assert auc(floats(0, 1, 3), floats(1, 2)) == pytest.approx(3.5 / 6)
+    assert auc(floats(1, 2), floats(np.nan, 9)) == 1.0, "what is no number is the oddest"
+
+
+def test_the_area_is_that_of_the_curve() -> None:
+    generator = np.random.default_rng(0)
+    clean, attacked = generator.normal(size=300), generator.normal(0.7, 1.3, size=200)
+    cuts = np.concatenate([[np.inf], np.sort(np.concatenate([clean, attacked]))[::-1], [-np.inf]])
+    fpr = np.array([(clean > cut).mean() for cut in cuts])
+    tpr = np.array([(attacked > cut).mean() for cut in cuts])
+    assert auc(clean, attacked) == pytest.approx(np.trapezoid(tpr, fpr), abs=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "limit"), [(0.0, 10), (0.1, 9), (0.15, 9), (0.2, 8), (1.0, 1)])
+def test_a_threshold_is_exceeded_by_no_more_than_its_share(rate: float, limit: float) -> None:
+    clean = floats(3, 1, 2, 4, 10, 9, 8, 7, 6, 5)
+    assert threshold(clean, rate) == limit
+    assert rejected(clean, limit).mean() <= rate
+
+
+def test_what_is_let_through_is_wrong_and_passes() -> None:
+    validation = floats(*range(1, 101))
+    clean, attacked = floats(50, 99.5, 100.5), floats(10, 97, 200)
+    found = let_through(validation, clean, attacked, floats(1, 0.5, 1), 0.05)
+    assert found == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_the_attacker_takes_what_fools_and_passes() -> None:
+    """Image 0: the fooling set is caught, the other is right. 1: fooled by what passes. 2: both
+    caught. 3: the clean image is itself wrong and passes."""
+    watched = Watched(
+        {"clean": floats(0, 0, 0, 0), "full/a": floats(9, 0, 9, 9), "bpda/b": floats(0, 9, 9, 9)},
+        {},
+        floats(1, 1, 1, 1),
+    )
+    counted = {
+        "clean": score(1, 1, 1, 0),
+        "full/a": score(0, 0, 0, 0),
+        "bpda/b": score(1, 0, 0, 0),
+    }
+    assert withstood(watched, counted, 1.0).tolist() == [1, 0, 1, 0]
+    assert withstood(watched, counted, np.inf).tolist() == [0, 0, 0, 0]
+
+
+def test_selection_and_scoring_share_no_draws() -> None:
+    watched = Watched({"clean": floats(0), "full/a": floats(0)}, {}, floats(1))
+    clean = Score(4, np.array([3]), np.array([1]))
+    attacked = Score(4, np.array([2]), np.array([4]))
+    assert withstood(watched, {"clean": clean, "full/a": attacked}, 1.0).tolist() == [1.0]
+
+
+def test_outside_the_ball_an_example_counts_as_clean() -> None:
+    watched = Watched({"clean": floats(1, 2), "full/cw": floats(8, 9)}, {}, floats(0))
+    within = {"clean": np.array([True, True]), "full/cw": np.array([True, False])}
+    assert watched.inside(within).suspicion["full/cw"].tolist() == [8, 2]
+
+
+class Halve(Purifier):
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return x / 2
+
+
+class Nothing(Purifier):
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return x
+
+
+def test_watching_a_defense() -> None:
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
+    x, ids = torch.rand(5, 1, 2, 2), torch.arange(5)
+    sets = {"clean": x, "full/pgd": (x + 0.3).clamp(0, 1)}
+
+    def seen(purifier: Purifier | None, batch: int) -> Watched | None:
+        return watch(Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch)
+
+    whole = seen(Halve(), 5)
+    assert whole is not None
+    assert np.allclose(whole.suspicion["clean"], (x / 2).square().flatten(1).mean(1))
+    assert np.allclose(whole.validation, whole.suspicion["clean"][:3])
+    apart = seen(Halve(), 2)
+    assert apart is not None and np.allclose(
+        apart.suspicion["full/pgd"], whole.suspicion["full/pgd"]
+    )
+    assert seen(None, 5) is None and seen(Nothing(), 5) is None
+    assert merge([whole, None]) is None
+    both = merge([whole, whole])
+    assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
+
+
+def test_the_control_is_the_distance_from_black_and_white() -> None:
+    x = torch.tensor([[[[0.0, 1.0], [0.5, 0.75]]]])
+    assert black_and_white(x) == pytest.approx(0.5**2 + 0.25**2)
+
+
+def test_a_detector_summed_up() -> None:
+    suspicion = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
+    watched = Watched(suspicion, suspicion, floats(*range(100)))
+    within = {name: np.ones(4, dtype=bool) for name in suspicion}
+    counted = {"clean": score(1, 1, 1, 1), "full/pgd": score(0, 0, 0, 1)}
+    found = detection(watched, within, counted, ["full/pgd", "full/pgd", "full/pgd", "clean"])
+    row = found["attacks"]["full/pgd"]
+    assert row["auc"] == row["control_auc"] == pytest.approx(12.5 / 16)
+    assert found["clean_rejected"]["5"]["accuracy"] == 0 and row["tpr_5"] == 0
+    assert found["detect_or_correct"]["5"]["accuracy"] == pytest.approx(0.25)
+    assert found["curve"][0] == (0.0, pytest.approx(0.75)) and found["validation"] == 100

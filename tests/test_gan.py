@@ -1,0 +1,425 @@
+"""The generative pair, its losses, and the descent in its codes, against slow forms by hand."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from components.draws import Draws
+from components.purifiers import gan
+from components.purifiers.contract import Purifier
+from components.purifiers.gan import DefenseGan, Gan, GenerativePair, critic_loss, generator_loss
+
+SHAPES = [(1, 8, 8), (3, 12, 16), (1, 28, 28), (3, 32, 32), (2, 9, 15)]
+SMALL = (1, 8, 8)
+IMAGES = 12
+
+
+def pair(shape: tuple[int, int, int] = SMALL, latent: int = 8, width: int = 4) -> GenerativePair:
+    torch.manual_seed(0)
+    return Gan(kind="gan", latent=latent, width=width).build(shape)
+
+
+def exact() -> GenerativePair:
+    """Return a frozen pair in float64 whose images vary; an untrained one's hardly do."""
+    made = pair().double().requires_grad_(False)
+    for parameter in made.generator.parameters():
+        parameter.mul_(4)
+    return made
+
+
+def wrapped(network: nn.Module, **changes: Any) -> Purifier:
+    settings = {"iterations": 6, "restarts": 3, "rate": 30.0, **changes}
+    return DefenseGan(kind="defense_gan", **settings).wrap(network).eval()
+
+
+def pixels(shape: tuple[int, int, int] = SMALL, count: int = IMAGES) -> Tensor:
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def keyed(count: int = IMAGES) -> Draws:
+    return Draws(0, "score", torch.arange(count) * 11)
+
+
+def noise(count: int, latent: int) -> tuple[Tensor, Tensor]:
+    return keyed(count).normal((latent,), "latent"), keyed(count).uniform((1, 1, 1), "mix")
+
+
+def by_hand(
+    generator: Callable[[Tensor], Tensor],
+    x: Tensor,
+    latent: int,
+    restart: int,
+    iterations: int,
+    rate: float,
+) -> Tensor:
+    """Reconstruct every image alone, from one start, with an ordinary graph; no best is chosen."""
+    starts = keyed(len(x)).normal((latent,), f"start {restart}").to(x.dtype)
+    made = []
+    for image, start in zip(x, starts, strict=True):
+        code, velocity = start * math.sqrt(1 / latent), torch.zeros_like(start)
+        for k in range(iterations - 1):
+            point = code if code.requires_grad else code.requires_grad_()
+            error = (generator(point[None])[0] - image).square().mean()
+            (gradient,) = torch.autograd.grad(error, point, create_graph=True)
+            velocity = 0.7 * velocity + gradient
+            code = code - rate * 0.1 ** (k / math.ceil(0.8 * iterations)) * velocity
+        made.append(generator(code[None])[0])
+    return torch.stack(made)
+
+
+# The networks
+
+
+def test_the_papers_networks_have_the_papers_size() -> None:
+    made = pair((1, 28, 28), 128, 64)
+    generator = sum(parameter.numel() for parameter in made.generator.parameters())
+    assert generator == 128 * 4096 + 4096 + 819_328 + 204_864 + 1_601
+    assert generator / 1e6 == pytest.approx(1.55, rel=0.01)
+    critic = [tuple(p.shape) for p in made.critic.parameters() if p.dim() > 1]
+    assert critic == [(64, 1, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1, 4096)]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in made.modules())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((1, 28, 28), [(4, 4), (7, 7), (14, 14), (28, 28)]),
+        ((3, 32, 32), [(4, 4), (8, 8), (16, 16), (32, 32)]),
+        ((1, 8, 8), [(1, 1), (2, 2), (4, 4), (8, 8)]),
+        ((3, 12, 16), [(2, 2), (3, 4), (6, 8), (12, 16)]),
+    ],
+)
+def test_the_generator_climbs_by_the_papers_sides(
+    shape: tuple[int, int, int], sides: list[tuple[int, int]]
+) -> None:
+    made, seen = pair(shape), []
+    for rise in made.generator.get_submodule("rises").children():
+        rise.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape[2:])))
+    images = made.generator(torch.zeros(1, 8))
+    assert [*seen, tuple(images.shape[2:])] == sides
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_become_pixels_and_pixels_a_number(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    made = pair(shape).to(dtype)
+    images = made.generator(20 * torch.randn(7, 8, dtype=dtype))
+    assert images.shape == (7, *shape) and images.dtype == dtype
+    assert images.min() >= 0 and images.max() <= 1 and images.std(0).min() > 0
+    x = pixels(shape, 7).to(dtype).requires_grad_()
+    scores = made.critic(x)
+    assert scores.shape == (7,) and scores.dtype == dtype
+    (gradient,) = torch.autograd.grad(scores.sum(), x)
+    assert gradient.ne(0).any(0).all(), "a pixel the critic does not look at"
+
+
+# The losses
+
+
+class Affine(nn.Module):
+    """D(x) = <w, x> + b: its gradient is w everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(3)))
+        self.bias = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight + self.bias
+
+
+class Bowl(nn.Module):
+    """D(x) = a |x|^2 / 2: its gradient is a x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a * x.square().flatten(1).sum(1) / 2
+
+
+def test_the_critics_loss_in_closed_form_for_an_affine_critic() -> None:
+    made, real, (latent, mix) = pair(), pixels(), noise(IMAGES, 8)
+    critic = Affine()
+    made.critic = critic  # type: ignore[assignment]
+    apart = (made.generator(latent).mean(0) - real.mean(0)).flatten().detach()
+    length = critic.weight.detach().norm()
+    loss = critic_loss(made, real, latent, mix)
+    assert torch.allclose(loss, apart @ critic.weight + 10 * (length - 1) ** 2, atol=1e-4)
+    loss.backward()
+    expected = apart + 20 * (length - 1) * critic.weight.detach() / length
+    assert critic.weight.grad is not None
+    assert torch.allclose(critic.weight.grad, expected, atol=1e-4)
+
+
+def test_the_penalty_is_taken_per_image_at_the_mixture() -> None:
+    made, real, (latent, mix) = pair(), pixels(), noise(IMAGES, 8)
+    bowl = Bowl()
+    made.critic = bowl  # type: ignore[assignment]
+    fake = made.generator(latent).detach()
+    sizes = ((1 - mix) * real + mix * fake).flatten(1).square().sum(1).sqrt()
+    means = [x.square().flatten(1).sum(1).mean() / 2 for x in (fake, real)]
+    expected = 0.4 * (means[0] - means[1]) + 10 * (0.4 * sizes - 1).square().mean()
+    loss = critic_loss(made, real, latent, mix)
+    assert torch.allclose(loss, expected, atol=1e-4)
+    loss.backward()
+    slope = means[0] - means[1] + 20 * ((0.4 * sizes - 1) * sizes).mean()
+    assert bowl.a.grad is not None and torch.allclose(bowl.a.grad, slope, rtol=1e-4)
+
+
+def test_a_critic_flat_everywhere_has_a_finite_loss_and_gradient() -> None:
+    made, (latent, mix) = pair(), noise(IMAGES, 8)
+    nn.init.zeros_(made.critic.get_parameter("7.weight"))
+    loss = critic_loss(made, pixels(), latent, mix)
+    assert loss.item() == pytest.approx(10)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.critic.parameters())
+
+
+def reached(module: nn.Module) -> list[bool]:
+    return [p.grad is not None and bool(p.grad.ne(0).any()) for p in module.parameters()]
+
+
+def test_each_loss_reaches_its_own_parameters_alone() -> None:
+    made, (latent, mix) = pair(), noise(IMAGES, 8)
+    critic_loss(made, pixels(), latent, mix).backward()
+    # The last bias shifts real and fake alike.
+    assert all(reached(made.critic)[:-1])
+    assert all(p.grad is None for p in made.generator.parameters())
+    made.zero_grad()
+    generator_loss(made, latent).backward()
+    assert all(reached(made.generator))
+    assert all(p.grad is None for p in made.critic.parameters())
+    assert all(p.requires_grad for p in made.parameters())
+    assert torch.equal(generator_loss(made, latent), -made.critic(made.generator(latent)).mean())
+
+
+def test_a_step_against_the_generators_loss_raises_the_critics_value() -> None:
+    made, (latent, _) = pair(), noise(IMAGES, 8)
+    before = made.critic(made.generator(latent)).mean()
+    generator_loss(made, latent).backward()
+    torch.optim.SGD(made.parameters(), 0.1).step()
+    assert made.critic(made.generator(latent)).mean() > before
+
+
+def test_losses_are_the_same_where_gradients_are_off() -> None:
+    made, (latent, mix) = pair(), noise(IMAGES, 8)
+    with torch.no_grad():
+        off = critic_loss(made, pixels(), latent, mix), generator_loss(made, latent)
+    assert not any(loss.requires_grad for loss in off)
+    assert torch.allclose(off[0], critic_loss(made, pixels(), latent, mix))
+    assert torch.allclose(off[1], generator_loss(made, latent))
+
+
+def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
+    made, real = pair(), torch.zeros(IMAGES, *SMALL)
+    first = made.generator(noise(IMAGES, 8)[0]).mean()
+    optimiser = torch.optim.Adam(made.parameters(), 1e-2, betas=(0.5, 0.9))
+    for step in range(48):
+        draws = keyed().redraw(step)
+        latent, mix = draws.normal((8,), "latent"), draws.uniform((1, 1, 1), "mix")
+        turn = step % 6 == 5
+        resting = made.critic if turn else made.generator
+        before = [p.clone() for p in resting.parameters()]
+        loss = generator_loss(made, latent) if turn else critic_loss(made, real, latent, mix)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        after = resting.parameters()
+        assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    fake = made.generator(noise(IMAGES, 8)[0])
+    assert made.critic(real).min() > made.critic(fake).max()
+    assert fake.mean() < first - 0.02, "the generator went the wrong way"
+
+
+# The descent
+
+
+class Linear(nn.Module):
+    """G(z) = A z + c as images of 8 x 8, unbounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = torch.randn(64, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        self.matrix = nn.Parameter(made)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes @ self.matrix.T + 0.5).unflatten(1, SMALL)
+
+
+@pytest.mark.parametrize("iterations", [2, 3, 5])
+def test_momentum_and_rate_in_closed_form_on_a_linear_generator(iterations: int) -> None:
+    made, x = exact(), pixels().double()
+    made.generator = Linear()  # type: ignore[assignment]
+    a = made.generator.get_parameter("matrix").detach()
+    z = keyed().normal((8,), "start 0").double() / 8**0.5
+    gap = x.flatten(1) - 0.5
+
+    def gradient(code: Tensor) -> Tensor:
+        return 2 / 64 * (code @ a.T - gap) @ a
+
+    first = gradient(z)
+    z = z - 0.8 * first
+    if iterations > 2:
+        second = gradient(z)
+        decay = {3: 3, 5: 4}[iterations]
+        velocity = 0.7 * first + second
+        z = z - 0.8 * 0.1 ** (1 / decay) * velocity
+    if iterations > 3:
+        third = 0.7 * velocity + gradient(z)
+        z = z - 0.8 * 0.1 ** (2 / 4) * third
+        z = z - 0.8 * 0.1 ** (3 / 4) * (0.7 * third + gradient(z))
+    purified = wrapped(made, iterations=iterations, restarts=1, rate=0.8)(x, keyed())
+    assert torch.allclose(purified.detach().flatten(1), z @ a.T + 0.5, atol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [2, 7])
+def test_the_best_start_of_each_image_is_returned(iterations: int) -> None:
+    made, x = exact(), pixels().double()
+    each = [by_hand(made.generator, x, 8, r, iterations, 30.0) for r in range(4)]
+    errors = torch.stack([(one - x).square().flatten(1).mean(1) for one in each])
+    best = errors.argmin(0)
+    assert len(best.unique()) > 1
+    expected = torch.stack([each[r][i] for i, r in enumerate(best.tolist())]).detach()
+    purifier = wrapped(made, iterations=iterations, restarts=4)
+    assert torch.allclose(purifier(x, keyed()), expected, atol=1e-12)
+    assert torch.allclose(purifier.suspicion(x, keyed()), errors.amin(0).detach(), atol=1e-12)
+
+
+def test_more_iterations_come_nearer_to_an_image_the_generator_can_make() -> None:
+    made = exact()
+    x = made.generator(keyed().normal((8,), "image").double() / 8**0.5)
+    errors = [wrapped(made, iterations=i).suspicion(x, keyed()).mean() for i in (2, 10, 100)]
+    assert errors[0] > 1.5 * errors[1] > 3 * errors[2]
+
+
+# The gradient
+
+
+def found_and_expected(purifier: Purifier) -> tuple[Tensor, Tensor]:
+    """Return derivatives of a probe of the purified images along random directions, per image:
+    from the graph, and from central differences under the same noise.
+    """
+    x = pixels().double().requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    way, probe = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+    reached = (probe * purifier(x, keyed())).sum() + 0 * x.sum()
+    (gradient,) = torch.autograd.grad(reached, x)
+    with torch.no_grad():
+        ahead, behind = (purifier(x + h * way, keyed()) for h in (1e-6, -1e-6))
+    expected = (probe * (ahead - behind)).flatten(1).sum(1) / 2e-6
+    return (gradient * way).flatten(1).sum(1), expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"iterations": 2}, {"iterations": 20, "restarts": 1}])
+def test_the_gradient_is_that_of_central_differences(changes: dict[str, Any]) -> None:
+    found, expected = found_and_expected(wrapped(exact(), **changes))
+    assert expected.abs().min() > 1e-5, "nothing to compare"
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_replayed_steps_have_the_gradient_of_a_plain_graph() -> None:
+    made = exact()
+    x = pixels().double().requires_grad_()
+    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=x.dtype)
+    purified = wrapped(made, restarts=1)(x, keyed())
+    (found,) = torch.autograd.grad((probe * purified).sum(), x)
+    plain = by_hand(made.generator, x, 8, 0, 6, 30.0)
+    (expected,) = torch.autograd.grad((probe * plain).sum(), x)
+    assert torch.allclose(purified, plain, atol=1e-12)
+    assert expected.flatten(1).abs().amax(1).min() > 1e-6
+    assert torch.allclose(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["image", "code", "slope"])
+def test_a_gradient_cut_anywhere_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, slope = gan._error, gan.slope
+    if fault == "image":
+        monkeypatch.setattr(gan, "_error", lambda made, wanted: error(made, wanted.detach()))
+    elif fault == "code":  # as if the error had no curvature
+        monkeypatch.setattr(gan, "slope", lambda loss, at: slope(loss, at.detach()))
+    else:
+        monkeypatch.setattr(gan, "slope", lambda loss, at: slope(loss, at).detach())
+    found, expected = found_and_expected(wrapped(exact()))
+    assert (found - expected).norm() > 0.3 * expected.norm()
+
+
+def test_gradients_are_kept_only_where_they_are_wanted() -> None:
+    purifier, x = wrapped(exact()), pixels().double()
+    assert not purifier(x, keyed()).requires_grad
+    with torch.no_grad():
+        off = purifier(x.clone().requires_grad_(), keyed())
+    assert not off.requires_grad and torch.equal(off, purifier(x, keyed()))
+    assert torch.allclose(off, purifier(x.requires_grad_(), keyed()), atol=1e-12)
+
+
+# The contract
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_in_are_images_out(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    purifier, x = wrapped(pair(shape).requires_grad_(False)).to(dtype), pixels(shape).to(dtype)
+    purified = purifier(x, keyed())
+    assert purified.shape == x.shape and purified.dtype == dtype
+    assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_an_image_is_purified_on_its_own(score: bool) -> None:
+    purifier, x, draws = wrapped(pair().requires_grad_(False)), pixels(), keyed()
+    call = purifier.suspicion if score else purifier
+    whole = call(x, draws)
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(call(x[order], draws[order]), whole[order])
+    company = x.clone()
+    company[1:] = 1 - company[1:]
+    assert torch.equal(call(company, draws)[0], whole[0])
+    for rows in (order[:1], order[:5], order[5:]):
+        assert torch.allclose(call(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
+
+
+def test_its_noise_is_its_draws_alone() -> None:
+    purifier, x = wrapped(exact()), pixels().double()
+    stream = torch.get_rng_state()
+    one = purifier(x, keyed())
+    assert torch.equal(one, purifier(x, keyed()))
+    assert torch.equal(stream, torch.get_rng_state())
+    redrawn = purifier(x, keyed().redraw(1))
+    assert (redrawn != one).flatten(1).any(1).all()
+    assert purifier.stochastic and purifier.differentiable
+    assert not torch.equal(purifier(x), purifier(x))
+
+
+@pytest.mark.parametrize(("iterations", "short"), [(2, 2), (19, 2), (40, 4)])
+def test_the_short_stand_in_is_a_tenth_of_the_descent_from_the_first_start(
+    iterations: int, short: int
+) -> None:
+    made, x = exact(), pixels().double().requires_grad_()
+    purifier = wrapped(made, iterations=iterations)
+    assert purifier.stand_ins == ("short",)
+    stood = purifier.stand_in("short", x, keyed())
+    assert torch.equal(stood, wrapped(made, iterations=short, restarts=1)(x, keyed()))
+    (gradient,) = torch.autograd.grad(stood.sum(), x)
+    assert gradient.flatten(1).ne(0).any(1).all()
+
+
+def test_another_network_is_refused_with_a_sentence() -> None:
+    with pytest.raises(ValueError, match="in the codes of a gan, which this model is not"):
+        wrapped(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    "change", [{"iterations": 1}, {"restarts": 0}, {"rate": 0.0}, {"momentum": 0.7}]
+)
+def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        wrapped(pair(), **change)

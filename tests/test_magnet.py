@@ -1,0 +1,164 @@
+"""MagNet's two autoencoders, layer by layer, and the score made of their errors, by hand."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.purifiers.magnet import MagNet, MagNetPurifier
+
+SMALL = (1, 8, 8)
+IMAGES = 12
+
+
+def make(shape: tuple[int, int, int] = SMALL, width: int = 3) -> MagNetPurifier:
+    torch.manual_seed(0)
+    return MagNet(kind="magnet", width=width).build(shape).eval().requires_grad_(False)
+
+
+def pixels(shape: tuple[int, int, int] = SMALL) -> Tensor:
+    return torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(1))
+
+
+class Grey(nn.Module):
+    """An autoencoder that answers one grey level."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x, self.level)
+
+
+def grey(first: float = 0.0, second: float = 0.5) -> MagNetPurifier:
+    made = make()
+    made.halving, made.keeping = Grey(first), Grey(second)  # type: ignore[assignment]
+    return made
+
+
+def flat(*levels: float) -> Tensor:
+    return torch.tensor(levels)[:, None, None, None].expand(-1, *SMALL).clone()
+
+
+def test_the_papers_networks_for_28_by_28() -> None:
+    made = make((1, 28, 28))
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (made.halving, made.keeping)]
+    assert sizes == [30 + 3 * 84 + 28, 30 + 84 + 28]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 16), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_networks_layer_by_layer(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    made, x = make(shape, 4).to(dtype), pixels(shape).to(dtype)
+
+    def layers(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        found = list(net.parameters())
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def apply(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.sigmoid(F.conv2d(x, *layer, padding=1))
+
+    first, second = layers(made.halving), layers(made.keeping)
+    assert len(first) == 5 and len(second) == 3
+    feature = apply(x, first[0])
+    rows = (feature[:, :, ::2] + feature[:, :, 1::2]) / 2
+    feature = (rows[..., ::2] + rows[..., 1::2]) / 2
+    feature = apply(apply(feature, first[1]), first[2])
+    feature = feature.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    halved = apply(apply(feature, first[3]), first[4])
+    kept = x
+    for layer in second:
+        kept = apply(kept, layer)
+    found = made.autoencode(x)
+    assert torch.allclose(found[0], halved, atol=1e-6)
+    assert torch.allclose(found[1], kept, atol=1e-6)
+    purified = made(x)
+    assert torch.equal(purified, found[0]), "AE-I is the reformer"
+    assert purified.shape == x.shape and purified.dtype == dtype
+    assert purified.min() >= 0 and purified.max() <= 1
+
+
+def test_errors_are_squared_for_the_first_and_absolute_for_the_second() -> None:
+    found = grey().errors(flat(0.0, 0.3, 1.0))
+    assert torch.allclose(found, torch.tensor([[0.0, 0.5], [0.09, 0.2], [1.0, 0.5]]))
+    half = flat(0.0)
+    half[..., :4] = 1.0
+    assert torch.allclose(grey(0.0, 0.0).errors(half), torch.tensor([[0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_calibration_by_hand_whatever_the_batch(batch: int) -> None:
+    """Errors of AE-I 0.01, 0.09, 0.25, 0.49 and of AE-II 0.4, 0.2, 0, 0.2."""
+    made = grey()
+    made.calibrate(flat(0.1, 0.3, 0.5, 0.7), batch)
+    first, second = (0.01, 0.09, 0.25, 0.49), (0.4, 0.2, 0.0, 0.2)
+    means = [sum(errors) / 4 for errors in (first, second)]
+    assert torch.allclose(made.error_mean, torch.tensor(means))
+    deviations = [
+        (sum((error - mean) ** 2 for error in errors) / 4) ** 0.5
+        for errors, mean in zip((first, second), means, strict=True)
+    ]
+    assert torch.allclose(made.error_std, torch.tensor(deviations))
+    assert {"error_mean", "error_std"} <= set(made.state_dict())
+
+
+def test_the_score_is_the_larger_error_in_deviations() -> None:
+    made = grey()
+    made.error_mean.copy_(torch.tensor([0.1, 0.2]))
+    made.error_std.copy_(torch.tensor([0.5, 0.1]))
+    found = made.suspicion(flat(0.0, 0.3, 1.0))
+    # AE-I: -0.2, -0.02, 1.8; AE-II: 3, 0, 3.
+    assert torch.allclose(found, torch.tensor([3.0, 0.0, 3.0]), atol=1e-6)
+    made.error_std.copy_(torch.tensor([0.1, 0.5]))
+    assert torch.allclose(made.suspicion(flat(1.0)), torch.tensor([9.0]), atol=1e-5)
+
+
+def test_equal_clean_images_do_not_divide_by_zero() -> None:
+    made = make()
+    made.calibrate(flat(0.5, 0.5, 0.5), 2)
+    assert (made.error_std >= 1e-6).all()
+    assert made.suspicion(pixels()).isfinite().all()
+    made.calibrate(flat(0.5), 2)
+    assert made.suspicion(pixels()).isfinite().all()
+
+
+def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
+    made = make().requires_grad_(True)
+    before = [p.clone() for p in made.parameters()]
+    made.calibrate(pixels(), 4)
+    assert not made.error_mean.requires_grad and not made.error_std.requires_grad
+    assert all(torch.equal(one, two) for one, two in zip(before, made.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("call", ["forward", "suspicion"])
+def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
+    made, x = make(), pixels()
+    made.calibrate(x, 4)
+    answer = getattr(made, call)
+    whole = answer(x)
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(answer(x), whole) and not made.stochastic
+    assert torch.equal(answer(x[order]), whole[order])
+    assert torch.allclose(answer(x[:1]), whole[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("call", ["forward", "suspicion"])
+def test_the_gradient_is_that_of_differences(call: str) -> None:
+    made, x = make().double(), pixels()[:2].double().requires_grad_()
+    made.error_mean.copy_(torch.tensor([0.05, 0.2]))
+    made.error_std.copy_(torch.tensor([0.03, 0.05]))
+    assert torch.autograd.gradcheck(getattr(made, call), (x,))
+    (gradient,) = torch.autograd.grad(getattr(made, call)(x).sum(), x)
+    assert gradient.ne(0).all(), "a pixel that nothing depends on"
+
+
+def test_sides_that_cannot_be_halved_are_refused_with_a_sentence() -> None:
+    for shape in ((1, 9, 8), (1, 8, 9)):
+        with pytest.raises(
+            ValueError, match=r"magnet halves once, which . x . images do not allow"
+        ):
+            make(shape)
+    with pytest.raises(ValidationError):
+        make(width=0)
