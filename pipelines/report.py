@@ -105,11 +105,10 @@ class Panel:
 class Curve:
     """A detector at every threshold: (clean images rejected, wrong answers let through).
 
-    The first axis ends at `right`; `marks` are the points of the thresholds with a name.
+    `marks` are the points of the thresholds that have numbers in the tables.
     """
 
     points: list[tuple[float, float]]
-    right: float
     marks: dict[str, tuple[float, float]]
 
 
@@ -142,6 +141,7 @@ def write_report(
     test = data.read(plan.test)
     found = metrics["defenses"]
     scored = [_scored(entry, found[entry.name], plan, test, shown) for entry in entries]
+    curves = [each["curve"] for each in scored if each["curve"]]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -159,6 +159,8 @@ def write_report(
         scored=scored,
         columns=[m for m in MODES if m in SHOWN or any(each["ladder"][m] for each in scored)],
         detectors=[each for each in scored if each["detection"]],
+        # One axis for all, so that they can be compared.
+        widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
         stand_ins=STAND_INS,
         roles={role: [each for each in scored if each["role"] == role] for role in ROLES},
         best=_best(scored),
@@ -235,7 +237,7 @@ def not_beaten(found: Mapping[str, Any]) -> str:
 
 
 def no_better(name: str, found: Mapping[str, Any]) -> str:
-    """Say that a detector is no better than one that knows nothing; "" if it mostly is.
+    """Say on how many sets a detector is no better than the control; "" if it mostly is better.
 
     Sets of a void rung are passed over: there the attack had nothing to follow.
     """
@@ -250,10 +252,7 @@ def no_better(name: str, found: Mapping[str, Any]) -> str:
     as_well = sum(each["control_auc"] >= each["auc"] for each in sets)
     if 2 * as_well <= len(sets):
         return ""
-    return (
-        f"On {as_well} of {len(sets)} sets {name} tells attacked images from clean ones no better "
-        "than the distance from black and white does, which knows nothing."
-    )
+    return f"{name} on {as_well} of {len(sets)} sets"
 
 
 def void_rungs(found: Mapping[str, Any]) -> list[str]:
@@ -306,11 +305,7 @@ def _check(finding: Mapping[str, Any]) -> str:
 
 def _curve(detection: Mapping[str, Any]) -> Curve:
     points = [(float(rejected), float(passed)) for rejected, passed in detection["curve"]]
-    return Curve(
-        points=points,
-        right=0.5 if points[-1][0] <= 0.5 else 1.0,
-        marks={name: points[CURVE.index(rate)] for name, rate in RATES.items()},
-    )
+    return Curve(points, {name: points[CURVE.index(rate)] for name, rate in RATES.items()})
 
 
 def _best(scored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -114,22 +114,12 @@ class _DiffDefense(Purifier):
         self.config, self.network = config, network
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        rows = torch.arange(len(x), device=x.device)
-        every = rows.repeat_interleave(self.config.restarts)
-        starts = torch.arange(self.config.restarts, device=x.device).repeat(len(x))
-        with torch.no_grad():
-            made = self._from(x[every], draws[every], starts, self.config.iterations)
-            made = made.unflatten(0, (len(x), -1))
-            best = (made - x[:, None]).square().flatten(2).mean(2).argmin(1)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return made[rows, best]
-        return self._from(x, draws, best, self.config.iterations)
+        return self._best(x, draws, self.config.iterations)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        iterations = min(self.short, self.config.iterations)
-        return self._from(x, draws, torch.zeros_like(draws.ids), iterations)
+        # From all starts and at the same rates: a derivative from another start than the best says
+        # nothing of the best one's.
+        return self._best(x, draws, min(self.short, self.config.iterations))
 
     def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Return the mean squared error of what is made, averaged over the starts (N,)."""
@@ -142,6 +132,21 @@ class _DiffDefense(Purifier):
             errors.append((made - x).square().flatten(1).mean(1))
         return torch.stack(errors).mean(0)
 
+    def _best(self, x: Tensor, draws: Draws | None, iterations: int) -> Tensor:
+        """Return the best image of all starts, with a graph from its start alone."""
+        assert draws is not None
+        rows = torch.arange(len(x), device=x.device)
+        every = rows.repeat_interleave(self.config.restarts)
+        starts = torch.arange(self.config.restarts, device=x.device).repeat(len(x))
+        with torch.no_grad():
+            made = self._from(x[every], draws[every], starts, iterations)
+            made = made.view(len(x), -1, *x.shape[1:])
+            best = (made - x[:, None]).square().flatten(2).mean(2).argmin(1)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._from(x, draws, best, iterations)
+        chosen: Tensor = made[rows, best]
+        return chosen
+
     def _from(self, x: Tensor, draws: Draws, starts: Tensor, iterations: int) -> Tensor:
         """Return what is made of rows (M,C,H,W), each of which has its own start (M,)."""
         return self._fitted(x, _noise(draws, starts, x), iterations)
@@ -152,6 +157,7 @@ class _DiffDefense(Purifier):
 
 
 class _Released(_DiffDefense):
+    # The fewest whose derivative does not all but vanish: one descent is Adam's first.
     short = 3
 
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
@@ -185,6 +191,7 @@ class _Released(_DiffDefense):
 
 
 class _Faithful(_DiffDefense):
+    # The fewest whose derivative does not all but vanish.
     short = 2
 
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
@@ -218,7 +225,7 @@ def released_rate(index: int, iterations: int, rate: float) -> float:
 def _noise(draws: Draws, starts: Tensor, like: Tensor) -> Noise:
     """Return the noise of rows `like` (M,C,H,W), named by the start (M,) of each and by its use."""
     shape = tuple(like.shape[1:])
-    groups = [(start, (starts == start).nonzero()[:, 0]) for start in starts.unique().tolist()]
+    groups = [(start, (starts == start).nonzero()[:, 0]) for start in sorted(set(starts.tolist()))]
 
     def noise(use: str) -> Tensor:
         made = torch.empty(like.shape, dtype=like.dtype, device=like.device)

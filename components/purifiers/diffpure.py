@@ -2,8 +2,8 @@
 
 Our small stand-in: a discrete DDPM, a few respaced steps back and a U-Net of DiffDefense's size,
 where DiffPure integrates a stochastic differential equation in some hundred steps through a network
-of 10^8 parameters. No figure of DiffPure's may be read off it, nor the other way round. The gradient
-is exact, each step being replayed, where DiffPure's adjoint approximates it.
+of 10^8 parameters. What is measured here says nothing of DiffPure's figures, nor they of it. The
+gradient is exact, each step being replayed, where DiffPure's adjoint approximates it.
 """
 
 from typing import Annotated, ClassVar, Literal

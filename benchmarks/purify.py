@@ -1,0 +1,199 @@
+"""What purifying an image costs, for every purifier, and DiffDefense against a per-image loop.
+
+    python benchmarks/purify.py [--images 32] [--rounds 3] [--device cpu]
+
+Networks have their papers' widths for 28 x 28 and the weights they start from: time does not hang
+on them. Each purifier cleans the same batch on one thread (or the device), in turns within one
+run; printed is the median of the rounds in milliseconds per image, of the images alone and with
+the exact gradient an attack would take, and as multiples of the direct denoiser.
+
+The loop is DiffDefense as its paper describes it, image after image: Adam of torch, the R starts
+of an image one by one, or together as one batch, which is the kinder reading. It computes the same
+(the best start's error is compared) under noise of its own.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from components.draws import Draws
+from components.purifiers import InferenceConfig, Purifier, PurifierConfig
+from components.purifiers.diffusion import Diffusion, linear_alpha_bar
+
+SHAPE = (1, 28, 28)
+DENOISER = {"kind": "denoiser", "width": 64}
+KOO = {"kind": "conv_autoencoder", "blocks": 15, "width": 64, "strided": [1], "residual": "none"}
+RT2 = {"kind": "rt2", "patch": 4, "missing": 0.25, "sigma": 0.25}
+GAN = {"kind": "gan", "latent": 128, "width": 64}
+DDPM = {
+    "kind": "ddpm", "width": 10, "steps": 100, "beta_start": 1e-5, "beta_end": 0.02,
+    "centred": False, "norm_input": True,
+}  # fmt: skip
+APUDAE = {
+    "kind": "apudae", "steps": 15, "rate": 0.4, "optimiser": "sgd", "target": "minimum",
+    "scaled": False, "noise_255": 0, "transform": None,
+}  # fmt: skip
+
+
+def diffdefense(mode: str, iterations: int, restarts: int, rate: float) -> dict[str, Any]:
+    return {
+        "kind": "diffdefense", "mode": mode, "iterations": iterations, "restarts": restarts,
+        "steps": 15, "rate": rate,
+    }  # fmt: skip
+
+
+def defense_gan(iterations: int, restarts: int) -> dict[str, Any]:
+    return {
+        "kind": "defense_gan", "iterations": iterations, "restarts": restarts, "rate": 10.0,
+    }  # fmt: skip
+
+
+# name -> (network, inference or None, whether its exact gradient is timed as well)
+PURIFIERS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {
+    "denoiser, direct": (DENOISER, None, True),
+    "Koo, 15 + 15 blocks": (KOO, None, True),
+    "AToP RT2 on it": ({"kind": "random_transform", "transform": RT2, "inner": KOO}, None, True),
+    "MagNet reformer": ({"kind": "magnet", "width": 3}, None, True),
+    "APuDAE, 15 steps": (DENOISER, APUDAE, True),
+    "APuDAE by Adam, 15 steps": (DENOISER, {**APUDAE, "optimiser": "adam"}, True),
+    "Defense-GAN, L 25, R 1": (GAN, defense_gan(25, 1), True),
+    "Defense-GAN, L 25, R 10": (GAN, defense_gan(25, 10), False),
+    "Defense-GAN, L 100, R 10": (GAN, defense_gan(100, 10), False),
+    "Defense-GAN, L 200, R 10": (GAN, defense_gan(200, 10), False),
+    "DiffDefense released, L 5, R 1": (DDPM, diffdefense("released", 5, 1, 25.0), True),
+    "DiffDefense released, L 4, R 5": (DDPM, diffdefense("released", 4, 5, 25.0), True),
+    "DiffDefense released, L 5, R 5": (DDPM, diffdefense("released", 5, 5, 25.0), True),
+    "DiffDefense faithful, L 5, R 1": (DDPM, diffdefense("faithful", 5, 1, 0.2), True),
+    "DiffDefense faithful, L 5, R 5": (DDPM, diffdefense("faithful", 5, 5, 0.2), False),
+    "DiffPure-style, DDPM, 10 steps": (
+        DDPM, {"kind": "diffpure", "t_star": 40, "sampler": "ddpm", "substeps": 10}, True,
+    ),
+    "DiffPure-style, DDIM, 10 steps": (
+        DDPM, {"kind": "diffpure", "t_star": 40, "sampler": "ddim", "substeps": 10}, True,
+    ),
+}  # fmt: skip
+
+
+def build(network: dict[str, Any], inference: dict[str, Any] | None, device: str) -> Purifier:
+    torch.manual_seed(0)
+    built: nn.Module = TypeAdapter(PurifierConfig).validate_python(network).build(SHAPE)
+    if inference is not None:
+        built = TypeAdapter(InferenceConfig).validate_python(inference).wrap(built)
+    assert isinstance(built, Purifier)
+    built.eval().requires_grad_(False).to(device)
+    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def through(purifier: Purifier, x: Tensor, draws: Draws) -> Tensor:
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(purifier(point, draws).square().sum(), point)
+    return gradient
+
+
+def loop(
+    network: Diffusion, x: Tensor, iterations: int, restarts: int, together: bool
+) -> list[float]:
+    """Purify image by image as the authors' code does; return the best start's error of each."""
+    bars = linear_alpha_bar(15, 1e-4, 0.02).tolist()
+    errors = []
+    for image in x:
+        groups = [restarts] if together else [1] * restarts
+        found = [_fit(network, image, size, iterations, bars) for size in groups]
+        errors.append(min(float(each.min()) for each in found))
+    return errors
+
+
+def _fit(
+    network: Diffusion, image: Tensor, count: int, iterations: int, bars: list[float]
+) -> Tensor:
+    z = torch.randn(count, *image.shape, device=image.device).requires_grad_()
+    optimiser = torch.optim.Adam([z], lr=0.02, betas=(0.5, 0.999))
+    error = torch.empty(0)
+    for index in range(iterations):
+        at: Tensor = z
+        for t in reversed(range(15)):
+            with torch.no_grad():
+                eps = network(at, torch.full((count,), t, device=at.device))
+            before = bars[t - 1] if t else 1.0
+            variance = (1 - before) / (1 - bars[t]) * (1 - bars[t] / before)
+            start = (at - math.sqrt(1 - bars[t]) * eps) / math.sqrt(bars[t])
+            at = math.sqrt(before) * start + math.sqrt(max(1 - before - variance, 0)) * eps
+            if t:
+                at = at + math.sqrt(variance) * torch.randn_like(at)
+        squared = (torch.sigmoid(at) - image).square().flatten(1).mean(1)
+        error = squared.detach()
+        for group in optimiser.param_groups:
+            group["lr"] = 0.02 if index == 0 else 25 * 0.1 ** (index / math.ceil(0.8 * iterations))
+        optimiser.zero_grad()
+        squared.mean().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device, count = options.device, options.images
+    x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    draws = Draws(0, "clean", torch.arange(count, device=device))
+    built = {name: build(n, i, device) for name, (n, i, _) in PURIFIERS.items()}
+    clean: dict[str, list[float]] = {name: [] for name in built}
+    exact: dict[str, list[float]] = {name: [] for name in built if PURIFIERS[name][2]}
+    loops: dict[bool, list[float]] = {True: [], False: []}
+    few = x[: max(1, min(4, count))]
+    for round_ in range(options.rounds + 1):
+        for name, purifier in built.items():
+            with torch.no_grad():
+                taken = timed(lambda p=purifier: p(x, draws), device)
+            if round_:  # the first round warms up
+                clean[name].append(taken / count)
+            if name in exact:
+                taken = timed(lambda p=purifier: through(p, x, draws), device)
+                if round_:
+                    exact[name].append(taken / count)
+        network = built["DiffDefense released, L 4, R 5"].network
+        for together in loops:
+            taken = timed(lambda n=network, t=together: loop(n, few, 4, 5, t), device)
+            if round_:
+                loops[together].append(taken / len(few))
+        print(f"round {round_} of {options.rounds}", flush=True)
+    unit = median(clean["denoiser, direct"])
+    print(f"\n{count} images of 28 x 28 at once, {device}, median of {options.rounds} rounds")
+    print(f"{'':34}{'ms/image':>10}{'x direct':>10}{'with gradient':>15}")
+    for name, times in clean.items():
+        gradient = f"{1e3 * median(exact[name]):15.1f}" if name in exact else f"{'-':>15}"
+        print(f"{name:34}{1e3 * median(times):10.2f}{median(times) / unit:10.0f}{gradient}")
+    ours = clean["DiffDefense released, L 4, R 5"]
+    print("\nDiffDefense released, L 4, R 5, per image loop (4 images):")
+    for together, slow in loops.items():
+        ratios = [theirs / mine for theirs, mine in zip(slow, ours, strict=True)]
+        how = "an image's starts together" if together else "start by start"
+        print(
+            f"{how:34}{1e3 * median(slow):10.2f} ms/image, {median(ratios):.2f} times ours "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
