@@ -92,7 +92,8 @@ def load_purifier(
     if inference is not None:
         module = inference.wrap(module).eval()
     if not isinstance(module, Purifier):
-        raise DataError(f"{folder} holds no purifier, or one that needs an inference")
+        kind = read_card(folder).model["kind"]
+        raise DataError(f"{folder} holds a {kind}, which is no purifier by itself")
     return module
 
 

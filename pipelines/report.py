@@ -219,7 +219,7 @@ def illusion(name: str, found: Mapping[str, Any]) -> str:
         f"{percent(rungs[rung]['accuracy'])} when the attacker {BLIND[rung]}" for rung in blind
     )
     which = ("number is", "two numbers are", "three numbers are")[len(blind) - 1]
-    left = percent(rungs["full"]["accuracy"])
+    left = percent(found["white_box"]["accuracy"])
     return (
         f"{name} shows {seen}, and {left} when the attacker differentiates through it: "
         f"the first {which} no robustness."

@@ -206,6 +206,7 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
         for mode in MODES
         if any(name.startswith(f"{mode}/") for name in counted)
     }
+    white_box = _white_box(entry, rungs)
     findings = [*result.findings, *_judged(entry, result, rungs, counted, carried, plan)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
     clean = result.scores[CLEAN]
@@ -216,6 +217,7 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
         "headline": {**summarise(carried.share()), "upper_bound": bool(failed)},
         "carried_by": {n: chosen.count(n) for n in dict.fromkeys(chosen)},
         "rungs": {mode: summarise(score.share()) for mode, score in rungs.items()},
+        "white_box": None if white_box is None else summarise(white_box),
         "attacks": {
             name: {
                 **summarise(score.share()),
@@ -240,8 +242,8 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
             "worst_examples": summarise(result.unseen[1].share()),
         },
         "illusions": [
-            f"{illusion.rung}: {illusion.seen:.1%}, {illusion.left:.1%} under the full gradient"
-            for illusion in _illusions(rungs)
+            f"{illusion.rung}: {illusion.seen:.1%}, {illusion.left:.1%} in white box"
+            for illusion in _illusions(entry, rungs)
         ],
         "checks": {
             "blocking_failed": failed,
@@ -320,7 +322,7 @@ def _judged(
         for name, score in counted.items()
         if name.startswith("full/") and plan.bounded(name)
     }
-    white = _white(entry)
+    white, seeing = _white(entry), _white_box(entry, rungs)
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
     stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
@@ -332,10 +334,9 @@ def _judged(
     shares: dict[str, Shares] = {mode: score.share() for mode, score in rungs.items()}
     ours = {str(mode): share for mode, share in shares.items() if mode in STAND_INS}
     findings += stand_ins_tried(entry.subject.stand_ins(), ours, shares.get("full"))
-    seeing = [s for mode, s in shares.items() if mode in white]
-    if seeing:
+    if seeing is not None:
         others = {m: s for m, s in shares.items() if m not in (*white, "fixed_noise")}
-        findings += full_is_strongest(np.minimum.reduce(seeing), others)
+        findings += full_is_strongest(seeing, others)
         through = {
             name: plan.attack(name)
             for name in counted
@@ -364,13 +365,18 @@ def _standard_trained(classifier: Path) -> bool:
     return objective["kind"] == "classification"
 
 
-def _illusions(rungs: Mapping[str, Score]) -> list[Illusion]:
-    if "full" not in rungs:
+def _white_box(entry: Entry, rungs: Mapping[str, Score]) -> Shares | None:
+    """Return the shares right under the worst of all rungs that see through the purifier (N,)."""
+    seeing = [score.share() for mode, score in rungs.items() if mode in _white(entry)]
+    return np.minimum.reduce(seeing) if seeing else None
+
+
+def _illusions(entry: Entry, rungs: Mapping[str, Score]) -> list[Illusion]:
+    left = _white_box(entry, rungs)
+    if left is None:
         return []
-    # Stand-ins see through the purifier: what they leave is no illusion, whatever it is.
-    weaker = ("transfer", "classifier", "bpda")
-    others = {mode: score.share() for mode, score in rungs.items() if mode in weaker}
-    return illusions(others, rungs["full"].share())
+    blind = [m for m in ("transfer", "classifier", "bpda") if m not in _white(entry)]
+    return illusions({m: rungs[m].share() for m in blind if m in rungs}, left)
 
 
 def _recorded(entry: Entry, plan: Plan) -> list[Finding]:

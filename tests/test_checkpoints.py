@@ -25,8 +25,14 @@ from components.checkpoints import (
 from components.classifiers import ClassifierConfig
 from components.draws import Draws
 from components.purifiers import PurifierConfig
+from components.purifiers.diffusion import Diffusion
+from components.purifiers.gan import DefenseGan, GenerativePair
 from components.shards import MANIFEST, DataError, sha256
 
+DDPM = {
+    "kind": "ddpm", "width": 2, "steps": 5, "beta_start": 0.0001, "beta_end": 0.2,
+    "centred": False, "norm_input": True,
+}  # fmt: skip
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 4, "strided": [2], "residual": "none",
 }  # fmt: skip
@@ -47,9 +53,45 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "threshold": ("purifier", {"kind": "threshold", "at": 0.5}),
     "jpeg": ("purifier", {"kind": "jpeg", "quality": 50}),
     "random_network": ("purifier", {"kind": "random_network", "inner": AUTOENCODER, "seed": 0}),
-}
+    "defense_gan_a": ("classifier", {"kind": "defense_gan_a"}),
+    "defense_gan_b": ("classifier", {"kind": "defense_gan_b"}),
+    "denoiser": ("purifier", {"kind": "denoiser", "width": 4}),
+    "red_net": ("purifier", {"kind": "red_net", "blocks": 4, "width": 4}),
+    "magnet": ("purifier", {"kind": "magnet", "width": 3}),
+    "ddpm": ("purifier", DDPM),
+    "gan": ("purifier", {"kind": "gan", "latent": 16, "width": 4}),
+    "untrained_diffusion": (
+        "purifier",
+        {
+            "kind": "untrained_diffusion", "network": DDPM, "weights": "random", "seed": 0,
+            "inference": {
+                "kind": "diffdefense", "mode": "released", "iterations": 2, "restarts": 1,
+                "steps": 3, "rate": 25.0,
+            },
+        },
+    ),
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("name", MODELS)
 IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+# Of DiffDefense's classifiers, whose convolutions are wide.
+LARGE = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def images(name: str) -> torch.Tensor:
+    return LARGE if name.startswith("defense_gan") else IMAGES
+
+
+def answer(name: str, module: nn.Module) -> torch.Tensor:
+    """Return what a network makes of images, or of what it takes instead."""
+    x = images(name)
+    if isinstance(module, GenerativePair):
+        return torch.cat([module.generator(LARGE[:, 0, 0, :16]).flatten(), module.critic(x)])
+    if isinstance(module, Diffusion):
+        answered: torch.Tensor = module(x, torch.arange(12) % 5)
+        return answered
+    noise = (Draws(0, "score", torch.arange(len(x))),) if MODELS[name][0] == "purifier" else ()
+    answered = module(x, *noise)
+    return answered
 
 
 def card_of(name: str, **changes: Any) -> ModelCard:
@@ -58,7 +100,7 @@ def card_of(name: str, **changes: Any) -> ModelCard:
         "format": 1,
         "family": family,
         "model": model,
-        "shape": [1, 8, 8],
+        "shape": list(images(name).shape[1:]),
         "class_names": [str(digit) for digit in range(10)],
         "provenance": {"trained_on": "nothing"},
     }
@@ -70,8 +112,8 @@ def trained(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     module = build(card_of(name))
     with torch.no_grad():
-        module.train()(IMAGES)
-    if name in ("small_cnn", "resnet", "resnet18"):
+        answer(name, module.train())
+    if MODELS[name][0] == "classifier":
         module.get_buffer("mean").fill_(0.3)
     return module.eval()
 
@@ -92,15 +134,14 @@ def test_the_table_has_every_kind() -> None:
 
 @EVERY
 def test_what_is_loaded_answers_to_the_bit_as_what_was_saved(name: str, tmp_path: Path) -> None:
-    module, draws = trained(name), Draws(0, "score", torch.arange(12))
+    module = trained(name)
     save(tmp_path / "model", module, card_of(name))
     loaded = load(tmp_path / "model")
-    noise = (draws,) if MODELS[name][0] == "purifier" else ()
-    assert torch.equal(loaded(IMAGES, *noise), module(IMAGES, *noise))
+    assert torch.equal(answer(name, loaded), answer(name, module))
     assert state_digest(loaded) == state_digest(module)
     assert not any(m.training for m in loaded.modules())
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(load(str(tmp_path / "model"))(IMAGES, *noise), module(IMAGES, *noise))
+    assert torch.equal(answer(name, load(str(tmp_path / "model"))), answer(name, module))
 
 
 @EVERY
@@ -267,8 +308,13 @@ def test_a_card_that_describes_nothing_is_refused(
 
 
 def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds a classifier, but a purifier is needed"):
+    with pytest.raises(DataError, match="holds a small_cnn, which is no purifier by itself"):
         load_purifier(folder)
+    save(tmp_path / "gan", trained("gan"), card_of("gan"))
+    with pytest.raises(DataError, match="holds a gan, which is no purifier by itself"):
+        load_purifier(tmp_path / "gan")
+    fitted = DefenseGan(kind="defense_gan", iterations=2, restarts=1, rate=10.0)
+    assert load_purifier(tmp_path / "gan", inference=fitted)(IMAGES).shape == IMAGES.shape
     save(tmp_path / "purifier", trained("conv_autoencoder"), card_of("conv_autoencoder"))
     assert load_purifier(tmp_path / "purifier")(IMAGES).shape == IMAGES.shape
 

@@ -68,20 +68,20 @@ def full_is_strongest(full: Shares, others: Mapping[str, Shares]) -> list[Findin
 
 @dataclass(frozen=True)
 class Illusion:
-    """How much of a weaker rung's accuracy is left under the full gradient."""
+    """How much of a weaker rung's accuracy is left in white box."""
 
     rung: str
     seen: float
     left: float
 
 
-def illusions(rungs: Mapping[str, Shares], full: Shares) -> list[Illusion]:
-    """Return the rungs that show at least 10 points more than the full gradient leaves."""
-    left = float(full.mean())
+def illusions(rungs: Mapping[str, Shares], white: Shares) -> list[Illusion]:
+    """Return the rungs that show at least 10 points more than white-box attacks leave."""
+    left = float(white.mean())
     return [
         Illusion(rung, float(shares.mean()), left)
         for rung, shares in rungs.items()
-        if shares.mean() - left >= 0.1 and more_fooled(full, shares) < SIGNIFICANT
+        if shares.mean() - left >= 0.1 and more_fooled(white, shares) < SIGNIFICANT
     ]
 
 

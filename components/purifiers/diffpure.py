@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from components.draws import Draws
 from components.purifiers.contract import Inference, Purifier, StandIn
-from components.purifiers.diffusion import Diffusion, ancestral, ddim, noised, trained_way
+from components.purifiers.diffusion import Diffusion, Way, ancestral, ddim, noised, trained_way
 
 
 class DiffPure(Inference):
@@ -57,24 +57,25 @@ class _DiffPure(Purifier):
 
     def __init__(self, config: DiffPure, network: Diffusion) -> None:
         super().__init__()
-        self.config, self.network = config, network
+        self.network = network
+        self.random = config.sampler == "ddpm"
+        move = ancestral if self.random else ddim
+        count = config.t_star + 1
+        self.way = trained_way(network, count, config.substeps, move)
+        self.short = trained_way(network, count, max(1, config.substeps // 3), move)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._there_and_back(x, draws, self.config.substeps)
+        return self._there_and_back(x, draws, self.way)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._there_and_back(x, draws, max(1, self.config.substeps // 3))
+        return self._there_and_back(x, draws, self.short)
 
-    def _there_and_back(self, x: Tensor, draws: Draws | None, substeps: int) -> Tensor:
+    def _there_and_back(self, x: Tensor, draws: Draws | None, way: Way) -> Tensor:
         assert draws is not None
 
         def noise(use: str) -> Tensor:
             return draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
 
-        random = self.config.sampler == "ddpm"
-        way = trained_way(
-            self.network, self.config.t_star + 1, substeps, ancestral if random else ddim
-        )
         z = noised(self.network.encode(x), noise("start"), way.bars[0])
-        end = way.back(self.network, z, noise if random else None, replayed=True)
+        end = way.back(self.network, z, noise if self.random else None, replayed=True)
         return self.network.decode(end).clamp(0, 1)
