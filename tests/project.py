@@ -42,6 +42,38 @@ def tiny() -> dict:
         "inner": params["purifiers"]["normal_teacher"]["model"],
     }
     params["classifiers"]["standard"]["training"] |= {"epochs": 8}
+    # Purifiers that descend: one on a denoiser, one on a network that is no purifier by itself.
+    short = {**params["purifiers"]["masked"]["training"], "learning_rate": 0.003}
+    params["purifiers"]["denoiser"] = {
+        "model": {"kind": "denoiser", "width": 8},
+        "objective": {"kind": "denoising", "sigma_max": 0.2},
+        "training": short,
+    }
+    params["purifiers"]["ddpm"] = {
+        "model": {
+            "kind": "ddpm", "width": 4, "steps": 20, "beta_start": 0.0001, "beta_end": 0.2,
+            "centred": True, "norm_input": False,
+        },
+        "objective": {"kind": "noise_prediction"},
+        "training": short,
+    }  # fmt: skip
+    params["attacks"]["aware"] = {
+        "kind": "detector_aware", "sees": "classifier", "weights": [0.1], "steps": 5, "step": 0.3,
+        "eot": 1,
+    }  # fmt: skip
+    params["defenses"]["apudae"] = {
+        "model": "denoiser",
+        "inference": {
+            "kind": "apudae", "steps": 3, "rate": 0.02, "optimiser": "adam", "scaled": False,
+            "target": "minimum", "noise_255": 0.0, "transform": None,
+        },
+        "ladder": {"classifier": ["pgd"], "direct": ["pgd"], "full": ["apgd_ce", "aware"]},
+    }  # fmt: skip
+    params["defenses"]["diffpure"] = {
+        "model": "ddpm",
+        "inference": {"kind": "diffpure", "t_star": 2, "sampler": "ddpm", "substeps": 2},
+        "ladder": {"classifier": ["pgd"], "short": ["apgd_ce"]},
+    }
     params["attacks"]["apgd_t"] |= {"steps": 10, "targets": 2}
     params["attacks"]["apgd_ce"] |= {"steps": 30}
     params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}

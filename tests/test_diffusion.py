@@ -202,6 +202,7 @@ def test_any_shape_will_do(shape: tuple[int, int, int]) -> None:
     assert whole.shape == x.shape and whole.isfinite().all()
     assert torch.allclose(network(x[3:4], t[3:4]), whole[3:4], atol=1e-12)
     assert not torch.allclose(network(x, t + 5), whole), "the index does not matter"
+    assert torch.allclose(network(x, t[2:3])[2], whole[2], atol=1e-12), "one index for all"
 
 
 def test_norms_in_channels_last_are_layer_norms() -> None:
@@ -420,6 +421,19 @@ def test_each_image_goes_its_own_way_with_and_without_a_graph(kind: str) -> None
     assert not torch.allclose(purifier(x, draws.redraw(1)), whole, atol=1e-3)
     odd = purifier.suspicion(x, draws)
     assert odd.shape == (7,) and torch.allclose(purifier.suspicion(x[2:4], draws[2:4]), odd[2:4])
+
+
+@pytest.mark.parametrize("kind", ["released", "faithful", "ddpm"])
+def test_the_order_of_images_of_the_papers_size_changes_no_byte(kind: str) -> None:
+    """Width 10 is what no vector of the processor holds evenly."""
+    shape = (1, 28, 28)
+    network = net(shape, width=10).float()
+    x, draws = pixels(9, shape).float(), keyed(9)
+    order = torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 7])
+    less = {"iterations": 2, "restarts": 2, "steps": 2}
+    changes = less if kind == "released" else {**FAITHFUL, **less}
+    purifier = pure(network) if kind == "ddpm" else defense(network, **changes)
+    assert torch.equal(purifier(x[order], draws[order]), purifier(x, draws)[order])
 
 
 def test_a_short_stand_in_is_the_purifier_with_less_to_do() -> None:

@@ -17,6 +17,7 @@ import torch
 from components import data
 from components.adversarial import read_crafted
 from components.checkpoints import load, read_card, save
+from components.purifiers.apudae import Apudae
 from components.shards import sha256
 
 TRAIN = {"train": "data/train", "val": "data/val"}
@@ -245,22 +246,28 @@ client = mlflow.MlflowClient()
 versions = client.search_model_versions("name='limpid-digits'")
 tags = {v.tags["limpid.defense"]: v for v in versions}
 candidate = client.get_model_version_by_alias("limpid-digits", "candidate")
-v = tags["student_grey"]
-model = mlflow.pyfunc.load_model(f"models:/limpid-digits/{v.version}")
 x = np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32)
-print(json.dumps([sorted(tags), v.description, candidate.tags["limpid.defense"],
-                  model.predict(x)["logits"].tolist()]))
+def ask(name):
+    model = mlflow.pyfunc.load_model(f"models:/limpid-digits/{tags[name].version}")
+    return model.predict(x)["logits"].tolist()
+print(json.dumps([sorted(tags), tags["student_grey"].description,
+                  candidate.tags["limpid.defense"], ask("student_grey"), ask("apudae")]))
 """
     code, printed = project.run(reproduced, sys.executable, "-W", "ignore", "-c", script)
     assert code == 0, printed
-    names, words, candidate, logits = json.loads(printed.strip().splitlines()[-1])
-    assert names == ["atop", "student_adaptive", "student_grey"]
+    names, words, candidate, logits, descended = json.loads(printed.strip().splitlines()[-1])
+    assert names == ["apudae", "atop", "diffpure", "student_adaptive", "student_grey"]
     assert candidate in names
     assert "n = 60" in words
     x = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
     purifier = load(reproduced / "models/student_grey")
     direct = load(reproduced / "models/standard")(purifier(x))
     assert torch.equal(direct, torch.tensor(logits))
+    section = project.tiny()["defenses"]["apudae"]["inference"]
+    apudae = Apudae.model_validate(section).wrap(load(reproduced / "models/denoiser"))
+    with torch.no_grad():
+        purified = apudae(x)
+    assert torch.equal(load(reproduced / "models/standard")(purified), torch.tensor(descended))
 
 
 def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path: Path) -> None:
@@ -356,3 +363,53 @@ def test_what_is_not_beaten_is_said(metrics: dict) -> None:
         found = metrics["defenses"][name]["not_better_than"]
         assert set(found) <= rivals
         assert all(rival["p"] >= 0.01 for rival in found.values())
+
+
+def test_purifiers_that_descend_are_scored_through_their_stand_ins(
+    reproduced: Path, metrics: dict
+) -> None:
+    found = metrics["defenses"]["apudae"]
+    assert set(found["rungs"]) == {"classifier", "direct", "full"}
+    assert found["white_box"]["accuracy"] <= found["rungs"]["direct"]["accuracy"]
+    named = {finding["name"]: finding for finding in found["checks"]["findings"]}
+    assert named["stand_ins"]["passed"] and "direct" in named["stand_ins"]["detail"]
+    assert metrics["defenses"]["diffpure"]["stochastic"]
+    assert "full_rung" not in metrics["defenses"]["diffpure"]["checks"]["blocking_failed"]
+    card = read_card(reproduced / "models/ddpm")
+    assert "validation" not in card.provenance, "a generative network answers nothing"
+
+
+def test_a_denoiser_knows_how_clean_images_look(reproduced: Path) -> None:
+    denoiser = load(reproduced / "models/denoiser")
+    clean = data.read(reproduced / "data/train").pixels()
+    with torch.no_grad():
+        errors = denoiser.error(clean)
+    assert torch.allclose(denoiser.clean_mean, errors.mean(), rtol=1e-4)
+    assert torch.allclose(denoiser.clean_std, errors.std(), rtol=1e-4)
+
+
+def test_every_purifier_that_changes_images_is_judged_as_a_detector(metrics: dict) -> None:
+    assert metrics["defenses"]["none"]["detection"] is None
+    for name in ("apudae", "student_adaptive", "diffpure"):
+        found = metrics["defenses"][name]["detection"]
+        assert found["validation"] == 60
+        assert set(found["attacks"]) == set(metrics["defenses"][name]["attacks"])
+        headline = metrics["defenses"][name]["headline"]["accuracy"]
+        # Who may also refuse is never worse off; the draws that choose are others.
+        assert found["detect_or_correct"]["5"]["accuracy"] >= headline - 0.05
+        assert all(0 <= wrong <= 1 for _, wrong in found["curve"])
+
+
+def test_a_stand_in_the_purifier_lacks_is_refused_before_anything_is_crafted(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    params = project.tiny()
+    params["defenses"]["apudae"]["ladder"]["short"] = ["pgd"]
+    project.write_params(reproduced, params)
+    code, printed = project.stage(
+        reproduced, "generate_adversarial", name="apudae", test="data/test",
+        classifier="models/standard", purifier="models/denoiser", out=str(tmp_path / "out"),
+    )  # fmt: skip
+    project.write_params(reproduced, project.tiny())
+    assert code == 2 and "Traceback" not in printed
+    assert "names short, but this purifier's stand-ins are direct, plain, detached" in printed

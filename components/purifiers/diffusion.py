@@ -60,7 +60,10 @@ class Ddpm(Config):
 
 
 class Diffusion(nn.Module):
-    """The noise in an image: z (N,C,H,W) and indices t (N,) int64 to the noise (N,C,H,W) in z."""
+    """The noise in an image: z (N,C,H,W) and indices t (N,) int64 to the noise (N,C,H,W) in z.
+
+    A single index (1,) is that of all images.
+    """
 
     alpha_bar: Tensor
     times: Tensor
@@ -216,6 +219,7 @@ class Way:
         self, network: Diffusion, noise: Noise | None, index: int, constants: State, state: State
     ) -> State:
         (z,) = state
+        # Once for all rows: the time network's last bit hangs on where a row stands in the batch.
         t = torch.full((len(z),), self.indices[index], device=z.device)
         last = index == len(self.bars) - 1
         before = 1.0 if last else self.bars[index + 1]
