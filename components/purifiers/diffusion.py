@@ -77,7 +77,7 @@ class Diffusion(nn.Module):
         channels, width = shape[0], config.width
         spare = [-side % 8 for side in shape[1:]]
         # As F.pad wants it: left, right, top, bottom.
-        self.margin = [share for all_ in spare[::-1] for share in (all_ // 2, all_ - all_ // 2)]
+        self.margin = [share for more in spare[::-1] for share in (more // 2, more - more // 2)]
         high, wide = (side + more for side, more in zip(shape[1:], spare, strict=True))
         sides = [(high // k, wide // k) for k in (1, 2, 4, 8)]
         ins, outs = (channels, width, 2 * width), (width, 2 * width, 4 * width)
@@ -220,7 +220,7 @@ class Way:
     ) -> State:
         (z,) = state
         # Once for all rows: the time network's last bit hangs on where a row stands in the batch.
-        t = torch.full((len(z),), self.indices[index], device=z.device)
+        t = torch.full((1,), self.indices[index], device=z.device)
         last = index == len(self.bars) - 1
         before = 1.0 if last else self.bars[index + 1]
         grain = None if noise is None or last else noise(f"step {index}")
