@@ -77,12 +77,14 @@ class Apudae(Inference):
 
 
 class _Apudae(Purifier):
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("direct", "plain", "detached")
-
     def __init__(self, config: Apudae, denoiser: DenoisingAutoencoder) -> None:
         super().__init__()
         self.config, self.denoiser = config, denoiser
         self.stochastic = config.noise_255 > 0 or config.transform is not None
+        # A plain descent hides nothing but its length.
+        self.stand_ins = (
+            ("direct",) if config.optimiser == "sgd" else ("direct", "plain", "detached")
+        )
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._descended(x, draws, self.config.optimiser)

@@ -31,7 +31,7 @@ class Purifier(nn.Module):
 
     differentiable: bool = True
     stochastic: bool = False
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ()
+    stand_ins: tuple[StandIn, ...] = ()
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Return the purified images (N,C,H,W) in [0,1]; without `draws`, noise is fresh."""

@@ -7,7 +7,7 @@ gradient of a softer rounding. `random_network` is a purifier nobody trained: wh
 no merit of training.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -127,7 +127,7 @@ class _GaussianNoise(Purifier):
 
 class _BitDepth(Purifier):
     differentiable = False
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("soft",)
+    stand_ins: tuple[StandIn, ...] = ("soft",)
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class _Median(Purifier):
 
 class _Threshold(Purifier):
     differentiable = False
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("soft",)
+    stand_ins: tuple[StandIn, ...] = ("soft",)
 
     def __init__(self, at: float) -> None:
         super().__init__()

@@ -106,7 +106,7 @@ class _DiffDefense(Purifier):
     """What both modes share: the starts and the choice among them."""
 
     stochastic = True
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("short",)
+    stand_ins: tuple[StandIn, ...] = ("short",)
     short: ClassVar[int]
 
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:

@@ -53,7 +53,7 @@ class DiffPure(Inference):
 
 class _DiffPure(Purifier):
     stochastic = True
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("short",)
+    stand_ins: tuple[StandIn, ...] = ("short",)
 
     def __init__(self, config: DiffPure, network: Diffusion) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ class _DefenseGan(Purifier):
     """Its `oddity`, the mean squared change, is the best start's error: the paper's detector."""
 
     stochastic = True
-    stand_ins: ClassVar[tuple[StandIn, ...]] = ("short",)
+    stand_ins: tuple[StandIn, ...] = ("short",)
 
     def __init__(self, config: DefenseGan, pair: GenerativePair) -> None:
         super().__init__()
