@@ -147,20 +147,25 @@ class _Dropout(nn.Module):
     """Drop a share of the features (N,...) in training; `use` tells it from the net's others.
 
     Torch's own draws from the global stream, which is no part of the state that a training is
-    resumed from; here the noise is keyed by the number of the call, which is.
+    resumed from; here the noise is keyed by the number of the call, which is, and by a number that
+    is drawn with the weights.
     """
 
     calls: Tensor
+    key: Tensor
 
     def __init__(self, share: float, use: str) -> None:
         super().__init__()
         self.share, self.use = share, use
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("key", torch.randint(1 << 31, ()))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        draws = Draws(0, "train", torch.arange(len(x), device=x.device), int(self.calls))
+        draws = Draws(
+            int(self.key), "train", torch.arange(len(x), device=x.device), int(self.calls)
+        )
         kept = draws.uniform(tuple(x.shape[1:]), f"dropout {self.use}") >= self.share
         self.calls += 1
         return x * kept / (1 - self.share)

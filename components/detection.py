@@ -7,7 +7,7 @@ grey levels raises.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,22 @@ CURVE = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.
 class Watched:
     """Suspicions (N,) of every set by name, CLEAN among them, and those of validation images.
 
-    `control` are those of the detector that knows nothing.
+    `foreseen` are those an attacker sees who chooses among the sets: of a random purifier, under
+    other noise. `control` are those of the detector that knows nothing.
     """
 
     suspicion: Mapping[str, Suspicion]
+    foreseen: Mapping[str, Suspicion]
     control: Mapping[str, Suspicion]
     validation: Suspicion
 
     def inside(self, within: Mapping[str, npt.NDArray[np.bool_]]) -> "Watched":
         """Return it as the headline sees it: outside the ball an example counts as clean."""
-        clean = self.suspicion[CLEAN]
-        seen = {n: np.where(within[n], s, clean) for n, s in self.suspicion.items()}
-        return Watched(seen, self.control, self.validation)
+        seen, foreseen = (
+            {name: np.where(within[name], values, each[CLEAN]) for name, values in each.items()}
+            for each in (self.suspicion, self.foreseen)
+        )
+        return replace(self, suspicion=seen, foreseen=foreseen)
 
 
 def watch(
@@ -56,8 +60,13 @@ def watch(
     suspicion = {n: _suspicion(defense, x, ids, seed, "score", batch) for n, x in sets.items()}
     if not any(values.any() for values in suspicion.values()):
         return None
+    foreseen = suspicion
+    if defense.stochastic:
+        foreseen = {n: _suspicion(defense, x, ids, seed, "select", batch) for n, x in sets.items()}
     control = {name: black_and_white(x) for name, x in sets.items()}
-    return Watched(suspicion, control, _suspicion(defense, val, val_ids, seed, "clean", batch))
+    return Watched(
+        suspicion, foreseen, control, _suspicion(defense, val, val_ids, seed, "clean", batch)
+    )
 
 
 def merge(parts: Sequence[Watched | None]) -> Watched | None:
@@ -67,6 +76,7 @@ def merge(parts: Sequence[Watched | None]) -> Watched | None:
         return None
     return Watched(
         {n: np.concatenate([part.suspicion[n] for part in seen]) for n in seen[0].suspicion},
+        {n: np.concatenate([part.foreseen[n] for part in seen]) for n in seen[0].foreseen},
         {n: np.concatenate([part.control[n] for part in seen]) for n in seen[0].control},
         np.concatenate([part.validation for part in seen]),
     )
@@ -150,13 +160,16 @@ def withstood(
 ) -> npt.NDArray[np.float64]:
     """Return per image (N,) how often the best of all sets is answered right, or rejected.
 
-    The attacker takes for every image the set that fools most often among those let through, by
-    draws of role `select`; counted are others. The clean image is among the sets.
+    The attacker takes for every image the set that fools most often among those let through, both
+    by noise of role `select`; counted is other noise. The clean image is among the sets.
     """
     names = list(counted)
-    out = {name: rejected(watched.suspicion[name], limit) for name in names}
-    select = np.stack([np.where(out[n], 1.0, counted[n].select / counted[n].draws) for n in names])
-    score = np.stack([np.where(out[n], 1.0, counted[n].share()) for n in names])
+
+    def right(seen: Mapping[str, Suspicion], of: str) -> npt.NDArray[np.float64]:
+        shares = {name: getattr(counted[name], of) / counted[name].draws for name in names}
+        return np.stack([np.where(rejected(seen[n], limit), 1.0, shares[n]) for n in names])
+
+    select, score = right(watched.foreseen, "select"), right(watched.suspicion, "score")
     found: npt.NDArray[np.float64] = score[select.argmin(0), np.arange(score.shape[1])]
     return found
 

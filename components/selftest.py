@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from components.attacks import Crafted, Linf, craft
+from components.attacks import Attack, Crafted, Linf, craft
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Fgsm, Noise, Pgd
 from components.checkpoints import state_digest
@@ -267,6 +267,14 @@ def _leaking(toy: Toy) -> list[Finding]:
     ]
 
 
+def _weak() -> Attack:
+    return Fgsm(kind="fgsm", random_start=False, step=1, eot=1)
+
+
+def _strong() -> Attack:
+    return ApgdCe(kind="apgd_ce", steps=100, restarts=1, eot=1)
+
+
 def _idle(toy: Toy) -> list[Finding]:
     """An attack that finds nothing: its undefended control does not fall."""
     data = _some(toy)
@@ -386,7 +394,11 @@ LIES: dict[str, tuple[str, Case]] = {
     "ten-step AutoAttack": ("effort/full/autoattack", _ten_steps),
     "nothing but FGSM": (
         "strong_attack",
-        lambda toy: [strong_enough({"fgsm": Fgsm(kind="fgsm", random_start=False, step=1, eot=1)})],
+        lambda toy: [strong_enough({"full": [_weak()]}, (), True)],
+    ),
+    "one of three stand-ins alone": (
+        "strong_attack",
+        lambda toy: [strong_enough({"plain": [_strong()]}, ("direct", "plain", "detached"), True)],
     ),
     "scoring by a single draw": ("scoring_draws", lambda toy: [draws_enough(True, 32, 1)]),
     "test images in training": ("leakage", _leaking),

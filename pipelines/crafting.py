@@ -80,10 +80,12 @@ class Subject:
             purifier = fingerprint(self.purifier)
         elif self.control is not None:
             purifier = hashlib.sha256(self.control.model_dump_json().encode()).hexdigest()
-        facts = {"classifier": fingerprint(self.classifier), "purifier": purifier}
-        if self.inference is not None:
-            facts["inference"] = self.inference.model_dump_json()
-        return facts
+        inference = "none" if self.inference is None else self.inference.model_dump_json()
+        return {
+            "classifier": fingerprint(self.classifier),
+            "purifier": purifier,
+            "inference": inference,
+        }
 
 
 @dataclass(frozen=True)

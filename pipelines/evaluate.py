@@ -101,6 +101,7 @@ def run(
     cases = json.loads(selftest.read_text())
     metrics: dict[str, Any] = {
         "selftest": {"cases": len(cases), "caught": sum(case["caught"] for case in cases)},
+        "seed": params.seed,
         "threat_model": {
             **params.threat.model_dump(),
             "n": len(images),

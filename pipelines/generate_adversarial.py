@@ -67,15 +67,17 @@ def generate(
             )
     craft_all(orders, context)
     for out, (subject, ladder) in subjects.items():
-        findings = _probes(out, subject, ladder, images, params)
+        device = "cuda" if context.resources.gpu else "cpu"
+        findings = _probes(out, subject, ladder, images, params, device)
         write_json(out / "checks.json", [finding.model_dump() for finding in findings])
 
 
 def _probes(
-    out: Path, subject: Subject, ladder: Ladder, images: ImageSet, params: CraftingView
-) -> list[Finding]:
+    out: Path, subject: Subject, ladder: Ladder, images: ImageSet, params: CraftingView,
+    device: str,
+) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; `out` holds its sets."""
-    defense = subject.defense()
+    defense = subject.defense(device)
     before = state_digest(defense)
     full = ladder.get("full", [])
     stored = None

@@ -184,21 +184,23 @@ class Params(Config):
         for needed in ("standard", "unseen"):
             _known("classifiers", needed, self.classifiers)
         _known("baselines", "none", self.baselines)
+        learnt: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
+        for name, one in learnt.items():
+            _learnable(name, one.model.kind, one.objective.kind)
         for student, section in self.students.items():
             for teacher in (section.adversarial_teacher, section.normal_teacher):
                 _known(f"students.{student}", teacher, self.purifiers)
+                _pictures(f"students.{student}", teacher, self.purifiers)
         for name, finetuned in self.atop.items():
             _known(f"atop.{name}.base", finetuned.base, self.purifiers)
+            _pictures(f"atop.{name}.base", finetuned.base, self.purifiers)
         for name, baseline in self.baselines.items():
             _known(f"baselines.{name}.classifier", baseline.classifier, self.classifiers)
         purifiers = {**self.purifiers, **self.students, **self.atop}
         for name, defended in self.defenses.items():
             _known(f"defenses.{name}.model", defended.model, purifiers)
-        learnt: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
-        for name, one in learnt.items():
-            _learnable(name, one.model.kind, one.objective.kind)
         for name, defended in self.defenses.items():
-            _usable(f"defenses.{name}", defended, self.kind_of(defended.model))
+            _usable(f"defenses.{name}", defended, self.model_of(defended.model))
         scored_with: dict[str, Baseline | Defended | Control] = {
             **self.baselines,
             **self.defenses,
@@ -213,12 +215,12 @@ class Params(Config):
                     _known(f"ladder of {name}", attack, self.attacks)
         return self
 
-    def kind_of(self, model: str) -> str:
-        """Return the kind of network of a purifier, student or fine-tuned purifier."""
-        if model in self.atop:
-            return self.kind_of(self.atop[model].base)
+    def model_of(self, name: str) -> PurifierConfig:
+        """Return the network of a purifier, student or fine-tuned purifier."""
+        if name in self.atop:
+            return self.model_of(self.atop[name].base)
         sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
-        return sections[model].model.kind
+        return sections[name].model
 
 
 class View(Config):
@@ -321,13 +323,27 @@ def _learnable(where: str, model: str, objective: str) -> None:
         raise ValueError(f"{where}: {objective} trains a {fits}, not a {model}")
 
 
-def _usable(where: str, defended: Defended, model: str) -> None:
+def _pictures(where: str, name: str, purifiers: Mapping[str, Purifier]) -> None:
+    kind = purifiers[name].model.kind
+    if kind in GENERATIVE:
+        raise ValueError(f"{where} names {name}, a {kind}, which makes no image of an image")
+
+
+def _usable(where: str, defended: Defended, model: PurifierConfig) -> None:
     inference = defended.inference
-    if inference is None and model in GENERATIVE:
-        raise ValueError(f"{where}: a {model} is no purifier by itself: say its inference")
-    if inference is not None and model not in inference.of:
-        fits = " or ".join(inference.of)
-        raise ValueError(f"{where}: {inference.kind} needs a model of kind {fits}, not {model}")
+    if inference is None:
+        if model.kind in GENERATIVE:
+            raise ValueError(f"{where}: a {model.kind} is no purifier by itself: say its inference")
+        return
+    try:
+        inference.require(model)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    known = inference.offers()
+    for mode in defended.ladder:
+        if mode in STAND_INS and mode not in known:
+            has = ", ".join(known)
+            raise ValueError(f"the ladder of {where} names {mode}; {inference.kind} offers {has}")
 
 
 def _known(where: str, name: str, names: Mapping[str, object]) -> None:

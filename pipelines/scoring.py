@@ -206,7 +206,7 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
         for mode in MODES
         if any(name.startswith(f"{mode}/") for name in counted)
     }
-    white_box = _white_box(entry, rungs)
+    white_box = _white_box(entry, counted)
     findings = [*result.findings, *_judged(entry, result, rungs, counted, carried, plan)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
     clean = result.scores[CLEAN]
@@ -243,7 +243,7 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
         },
         "illusions": [
             f"{illusion.rung}: {illusion.seen:.1%}, {illusion.left:.1%} in white box"
-            for illusion in _illusions(entry, rungs)
+            for illusion in _illusions(entry, rungs, white_box)
         ],
         "checks": {
             "blocking_failed": failed,
@@ -322,7 +322,7 @@ def _judged(
         for name, score in counted.items()
         if name.startswith("full/") and plan.bounded(name)
     }
-    white, seeing = _white(entry), _white_box(entry, rungs)
+    white, seeing = _white(entry), _white_box(entry, counted)
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
     stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
@@ -333,16 +333,16 @@ def _judged(
     findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
     shares: dict[str, Shares] = {mode: score.share() for mode, score in rungs.items()}
     ours = {str(mode): share for mode, share in shares.items() if mode in STAND_INS}
-    findings += stand_ins_tried(entry.subject.stand_ins(), ours, shares.get("full"))
+    known = entry.subject.stand_ins()
+    findings += stand_ins_tried(known, ours, shares.get("full"))
     if seeing is not None:
         others = {m: s for m, s in shares.items() if m not in (*white, "fixed_noise")}
         findings += full_is_strongest(seeing, others)
-        through = {
-            name: plan.attack(name)
-            for name in counted
-            if name.partition("/")[0] in white and plan.bounded(name)
-        }
-        findings.append(strong_enough(through))
+        through: dict[str, list[Attack]] = {}
+        for name in counted:
+            if name != CLEAN and plan.bounded(name):
+                through.setdefault(name.partition("/")[0], []).append(plan.attack(name))
+        findings.append(strong_enough(through, known, entry.subject.differentiable()))
     else:
         detail = "no attack followed the gradient of this defense, or a stand-in for it"
         findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
@@ -365,14 +365,17 @@ def _standard_trained(classifier: Path) -> bool:
     return objective["kind"] == "classification"
 
 
-def _white_box(entry: Entry, rungs: Mapping[str, Score]) -> Shares | None:
-    """Return the shares right under the worst of all rungs that see through the purifier (N,)."""
-    seeing = [score.share() for mode, score in rungs.items() if mode in _white(entry)]
-    return np.minimum.reduce(seeing) if seeing else None
+def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Shares | None:
+    """Return the shares right under the worst of all sets that see through the purifier (N,).
+
+    As in the headline, what selects the worst of an image does not score it.
+    """
+    white = _white(entry)
+    seeing = {n: s for n, s in counted.items() if n == CLEAN or n.partition("/")[0] in white}
+    return worst(seeing, list(seeing))[1].share() if len(seeing) > 1 else None
 
 
-def _illusions(entry: Entry, rungs: Mapping[str, Score]) -> list[Illusion]:
-    left = _white_box(entry, rungs)
+def _illusions(entry: Entry, rungs: Mapping[str, Score], left: Shares | None) -> list[Illusion]:
     if left is None:
         return []
     blind = [m for m in ("transfer", "classifier", "bpda") if m not in _white(entry)]
@@ -406,7 +409,9 @@ def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
         "threat": threat,
         "seed": plan.seed,
     }
-    pairs = {key: (facts[key], now) for key, now in expected.items()}
+    # A set of before there were inferences was crafted without one.
+    facts = {"inference": "none", **facts}
+    pairs = {key: (facts.get(key), now) for key, now in expected.items()}
     return agreement(name, {key: (_plain(a), _plain(b)) for key, (a, b) in pairs.items()})
 
 

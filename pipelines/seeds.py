@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             runs.append(json.loads(file.read_bytes()))
             threats, names = runs[-1]["threat_model"], set(runs[-1]["defenses"])
+            seeds = [run["seed"] for run in runs]
         except (OSError, ValueError, KeyError, TypeError) as error:
             return _refuse(f"{file} is no metrics.json of ours ({type(error).__name__})")
+        if len(set(seeds)) < len(seeds):
+            return _refuse(f"{file} is a run of seed {seeds[-1]}, which is there already")
         for what, first, here in (
             ("threat model", runs[0]["threat_model"], threats),
             ("set of defenses", set(runs[0]["defenses"]), names),

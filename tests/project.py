@@ -72,7 +72,7 @@ def tiny() -> dict:
     params["defenses"]["diffpure"] = {
         "model": "ddpm",
         "inference": {"kind": "diffpure", "t_star": 2, "sampler": "ddpm", "substeps": 2},
-        "ladder": {"classifier": ["pgd"], "short": ["apgd_ce"]},
+        "ladder": {"classifier": ["pgd"], "bpda": ["apgd_ce"], "short": ["apgd_ce"]},
     }
     params["attacks"]["apgd_t"] |= {"steps": 10, "targets": 2}
     params["attacks"]["apgd_ce"] |= {"steps": 30}

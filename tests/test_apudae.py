@@ -1,5 +1,6 @@
 """APuDAE: denoisers, their statistics, every variant of the descent, its gradient and stand-ins."""
 
+import math
 from typing import Any
 
 import pytest
@@ -137,6 +138,18 @@ def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
     x, draws = pixels(4), keyed(4)
     still = Turn(degrees=0.0, stretch=0.0).apply(x, draws)
     assert torch.allclose(still, x, atol=1e-5)
+    # Turning an oblong picture keeps lengths: a dot four pixels off the centre stays so.
+    wide = torch.zeros(1, 1, 9, 17)
+    wide[0, 0, 4, 12] = 1.0
+    quarter = math.atan2(1, 1)
+    turn = Turn(degrees=45.0, stretch=0.0)
+    for k in range(40):
+        one = keyed(1).redraw(k)
+        angle = (2 * float(one.uniform((2,), "turn")[0, 0]) - 1) * quarter
+        there = turn.apply(wide, one)[0, 0]
+        row, column = (there.argmax() // 17).item(), (there.argmax() % 17).item()
+        assert abs(abs(row - 4) - abs(4 * math.sin(angle))) < 0.8
+        assert abs(abs(column - 8) - abs(4 * math.cos(angle))) < 0.8
     turned = Turn(degrees=20.0, stretch=0.2).apply(x, draws)
     assert (turned - x).abs().amax() > 0.1 and turned.min() >= 0 and turned.max() <= 1
 

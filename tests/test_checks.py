@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components import checks
 from components.attacks import L2, AttackConfig, Linf, craft
-from components.attacks.gradient import Pgd
+from components.attacks.gradient import Fgsm, Pgd
 from components.checkpoints import state_digest
 from components.checks import Finding, models, scores, sets
 from components.checks.contract import Shares
@@ -517,3 +517,33 @@ def test_noise_beats_a_gradient_attack_that_follows_nothing(
             crafted = craft(attack, defense, "full", data, wide, 0, 250)
             found[f"full/{kind}"] = (kind, (~crafted.success).double().numpy())
         assert order(found) == (["order_of_strength/full/noise"] if masked else [])
+
+
+def test_strength_is_that_of_the_full_gradient_or_of_everything_that_stands_for_it() -> None:
+    far = Pgd(kind="pgd", steps=20, step=0.1, restarts=1, random_start=True, early_stop=True, eot=1)
+    near = Fgsm(kind="fgsm", random_start=False, step=1, eot=1)
+    every = ("direct", "plain")
+
+    def passed(rungs: dict[str, list[Any]], stand_ins: tuple[str, ...], usable: bool) -> bool:
+        found = scores.strong_enough(rungs, stand_ins, usable)
+        assert found.level == "block"
+        return found.passed
+
+    assert passed({"full": [near, far]}, every, True)
+    assert not passed({"full": [near]}, (), True) and not passed({}, (), True)
+    assert not passed({"plain": [far]}, every, True), "one stand-in alone"
+    assert not passed({"plain": [far], "direct": [far]}, every, True), "without BPDA"
+    assert not passed({"plain": [far], "direct": [near], "bpda": [far]}, every, True)
+    assert passed({"plain": [far], "direct": [far], "bpda": [far]}, every, True)
+    assert not passed({"full": [far]}, ("soft",), False), "a gradient that is nil"
+    assert passed({"soft": [far], "bpda": [far]}, ("soft",), False)
+    assert passed({"bpda": [far]}, (), False)
+
+
+def test_every_stand_in_is_to_be_tried() -> None:
+    right = np.ones(4)
+    (found,) = scores.stand_ins_tried(("direct", "plain"), {"direct": right}, None)
+    assert not found.passed and found.level == "warn" and "not tried: plain" in found.detail
+    (found,) = scores.stand_ins_tried(("direct",), {"direct": right}, right)
+    assert found.passed
+    assert scores.stand_ins_tried((), {}, right) == []

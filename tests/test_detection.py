@@ -66,11 +66,12 @@ def test_what_is_let_through_is_wrong_and_passes() -> None:
 def test_the_attacker_takes_what_fools_and_passes() -> None:
     """Image 0: the fooling set is caught, the other is right. 1: fooled by what passes. 2: both
     caught. 3: the clean image is itself wrong and passes."""
-    watched = Watched(
-        {"clean": floats(0, 0, 0, 0), "full/a": floats(9, 0, 9, 9), "bpda/b": floats(0, 9, 9, 9)},
-        {},
-        floats(1, 1, 1, 1),
-    )
+    seen = {
+        "clean": floats(0, 0, 0, 0),
+        "full/a": floats(9, 0, 9, 9),
+        "bpda/b": floats(0, 9, 9, 9),
+    }
+    watched = Watched(seen, seen, {}, floats(1, 1, 1, 1))
     counted = {
         "clean": score(1, 1, 1, 0),
         "full/a": score(0, 0, 0, 0),
@@ -81,21 +82,36 @@ def test_the_attacker_takes_what_fools_and_passes() -> None:
 
 
 def test_selection_and_scoring_share_no_draws() -> None:
-    watched = Watched({"clean": floats(0), "full/a": floats(0)}, {}, floats(1))
+    seen = {"clean": floats(0), "full/a": floats(0)}
+    watched = Watched(seen, seen, {}, floats(1))
     clean = Score(4, np.array([3]), np.array([1]))
     attacked = Score(4, np.array([2]), np.array([4]))
     assert withstood(watched, {"clean": clean, "full/a": attacked}, 1.0).tolist() == [1.0]
+    # Chosen since it seemed to pass, and refused under the noise that counts.
+    caught = Watched({"clean": floats(0), "full/a": floats(9)}, seen, {}, floats(1))
+    half = Score(4, np.array([1]), np.array([1]))
+    assert withstood(caught, {"clean": clean, "full/a": half}, 1.0).tolist() == [1.0]
 
 
 def test_outside_the_ball_an_example_counts_as_clean() -> None:
-    watched = Watched({"clean": floats(1, 2), "full/cw": floats(8, 9)}, {}, floats(0))
+    seen = {"clean": floats(1, 2), "full/cw": floats(8, 9)}
+    watched = Watched(seen, {"clean": floats(3, 4), "full/cw": floats(6, 7)}, {}, floats(0))
     within = {"clean": np.array([True, True]), "full/cw": np.array([True, False])}
     assert watched.inside(within).suspicion["full/cw"].tolist() == [8, 2]
+    assert watched.inside(within).foreseen["full/cw"].tolist() == [6, 4]
 
 
 class Halve(Purifier):
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return x / 2
+
+
+class Noisy(Purifier):
+    stochastic = True
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        return x + draws.normal(tuple(x.shape[1:]), "noise")
 
 
 class Nothing(Purifier):
@@ -121,6 +137,9 @@ def test_watching_a_defense() -> None:
     )
     assert seen(None, 5) is None and seen(Nothing(), 5) is None
     assert merge([whole, None]) is None
+    assert whole.foreseen is whole.suspicion
+    noisy = seen(Noisy(), 5)
+    assert noisy is not None and not np.allclose(noisy.foreseen["clean"], noisy.suspicion["clean"])
     both = merge([whole, whole])
     assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
 
@@ -132,7 +151,7 @@ def test_the_control_is_the_distance_from_black_and_white() -> None:
 
 def test_a_detector_summed_up() -> None:
     suspicion = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
-    watched = Watched(suspicion, suspicion, floats(*range(100)))
+    watched = Watched(suspicion, suspicion, suspicion, floats(*range(100)))
     within = {name: np.ones(4, dtype=bool) for name in suspicion}
     counted = {"clean": score(1, 1, 1, 1), "full/pgd": score(0, 0, 0, 1)}
     found = detection(watched, within, counted, ["full/pgd", "full/pgd", "full/pgd", "clean"])

@@ -98,3 +98,22 @@ def test_what_it_sees_is_what_its_gradient_goes_through() -> None:
 def test_weights_are_there_and_not_negative(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         attack(weights=weights)
+
+
+def test_small_differences_in_suspicion_count(classifier: Classifier, test_set: ImageSet) -> None:
+    """The order of the weights is no matter, however small the numbers of the detector are."""
+
+    class Faint(Watchful):
+        def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
+            return 1e-6 * super().oddity(x, draws)
+
+    data = test_set[torch.arange(48)]
+    defense = Defense(classifier, Faint()).freeze()
+    there, back = (
+        craft(attack(weights=weights), defense, "full", data, LINF, 0, 48)
+        for weights in ([0.0, 1e8], [1e8, 0.0])
+    )
+    both = there.success & back.success
+    assert both.sum() > 20
+    odd = [Faint().suspicion(found.images[both]) for found in (there, back)]
+    assert torch.allclose(odd[0], odd[1])

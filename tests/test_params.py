@@ -74,6 +74,12 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "iterations: 5, restarts: 2, rate: 10}}",
             "defense_gan needs a model of kind gan, not conv_autoencoder",
         ),
+        (
+            "model: *autoencoder\n    objective: {kind: normal_teacher}",
+            "model: {kind: gan, latent: 8, width: 4}\n"
+            "    objective: {kind: wgan_gp, critic_steps: 5}",
+            "names normal_teacher, a gan, which makes no image of an image",
+        ),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce]", "full: [fgms]", "did you mean fgsm?"),
@@ -155,3 +161,28 @@ def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert (folder / "params.yaml").read_bytes() == before
+
+
+def test_a_network_and_its_use_are_checked_before_it_is_trained(tmp_path: Path) -> None:
+    value = project.tiny()
+    for change, said in (
+        ({"inference": {"t_star": 20}}, "t_star: 20, but the ddpm knows indices 0 to 19"),
+        ({"ladder": {"direct": ["pgd"]}}, "names direct; diffpure offers short"),
+        ({"model": "denoiser"}, "diffpure needs a model of kind ddpm, not denoiser"),
+    ):
+        section = value["defenses"]["diffpure"]
+        inference = {**section["inference"], **change.get("inference", {})}
+        changed = {**section, **change, "inference": inference}
+        path = tmp_path / "params.yaml"
+        with path.open("w") as file:
+            YAML(typ="safe").dump(
+                {**value, "defenses": {**value["defenses"], "diffpure": changed}}, file
+            )
+        with pytest.raises(ConfigError, match=said):
+            params.load(path)
+    path = tmp_path / "params.yaml"
+    with path.open("w") as file:
+        bare = {**value["defenses"]["diffpure"], "inference": None}
+        YAML(typ="safe").dump({**value, "defenses": {"bare": bare}}, file)
+    with pytest.raises(ConfigError, match="a ddpm is no purifier by itself: say its inference"):
+        params.load(path)

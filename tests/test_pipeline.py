@@ -323,9 +323,15 @@ def test_a_set_crafted_against_another_model_is_not_counted(
     mine = folder / "adversarial/student_adaptive/full/pgd"
     shutil.rmtree(mine)
     shutil.copytree(folder / "adversarial/student_grey/full/pgd", mine)
+    # The same denoiser used in another way is another defense.
+    params = project.tiny()
+    params["defenses"]["apudae"] |= {"inference": None, "ladder": {"full": ["apgd_ce"]}}
+    project.write_params(folder, params)
     code, printed = project.stage(folder, "evaluate", **EVALUATE)
     assert code == 0, printed
     metrics = json.loads((folder / "reports/metrics.json").read_text())
+    bare = metrics["defenses"]["apudae"]
+    assert "provenance/full/apgd_ce" in bare["checks"]["blocking_failed"]
     found = metrics["defenses"]["student_adaptive"]
     assert "provenance/full/pgd" in found["checks"]["blocking_failed"]
     assert "full/pgd" not in found["attacks"] and found["headline"]["upper_bound"]
@@ -374,7 +380,8 @@ def test_purifiers_that_descend_are_scored_through_their_stand_ins(
     named = {finding["name"]: finding for finding in found["checks"]["findings"]}
     assert named["stand_ins"]["passed"] and "direct" in named["stand_ins"]["detail"]
     assert metrics["defenses"]["diffpure"]["stochastic"]
-    assert "full_rung" not in metrics["defenses"]["diffpure"]["checks"]["blocking_failed"]
+    failed = metrics["defenses"]["diffpure"]["checks"]["blocking_failed"]
+    assert "full_rung" not in failed and "strong_attack" not in failed
     card = read_card(reproduced / "models/ddpm")
     assert "validation" not in card.provenance, "a generative network answers nothing"
 

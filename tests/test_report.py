@@ -213,7 +213,8 @@ def _watched(name: str, sets: list[str]) -> Watched | None:
     seen = dict.fromkeys(sets, clean + lifted[name])
     control = dict.fromkeys(sets, clean + 0.25)
     validation = np.append(np.arange(18) / 32, [0.65, 0.7])
-    return Watched({"clean": clean, **seen}, {"clean": clean, **control}, validation)
+    all_ = {"clean": clean, **seen}
+    return Watched(all_, all_, {"clean": clean, **control}, validation)
 
 
 @pytest.fixture(scope="module")

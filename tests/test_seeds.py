@@ -20,7 +20,14 @@ def run(tmp_path: Path, name: str, headline: float, **changes: Any) -> str:
     threat = {"norm": "linf", "eps_255": 8, "n": 50}
     path = tmp_path / f"{name}.json"
     path.write_text(
-        json.dumps({"threat_model": threat, "defenses": {"purifier": found}, **changes})
+        json.dumps(
+            {
+                "seed": name,
+                "threat_model": threat,
+                "defenses": {"purifier": found},
+                **changes,
+            }
+        )
     )
     return str(path)
 
@@ -46,6 +53,7 @@ def test_one_failed_check_makes_the_mean_a_bound(
         ({"threat_model": {"norm": "linf", "eps_255": 16, "n": 50}}, "another threat model"),
         ({"defenses": {}}, "another set of defenses"),
         ({"defenses": 3}, "no metrics.json of ours"),
+        ({"seed": "a"}, "run of seed a, which is there already"),
     ],
 )
 def test_runs_of_another_kind_are_refused(

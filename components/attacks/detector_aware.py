@@ -21,9 +21,6 @@ from components.attacks.gradient import Factor, cross_entropy
 from components.defense import Target
 from components.draws import Draws
 
-# Above any margin: an image that fools always ranks before one that does not.
-FOOLED = 1e6
-
 
 class DetectorAware(Attack):
     """PGD of `steps` times `step` radii for each of `weights`, from the image itself."""
@@ -44,15 +41,21 @@ class DetectorAware(Attack):
     ) -> Outcome:
         """Return per image what fools with the least suspicion, else what has the least margin."""
         looks = count()
-        best, lowest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
-        margins = lowest.clone()
+        best, odd = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
+        margins = odd.clone()
 
         def keep(x: Tensor) -> None:
-            margin = target.look(x, labels, next(looks)).float()
+            # NaN logits classify nothing, and count as fooled rather than as robust.
+            margin = target.look(x, labels, next(looks)).float().nan_to_num(-torch.inf)
             suspicion = target.suspicion(x, next(looks)).float()
-            rank = torch.where(margin > 0, margin, suspicion - FOOLED)
-            better = rank < lowest
-            best[better], lowest[better], margins[better] = x[better], rank[better], margin[better]
+            fools, fooled = margin <= 0, margins <= 0
+            either = torch.where(fooled, suspicion < odd, True)
+            better = torch.where(fools, either, ~fooled & (margin < margins))
+            best[better], odd[better], margins[better] = (
+                x[better],
+                suspicion[better],
+                margin[better],
+            )
 
         keep(images)
         for weight in self.weights:

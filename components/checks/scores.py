@@ -115,34 +115,46 @@ def white_is_strongest(full: Mapping[str, tuple[str, Shares]]) -> list[Finding]:
 def stand_ins_tried(
     known: Sequence[str], stand_ins: Mapping[str, Shares], full: Shares | None
 ) -> list[Finding]:
-    """Check 19: a purifier that iterates or rounds is attacked through a stand-in for it too.
+    """Check 19: a purifier that iterates or rounds is attacked through all its stand-ins too.
 
     `known` are the stand-ins it has, `stand_ins` the rungs that were run. Its own gradient may be
-    too noisy, masked or nil; the headline takes the worst of both.
+    too noisy, masked or nil; the headline takes the worst of all.
     """
     if not known:
         return []
     said = [f"{rung} {shares.mean():.1%}" for rung, shares in stand_ins.items()]
     if full is not None:
         said.append(f"full gradient {full.mean():.1%}")
+    left_out = [name for name in known if name not in stand_ins]
     return [
         Finding(
             name="stand_ins",
             level="warn",
-            passed=bool(stand_ins),
-            detail=f"it has the stand-ins {', '.join(known)}; right under {', '.join(said)}",
+            passed=not left_out,
+            detail=f"right under {', '.join(said) or 'none'}; stand-ins not tried: "
+            f"{', '.join(left_out) or 'none'}",
         )
     ]
 
 
-def strong_enough(white: Mapping[str, Attack]) -> Finding:
-    """Check 26: at least one white-box attack has the steps and the reach to count."""
-    strong = [name for name, attack in white.items() if attack.strong()]
+def strong_enough(
+    rungs: Mapping[str, Sequence[Attack]], stand_ins: Sequence[str], differentiable: bool
+) -> Finding:
+    """Check 26: an attack that sees through the purifier has the steps and the reach to count.
+
+    The full gradient does by itself. Where nobody followed it far, or there is none, every stand-in
+    and BPDA must have been: one alone may be as blind as the gradient it stands for.
+    """
+    strong = {mode for mode, attacks in rungs.items() if any(one.strong() for one in attacks)}
+    instead = [*stand_ins, "bpda"] if stand_ins or not differentiable else ["full"]
+    missing = [mode for mode in instead if mode not in strong]
+    passed = (differentiable and "full" in strong) or not missing
     return Finding(
         name="strong_attack",
         level="block",
-        passed=bool(strong),
-        detail=f"strong white-box attacks: {', '.join(strong) or 'none'}",
+        passed=passed,
+        detail=f"rungs with a strong attack: {', '.join(sorted(strong)) or 'none'}"
+        + ("" if passed else f"; without the full gradient it takes {', '.join(missing)} as well"),
     )
 
 

@@ -44,10 +44,13 @@ class Turn(Config):
         """Return `x` (N,C,H,W) turned about its centre; what comes in from outside is black."""
         spread = 2 * draws.uniform((2,), "turn").to(x.dtype) - 1
         angle, scale = spread[:, 0] * math.radians(self.degrees), 1 + spread[:, 1] * self.stretch
+        # Coordinates run from -1 to 1 either way, however long the sides are.
+        wide = x.shape[3] / x.shape[2]
+        nothing = torch.zeros_like(angle)
         rows = torch.stack(
             [
-                torch.stack([angle.cos(), -angle.sin(), torch.zeros_like(angle)], 1),
-                torch.stack([angle.sin(), angle.cos(), torch.zeros_like(angle)], 1),
+                torch.stack([angle.cos(), -angle.sin() / wide, nothing], 1),
+                torch.stack([angle.sin() * wide, angle.cos(), nothing], 1),
             ],
             1,
         )
@@ -69,6 +72,10 @@ class Apudae(Inference):
     noise_255: Annotated[float, Field(ge=0)]
     transform: Turn | None
 
+    def offers(self) -> tuple[StandIn, ...]:
+        """One pass can stand in for the descent; for Adam's, which masks itself, more can."""
+        return ("direct",) if self.optimiser == "sgd" else ("direct", "plain", "detached")
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network that is no denoiser."""
         if not isinstance(network, DenoisingAutoencoder):
@@ -81,10 +88,7 @@ class _Apudae(Purifier):
         super().__init__()
         self.config, self.denoiser = config, denoiser
         self.stochastic = config.noise_255 > 0 or config.transform is not None
-        # A plain descent hides nothing but its length.
-        self.stand_ins = (
-            ("direct",) if config.optimiser == "sgd" else ("direct", "plain", "detached")
-        )
+        self.stand_ins = config.offers()
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._descended(x, draws, self.config.optimiser)

@@ -69,6 +69,17 @@ class Inference(Config):
 
     kind: str
 
+    def offers(self) -> tuple[StandIn, ...]:
+        """Return the stand-ins that the purifier will have."""
+        return ()
+
+    def require(self, model: Config) -> None:
+        """Raise ValueError where this does not fit the section of a network, before training it."""
+        kind = str(getattr(model, "kind", "control"))
+        if kind not in self.of:
+            fits = " or ".join(self.of)
+            raise ValueError(f"{self.kind} needs a model of kind {fits}, not {kind}")
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network it cannot be made of."""
         raise NotImplementedError

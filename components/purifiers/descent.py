@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 State = tuple[Tensor, ...]
 Step = Callable[[int, State, State], State]  # index, constants, state -> next state
@@ -68,6 +69,7 @@ class _Replayed(torch.autograd.Function):
         return step(index, parts[:constants], parts[constants:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         parts = tuple(part.detach().requires_grad_() for part in ctx.saved_tensors)
         with torch.enable_grad():

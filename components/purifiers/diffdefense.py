@@ -66,16 +66,23 @@ class DiffDefense(Inference):
             raise ValueError("iterations: 1 is no descent where the image precedes the last step")
         return self
 
+    def offers(self) -> tuple[StandIn, ...]:
+        """Fewer iterations can stand in for all."""
+        return ("short",)
+
+    def require(self, model: Config) -> None:
+        """Raise ValueError where the ddpm has seen fewer steps than are to be taken."""
+        super().require(model)
+        assert isinstance(model, Ddpm)
+        _reached(self.steps, model.steps)
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network that is no ddpm, or has seen fewer
         steps than it is to take.
         """
         if not isinstance(network, Diffusion):
             raise ValueError("diffdefense fits the noise of a ddpm, which this model is not")
-        if self.steps > network.steps:
-            raise ValueError(
-                f"diffdefense goes back {self.steps} steps of a ddpm that has {network.steps}"
-            )
+        _reached(self.steps, network.steps)
         return (_Released if self.mode == "released" else _Faithful)(self, network)
 
 
@@ -106,20 +113,19 @@ class _DiffDefense(Purifier):
     """What both modes share: the starts and the choice among them."""
 
     stochastic = True
-    stand_ins: tuple[StandIn, ...] = ("short",)
-    short: ClassVar[int]
 
-    def __init__(self, config: DiffDefense, network: Diffusion) -> None:
+    def __init__(self, config: DiffDefense, network: Diffusion, short: int, judged: int) -> None:
         super().__init__()
         self.config, self.network = config, network
+        self.short, self.judged = min(short, config.iterations), min(judged, config.iterations)
+        self.stand_ins = config.offers()
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._best(x, draws, self.config.iterations)
+        return self._best(x, draws, self.config.iterations, self.config.iterations)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        # From all starts and at the same rates: a derivative from another start than the best says
-        # nothing of the best one's.
-        return self._best(x, draws, min(self.short, self.config.iterations))
+        # At the same rates, and from the best start: another's derivative says nothing of it.
+        return self._best(x, draws, self.judged, self.short)
 
     def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Return the mean squared error of what is made, averaged over the starts (N,)."""
@@ -132,17 +138,20 @@ class _DiffDefense(Purifier):
             errors.append((made - x).square().flatten(1).mean(1))
         return torch.stack(errors).mean(0)
 
-    def _best(self, x: Tensor, draws: Draws | None, iterations: int) -> Tensor:
-        """Return the best image of all starts, with a graph from its start alone."""
+    def _best(self, x: Tensor, draws: Draws | None, judged: int, iterations: int) -> Tensor:
+        """Return the image of the start that is best after `judged` iterations, after `iterations`.
+
+        There is a graph from that start alone.
+        """
         assert draws is not None
         rows = torch.arange(len(x), device=x.device)
         every = rows.repeat_interleave(self.config.restarts)
         starts = torch.arange(self.config.restarts, device=x.device).repeat(len(x))
         with torch.no_grad():
-            made = self._from(x[every], draws[every], starts, iterations)
+            made = self._from(x[every], draws[every], starts, judged)
             made = made.view(len(x), -1, *x.shape[1:])
             best = (made - x[:, None]).square().flatten(2).mean(2).argmin(1)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if judged != iterations or (torch.is_grad_enabled() and x.requires_grad):
             return self._from(x, draws, best, iterations)
         chosen: Tensor = made[rows, best]
         return chosen
@@ -157,11 +166,10 @@ class _DiffDefense(Purifier):
 
 
 class _Released(_DiffDefense):
-    # The fewest whose derivative does not all but vanish: one descent is Adam's first.
-    short = 3
-
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
-        super().__init__(config, network)
+        # One descent is Adam's first, whose derivative all but vanishes. The best of the starts is
+        # the best so early already.
+        super().__init__(config, network, short=3, judged=3)
         # The network is shown index t of its own schedule, yet stands at another level.
         indices = list(range(config.steps))[::-1]
         bars: list[float] = linear_alpha_bar(config.steps, 1e-4, 0.02)[indices].tolist()
@@ -191,11 +199,10 @@ class _Released(_DiffDefense):
 
 
 class _Faithful(_DiffDefense):
-    # The fewest whose derivative does not all but vanish.
-    short = 2
-
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
-        super().__init__(config, network)
+        # Which start ends best does not show early here.
+        short = max(2, config.iterations // 3)
+        super().__init__(config, network, short=short, judged=config.iterations)
         self.way = trained_way(network, network.steps, config.steps, ddim)
 
     def _fitted(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
@@ -214,6 +221,11 @@ class _Faithful(_DiffDefense):
 
     def _made(self, z: Tensor, replayed: bool) -> Tensor:
         return self.network.decode(self.way.back(self.network, z, None, replayed))
+
+
+def _reached(steps: int, trained: int) -> None:
+    if steps > trained:
+        raise ValueError(f"diffdefense goes back {steps} steps of a ddpm that has {trained}")
 
 
 def released_rate(index: int, iterations: int, rate: float) -> float:

@@ -11,9 +11,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from components.config import Config
 from components.draws import Draws
 from components.purifiers.contract import Inference, Purifier, StandIn
-from components.purifiers.diffusion import Diffusion, Way, ancestral, ddim, noised, trained_way
+from components.purifiers.diffusion import (
+    Ddpm,
+    Diffusion,
+    Way,
+    ancestral,
+    ddim,
+    noised,
+    trained_way,
+)
 
 
 class DiffPure(Inference):
@@ -38,26 +47,32 @@ class DiffPure(Inference):
             )
         return self
 
+    def offers(self) -> tuple[StandIn, ...]:
+        """Fewer steps can stand in for all."""
+        return ("short",)
+
+    def require(self, model: Config) -> None:
+        """Raise ValueError where the ddpm has seen less noise than `t_star` asks for."""
+        super().require(model)
+        assert isinstance(model, Ddpm)
+        _reached(self.t_star, model.steps)
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network that is no ddpm, or has seen less
         noise than `t_star` asks for.
         """
         if not isinstance(network, Diffusion):
             raise ValueError("diffpure goes back by a ddpm, which this model is not")
-        if self.t_star >= network.steps:
-            raise ValueError(
-                f"t_star: {self.t_star}, but the ddpm knows indices 0 to {network.steps - 1}"
-            )
+        _reached(self.t_star, network.steps)
         return _DiffPure(self, network)
 
 
 class _DiffPure(Purifier):
     stochastic = True
-    stand_ins: tuple[StandIn, ...] = ("short",)
 
     def __init__(self, config: DiffPure, network: Diffusion) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.stand_ins = network, config.offers()
         self.random = config.sampler == "ddpm"
         move = ancestral if self.random else ddim
         count = config.t_star + 1
@@ -79,3 +94,8 @@ class _DiffPure(Purifier):
         z = noised(self.network.encode(x), noise("start"), way.bars[0])
         end = way.back(self.network, z, noise if self.random else None, replayed=True)
         return self.network.decode(end).clamp(0, 1)
+
+
+def _reached(t_star: int, steps: int) -> None:
+    if t_star >= steps:
+        raise ValueError(f"t_star: {t_star}, but the ddpm knows indices 0 to {steps - 1}")
