@@ -355,8 +355,9 @@ def _right(defense: Defense, test: ImageSet, plan: Plan, shown: int) -> Tensor:
     """Return the first `shown` rows that are right when clean, purified and not."""
     found: list[int] = []
     # A few at a time: purifying may be dear, and most are right.
-    for start in range(0, len(test), 2 * shown):
-        rows = torch.arange(start, min(start + 2 * shown, len(test)))
+    some = 2 * shown or 1
+    for start in range(0, len(test), some):
+        rows = torch.arange(start, min(start + some, len(test)))
         images = test[rows]
         x, draws = images.pixels(), Draws(plan.seed, "score", images.ids)
         with torch.no_grad():
