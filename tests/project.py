@@ -67,7 +67,10 @@ def tiny() -> dict:
             "kind": "apudae", "steps": 3, "rate": 0.02, "optimiser": "adam", "scaled": False,
             "target": "minimum", "noise_255": 0.0, "transform": None,
         },
-        "ladder": {"classifier": ["pgd"], "direct": ["pgd"], "full": ["apgd_ce", "aware"]},
+        "ladder": {
+            "classifier": ["pgd"], "direct": ["pgd"], "plain": ["pgd"], "detached": ["pgd"],
+            "full": ["apgd_ce", "aware"],
+        },
     }  # fmt: skip
     params["defenses"]["diffpure"] = {
         "model": "ddpm",

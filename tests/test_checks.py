@@ -543,7 +543,7 @@ def test_strength_is_that_of_the_full_gradient_or_of_everything_that_stands_for_
 def test_every_stand_in_is_to_be_tried() -> None:
     right = np.ones(4)
     (found,) = scores.stand_ins_tried(("direct", "plain"), {"direct": right}, None)
-    assert not found.passed and found.level == "warn" and "not tried: plain" in found.detail
+    assert not found.passed and found.level == "block" and "not tried: plain" in found.detail
     (found,) = scores.stand_ins_tried(("direct",), {"direct": right}, right)
     assert found.passed
     assert scores.stand_ins_tried((), {}, right) == []

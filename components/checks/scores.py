@@ -118,7 +118,8 @@ def stand_ins_tried(
     """Check 19: a purifier that iterates or rounds is attacked through all its stand-ins too.
 
     `known` are the stand-ins it has, `stand_ins` the rungs that were run. Its own gradient may be
-    too noisy, masked or nil; the headline takes the worst of all.
+    too noisy, masked or nil: the exact one through a descent by Adam has been seen to leave 63 % of
+    images where that of a single pass left 2 %.
     """
     if not known:
         return []
@@ -129,7 +130,7 @@ def stand_ins_tried(
     return [
         Finding(
             name="stand_ins",
-            level="warn",
+            level="block",
             passed=not left_out,
             detail=f"right under {', '.join(said) or 'none'}; stand-ins not tried: "
             f"{', '.join(left_out) or 'none'}",
