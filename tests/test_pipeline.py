@@ -411,12 +411,13 @@ def test_a_stand_in_the_purifier_lacks_is_refused_before_anything_is_crafted(
     reproduced: Path, tmp_path: Path
 ) -> None:
     params = project.tiny()
-    params["defenses"]["apudae"]["ladder"]["short"] = ["pgd"]
+    params["controls"]["bit_depth"]["ladder"]["short"] = ["pgd"]
     project.write_params(reproduced, params)
     code, printed = project.stage(
-        reproduced, "generate_adversarial", name="apudae", test="data/test",
-        classifier="models/standard", purifier="models/denoiser", out=str(tmp_path / "out"),
+        reproduced, "generate_controls", test="data/test", classifier="models/standard",
+        out=str(tmp_path / "out"),
     )  # fmt: skip
     project.write_params(reproduced, project.tiny())
     assert code == 2 and "Traceback" not in printed
-    assert "names short, but this purifier's stand-ins are direct, plain, detached" in printed
+    assert "ladder of bit_depth names short, but this purifier's stand-ins are soft" in printed
+    assert not (tmp_path / "out").exists()
