@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,20 @@ class Subject:
 
     def stand_ins(self) -> Sequence[str]:
         """Return the names of the purifier's stand-ins."""
-        purifier = self.defense().purifier
-        return () if purifier is None else purifier.stand_ins
+        return self._traits[0]
 
     def differentiable(self) -> bool:
         """Say whether the exact gradient is usable."""
-        return self.defense().differentiable
+        return self._traits[1]
+
+    @cached_property
+    def _traits(self) -> tuple[Sequence[str], bool]:
+        """Load the networks once to ask; a bare classifier needs no asking."""
+        if self.bare:
+            return (), True
+        defense = self.defense()
+        assert defense.purifier is not None
+        return defense.purifier.stand_ins, defense.differentiable
 
     def facts(self) -> dict[str, str]:
         """Return the fingerprints that say which models these are."""

@@ -199,7 +199,6 @@ class Params(Config):
         purifiers = {**self.purifiers, **self.students, **self.atop}
         for name, defended in self.defenses.items():
             _known(f"defenses.{name}.model", defended.model, purifiers)
-        for name, defended in self.defenses.items():
             _usable(f"defenses.{name}", defended, self.model_of(defended.model))
         scored_with: dict[str, Baseline | Defended | Control] = {
             **self.baselines,

@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         threat = metrics["threat_model"]
         notes = NOTES.format(n=threat["n"], threat=describe_threat(threat))
     except FileNotFoundError:
-        return _refuse(f"{path} does not exist; `dvc repro` makes it")
+        return refuse(f"{path} does not exist; `dvc repro` makes it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _refuse(f"{path} is damaged or of another version ({reason}); `dvc repro` renews it")
+        return refuse(f"{path} is damaged or of another version ({reason}); `dvc repro` renews it")
     console = Console(highlight=False)
     # Narrower, the table would cut digits off, and a cut number is another number.
     console.width = max(console.width, WIDTH)
@@ -110,7 +110,8 @@ def _number(score: Mapping[str, Any]) -> str:
     return f"{100 * score['accuracy']:.1f}"
 
 
-def _refuse(message: str) -> int:
+def refuse(message: str) -> int:
+    """Say what is wrong, and return the exit code of a user's mistake."""
     print(f"error: {message}", file=sys.stderr)
     return 2
 

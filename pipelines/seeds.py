@@ -6,7 +6,6 @@ would change; the spread over seeds says what another training and another attac
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.report import describe_threat
-from pipelines.scores import ordered
+from pipelines.scores import ordered, refuse
 
 WIDTH = 104
 RUNGS = {"grey": "classifier", "BPDA": "bpda", "full": "full"}
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", help="metrics.json of one run each")
     files: list[Path] = parser.parse_args(argv).files
     if len(files) < 2:
-        return _refuse("one run has no spread: give the metrics.json of two or more")
+        return refuse("one run has no spread: give the metrics.json of two or more")
     runs = []
     for file in files:
         try:
@@ -38,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             threats, names = runs[-1]["threat_model"], set(runs[-1]["defenses"])
             seeds = [run["seed"] for run in runs]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return _refuse(f"{file} is no metrics.json of ours ({type(error).__name__})")
+            return refuse(f"{file} is no metrics.json of ours ({type(error).__name__})")
         if len(set(seeds)) < len(seeds):
-            return _refuse(f"{file} is a run of seed {seeds[-1]}, which is there already")
+            return refuse(f"{file} is a run of seed {seeds[-1]}, which is there already")
         for what, first, here in (
             ("threat model", runs[0]["threat_model"], threats),
             ("set of defenses", set(runs[0]["defenses"]), names),
         ):
             if first != here:
-                return _refuse(f"{file} has another {what} than {files[0]}: no spread of one thing")
+                return refuse(f"{file} has another {what} than {files[0]}: no spread of one thing")
     threat = runs[0]["threat_model"]
     console = Console(highlight=False)
     # Narrower, the table would cut digits off, and a cut number is another number.
@@ -84,11 +83,6 @@ def spread(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def _over(shares: Sequence[float]) -> str:
     return f"{100 * mean(shares):.1f} \N{PLUS-MINUS SIGN} {100 * stdev(shares):.1f}"
-
-
-def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

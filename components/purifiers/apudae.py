@@ -129,17 +129,16 @@ class _Apudae(Purifier):
         return image - self._rate(image) * way, *moments
 
     def _loss(self, image: Tensor) -> Tensor:
-        error = self.denoiser.error(image)
         if self.config.target == "minimum":
-            return error
-        beyond = (error - self.denoiser.clean_mean) / self.denoiser.clean_std
+            return self.denoiser.error(image)
+        beyond = self.denoiser.suspicion(image)
         # E: what is reconstructed at least as well as a clean image is left alone.
         return (beyond if self.config.target == "distribution" else beyond.clamp_min(0)).square()
 
     def _rate(self, image: Tensor) -> Tensor | float:
         if not self.config.scaled:
             return self.config.rate
-        share = torch.sigmoid(self._beyond(image))
+        share = torch.sigmoid(self.denoiser.suspicion(image))
         return self.config.rate * share[:, None, None, None]
 
     def _noisy(self, image: Tensor, draws: Draws | None, index: int) -> Tensor:
@@ -147,9 +146,7 @@ class _Apudae(Purifier):
             return image
         assert draws is not None
         # The odder the image, the more noise; the factors are those of the authors' code.
-        size = (self._beyond(image) / 2).square().clamp(0, 4) * self.config.noise_255 / 255
+        beyond = self.denoiser.suspicion(image)
+        size = (beyond / 2).square().clamp(0, 4) * self.config.noise_255 / 255
         noise = 2 * draws.uniform(tuple(image.shape[1:]), f"step {index}").to(image.dtype) - 1
         return image + size[:, None, None, None] * noise
-
-    def _beyond(self, image: Tensor) -> Tensor:
-        return self.denoiser.suspicion(image)
