@@ -116,7 +116,7 @@ def run(
     _compare(entries, results, metrics["defenses"])
     write_json(out_metrics, metrics)
     write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
-    write_report(out_report, metrics, entries, plan, models, params.scoring.shown)
+    write_report(out_report, metrics, entries, results, plan, models)
     context.registrations = _registrations(entries, metrics, context.dataset)
     scored = metrics["defenses"]
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}

@@ -1,11 +1,9 @@
 """The report for people: one HTML file that needs no network, no script and no other file.
 
-Every number in it comes from the metrics; only pictures are made here. `report.html.j2` beside this
-module is its form and holds the words, this module its content. Equal inputs give equal bytes.
+Every number in it comes from the metrics and what they were counted from. `report.html.j2` beside
+this module is its form and holds the words, this module its content. Equal inputs give equal bytes.
 """
 
-import base64
-import io
 import json
 import math
 import platform
@@ -17,20 +15,15 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
-from torch import Tensor
 
 from components import data
-from components.adversarial import read_crafted
 from components.checkpoints import ModelCard, fingerprint, read_card
-from components.data import ImageSet
-from components.defense import STAND_INS, Defense
+from components.defense import STAND_INS
 from components.detection import CURVE, RATES
-from components.draws import Draws
 from components.shards import DataError, write_bytes
 from pipelines.crafting import Subject
 from pipelines.params import MODES
-from pipelines.scoring import Entry, Plan
+from pipelines.scoring import Entry, Plan, Result
 
 TEMPLATE = "report.html.j2"
 ROLES = ("baseline", "defense", "control")
@@ -77,28 +70,7 @@ MEANINGS = {
     "selection": "No single attack does better than the worst of all, chosen image by image.",
     "undefended_falls": "A classifier without a defense is fooled on nearly every image.",
 }
-# Side of a picture on the page in CSS pixels, met as nearly as whole magnification allows.
-TILE_PX = 76
 SHORT = 12
-
-# What is said under a picture, and whether that is right (None: nothing to be right about).
-Words = list[tuple[str, bool | None]]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Pictures of one defense, all in one PNG (`sprite`, a data URI): `rows` of len(labels) each.
-
-    `side` is width and height of a picture on the page, `source` the attack and `carries` the
-    images of which it is the worst, `labels` are true classes.
-    """
-
-    source: str
-    carries: int
-    sprite: str
-    side: tuple[int, int]
-    labels: list[str]
-    rows: dict[str, Words]
 
 
 @dataclass(frozen=True)
@@ -134,14 +106,18 @@ class Model:
 
 
 def write_report(
-    out: Path, metrics: Mapping[str, Any], entries: Sequence[Entry], plan: Plan, models: Path,
-    shown: int,
+    out: Path, metrics: Mapping[str, Any], entries: Sequence[Entry], results: Sequence[Result],
+    plan: Plan, models: Path,
 ) -> None:  # fmt: skip
-    """Write the report on `entries`, with at most `shown` test images of each."""
+    """Write the report on `entries` and what was counted of each."""
     test = data.read(plan.test)
     found = metrics["defenses"]
-    scored = [_scored(entry, found[entry.name], plan, test, shown) for entry in entries]
+    scored = [
+        _scored(entry, found[entry.name], result, plan)
+        for entry, result in zip(entries, results, strict=True)
+    ]
     curves = [each["curve"] for each in scored if each["curve"]]
+    best = _best(scored)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -163,7 +139,8 @@ def write_report(
         widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
         stand_ins=STAND_INS,
         roles={role: [each for each in scored if each["role"] == role] for role in ROLES},
-        best=_best(scored),
+        best=best,
+        shown_first=next((each for each in [best, *scored] if each and each["panels"]), None),
         meanings=MEANINGS,
         models=list(_models(models, entries, plan)),
         attacks={name: attack.model_dump(mode="json") for name, attack in plan.attacks.items()},
@@ -273,9 +250,7 @@ def describe_subject(subject: Subject) -> str:
     return f"purifier {subject.purifier.name} used as {used}"
 
 
-def _scored(
-    entry: Entry, found: Mapping[str, Any], plan: Plan, test: ImageSet, shown: int
-) -> dict[str, Any]:
+def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) -> dict[str, Any]:
     """Return what the template shows of one entry."""
     findings = found["checks"]["findings"]
     failed = sorted((f for f in findings if not f["passed"]), key=lambda f: str(f["level"]))
@@ -295,7 +270,8 @@ def _scored(
         "sets": {name: found["attacks"].get(name) for name in entry.sets},
         "failed": failed,
         "passed": {check: list(group) for check, group in groupby(passed, key=_check)},
-        "panel": _panel(entry, found, plan, test, shown),
+        "panels": {name: result.panels[name] for name in entry.sets if name in result.panels},
+        "first": _first(entry, found, plan),
     }
 
 
@@ -314,77 +290,14 @@ def _best(scored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(sound, key=lambda each: float(each["headline"]["low"]), default=None)
 
 
-def _panel(
-    entry: Entry, found: Mapping[str, Any], plan: Plan, test: ImageSet, shown: int
-) -> Panel | None:
-    """Picture the first images that are right when clean, under the attack that carries most.
+def _first(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:
+    """Return the set to show first: of those that stay in the ball the one that carries most.
 
-    Words under a picture are what the bare classifier says of that very picture.
+    Outside the ball an example counts as clean: a bounded attack shows better what was counted.
     """
-    carried = {name: found["carried_by"].get(name, 0) for name in found["attacks"]}
-    # Outside the ball an example counts as clean: a bounded attack shows better what was counted.
-    source = max(carried, key=lambda name: (plan.bounded(name), carried[name]), default=None)
-    defense = entry.subject.defense()
-    rows = _right(defense, test, plan, shown)
-    if source is None or not len(rows):
-        return None
-    chosen = test[rows]
-    clean, attacked = chosen.pixels(), read_crafted(entry.sets[source]).images[rows]
-    pictures = {"clean": clean, "adversarial": attacked}
-    if defense.purifier is not None:
-        with torch.no_grad():
-            draws = Draws(plan.seed, "score", chosen.ids)
-            pictures["purified"] = defense.purify(attacked, draws)
-    change = (attacked - clean).abs()
-    gain = max(1, math.floor(1 / max(float(change.max()), 1e-6)))
-    height, width = test.shape[1:]
-    scale = max(1, round(TILE_PX / max(height, width)))
-    said = {name: _say(defense, x, chosen) for name, x in pictures.items()}
-    lengths: Words = [(f"L2 {float(part.norm()):.2f}", None) for part in change]
-    return Panel(
-        source=source,
-        carries=carried[source],
-        sprite=_sprite([*pictures.values(), gain * change]),
-        side=(scale * width, scale * height),
-        labels=[chosen.class_names[int(label)] for label in chosen.labels],
-        rows={**said, f"|difference|, {gain} times": lengths},
-    )
-
-
-def _right(defense: Defense, test: ImageSet, plan: Plan, shown: int) -> Tensor:
-    """Return the first `shown` rows that are right when clean, purified and not."""
-    found: list[int] = []
-    # A few at a time: purifying may be dear, and most are right.
-    some = 2 * shown or 1
-    for start in range(0, len(test), some):
-        rows = torch.arange(start, min(start + some, len(test)))
-        images = test[rows]
-        x, draws = images.pixels(), Draws(plan.seed, "score", images.ids)
-        with torch.no_grad():
-            bare, purified = defense.classifier(x).argmax(1), defense(x, draws).argmax(1)
-        found += rows[(bare == images.labels) & (purified == images.labels)].tolist()
-        if len(found) >= shown:
-            break
-    return torch.tensor(found[:shown], dtype=torch.int64)
-
-
-def _say(defense: Defense, x: Tensor, images: ImageSet) -> Words:
-    """Return what the bare classifier says of every picture, and whether it is right."""
-    with torch.no_grad():
-        confidence, answers = defense.classifier(x).softmax(1).max(1)
-    return [
-        (f"{images.class_names[int(answer)]} ({100 * float(sure):.0f} %)", bool(answer == label))
-        for answer, sure, label in zip(answers, confidence, images.labels, strict=True)
-    ]
-
-
-def _sprite(rows: Sequence[Tensor]) -> str:
-    """Return a PNG of rows of images (S,C,H,W) in [0,1], as a data URI."""
-    whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    pixels = (whole.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    counted = [name for name in entry.sets if name in found["attacks"]]
+    carried = found["carried_by"]
+    return max(counted, key=lambda name: (plan.bounded(name), carried.get(name, 0)), default="")
 
 
 def _models(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:

@@ -51,6 +51,7 @@ from components.evaluation import (
 )  # fmt: skip
 from components.shards import read_manifest
 from pipelines.crafting import Subject
+from pipelines.microscope import Panel, look
 from pipelines.params import MODES, REPLAYED, Scoring
 
 TRIES = 10
@@ -98,7 +99,8 @@ class Result:
     `scores` by mode/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
-    bits; `watched` is what the purifier makes of them as a detector, if it is one.
+    bits; `watched` is what the purifier makes of them as a detector, if it is one; `panels` are
+    pictures of every set.
     """
 
     scores: Mapping[str, Score]
@@ -108,6 +110,7 @@ class Result:
     unseen: tuple[Score, Score]
     rounded: Score
     watched: Watched | None
+    panels: Mapping[str, Panel]
 
 
 def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
@@ -137,7 +140,8 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     watched = watch(defense, sets, some.ids, known.pixels(), known.ids, plan.seed, plan.batch)
     findings += _recorded(entry, plan)
     findings.append(unchanged(before, state_digest(defense), defense.training))
-    return Result(scores, inside, distance, findings, behind, rounded, watched)
+    panels = _pictures(defense, some, sets, scores[CLEAN], plan) if part == 0 else {}
+    return Result(scores, inside, distance, findings, behind, rounded, watched, panels)
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -162,7 +166,20 @@ def merge(parts: Sequence[Result]) -> Result:
         ),
         rounded=together([part.rounded for part in parts]),
         watched=merge_watched([part.watched for part in parts]),
+        panels=first.panels,
     )
+
+
+def _pictures(
+    defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], clean: Score, plan: Plan
+) -> dict[str, Panel]:
+    """Picture the first images that the bare classifier gets right, and the defense mostly."""
+    bare = Defense(defense.classifier, None)
+    right = _once(bare, images.pixels(), images, plan, "clean").score > 0
+    rows = torch.from_numpy((right & (2 * clean.score > clean.draws)).nonzero()[0])
+    rows = rows[: plan.scoring.shown]
+    crafted = {name: x[rows] for name, x in sets.items() if name != CLEAN}
+    return look(defense, images[rows], crafted, plan.seed, plan.batch)
 
 
 def _rows(folder: Path, part: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from components import checks, data
-from components.adversarial import seal, write_crafted
+from components.adversarial import read_crafted, seal, write_crafted
 from components.attacks import Crafted, Linf
 from components.attacks.cw import CwL2
 from components.attacks.gradient import Pgd
@@ -30,6 +31,7 @@ from components.purifiers.controls import BitDepth, GaussianNoise
 from components.shards import part_name, write_json
 from pipelines import scores, scoring, verdict
 from pipelines.crafting import Subject
+from pipelines.microscope import look
 from pipelines.params import MODES, Scoring
 from pipelines.report import BLIND, MEANINGS, describe_subject, settings, write_report
 from pipelines.scoring import Entry, Plan, Result, summary
@@ -72,7 +74,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] = self.tags.get(tag, 0) + 1
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -121,17 +123,25 @@ class World:
             surrogate=None,
         )
         self.entries = [self._entry(name) for name in RIGHT]
+        self.results = [self._result(entry) for entry in self.entries]
         self.metrics = {
             "selftest": {"cases": 34, "caught": 34},
             "threat_model": {
                 **THREAT.model_dump(), "n": N, "select_draws": 32, "score_draws": 32
             },
-            "defenses": {e.name: summary(e, self._result(e), self.plan) for e in self.entries},
+            "defenses": {
+                entry.name: summary(entry, result, self.plan)
+                for entry, result in zip(self.entries, self.results, strict=True)
+            },
         }  # fmt: skip
 
-    def html(self) -> str:
+    def html(
+        self, metrics: Mapping[str, Any] | None = None, results: Sequence[Result] | None = None
+    ) -> str:
+        """The report, of these metrics and results instead of its own where they are given."""
         out = self.root / "report.html"
-        write_report(out, self.metrics, self.entries, self.plan, self.models, 3)
+        metrics, results = metrics or self.metrics, results or self.results
+        write_report(out, metrics, self.entries, results, self.plan, self.models)
         return out.read_text()
 
     def _model(self, name: str, model: Config, made_from: Mapping[str, str]) -> None:
@@ -201,7 +211,11 @@ class World:
         distance = {name: np.full(N, 1.25) for name in right}
         scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
         watched = _watched(entry.name, list(right))
-        return Result(scored, inside, distance, findings, (score(N), score(9)), score(6), watched)
+        first = self.test[torch.arange(3)]
+        sets = {name: read_crafted(folder).images[:3] for name, folder in entry.sets.items()}
+        panels = look(entry.subject.defense(), first, sets, 0, 5)
+        unseen = (score(N), score(9))
+        return Result(scored, inside, distance, findings, unseen, score(6), watched, panels)
 
 
 def _watched(name: str, sets: list[str]) -> Watched | None:
@@ -290,13 +304,12 @@ def test_stand_ins_stand_in_the_tables_where_they_were_run(world: World, page: P
     assert row.count("has none") == 1 and "rounded shows" not in page.text
 
 
-def test_a_column_has_words_for_every_rung(world: World, tmp_path: Path) -> None:
+def test_a_column_has_words_for_every_rung(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     rungs = found["defenses"]["rounded"]["rungs"]
     rungs |= dict.fromkeys(MODES, rungs["full"])
-    out = tmp_path / "report.html"
-    write_report(out, found, world.entries, world.plan, world.models, 0)
-    words = Page(out.read_text()).text
+    html = world.html(found)
+    words = Page(html).text
     assert all(f"{kind} stand\N{NON-BREAKING HYPHEN}in gradient" in words for kind in STAND_INS)
 
 
@@ -351,32 +364,27 @@ def test_a_detector_no_better_than_one_that_knows_nothing_is_named(page: Page) -
     assert "student_adaptive on" not in page.text
 
 
-def test_a_void_rung_says_nothing_of_a_detector(world: World, tmp_path: Path) -> None:
+def test_a_void_rung_says_nothing_of_a_detector(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     found["defenses"]["noisy"]["checks"]["warnings"].append("gradient_present/full")
-    out = tmp_path / "report.html"
-    write_report(out, found, world.entries, world.plan, world.models, 0)
-    section = detection_of(out.read_text())
+    html = world.html(found)
+    section = detection_of(html)
     assert "noisy on 1 of 1 sets" in section and "<s>0.500</s>" in section
 
 
-def test_detect_or_correct_is_an_upper_bound_where_the_headline_is(
-    world: World, tmp_path: Path
-) -> None:
+def test_detect_or_correct_is_an_upper_bound_where_the_headline_is(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     found["defenses"]["student_adaptive"]["headline"]["upper_bound"] = True
-    out = tmp_path / "report.html"
-    write_report(out, found, world.entries, world.plan, world.models, 0)
-    assert detection_of(out.read_text()).count('<s class="n">100.0 %</s>') == 2
+    html = world.html(found)
+    assert detection_of(html).count('<s class="n">100.0 %</s>') == 2
 
 
-def test_without_a_detector_there_is_no_section(world: World, tmp_path: Path) -> None:
+def test_without_a_detector_there_is_no_section(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     for one in found["defenses"].values():
         one["detection"] = None
-    out = tmp_path / "report.html"
-    write_report(out, found, world.entries, world.plan, world.models, 0)
-    assert "#detection" not in out.read_text() and "Detect" not in Page(out.read_text()).text
+    html = world.html(found)
+    assert "#detection" not in html and "Detect" not in Page(html).text
 
 
 def test_what_users_name_is_escaped(world: World, page: Page) -> None:
@@ -388,25 +396,42 @@ def test_what_users_name_is_escaped(world: World, page: Page) -> None:
 def test_pictures_curves_and_models_are_there(world: World, page: Page) -> None:
     assert page.text.count("true: ") >= 3
     assert "adversarial" in page.text and "|difference|" in page.text
-    assert world.html().count("data:image/png") == len(RIGHT)
+    assert world.html().count("data:image/png") == sum(len(sets) for sets in RIGHT.values())
     assert "val_accuracy 87.5" in page.text and "loss 0.125" in page.text
     mark = fingerprint(world.models / "teacher")[:12]
     assert f"teacher 0: teacher {mark}" in page.text and "gone: no longer there" in page.text
     assert "forgotten" not in page.text
 
 
-def test_a_set_that_was_not_counted_is_named(world: World, tmp_path: Path) -> None:
+def picked(html: str, name: str) -> list[str]:
+    """Return the labels of the picker `name`, the one shown first marked by a star."""
+    inputs = rf'<input type="radio" name="{name}" id="(.*?)"( checked)?><label for="(.*?)">(.*?)<'
+    found = re.findall(inputs, html)
+    assert all(one == other for one, _, other, _ in found)
+    return [label + "*" * bool(chosen) for _, chosen, _, label in found]
+
+
+def test_every_defense_and_every_set_can_be_picked(world: World) -> None:
+    html = world.html()
+    names = [name.replace("<", "&lt;").replace(">", "&gt;") for name in RIGHT]
+    assert picked(html, "defense") == [n + "*" * (n == "student_adaptive") for n in names]
+    sets = ["grey box, pgd", "BPDA, pgd", "full gradient, pgd*", "full gradient, cw"]
+    assert picked(html, "attack-2") == sets
+    assert picked(html, "attack-5") == ["BPDA, pgd*", "soft stand-in, pgd", "full gradient, pgd"]
+    assert "full gradient, pgd: carries 12 of the 12 images." in Page(html).text
+    assert html.count("the rung is void: no usable gradient") == 2
+
+
+def test_a_set_that_was_not_counted_is_named(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     del found["defenses"]["student_grey"]["attacks"]["full/cw"]
-    out = tmp_path / "report.html"
-    write_report(out, found, world.entries, world.plan, world.models, 3)
-    assert "full gradient, cw not counted" in Page(out.read_text()).text
+    html = world.html(found)
+    assert "full gradient, cw not counted" in Page(html).text
 
 
-def test_nothing_to_show_is_said(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "report.html"
-    write_report(out, world.metrics, world.entries, world.plan, world.models, 0)
-    assert "Nothing to show" in out.read_text() and "data:image" not in out.read_text()
+def test_nothing_to_show_is_said(world: World) -> None:
+    html = world.html(results=[replace(result, panels={}) for result in world.results])
+    assert "Nothing to show" in html and "data:image" not in html
 
 
 def test_every_check_has_a_meaning() -> None:
