@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from components.attacks import Attack, Crafted
 from components.defense import Defense
 from components.draws import Draws, Role
 
@@ -23,6 +24,14 @@ Counts = npt.NDArray[np.int64]
 Z95 = 1.959963984540054
 # The name of the clean images among the sets.
 CLEAN = "clean"
+# Attacks that leave an image alone once it is fooled, by kind. The others go on: for a smaller
+# distance, for less suspicion, or by their number of steps.
+STOPPING = frozenset((
+    "fgsm", "r_fgsm", "bim", "pgd", "stadv", "apgd_ce", "apgd_dlr", "apgd_t", "autoattack",
+    "square", "fab_t", "flip",
+))  # fmt: skip
+# Points of a curve over passes, to every tenfold.
+TO_TENFOLD = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,42 @@ class Score:
     def share(self) -> npt.NDArray[np.float64]:
         """Return the share of right answers per image, under the scoring noise."""
         return self.score / self.draws
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a set cost: forward and backward passes on every image (N,), and which are `fooled`.
+
+    Where the attack stops at success (`stops`), an image was fooled when its passes ended.
+    """
+
+    passes: Counts
+    fooled: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, crafted: Crafted) -> "Effort":
+        """Count both kinds of passes together."""
+        passes = crafted.forward + crafted.backward
+        return cls(passes.numpy(), crafted.success.numpy())
+
+    def longest(self) -> int:
+        """Return the most passes spent on an image."""
+        return int(self.passes.max(initial=1))
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Return (k, share of the images that k passes did not fool), to the last that were spent.
+
+        The k are whole numbers, evenly spaced by their logarithm.
+        """
+        most = self.longest()
+        evenly = np.geomspace(1, most, 1 + int(np.ceil(TO_TENFOLD * np.log10(most))))
+        counts = np.unique(evenly.round().astype(np.int64))
+        return [(int(k), float(1 - (self.fooled & (self.passes <= k)).mean())) for k in counts]
+
+
+def stops(attack: Attack) -> bool:
+    """Say whether the attack leaves an image of a deterministic defense alone once it is fooled."""
+    return attack.kind in STOPPING and bool(getattr(attack, "early_stop", True))
 
 
 def count_correct(

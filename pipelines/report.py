@@ -22,6 +22,7 @@ from components.defense import STAND_INS
 from components.detection import CURVE, RATES
 from components.shards import DataError, write_bytes
 from pipelines.crafting import Subject
+from pipelines.curves import HUES, Chart, longest, over_passes, over_radius, radii
 from pipelines.params import MODES
 from pipelines.scoring import Entry, Plan, Result
 
@@ -134,6 +135,11 @@ def write_report(
         classes=len(test.class_names),
         scored=scored,
         columns=[m for m in MODES if m in SHOWN or any(each["ladder"][m] for each in scored)],
+        hue_count=HUES,
+        radius=describe_radius(metrics["threat_model"]),
+        probed=sorted({score["n"] for e in scored for score in e["radii"].values()}),
+        over_radius=over_radius({e["name"]: e["radii"] for e in scored if e["radii"]}),
+        over_passes=_over_passes(scored),
         detectors=[each for each in scored if each["detection"]],
         # One axis for all, so that they can be compared.
         widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
@@ -176,14 +182,19 @@ def settings(value: Mapping[str, Any]) -> str:
 
 def describe_threat(threat: Mapping[str, Any]) -> str:
     """Say what the attacker may change; the radius in [0,1] and in 255ths."""
+    radius = describe_radius(threat)
+    if threat["norm"] == "linf":
+        return f"L-infinity, radius {radius}: no pixel changes by more"
+    return f"L2, radius {radius}: no image moves further, in Euclidean distance over all its pixels"
+
+
+def describe_radius(threat: Mapping[str, Any]) -> str:
+    """Return the radius in 255ths and in [0,1]."""
     if threat["norm"] == "linf":
         eps = float(threat["eps_255"])
-        return f"L-infinity, radius {eps:g}/255 = {eps / 255:.4g}: no pixel changes by more"
+        return f"{eps:g}/255 = {eps / 255:.4g}"
     eps = float(threat["eps_l2"])
-    return (
-        f"L2, radius {255 * eps:g}/255 = {eps:g}: no image moves further, in Euclidean distance "
-        "over all its pixels"
-    )
+    return f"{255 * eps:g}/255 = {eps:g}"
 
 
 def illusion(name: str, found: Mapping[str, Any]) -> str:
@@ -255,7 +266,7 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
     findings = found["checks"]["findings"]
     failed = sorted((f for f in findings if not f["passed"]), key=lambda f: str(f["level"]))
     passed = sorted((f for f in findings if f["passed"]), key=_check)
-    lacking = set(STAND_INS) - set(entry.subject.stand_ins())
+    lacking, void = set(STAND_INS) - set(entry.subject.stand_ins()), void_rungs(found)
     return {
         **found,
         "name": entry.name,
@@ -266,10 +277,16 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
         "curve": _curve(found["detection"]) if found["detection"] else None,
         "ladder": {mode: found["rungs"].get(mode) for mode in MODES},
         "lacking": lacking,
-        "void": void_rungs(found),
+        "void": void,
         "sets": {name: found["attacks"].get(name) for name in entry.sets},
         "failed": failed,
         "passed": {check: list(group) for check, group in groupby(passed, key=_check)},
+        "radii": radii(found),
+        "efforts": {
+            name: result.efforts[name]
+            for name in entry.sets
+            if name in result.efforts and name.partition("/")[0] not in void
+        },
         "panels": {name: result.panels[name] for name in entry.sets if name in result.panels},
         "first": _first(entry, found, plan),
     }
@@ -288,6 +305,16 @@ def _best(scored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the defense with the highest lower bound among those without a blocking failure."""
     sound = [s for s in scored if s["role"] == "defense" and not s["headline"]["upper_bound"]]
     return max(sound, key=lambda each: float(each["headline"]["low"]), default=None)
+
+
+def _over_passes(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
+    """Draw what is left standing over passes, of every entry on the same axis."""
+    most = longest([each["efforts"] for each in scored])
+    return {
+        each["name"]: over_passes(each["name"], each["efforts"], most)
+        for each in scored
+        if each["efforts"]
+    }
 
 
 def _first(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:

@@ -42,9 +42,11 @@ from components.draws import Role
 from components.evaluation import (
     CLEAN,
     Counts,
+    Effort,
     Score,
     count_correct,
     majority_of,
+    stops,
     summarise,
     worst,
     worst_of,
@@ -100,7 +102,7 @@ class Result:
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
     bits; `watched` is what the purifier makes of them as a detector, if it is one; `panels` are
-    pictures of every set.
+    pictures of every set, `efforts` what those cost that see through and stop at success.
     """
 
     scores: Mapping[str, Score]
@@ -111,6 +113,7 @@ class Result:
     rounded: Score
     watched: Watched | None
     panels: Mapping[str, Panel]
+    efforts: Mapping[str, Effort]
 
 
 def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
@@ -120,7 +123,7 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     before = state_digest(defense)
     images = data.read(plan.test)
     rows = _rows(plan.test, part)
-    stored, findings = _stored(entry, plan, images)
+    stored, efforts, findings = _stored(entry, plan, images)
     some, pixels = images[rows], images.pixels()[rows]
     sets = {name: x[rows] for name, x in stored.items()}
     scores = {name: _score(defense, x, some, plan, name) for name, x in sets.items()}
@@ -141,7 +144,12 @@ def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     findings += _recorded(entry, plan)
     findings.append(unchanged(before, state_digest(defense), defense.training))
     panels = _pictures(defense, some, sets, scores[CLEAN], plan) if part == 0 else {}
-    return Result(scores, inside, distance, findings, behind, rounded, watched, panels)
+    spent = {
+        name: Effort(one.passes[rows.numpy()], one.fooled[rows.numpy()])
+        for name, one in efforts.items()
+        if _spends(name, entry, plan) and not defense.stochastic
+    }
+    return Result(scores, inside, distance, findings, behind, rounded, watched, panels, spent)
 
 
 def merge(parts: Sequence[Result]) -> Result:
@@ -167,6 +175,7 @@ def merge(parts: Sequence[Result]) -> Result:
         rounded=together([part.rounded for part in parts]),
         watched=merge_watched([part.watched for part in parts]),
         panels=first.panels,
+        efforts={name: _together([part.efforts[name] for part in parts]) for name in first.efforts},
     )
 
 
@@ -182,6 +191,20 @@ def _pictures(
     return look(defense, images[rows], crafted, plan.seed, plan.batch)
 
 
+def _together(efforts: Sequence[Effort]) -> Effort:
+    passes = np.concatenate([effort.passes for effort in efforts])
+    return Effort(passes, np.concatenate([effort.fooled for effort in efforts]))
+
+
+def _spends(name: str, entry: Entry, plan: Plan) -> bool:
+    """Say whether the passes of a set tell when its images were fooled, and by seeing through.
+
+    Against a random defense no attack stops: one draw is no success.
+    """
+    seeing = name.partition("/")[0] in _white(entry)
+    return seeing and plan.bounded(name) and stops(plan.attack(name))
+
+
 def _rows(folder: Path, part: int) -> Tensor:
     """Return the positions of a part within its whole set."""
     sizes = [int(file["rows"]) for file in read_manifest(folder)["files"]]
@@ -193,9 +216,13 @@ def _share(images: ImageSet, part: int, parts: int) -> ImageSet:
     return images[torch.arange(part, len(images), parts)]
 
 
-def _stored(entry: Entry, plan: Plan, images: ImageSet) -> tuple[dict[str, Tensor], list[Finding]]:
-    """Read the clean images and every set that may be counted, and say what was checked."""
-    stored = {CLEAN: images.pixels()}
+def _stored(
+    entry: Entry, plan: Plan, images: ImageSet
+) -> tuple[dict[str, Tensor], dict[str, Effort], list[Finding]]:
+    """Read the clean images and every set that may be counted, what each of these cost, and say
+    what was checked.
+    """
+    stored, efforts = {CLEAN: images.pixels()}, {}
     findings = [Finding(**finding) for finding in json.loads(entry.probes.read_text())]
     for name, folder in entry.sets.items():
         crafted = read_crafted(folder)
@@ -204,8 +231,8 @@ def _stored(entry: Entry, plan: Plan, images: ImageSet) -> tuple[dict[str, Tenso
         judged.append(_provenance(name, folder, entry, plan))
         findings += [*judged, effort(name, plan.attack(name), crafted)]
         if all(finding.passed for finding in judged):
-            stored[name] = crafted.images
-    return stored, findings
+            stored[name], efforts[name] = crafted.images, Effort.of(crafted)
+    return stored, efforts, findings
 
 
 def headline(result: Result) -> tuple[list[str], Score]:

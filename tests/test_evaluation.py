@@ -7,16 +7,23 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
+from test_attacks import LINF, SAMPLES, VARIANTS, make
 from torch import Tensor, nn
 
+from components.attacks import craft
+from components.classifiers import Classifier
+from components.data import ImageSet
 from components.defense import Defense
 from components.draws import Draws
 from components.evaluation import (
+    STOPPING,
+    Effort,
     Score,
     count_correct,
     holm,
     majority_of,
     more_fooled,
+    stops,
     summarise,
     wilson,
     worst,
@@ -307,3 +314,47 @@ def test_noise_that_selects_does_not_score() -> None:
     assert set(chosen) == set(names)
     assert abs(headline.share().mean() - 0.6) < 4 * sqrt(0.24 / 2000 / 32)
     assert (headline.select / 32).mean() < 0.5
+
+
+class Witness(nn.Module):
+    """A classifier that notes of every look whether an image of it was fooled; `label` is true."""
+
+    seen: list[bool] = []
+
+    def __init__(self, classifier: Classifier, label: int) -> None:
+        super().__init__()
+        self.classifier, self.label = classifier, label
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x)
+        Witness.seen.append(bool((logits.argmax(1) != self.label).any()))
+        return logits
+
+
+@pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS])
+def test_where_an_attack_stops_its_passes_end_when_the_image_is_fooled(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    attack = make(name)
+    if not stops(attack):
+        assert attack.kind not in STOPPING or not attack.early_stop
+        return
+    after, fell, far = [], 0, LINF.scaled(2.5)
+    for row in range(12):
+        one = test_set[torch.tensor([row])]
+        Witness.seen.clear()
+        witness = Defense(Witness(classifier, int(one.labels)), None)
+        crafted = craft(attack, witness, "full", one, far, 0, 1)
+        if crafted.success.any() and not Witness.seen[0]:
+            fell += 1
+            after.append(len(Witness.seen) - 1 - Witness.seen.index(True))
+    # What `craft` itself asks is one look, and the one that finds out may have been a comparison.
+    assert fell and max(after) <= 2
+
+
+def test_a_curve_over_passes_counts_who_still_stands() -> None:
+    effort = Effort(np.array([1, 3, 3, 50, 50]), np.array([True, True, False, True, False]))
+    curve = dict(effort.curve())
+    assert (curve[1], curve[2], curve[3], curve[50]) == (0.8, 0.8, 0.6, 0.4)
+    assert list(curve) == sorted(curve) and list(curve)[-1] == effort.longest() == 50
+    assert Effort(np.array([1]), np.array([True])).curve() == [(1, 0.0)]

@@ -24,7 +24,7 @@ from components.config import Config
 from components.data import ImageSet
 from components.defense import STAND_INS
 from components.detection import CURVE, Watched
-from components.evaluation import Score
+from components.evaluation import Effort, Score, wilson
 from components.purifiers.apudae import Apudae
 from components.purifiers.autoencoder import ConvAutoencoder
 from components.purifiers.controls import BitDepth, GaussianNoise
@@ -55,6 +55,13 @@ RIGHT = {
     "noisy": {"classifier/pgd": 12, "full/pgd": 1},
     "rounded": {"bpda/pgd": 4, "soft/pgd": 3, "full/pgd": 12},
     EVIL: {"full/pgd": 12},
+}
+# Four images fall after 1, 10, 10 and 100 passes, eight stand after 200.
+EFFORT = Effort(np.array([1, 10, 10, 100] + [200] * 8), np.arange(N) < 4)
+# Shares right at multiples of the radius, of the entries that were probed.
+PROBES = {
+    "none": {"0": 1.0, "0.25": 0.5, "1": 0.0, "4": 0.0},
+    "noisy": {"0": 1.0, "0.25": 0.875, "1": 0.25, "4": 0.0},
 }
 ROLES = {"none": "baseline", "noisy": "control", "rounded": "control", EVIL: "control"}
 
@@ -201,6 +208,10 @@ class World:
             Finding(name=f"accounting/{name}", level="block", passed=True, detail="all there")
             for name in right
         ]
+        if entry.name in PROBES:
+            figures = {**PROBES[entry.name], "n": 16.0}
+            radius = {"name": "radius_pays", "level": "block", "passed": True, "detail": "falls"}
+            findings.append(Finding(**radius, figures=figures))
         if entry.name == EVIL:
             detail = "100.0% of 12 images have a zero gradient <i>"
             lie = Finding(name="gradient_present/full", level="block", passed=False, detail=detail)
@@ -215,7 +226,10 @@ class World:
         sets = {name: read_crafted(folder).images[:3] for name, folder in entry.sets.items()}
         panels = look(entry.subject.defense(), first, sets, 0, 5)
         unseen = (score(N), score(9))
-        return Result(scored, inside, distance, findings, unseen, score(6), watched, panels)
+        efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
+        return Result(
+            scored, inside, distance, findings, unseen, score(6), watched, panels, efforts
+        )
 
 
 def _watched(name: str, sets: list[str]) -> Watched | None:
@@ -322,14 +336,14 @@ def test_how_a_network_is_used_is_said() -> None:
     assert describe_subject(Subject(Path("models/standard"))) == "bare classifier standard"
 
 
-def detection_of(html: str) -> str:
-    (section,) = re.findall(r'<section id="detection">.*?</section>', html, re.DOTALL)
-    return str(section)
+def section(html: str, name: str) -> str:
+    (found,) = re.findall(rf'<section id="{name}">.*?</section>', html, re.DOTALL)
+    return str(found)
 
 
 def test_detection_is_said_as_measured(world: World) -> None:
     html = world.html()
-    words = Page(detection_of(html)).text
+    words = Page(section(html, "detection")).text
     assert '<a href="#detection">' in html
     assert "another claim than robust accuracy" in words
     assert "student_adaptive thresholds on 20 images" in words
@@ -347,16 +361,16 @@ def test_detection_is_said_as_measured(world: World) -> None:
 
 
 def test_the_tradeoff_is_drawn_from_the_curve(world: World) -> None:
-    section = detection_of(world.html())
-    drawn = re.findall(r'<polyline points="(.*?) "/>', section)
+    shown = section(world.html(), "detection")
+    drawn = re.findall(r'<polyline points="(.*?) "/>', shown)
     curve = world.metrics["defenses"]["noisy"]["detection"]["curve"]
     # Half of the clean images and more are rejected, so that the axis ends at all of them.
-    assert curve[-1][0] > 0.5 and "100 % of clean images rejected" in section
+    assert curve[-1][0] > 0.5 and "100 % of clean images rejected" in shown
     points = [(46 + 246 * x, 110 - 104 * y) for x, y in curve]
     assert len(drawn) == 2 and len(points) == len(CURVE)
     for point, (x, y) in zip(drawn[1].split(" "), points, strict=True):
         assert [float(value) for value in point.split(",")] == pytest.approx([x, y], abs=0.06)
-    assert section.count("<circle") == 4 and section.count('<circle class="hollow"') == 2
+    assert shown.count("<circle") == 4 and shown.count('<circle class="hollow"') == 2
 
 
 def test_a_detector_no_better_than_one_that_knows_nothing_is_named(page: Page) -> None:
@@ -368,15 +382,15 @@ def test_a_void_rung_says_nothing_of_a_detector(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     found["defenses"]["noisy"]["checks"]["warnings"].append("gradient_present/full")
     html = world.html(found)
-    section = detection_of(html)
-    assert "noisy on 1 of 1 sets" in section and "<s>0.500</s>" in section
+    shown = section(html, "detection")
+    assert "noisy on 1 of 1 sets" in shown and "<s>0.500</s>" in shown
 
 
 def test_detect_or_correct_is_an_upper_bound_where_the_headline_is(world: World) -> None:
     found = json.loads(json.dumps(world.metrics))
     found["defenses"]["student_adaptive"]["headline"]["upper_bound"] = True
     html = world.html(found)
-    assert detection_of(html).count('<s class="n">100.0 %</s>') == 2
+    assert section(html, "detection").count('<s class="n">100.0 %</s>') == 2
 
 
 def test_without_a_detector_there_is_no_section(world: World) -> None:
@@ -385,6 +399,46 @@ def test_without_a_detector_there_is_no_section(world: World) -> None:
         one["detection"] = None
     html = world.html(found)
     assert "#detection" not in html and "Detect" not in Page(html).text
+
+
+def test_the_probe_over_the_radius_is_drawn_with_its_intervals(world: World) -> None:
+    found = section(world.html(), "radius")
+    words = Page(found).text
+    assert "not its headline" in words and "on the first 16 test images" in words
+    one, two = re.findall(
+        r'<g class="h(\d)"><path d="(.*?)"/><polyline points="(.*?) "/></g>', found
+    )
+    assert (one[0], two[0]) == ("0", "1")
+    heights = [float(point.split(",")[1]) for point in two[2].split(" ")]
+    assert heights == pytest.approx([8 + 150 * (1 - y) for y in PROBES["noisy"].values()], abs=0.06)
+    bars = re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", two[1])
+    expected = [8 + 150 * (1 - end) for y in PROBES["noisy"].values() for end in wilson(y, 16)]
+    assert [float(end) for bar in bars for end in bar] == pytest.approx(expected, abs=0.06)
+    assert "noisy 100.0 % 80.6\N{EN DASH}100.0 87.5 %" in words and "times 51/255 = 0.2" in words
+
+
+def test_without_a_probe_the_report_says_how_to_get_one(world: World) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    for one in found["defenses"].values():
+        checks_ = one["checks"]
+        checks_["findings"] = [f for f in checks_["findings"] if f["name"] != "radius_pays"]
+    words = section(world.html(found), "radius")
+    assert "checks.thorough: true" in words and "<svg" not in words
+
+
+def test_what_stands_over_passes_is_drawn_where_it_is_honest(world: World) -> None:
+    found = section(world.html(), "compute")
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", found)
+    # The full rung of `rounded` is void.
+    assert titles == ["none: images still right", "student_grey: images still right"]
+    drawn, *_ = re.findall(r'<polyline points="(.*?) "/>', found)
+    points = [tuple(float(part) for part in point.split(",")) for point in drawn.split(" ")]
+    assert points[0] == pytest.approx((44, 8 + 150 / 12), abs=0.06)
+    assert points[-1] == pytest.approx((44 + 364, 8 + 150 * 4 / 12), abs=0.06)
+    assert sorted(points) == points and sorted(y for _, y in points) == [y for _, y in points]
+    words = Page(found).text
+    assert "full gradient, pgd 66.7 %" in words
+    assert "Missing on purpose: noisy." in words
 
 
 def test_what_users_name_is_escaped(world: World, page: Page) -> None:

@@ -59,6 +59,7 @@ def test_accuracy_falls_as_the_radius_grows(bench: Bench) -> None:
     assert found.passed
     curve = [found.figures[f"{factor:g}"] for factor in (0, *trials.RADII)]
     assert curve[0] > 0.9 and curve[-1] < 0.05 and curve == sorted(curve, reverse=True)
+    assert found.figures["n"] == len(bench.x)
     clean = (bench.defense(bench.x).argmax(1) == bench.labels).double().mean()
     assert curve[0] == pytest.approx(float(clean)), "radius 0 is clean"
 

@@ -137,7 +137,7 @@ def radii(bench: Bench) -> Finding:
         passed=min(values) >= SIGNIFICANT,
         detail="right at multiples of the radius: "
         + ", ".join(f"{factor}: {value:.1%}" for factor, value in figures.items()),
-        figures=figures,
+        figures={**figures, "n": float(len(bench.x))},
     )
 
 
