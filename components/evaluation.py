@@ -123,6 +123,17 @@ def summarise(shares: npt.NDArray[np.float64]) -> dict[str, float | int]:
     return {"accuracy": share, "low": low, "high": high, "n": n}
 
 
+def per_class(
+    shares: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], names: Sequence[str]
+) -> dict[str, dict[str, float | int]]:
+    """Return accuracy, interval and n of every class that has images, in the order of classes."""
+    return {
+        name: summarise(shares[labels == index])
+        for index, name in enumerate(names)
+        if (labels == index).any()
+    }
+
+
 def worst(scores: Mapping[str, Score], order: Sequence[str]) -> tuple[list[str], Score]:
     """Return per image the name of the worst entry by `select`, and the scores of these choices.
 

@@ -109,7 +109,9 @@ def run(
             "score_draws": params.scoring.score_draws,
         },
         "defenses": {
-            entry.name: summary(entry, replace(result, findings=[*result.findings, leaked]), plan)
+            entry.name: summary(
+                entry, replace(result, findings=[*result.findings, leaked]), plan, images
+            )
             for entry, result in zip(entries, results, strict=True)
         },
     }

@@ -30,6 +30,8 @@ TEMPLATE = "report.html.j2"
 ROLES = ("baseline", "defense", "control")
 # Columns of the score table that are there even where nothing was run.
 SHOWN = ("classifier", "bpda", "full")
+# Classes that fit beside each other; of more, only those that stand worst are listed.
+WIDE = 20
 BLIND = {
     "transfer": "has only another classifier",
     "classifier": "ignores the purifier",
@@ -140,6 +142,8 @@ def write_report(
         probed=sorted({score["n"] for e in scored for score in e["radii"].values()}),
         over_radius=over_radius({e["name"]: e["radii"] for e in scored if e["radii"]}),
         over_passes=_over_passes(scored),
+        class_names=test.class_names,
+        wide=WIDE,
         detectors=[each for each in scored if each["detection"]],
         # One axis for all, so that they can be compared.
         widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
@@ -281,6 +285,7 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
         "sets": {name: found["attacks"].get(name) for name in entry.sets},
         "failed": failed,
         "passed": {check: list(group) for check, group in groupby(passed, key=_check)},
+        "weakest": sorted(found["per_class"].items(), key=lambda each: each[1]["accuracy"]),
         "radii": radii(found),
         "efforts": {
             name: result.efforts[name]

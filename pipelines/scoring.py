@@ -46,6 +46,7 @@ from components.evaluation import (
     Score,
     count_correct,
     majority_of,
+    per_class,
     stops,
     summarise,
     worst,
@@ -241,8 +242,8 @@ def headline(result: Result) -> tuple[list[str], Score]:
     return worst(counted, list(counted))
 
 
-def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
-    """Sum up one entry for metrics.json."""
+def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[str, Any]:
+    """Sum up one entry on the test images for metrics.json."""
     counted = _counted(result.scores, result.inside)
     chosen, carried = headline(result)
     rungs = {
@@ -259,6 +260,7 @@ def summary(entry: Entry, result: Result, plan: Plan) -> dict[str, Any]:
         "stochastic": bool(clean.draws > 1),
         "clean": summarise(clean.share()),
         "headline": {**summarise(carried.share()), "upper_bound": bool(failed)},
+        "per_class": per_class(carried.share(), images.labels.numpy(), images.class_names),
         "carried_by": {n: chosen.count(n) for n in dict.fromkeys(chosen)},
         "rungs": {mode: summarise(score.share()) for mode, score in rungs.items()},
         "white_box": None if white_box is None else summarise(white_box),

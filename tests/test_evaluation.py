@@ -23,6 +23,7 @@ from components.evaluation import (
     holm,
     majority_of,
     more_fooled,
+    per_class,
     stops,
     summarise,
     wilson,
@@ -358,3 +359,10 @@ def test_a_curve_over_passes_counts_who_still_stands() -> None:
     assert (curve[1], curve[2], curve[3], curve[50]) == (0.8, 0.8, 0.6, 0.4)
     assert list(curve) == sorted(curve) and list(curve)[-1] == effort.longest() == 50
     assert Effort(np.array([1]), np.array([True])).curve() == [(1, 0.0)]
+
+
+def test_classes_are_counted_apart_in_their_order_and_only_where_there_are_images() -> None:
+    shares, labels = np.array([1.0, 0.5, 0.0, 1.0]), np.array([2, 0, 2, 2])
+    found = per_class(shares, labels, ["ten", "two", "one"])
+    assert list(found) == ["ten", "one"]
+    assert found["ten"] == summarise(shares[1:2]) and found["one"]["accuracy"] == 2 / 3

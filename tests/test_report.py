@@ -29,7 +29,7 @@ from components.purifiers.apudae import Apudae
 from components.purifiers.autoencoder import ConvAutoencoder
 from components.purifiers.controls import BitDepth, GaussianNoise
 from components.shards import part_name, write_json
-from pipelines import scores, scoring, verdict
+from pipelines import report, scores, scoring, verdict
 from pipelines.crafting import Subject
 from pipelines.microscope import look
 from pipelines.params import MODES, Scoring
@@ -137,7 +137,7 @@ class World:
                 **THREAT.model_dump(), "n": N, "select_draws": 32, "score_draws": 32
             },
             "defenses": {
-                entry.name: summary(entry, result, self.plan)
+                entry.name: summary(entry, result, self.plan, self.test)
                 for entry, result in zip(self.entries, self.results, strict=True)
             },
         }  # fmt: skip
@@ -439,6 +439,37 @@ def test_what_stands_over_passes_is_drawn_where_it_is_honest(world: World) -> No
     words = Page(found).text
     assert "full gradient, pgd 66.7 %" in words
     assert "Missing on purpose: noisy." in words
+
+
+def test_the_worst_class_stands_out(world: World) -> None:
+    shown = section(world.html(), "classes")
+    classes = world.metrics["defenses"]["student_adaptive"]["per_class"]
+    # Of twelve images the seven first are right under the worst attack.
+    for index, name in enumerate(CLASSES):
+        mine = (world.test.labels == index).numpy()
+        if not mine.any():
+            assert name not in classes
+            continue
+        one = classes[name]
+        assert one["n"] == mine.sum() and one["accuracy"] == mine[:7].sum() / mine.sum()
+        assert (one["low"], one["high"]) == wilson(one["accuracy"], one["n"])
+    least = min(classes.values(), key=lambda one: one["accuracy"])
+    (row,) = re.findall(r'<th scope="row">student_adaptive<.*?</tr>', shown, re.DOTALL)
+    bold = re.findall(r"<strong>(.*?)</strong>", row)
+    assert bold and set(bold) == {f"{100 * least['accuracy']:.1f} %"}
+
+
+def test_many_classes_are_summed_up_by_the_worst(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads(json.dumps(world.metrics))
+    for one in found["defenses"].values():
+        score = {"low": 0.5, "high": 1.0, "n": 9}
+        one["per_class"] = {f"c{i}": {"accuracy": 1 - i / 100, **score} for i in range(60)}
+    monkeypatch.setattr(report, "WIDE", 2)
+    shown = section(world.html(found), "classes")
+    assert "worst of 60: c59 41.0 %" in Page(shown).text
+    assert "c55" in shown and "c54" not in shown
 
 
 def test_what_users_name_is_escaped(world: World, page: Page) -> None:
