@@ -30,6 +30,7 @@ from pipelines.params import (
     CraftingView,
     Defended,
     Ladder,
+    Published,
     Scoring,
 )
 from pipelines.report import write_report
@@ -53,10 +54,11 @@ class EvaluateParams(CraftingView):
     baselines: dict[str, Baseline]
     defenses: dict[str, Defended]
     controls: dict[str, Control]
+    published: dict[str, Published]
     scoring: Scoring
     tracks = {
         **CraftingView.tracks,
-        **{name: name for name in ("baselines", "defenses", "controls", "scoring")},
+        **{n: n for n in ("baselines", "defenses", "controls", "published", "scoring")},
     }
 
 
@@ -108,6 +110,7 @@ def run(
             "select_draws": params.scoring.select_draws,
             "score_draws": params.scoring.score_draws,
         },
+        "published": {name: one.model_dump() for name, one in params.published.items()},
         "defenses": {
             entry.name: summary(
                 entry, replace(result, findings=[*result.findings, leaked]), plan, images

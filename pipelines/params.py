@@ -114,6 +114,13 @@ class Control(Config):
     ladder: Ladder
 
 
+class Published(Config):
+    """What a paper prints of a defense: shares right, of `clean` images and by mode/attack."""
+
+    source: Annotated[str, Field(min_length=1)]
+    accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]]
+
+
 class Scoring(Config):
     """How many draws of noise select and score for a stochastic defense, and how many to show."""
 
@@ -169,6 +176,7 @@ class Params(Config):
     baselines: dict[Name, Baseline]
     defenses: dict[Name, Defended]
     controls: dict[Name, Control]
+    published: dict[Name, Published]
     scoring: Scoring
     checks: Checks
     resources: Resources
@@ -212,6 +220,12 @@ class Params(Config):
                     _known(f"ladder of {name}: transfer", SURROGATE, self.baselines)
                 for attack in attacks:
                     _known(f"ladder of {name}", attack, self.attacks)
+        for name, published in self.published.items():
+            _known("published", name, scored_with)
+            ladder = scored_with[name].ladder
+            sets = [f"{mode}/{attack}" for mode, attacks in ladder.items() for attack in attacks]
+            for figure in published.accuracy:
+                _known(f"published.{name}.accuracy", figure, dict.fromkeys(["clean", *sets]))
         return self
 
     def model_of(self, name: str) -> PurifierConfig:

@@ -133,6 +133,7 @@ def write_report(
         threat=describe_threat(metrics["threat_model"]),
         threat_model=metrics["threat_model"],
         selftest=metrics["selftest"],
+        published=metrics["published"],
         shape=test.shape,
         classes=len(test.class_names),
         scored=scored,

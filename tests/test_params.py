@@ -87,6 +87,22 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("missing: 0.15", "missing: 1.5", "missing"),
         ("steps: 40, step: 0.1, restarts: 1", "steps: 0, step: 0.1, restarts: 1", "steps"),
         ("early_stop: true", "early_stop: no", "early_stop"),
+        (
+            "published: {}",
+            "published: {student_gray: {source: a, accuracy: {clean: 0.9}}}",
+            "did you mean student_grey?",
+        ),
+        (
+            "published: {}",
+            "published: {atop: {source: a, accuracy: {classifier/fgms: 0.9}}}",
+            "published.atop.accuracy names classifier/fgms, which is not there, did you mean "
+            "classifier/fgsm?",
+        ),
+        (
+            "published: {}",
+            "published: {atop: {source: a, accuracy: {clean: 98.7}}}",
+            "less than or equal to 1",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:

@@ -136,6 +136,7 @@ class World:
             "threat_model": {
                 **THREAT.model_dump(), "n": N, "select_draws": 32, "score_draws": 32
             },
+            "published": {},
             "defenses": {
                 entry.name: summary(entry, result, self.plan, self.test)
                 for entry, result in zip(self.entries, self.results, strict=True)
@@ -439,6 +440,19 @@ def test_what_stands_over_passes_is_drawn_where_it_is_honest(world: World) -> No
     words = Page(found).text
     assert "full gradient, pgd 66.7 %" in words
     assert "Missing on purpose: noisy." in words
+
+
+def test_published_figures_stand_beside_what_was_measured(world: World) -> None:
+    assert "#published" not in world.html()
+    found = json.loads(json.dumps(world.metrics))
+    figures = {"clean": 0.987, "classifier/pgd": 0.95, "full/cw": 0.5}
+    found["published"] = {"student_grey": {"source": "A <Paper>, Table 2", "accuracy": figures}}
+    del found["defenses"]["student_grey"]["attacks"]["full/cw"]
+    words = Page(section(world.html(found), "published")).text
+    assert "student_grey A <Paper>, Table 2 clean 98.7 % 100.0 % 75.8\N{EN DASH}100.0 +1.3" in words
+    assert "grey box, pgd 95.0 % 91.7 % 64.6\N{EN DASH}98.5 -3.3" in words
+    assert "full gradient, cw 50.0 % not counted" in words
+    assert "headline, worst of all not printed 0.0 % 0.0\N{EN DASH}24.2" in words
 
 
 def test_the_worst_class_stands_out(world: World) -> None:
