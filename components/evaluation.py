@@ -63,6 +63,14 @@ class Effort:
         passes = crafted.forward + crafted.backward
         return cls(passes.numpy(), crafted.success.numpy())
 
+    @classmethod
+    def together(cls, efforts: "Sequence[Effort]") -> "Effort":
+        """Return what several sets of the same images cost, each given as many passes."""
+        fooled = np.stack([effort.fooled for effort in efforts])
+        passes = np.stack([effort.passes for effort in efforts])
+        first = np.where(fooled, passes, passes.max(0)).min(0)
+        return cls(first, fooled.max(0))
+
     def longest(self) -> int:
         """Return the most passes spent on an image."""
         return int(self.passes.max(initial=1))

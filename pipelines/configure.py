@@ -3,8 +3,8 @@
 `python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
 writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
 `purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published` and any
-mapping whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps what both
-kinds know: how the splits are cut.
+mapping whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps
+what both kinds know: how the splits are cut.
 """
 
 import argparse

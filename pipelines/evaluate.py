@@ -1,4 +1,4 @@
-"""Reads all sets, models and data, writes the scores, the metrics and the report.
+"""Reads all sets, models and data, writes the scores, the metrics, the plots and the report.
 
 Only forward passes happen here. What is scored is what params.yaml names, never what happens to
 lie in a folder.
@@ -33,7 +33,8 @@ from pipelines.params import (
     Published,
     Scoring,
 )
-from pipelines.report import write_report
+from pipelines.plots import write_headlines, write_plots
+from pipelines.report import drawn, trained, write_report
 from pipelines.scoring import (
     Entry,
     Plan,
@@ -73,7 +74,9 @@ def run(
     adversarial: Path,
     selftest: Path,
     out_metrics: Path,
+    out_headlines: Path,
     out_scores: Path,
+    out_plots: Path,
     out_report: Path,
 ) -> dict[str, float]:
     """Score every baseline, defense and control on every set of its ladder."""
@@ -119,11 +122,15 @@ def run(
         },
     }
     _compare(entries, results, metrics["defenses"])
-    write_json(out_metrics, metrics)
-    write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
-    write_report(out_report, metrics, entries, results, plan, models)
-    context.registrations = _registrations(entries, metrics, context.dataset)
     scored = metrics["defenses"]
+    behind = list(trained(models, entries, plan))
+    efforts = {e.name: drawn(e, scored[e.name], r) for e, r in zip(entries, results, strict=True)}
+    write_json(out_metrics, metrics)
+    write_headlines(out_headlines, metrics)
+    write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
+    write_plots(out_plots, metrics, efforts, behind)
+    write_report(out_report, metrics, entries, results, plan, behind)
+    context.registrations = _registrations(entries, metrics, context.dataset)
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from components import data
 from components.checkpoints import ModelCard, fingerprint, read_card
 from components.defense import STAND_INS
 from components.detection import CURVE, RATES
+from components.evaluation import Effort
 from components.shards import DataError, write_bytes
 from pipelines.crafting import Subject
 from pipelines.curves import HUES, Chart, longest, over_passes, over_radius, radii
@@ -104,15 +105,16 @@ class Model:
     mark: str
     card: ModelCard
     made_from: list[str]
+    history: list[dict[str, float]]
     plots: list[Plot]
     terms: dict[str, float]
 
 
 def write_report(
     out: Path, metrics: Mapping[str, Any], entries: Sequence[Entry], results: Sequence[Result],
-    plan: Plan, models: Path,
+    plan: Plan, models: Sequence[Model],
 ) -> None:  # fmt: skip
-    """Write the report on `entries` and what was counted of each."""
+    """Write the report on `entries`, what was counted of each, and the `models` behind them."""
     test = data.read(plan.test)
     found = metrics["defenses"]
     scored = [
@@ -121,15 +123,7 @@ def write_report(
     ]
     curves = [each["curve"] for each in scored if each["curve"]]
     best = _best(scored)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": interval, "settings": settings}
-    html = environment.get_template(TEMPLATE).render(
+    html = form(TEMPLATE).render(
         threat=describe_threat(metrics["threat_model"]),
         threat_model=metrics["threat_model"],
         selftest=metrics["selftest"],
@@ -153,12 +147,25 @@ def write_report(
         best=best,
         shown_first=next((each for each in [best, *scored] if each and each["panels"]), None),
         meanings=MEANINGS,
-        models=list(_models(models, entries, plan)),
+        models=models,
         attacks={name: attack.model_dump(mode="json") for name, attack in plan.attacks.items()},
         plan=plan,
         versions=f"torch {torch.__version__}, Python {platform.python_version()}",
     )
     write_bytes(out, html.encode())
+
+
+def form(name: str) -> Template:
+    """Return a template that lies beside this module."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "interval": interval, "settings": settings}
+    return environment.get_template(name)
 
 
 def percent(share: float) -> str:
@@ -254,6 +261,13 @@ def void_rungs(found: Mapping[str, Any]) -> list[str]:
     return [mode for mode in MODES if f"gradient_present/{mode}" in failed]
 
 
+def drawn(entry: Entry, found: Mapping[str, Any], result: Result) -> dict[str, Effort]:
+    """Return what the sets cost whose passes say something, in the order of the ladder."""
+    void = void_rungs(found)
+    named = [name for name in entry.sets if name.partition("/")[0] not in void]
+    return {name: result.efforts[name] for name in named if name in result.efforts}
+
+
 def describe_subject(subject: Subject) -> str:
     """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
     if subject.control is not None:
@@ -271,7 +285,7 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
     findings = found["checks"]["findings"]
     failed = sorted((f for f in findings if not f["passed"]), key=lambda f: str(f["level"]))
     passed = sorted((f for f in findings if f["passed"]), key=_check)
-    lacking, void = set(STAND_INS) - set(entry.subject.stand_ins()), void_rungs(found)
+    lacking = set(STAND_INS) - set(entry.subject.stand_ins())
     return {
         **found,
         "name": entry.name,
@@ -282,17 +296,14 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
         "curve": _curve(found["detection"]) if found["detection"] else None,
         "ladder": {mode: found["rungs"].get(mode) for mode in MODES},
         "lacking": lacking,
-        "void": void,
+        "void": void_rungs(found),
         "sets": {name: found["attacks"].get(name) for name in entry.sets},
         "failed": failed,
         "passed": {check: list(group) for check, group in groupby(passed, key=_check)},
+        "lowest": _lowest(found),
         "weakest": sorted(found["per_class"].items(), key=lambda each: each[1]["accuracy"]),
         "radii": radii(found),
-        "efforts": {
-            name: result.efforts[name]
-            for name in entry.sets
-            if name in result.efforts and name.partition("/")[0] not in void
-        },
+        "efforts": drawn(entry, found, result),
         "panels": {name: result.panels[name] for name in entry.sets if name in result.panels},
         "first": _first(entry, found, plan),
     }
@@ -311,6 +322,14 @@ def _best(scored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the defense with the highest lower bound among those without a blocking failure."""
     sound = [s for s in scored if s["role"] == "defense" and not s["headline"]["upper_bound"]]
     return max(sound, key=lambda each: float(each["headline"]["low"]), default=None)
+
+
+def _lowest(found: Mapping[str, Any]) -> str:
+    """Return the rung that leaves least, void ones aside; "" where nothing was run."""
+    void = void_rungs(found)
+    rungs = {mode: found["rungs"][mode] for mode in MODES if mode in found["rungs"]}
+    sound = [mode for mode in rungs if mode not in void]
+    return min(sound, key=lambda mode: float(rungs[mode]["accuracy"]), default="")
 
 
 def _over_passes(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
@@ -333,7 +352,7 @@ def _first(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:
     return max(counted, key=lambda name: (plan.bounded(name), carried.get(name, 0)), default="")
 
 
-def _models(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:
+def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:
     """Yield the models behind the scores and, by their fingerprints, those they were made from.
 
     What merely lies in the folder is passed over.
@@ -380,6 +399,7 @@ def _model(folder: Path, known: Mapping[str, Path]) -> Model:
             f"{role}: {known[mark].name if mark in known else 'no longer there'} {mark[:SHORT]}"
             for role, mark in _made_from(card).items()
         ],
+        history=history,
         plots=[plot for plot in plots if plot.series],
         terms={name: line[-1] for name, line in curves.items()},
     )

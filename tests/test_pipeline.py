@@ -29,7 +29,9 @@ EVALUATE = {
     "adversarial": "adversarial",
     "selftest": "reports/selftest.json",
     "out_metrics": "reports/metrics.json",
+    "out_headlines": "reports/headlines",
     "out_scores": "reports/scores.parquet",
+    "out_plots": "reports/plots",
     "out_report": "reports/report.html",
 }
 

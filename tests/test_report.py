@@ -33,7 +33,7 @@ from pipelines import report, scores, scoring, verdict
 from pipelines.crafting import Subject
 from pipelines.microscope import look
 from pipelines.params import MODES, Scoring
-from pipelines.report import BLIND, MEANINGS, describe_subject, settings, write_report
+from pipelines.report import BLIND, MEANINGS, describe_subject, settings, trained, write_report
 from pipelines.scoring import Entry, Plan, Result, summary
 
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
@@ -149,7 +149,8 @@ class World:
         """The report, of these metrics and results instead of its own where they are given."""
         out = self.root / "report.html"
         metrics, results = metrics or self.metrics, results or self.results
-        write_report(out, metrics, self.entries, results, self.plan, self.models)
+        models = list(trained(self.models, self.entries, self.plan))
+        write_report(out, metrics, self.entries, results, self.plan, models)
         return out.read_text()
 
     def _model(self, name: str, model: Config, made_from: Mapping[str, str]) -> None:
@@ -310,6 +311,17 @@ def test_a_rung_is_void_by_a_warning_too(world: World, page: Page) -> None:
     assert "warning gradient_present/full" in page.text
 
 
+def test_the_lowest_rung_that_is_not_void_is_bold(world: World) -> None:
+    def bold(name: str) -> list[str]:
+        pattern = rf'<th scope="row">{name}<small>.*?</tr>'
+        row, *_ = re.findall(pattern, section(world.html(), "scores"), re.DOTALL)
+        return re.findall(r'<strong><span class="n">(.*?)</span>', row)
+
+    assert bold("student_grey") == ["0.0 %"] and bold("student_adaptive") == ["58.3 %"]
+    # Not its void full rung, which says nothing.
+    assert bold("rounded") == ["25.0 %"]
+
+
 def test_stand_ins_stand_in_the_tables_where_they_were_run(world: World, page: Page) -> None:
     assert "soft stand\N{NON-BREAKING HYPHEN}in gradient as if rounding were soft" in page.text
     assert "soft stand-in, pgd 25.0 %" in page.text
@@ -456,7 +468,6 @@ def test_published_figures_stand_beside_what_was_measured(world: World) -> None:
 
 
 def test_the_worst_class_stands_out(world: World) -> None:
-    shown = section(world.html(), "classes")
     classes = world.metrics["defenses"]["student_adaptive"]["per_class"]
     # Of twelve images the seven first are right under the worst attack.
     for index, name in enumerate(CLASSES):
@@ -467,10 +478,17 @@ def test_the_worst_class_stands_out(world: World) -> None:
         one = classes[name]
         assert one["n"] == mine.sum() and one["accuracy"] == mine[:7].sum() / mine.sum()
         assert (one["low"], one["high"]) == wilson(one["accuracy"], one["n"])
-    least = min(classes.values(), key=lambda one: one["accuracy"])
+    found = json.loads(json.dumps(world.metrics))
+    shares = {"0": 0.5, "1": 0.25}
+    found["defenses"]["student_adaptive"]["per_class"] = {
+        name: {"accuracy": share, "low": 0, "high": 1, "n": 4} for name, share in shares.items()
+    }
+    shown = section(world.html(found), "classes")
     (row,) = re.findall(r'<th scope="row">student_adaptive<.*?</tr>', shown, re.DOTALL)
-    bold = re.findall(r"<strong>(.*?)</strong>", row)
-    assert bold and set(bold) == {f"{100 * least['accuracy']:.1f} %"}
+    assert re.findall(r"<strong>(.*?)</strong>", row) == ["25.0 %"]
+    # Where all are alike none is the worst.
+    (row,) = re.findall(r'<th scope="row">none<.*?</tr>', shown, re.DOTALL)
+    assert "<strong>" not in row and "0.0 %" in row
 
 
 def test_many_classes_are_summed_up_by_the_worst(
