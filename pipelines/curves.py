@@ -76,17 +76,20 @@ def over_radius(probes: Mapping[str, Mapping[float, Mapping[str, float | int]]])
     return Chart(title, "multiples of the radius", ticks, lines)
 
 
-def over_passes(name: str, efforts: Mapping[str, Effort], most: int) -> Chart:
-    """Draw what is left standing of every set of an entry, on an axis from 1 to `most` passes."""
+def over_passes(name: str, efforts: Mapping[str, Effort], most: int, hues: Sequence[str]) -> Chart:
+    """Draw what is left standing of every set of an entry, on an axis from 1 to `most` passes.
+
+    `hues` are the names of sets in the order of their colours.
+    """
     width = math.log(max(most, 10))
     lines = [
         Line(
             name=attack,
-            hue=index,
+            hue=hues.index(attack),
             points=[(math.log(k) / width, share) for k, share in effort.curve()],
             note=f"{100 * effort.curve()[-1][1]:.1f} %",
         )
-        for index, (attack, effort) in enumerate(efforts.items())
+        for attack, effort in efforts.items()
     ]
     ticks = [(math.log(k) / width, f"{k:,}") for k in decades(most)]
     return Chart(f"{name}: images still right", "passes spent on an image", ticks, lines)

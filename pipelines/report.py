@@ -333,10 +333,11 @@ def _lowest(found: Mapping[str, Any]) -> str:
 
 
 def _over_passes(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
-    """Draw what is left standing over passes, of every entry on the same axis."""
+    """Draw what is left standing over passes, of every entry on the same axis, in like colours."""
     most = longest([each["efforts"] for each in scored])
+    hues = list(dict.fromkeys(name for each in scored for name in each["efforts"]))
     return {
-        each["name"]: over_passes(each["name"], each["efforts"], most)
+        each["name"]: over_passes(each["name"], each["efforts"], most, hues)
         for each in scored
         if each["efforts"]
     }
