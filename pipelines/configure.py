@@ -2,9 +2,9 @@
 
 `python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
 writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
-`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls` and any mapping
-whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps what both
-kinds know: how the splits are cut.
+`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `tuning` and any
+mapping whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps
+what both kinds know: how the splits are cut.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from ruamel.yaml.error import YAMLError
 from components.shards import write_bytes
 from components.sources import DATASETS
 from pipelines.params import PARAMS, ConfigError, Params, explain, read_yaml, write_yaml
+from pipelines.progress import refuse
 
 PROFILES = Path("profiles")
 BASE = "digits"
 REPLACED = {
     "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
+    "tuning",
 }  # fmt: skip
 
 
@@ -39,8 +41,7 @@ def main() -> int:
     try:
         text = compose(options.profile, options.override)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
     sys.stdout.writelines(
         difflib.unified_diff(

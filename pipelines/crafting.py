@@ -27,8 +27,8 @@ from components.defense import Defense, Mode
 from components.purifiers import Inference, Purifier
 from components.shards import part_name, sha256
 from pipelines import cluster
+from pipelines.place import ROOT
 from pipelines.stage import Context, code_of
-from pipelines.tracking import ROOT
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,17 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 LINE_EVERY_S = 10.0
+
+
+def refuse(message: str, code: int = 2) -> int:
+    """Say in one sentence what is wrong, and return the exit code: a user's mistake is 2."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 class Watch:
@@ -53,6 +61,12 @@ class Watch:
     def say(self, line: str) -> None:
         """Print one line that stays."""
         self.console.print(line)
+
+    def show(self, table: Table) -> None:
+        """Print a table whole: narrower, digits would be cut off."""
+        room = self.console.options.update(max_width=1000)
+        needed = Measurement.get(self.console, room, table).maximum
+        Console(highlight=False, width=max(self.console.width, needed)).print(table)
 
     def close(self) -> float:
         """End the display; return the seconds since it began."""

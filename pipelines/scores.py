@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.progress import refuse
 from pipelines.report import ROLES, describe_threat, illusion, not_beaten, void_rungs
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
@@ -108,12 +108,6 @@ def _rung(found: Mapping[str, Any], mode: str) -> Text:
 
 def _number(score: Mapping[str, Any]) -> str:
     return f"{100 * score['accuracy']:.1f}"
-
-
-def refuse(message: str) -> int:
-    """Say what is wrong, and return the exit code of a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def classifier(train_set: ImageSet) -> Classifier:
         augmentation="none",
     )
     nothing: dict[str, float] = {}
-    for _ in fit(model, objective, train_set, None, config, 0, lambda model: nothing, None):
+    for _ in fit(model, objective, train_set, None, config, 0, lambda *_: nothing, None):
         pass
     model.eval().requires_grad_(False).zero_grad(set_to_none=True)
     return model
