@@ -5,7 +5,7 @@ Parameters are plain nested mappings here, as YAML gives them.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -94,6 +94,15 @@ def put(document: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, A
         *folders, last = place.split(".")
         get(changed, ".".join(folders))[last] = value
     return changed
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
+    """Yield (place, value) of nested mappings."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nest(values: Mapping[str, Value]) -> dict[str, Any]:

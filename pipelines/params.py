@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from components.attacks import AttackConfig, Threat
@@ -373,6 +374,32 @@ def write_yaml(value: Mapping[str, Any]) -> str:
     yaml.width = 100
     yaml.dump(dict(value), text)
     return text.getvalue()
+
+
+def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
+    """Return YAML text with `values` at places that are there, all else as it is written."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    document = yaml.load(text)
+    for place, value in values.items():
+        node = document
+        *folders, last = place.split(".")
+        for folder in folders:
+            if node[folder].yaml_anchor() is not None:
+                # Others share this mapping under its name: from here on it is this place's own.
+                shared = node[folder]
+                node[folder] = CommentedMap(shared)
+                if shared.fa.flow_style():
+                    node[folder].fa.set_flow_style()
+            node = node[folder]
+        node[last] = value
+    written = StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
 
 
 def explain(error: ValidationError) -> str:

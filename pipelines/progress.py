@@ -18,6 +18,14 @@ def refuse(message: str, code: int = 2) -> int:
     return code
 
 
+def show(table: Table) -> None:
+    """Print a table as wide as it is: in a narrower one digits would be cut off."""
+    console = Console(highlight=False)
+    room = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, room, table).maximum)
+    console.print(table)
+
+
 class Watch:
     """The progress of one stage: a live bar on a terminal, a line now and then elsewhere."""
 
@@ -61,12 +69,6 @@ class Watch:
     def say(self, line: str) -> None:
         """Print one line that stays."""
         self.console.print(line)
-
-    def show(self, table: Table) -> None:
-        """Print a table whole: narrower, digits would be cut off."""
-        room = self.console.options.update(max_width=1000)
-        needed = Measurement.get(self.console, room, table).maximum
-        Console(highlight=False, width=max(self.console.width, needed)).print(table)
 
     def close(self) -> float:
         """End the display; return the seconds since it began."""

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from pipelines import registry
 from pipelines.candidates import registrations
 from pipelines.params import ConfigError, Params, load
-from pipelines.progress import refuse
+from pipelines.progress import refuse, show
 from pipelines.registry import CHAMPION, Version
 from pipelines.tracking import Tracker
 
 METRICS, MODELS = Path("reports/metrics.json"), Path("models")
 ORDERS = {"worst": "headline_low", "clean": "clean_low"}
-WIDTH = 96
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,17 +129,16 @@ def _print(found: Sequence[Version], name: str) -> None:
         table.add_column(title, no_wrap=True, justify="left" if title == "defense" else "right")
     for one in found:
         low, high = one.figure("headline_low"), one.figure("headline_high")
+        time = one.figure("ms_per_image")
         worst = f"{100 * one.figure('headline'):.1f} ({100 * low:.1f}-{100 * high:.1f})"
         table.add_row(
             str(one.number), one.defense, f"{100 * one.figure('clean'):.1f}",
             f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}",
-            f"{one.figure('ms_per_image'):.3g}",
+            "-" if math.isnan(time) else f"{time:.3g}",
             f"{len(one.failed)} failed" if one.failed else "ok",
             ", ".join(one.aliases), style="dim" if one.failed else "",
         )  # fmt: skip
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)
-    console.print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pipelines.params import (
     ThreatView,
     write_yaml,
 )
+from pipelines.progress import show
 from pipelines.stage import Context, main
 from pipelines.standings import Trial
 from pipelines.trial import Task, attempt
@@ -80,7 +81,7 @@ def run(
             task.sections({place: end})
     trials = _search(task, context)
     ranked = standings.rank(trials, params.study)
-    context.watch.show(standings.table(ranked, params.study))
+    show(standings.table(ranked, params.study))
     out.mkdir(parents=True)
     write_json(out / "trials.json", [vars(trial) for trial in ranked])
     best = ranked[0]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import project
 import pytest
 import torch
 from torch import nn
@@ -100,3 +101,12 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         model: nn.Module = request.getfixturevalue("classifier")
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which `dvc repro` has run once."""
+    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
+    code, printed = project.run(folder, "dvc", "repro")
+    assert code == 0, printed[-4000:]
+    return folder

@@ -34,15 +34,6 @@ EVALUATE = {
 }
 
 
-@pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which `dvc repro` has run once."""
-    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
-    code, printed = project.run(folder, "dvc", "repro")
-    assert code == 0, printed[-4000:]
-    return folder
-
-
 def keep_selftest(reproduced: Path, folder: Path) -> None:
     (folder / "reports").mkdir()
     shutil.copyfile(reproduced / EVALUATE["selftest"], folder / EVALUATE["selftest"])
