@@ -5,8 +5,10 @@
 Registers defenses of untrained networks for 28 x 28 (profile mnist's sizes; time does not hang on
 weights) in a store of its own. Loading: fresh processes that have imported torch and mlflow load
 the folder, as the server's process does, or by its name in the registry. Answering: batches of 64
-on one thread, the direct call, the served one and a request to a running server in turns within one
-round; printed are medians over the rounds, and of the ratios, direct over served, with their range.
+on one thread, in turns within one round: the bare logits by a direct call, logits and suspicion by
+direct calls, `predict` of the loaded model, and a request to a running server. Printed are CPU
+seconds (wall, where a server or a disk has a part), medians over the rounds, and the medians and
+ranges of the ratios, direct over served.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,9 +52,9 @@ DEFENSES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 LOAD = """
 import sys, time, torch, mlflow, mlflow.pyfunc
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 mlflow.pyfunc.load_model(sys.argv[1])
-print(time.perf_counter() - start)
+print(time.perf_counter() - start[0], time.process_time() - start[1])
 """
 
 
@@ -88,17 +90,22 @@ def register(folder: Path) -> dict[str, Subject]:
     return subjects
 
 
-def loading(uri: str, times: int, folder: Path) -> list[float]:
+def loading(uri: str, times: int, folder: Path) -> str:
+    """Say how long fresh processes take to load a model."""
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, "-W", "ignore", "-c", LOAD, uri]
-    return [
-        float(
-            subprocess.run(
-                command, cwd=folder, env=environment, check=True, capture_output=True, text=True
-            ).stdout
-        )
+    printed = [
+        subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+        ).stdout
         for _ in range(times)
     ]
+    wall, cpu = zip(*(map(float, line.split()) for line in printed), strict=True)
+    return f"wall {spread(wall, ' s')}, CPU {spread(cpu, ' s')}"
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    return f"{median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
 
 
 def serve(uri: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -130,11 +137,11 @@ def request(address: str, body: bytes) -> None:
         json.load(answered)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     with torch.no_grad():
         work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def answering(uri: str, subject: Subject, rounds: int) -> dict[str, list[float]]:
@@ -142,17 +149,21 @@ def answering(uri: str, subject: Subject, rounds: int) -> dict[str, list[float]]
     x = torch.rand(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
     array, body = x.numpy(), json.dumps({"inputs": x.tolist()}).encode()
     defense, served = subject.defense(), mlflow.pyfunc.load_model(uri)
+    assert defense.purifier is not None
+    suspect = defense.purifier.suspicion
     process, address = serve(uri)
     ways: dict[str, Callable[[], Any]] = {
         "direct": lambda: defense(x),
+        "with suspicion": lambda: (defense(x), suspect(x)),
         "served": lambda: served.predict(array),
-        "http": lambda: request(address, body),
+        "http, wall": lambda: request(address, body),
     }
     seen: dict[str, list[float]] = {way: [] for way in ways}
     try:
         for round_ in range(rounds + 3):
             for way, work in ways.items():
-                taken = timed(work)
+                clock = time.perf_counter if way.startswith("http") else time.process_time
+                taken = timed(work, clock)
                 if round_ >= 3:  # the first rounds warm up
                     seen[way].append(taken)
     finally:
@@ -178,19 +189,16 @@ def main() -> None:
         local = mlflow.artifacts.download_artifacts(first)
         print(f"loading beyond torch and mlflow, n = {options.loads}, median (range):")
         for how, uri in (("from its folder", local), ("from the registry", first)):
-            taken = loading(uri, options.loads, folder)
-            print(f"{how:28}{median(taken):6.2f} s ({min(taken):.2f} to {max(taken):.2f})")
-        print(f"\nbatches of {BATCH} on one thread, median of {options.rounds} rounds:")
-        print(f"{'':28}{'direct':>10}{'served':>10}{'http':>10}   served/direct throughput")
-        for defense, subject in subjects.items():
+            print(f"{how:28}{loading(uri, options.loads, folder)}")
+        print(f"\nbatches of {BATCH} on one thread, ms, median of {options.rounds} rounds:")
+        for index, (defense, subject) in enumerate(subjects.items()):
             seen = answering(uris[defense], subject, options.rounds)
-            ratios = [a / b for a, b in zip(seen["direct"], seen["served"], strict=True)]
-            print(
-                f"{defense:28}"
-                + "".join(f"{1e3 * median(times):7.1f} ms" for times in seen.values())
-                + f"   {median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
-                flush=True,
-            )
+            if not index:
+                print(f"{'':28}" + "".join(f"{way:>16}" for way in seen) + "   direct/served")
+            both = zip(seen["direct"], seen["served"], strict=True)
+            ratios = [direct / served for direct, served in both]
+            times = "".join(f"{1e3 * median(each):16.1f}" for each in seen.values())
+            print(f"{defense:28}{times}   {spread(ratios)}", flush=True)
         os.chdir(ROOT)
 
 
