@@ -3,7 +3,7 @@
 Images are read as training reads them (`components/sources/images.py`) and written as 8-bit PNG of
 the same stem, each by itself and whole or not at all. Exit codes: 0, 2 a command that cannot be
 carried out, 3 a model or images that cannot be used (all other images are cleaned), 4 a folder that
-cannot be written, 130 interrupted.
+cannot be read or written, 130 interrupted.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _say(str(error), 2)
     except OSError as error:
-        return _say(f"{options.out} cannot be written: {error}", 4)
+        return _say(f"{type(error).__name__}: {error}", 4)
     except KeyboardInterrupt:
         return _say(f"interrupted; every file in {options.out} is whole", 130)
 
@@ -132,7 +132,8 @@ def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
     """Return the file that is cleaned into each target; raise ValueError where one is lost."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")
-    sources = {file.resolve() for file in files}
+    if {out.resolve(), (out / SIDE_BY_SIDE).resolve()} & {file.resolve().parent for file in files}:
+        raise ValueError(f"--out {out} holds images that are to be cleaned: give another folder")
     targets: dict[Path, Path] = {}
     for file in files:
         target = out / f"{file.stem}.png"
@@ -141,8 +142,6 @@ def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
                 f"{targets[target]} and {file} would both become {target}: "
                 "clean them into two folders"
             )
-        if target.resolve() in sources:
-            raise ValueError(f"{target} is to be cleaned itself: give --out another folder")
         targets[target] = file
     return targets
 

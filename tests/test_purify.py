@@ -134,15 +134,17 @@ def test_a_folder_is_cleaned_and_what_is_no_image_is_named(
     ]
 
 
-def test_nothing_is_overwritten_that_is_no_earlier_result(
+def test_no_source_is_overwritten_and_no_result_of_the_same_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = draw(tmp_path / "a/x.png"), draw(tmp_path / "b/x.bmp", 10, 10)
     before = first.read_bytes()
     assert clean(model, first, second, out=tmp_path / "out") == 2
     assert "would both become" in capsys.readouterr().err
-    assert clean(model, first, out=tmp_path / "a") == 2
-    assert "give --out another folder" in capsys.readouterr().err
+    photo = draw(tmp_path / "a/x.jpg")  # Its result would replace its neighbour.
+    for out in (tmp_path / "a", tmp_path / "b/../a"):
+        assert clean(model, photo, out=out) == 2
+        assert "give another folder" in capsys.readouterr().err
     assert first.read_bytes() == before and not (tmp_path / "out").exists()
     assert clean(model, first, out=tmp_path / "out") == 0
     assert clean(model, second, out=tmp_path / "out") == 0
@@ -176,7 +178,7 @@ def test_a_command_that_cannot_be_carried_out_is_refused(
         (model, tmp_path / "empty", tmp_path / "out", 2, "empty holds no file named .png, .jpg"),
         (model, picture, picture, 2, "is not a folder"),
         (tmp_path / "empty", picture, tmp_path / "out", 3, "is no finished model folder"),
-        (model, picture, Path("/proc/nowhere"), 4, "/proc/nowhere cannot be written"),
+        (model, picture, Path("/proc/nowhere"), 4, "No such file or directory: '/proc/nowhere'"),
     ):
         assert clean(folder, images, out=out) == code
         said = capsys.readouterr().err
