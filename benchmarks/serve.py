@@ -33,7 +33,8 @@ from pydantic import TypeAdapter
 from components.checkpoints import ModelCard, build, save
 from components.purifiers import InferenceConfig
 from pipelines.crafting import Subject
-from pipelines.tracking import Registration, Tracker
+from pipelines.registry import Registration
+from pipelines.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, SHAPE, NAME = 64, (1, 28, 28), "limpid-benchmark"
@@ -78,7 +79,7 @@ def register(folder: Path) -> dict[str, Subject]:
         use = TypeAdapter(InferenceConfig).validate_python(inference) if inference else None
         subjects[name] = Subject(classifier, purifier, inference=use)
         folders = {"classifier": classifier, "purifier": purifier}
-        tags = {"limpid.defense": name}
+        tags = {"defense": name}
         registrations.append(
             Registration(f"defense{index}", NAME, name, folders, inference, {}, tags, name)
         )
@@ -184,7 +185,7 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
         subjects = register(folder)
         versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
-        uris = {v.tags["limpid.defense"]: f"models:/{NAME}/{v.version}" for v in versions}
+        uris = {v.tags["defense"]: f"models:/{NAME}/{v.version}" for v in versions}
         first = uris[next(iter(DEFENSES))]
         local = mlflow.artifacts.download_artifacts(first)
         print(f"loading beyond torch and mlflow, n = {options.loads}, median (range):")

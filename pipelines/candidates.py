@@ -53,10 +53,12 @@ def _registration(
         },
         metrics=_figures(name, found),
         tags={
-            "limpid.defense": name,
-            "limpid.blocking_failed": ", ".join(failed),
-            "limpid.warnings": ", ".join(found["checks"]["warnings"])[:4000],
-            "limpid.threat": json.dumps(threat),
+            "defense": name,
+            "worst_case": _short(found["headline"]),
+            "clean": _short(found["clean"]),
+            "blocking_failed": ", ".join(failed),
+            "warnings": ", ".join(found["checks"]["warnings"])[:4000],
+            "threat": json.dumps(threat),
             "limpid.candidate": "yes" if best else "no",
             **{f"dvc.lock.{path}": md5 for path, md5 in _locked(folders.values()).items()},
         },
@@ -91,15 +93,21 @@ def describe(name: str, what: str, found: Mapping[str, Any], threat: Mapping[str
     return "\n\n".join(said)
 
 
+def _short(score: Mapping[str, Any]) -> str:
+    low, high = 100 * score["low"], 100 * score["high"]
+    bound = "at most " if score.get("upper_bound") else ""
+    return f"{bound}{100 * score['accuracy']:.1f} % ({low:.1f} to {high:.1f}), n = {score['n']}"
+
+
 def _figures(name: str, found: Mapping[str, Any]) -> dict[str, float]:
     head, clean = found["headline"], found["clean"]
     figures = {
-        "clean": clean["accuracy"],
-        "clean_low": clean["low"],
-        "clean_high": clean["high"],
         "headline": head["accuracy"],
         "headline_low": head["low"],
         "headline_high": head["high"],
+        "clean": clean["accuracy"],
+        "clean_low": clean["low"],
+        "clean_high": clean["high"],
         "n": head["n"],
         "blocking_failed_count": len(found["checks"]["blocking_failed"]),
         **{f"rung_{rung}": score["accuracy"] for rung, score in found["rungs"].items()},

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class Registration:
     fingerprint: str
     folders: Mapping[str, Path]
     inference: Mapping[str, Any] | None
-    params: Mapping[str, Any]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     description: str
-    artifacts: Sequence[Path]
-    files: Mapping[str, bytes]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Sequence[Path] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Version:
 
     def figure(self, name: str) -> float:
         """Return one of its figures; NaN where it has none of this name."""
-        return float(self.tags.get(f"limpid.{name}", "nan"))
+        return float(json.loads(self.tags.get("limpid.figures", "{}")).get(name, "nan"))
 
     @property
     def failed(self) -> list[str]:
         """The blocking checks that failed."""
-        return [name for name in self.tags.get("limpid.blocking_failed", "").split(", ") if name]
+        return [name for name in self.tags.get("blocking_failed", "").split(", ") if name]
 
 
 def tracking_uri() -> str:
@@ -106,8 +106,9 @@ def register(client: Any, run: str, one: Registration, provenance: Mapping[str, 
         known = _add(client, run, one)
     mlflow.log_metrics(dict(one.metrics), run_id=run, model_id=known.model_id)
     _attach(client, run, one)
-    tags = {**provenance, **one.tags, "limpid.fingerprint": one.fingerprint, "limpid.run": run}
-    tags |= {f"limpid.{key}": f"{value:.6g}" for key, value in one.metrics.items()}
+    # The page of a model lists tags in this order: first what a person looks for.
+    tags = {**one.tags, "limpid.figures": json.dumps(dict(one.metrics))}
+    tags |= {"limpid.fingerprint": one.fingerprint, "limpid.run": run, **provenance}
     for key, value in tags.items():
         client.set_model_version_tag(name, known.version, key, value)
     client.update_model_version(name, known.version, one.description)
@@ -129,7 +130,7 @@ def versions(client: Any, name: str) -> list[Version]:
     found = [
         Version(
             number=int(version.version),
-            defense=version.tags.get("limpid.defense", "?"),
+            defense=version.tags.get("defense", "?"),
             aliases=tuple(sorted(aliases.get(int(version.version), []))),
             tags=dict(version.tags),
             source=version.source,
@@ -171,6 +172,7 @@ def promote(client: Any, name: str, version: Version, reason: str) -> None:
 
 def _add(client: Any, run: str, one: Registration) -> Any:
     import mlflow
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     with mlflow.start_run(run_id=run):
         logged = mlflow.pyfunc.log_model(
@@ -187,9 +189,13 @@ def _add(client: Any, run: str, one: Registration) -> Any:
             description="Defenses that were attacked and scored; `headline` is the accuracy under "
             "the worst of all attacks, image by image.",
         )
-    return client.create_model_version(
+    version = client.create_model_version(
         one.version_of, logged.model_uri, run, model_id=logged.model_id
     )
+    # By this the table of models links to the registry.
+    link = [{"name": one.version_of, "version": version.version}]
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(link)})
+    return version
 
 
 def _attach(client: Any, run: str, one: Registration) -> None:

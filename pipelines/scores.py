@@ -17,6 +17,8 @@ from pipelines.report import ROLES, describe_threat, illusion, not_beaten, void_
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
+# Without the query the UI takes models for agents and hides their metrics.
+UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 WIDTH = 80
 NUMBERS = ("clean", "grey", "BPDA", "full", "headline, 95 %", "unseen", "rnd", "checks")
 NOTES = (
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(Text(f"\n{sentence}", style="yellow"))
     console.print(f"\nReport:    {REPORT}", soft_wrap=True)
     console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
-    console.print("           then open http://127.0.0.1:5000", soft_wrap=True)
+    console.print(f"           then open {UI}", soft_wrap=True)
     return 0
 
 

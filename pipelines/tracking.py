@@ -22,6 +22,8 @@ from pipelines.registry import Registration
 
 PATIENCE_S = 10.0
 Event = dict[str, Any]
+# Else the UI takes our models for agents, and shows no metrics of them.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Tracker:
@@ -131,7 +133,9 @@ class _Runs:
     def _start(self, event: Event) -> None:
         known = self.client.get_experiment_by_name(event["experiment"])
         self.experiment = (
-            known.experiment_id if known else self.client.create_experiment(event["experiment"])
+            known.experiment_id
+            if known
+            else self.client.create_experiment(event["experiment"], tags=KIND)
         )
         self.tags = event["tags"]
         created = self.client.create_run(

@@ -75,7 +75,7 @@ def test_syncing_tells_a_fresh_store_all_and_twice_tells_it_once(
         assert version.figure("ms_per_image") > 0
     tags = first["student_adaptive"].tags
     assert tags["dvc.lock.models/student_adaptive"].endswith(".dir")
-    assert json.loads(tags["limpid.threat"])["norm"] == "linf" and "git.commit" in tags
+    assert json.loads(tags["threat"])["norm"] == "linf" and "git.commit" in tags
     run = registry.connect().get_run(tags["limpid.run"])
     kept = {file.path for file in registry.connect().list_artifacts(run.info.run_id)}
     assert {"scores.json", "report.html", "params.yaml"} <= kept
@@ -111,11 +111,11 @@ def test_what_failed_a_blocking_check_stays_what_it_is(
 ) -> None:
     number = str(versions()["atop"].number)
     client = registry.connect()
-    before = versions()["atop"].tags["limpid.blocking_failed"]
-    client.set_model_version_tag(MODEL, number, "limpid.blocking_failed", "planted")
+    before = versions()["atop"].tags["blocking_failed"]
+    client.set_model_version_tag(MODEL, number, "blocking_failed", "planted")
     assert promote.main(["atop", "--reason", "no"]) == 2
     assert "failed planted" in capsys.readouterr().err and champion() == ""
-    client.set_model_version_tag(MODEL, number, "limpid.blocking_failed", before)
+    client.set_model_version_tag(MODEL, number, "blocking_failed", before)
     assert promote.main(["--by", "clean", "--min-clean", "1.01"]) == 2
     assert "reaches 101.0% clean" in capsys.readouterr().err
 
@@ -126,7 +126,7 @@ def test_a_failed_check_is_told_to_the_registry(store: Path) -> None:
     metrics["defenses"]["atop"]["headline"]["upper_bound"] = True
     told = candidates.registrations(load().defenses, metrics, Path("models"), "digits")
     atop = next(one for one in told if one.name == "atop")
-    assert atop.tags["limpid.blocking_failed"] == "planted"
+    assert atop.tags["blocking_failed"] == "planted"
     assert atop.tags["limpid.candidate"] == "no"
     assert "upper bound and no result" in atop.description
     assert MEANINGS["planted"] in atop.description

@@ -28,8 +28,9 @@ from components.defense import Defense
 from components.draws import Draws
 from components.purifiers import InferenceConfig, Purifier
 from pipelines.crafting import Subject
+from pipelines.registry import Registration
 from pipelines.served import BATCH, MOST, ServedDefense, ServingError, read_request
-from pipelines.tracking import Registration, Tracker
+from pipelines.tracking import Tracker
 
 ROOT = Path(__file__).parent.parent
 SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]
@@ -121,7 +122,7 @@ def registration(folder: Path, name: str) -> Registration:
         folders={"classifier": folder / "classifier", "purifier": folder / name},
         inference=DEFENSES[name][1],
         metrics={"headline": 0.5},
-        tags={"limpid.defense": name, "limpid.candidate": "yes" if name == "atop" else "no"},
+        tags={"defense": name, "limpid.candidate": "yes" if name == "atop" else "no"},
         description=name,
     )
 
@@ -129,7 +130,7 @@ def registration(folder: Path, name: str) -> Registration:
 @pytest.fixture(scope="module")
 def models(folder: Path) -> dict[str, Any]:
     versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
-    uris = {v.tags["limpid.defense"]: f"models:/{NAME}/{v.version}" for v in versions}
+    uris = {v.tags["defense"]: f"models:/{NAME}/{v.version}" for v in versions}
     return {name: mlflow.pyfunc.load_model(uris[name]) for name in DEFENSES}
 
 
