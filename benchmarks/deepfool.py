@@ -56,7 +56,7 @@ def train(data: ImageSet) -> Classifier:
         epochs=8, batch_size=50, optimiser="adam", learning_rate=0.01, weight_decay=0.0,
         schedule="one_cycle", augmentation="none",
     )  # fmt: skip
-    for _ in fit(model, objective, data, None, config, 0, lambda model: {}, None):
+    for _ in fit(model, objective, data, None, config, 0, lambda *_: {}, None):
         pass
     return model.eval().requires_grad_(False)
 

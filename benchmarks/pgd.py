@@ -109,7 +109,7 @@ def _train(data: ImageSet) -> nn.Module:
     channels_last(model)
     standard = Classification(kind="classification").bind(frozen)
     for objective, training in ((standard, SHORT), (FGSM_RS.bind(frozen), HARDENING)):
-        for epoch in fit(model, _mixed(objective), data, None, training, SEED, lambda _: {}, None):
+        for epoch in fit(model, _mixed(objective), data, None, training, SEED, lambda *_: {}, None):
             shown = ", ".join(f"{name} {value:.3f}" for name, value in epoch.metrics.items())
             print(f"training, epoch {epoch.index + 1} of {training.epochs}: {shown}", flush=True)
     return model

@@ -67,8 +67,8 @@ def read(folder: Path) -> ImageSet:
     return _concatenate(read_by_part(folder))
 
 
-def read_by_part(folder: Path) -> list[ImageSet]:
-    """Return a prepared split part by part: a part is the unit of sharded work."""
+def read_by_part(folder: Path, only: int | None = None) -> list[ImageSet]:
+    """Return a prepared split part by part, or `only` one: a part is the unit of sharded work."""
     manifest = read_manifest(folder)
     try:
         channels, height, width = manifest["shape"]
@@ -76,7 +76,7 @@ def read_by_part(folder: Path) -> list[ImageSet]:
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{folder}/manifest.json does not give shape and class_names") from None
     shape = (channels, height, width)
-    parts = [_images(table, shape, names) for table in read_parts(folder, schema(shape))]
+    parts = [_images(table, shape, names) for table in read_parts(folder, schema(shape), only)]
     if not parts:
         raise DataError(f"{folder} holds no images")
     for part in parts:

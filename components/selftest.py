@@ -109,7 +109,7 @@ def _train(model: nn.Module, objective: Objective, data: ImageSet, epochs: int) 
         schedule="one_cycle", augmentation="none",
     )  # fmt: skip
     nothing: Mapping[str, float] = {}
-    for _ in fit(model, objective, data, None, config, 0, lambda _: nothing, None):
+    for _ in fit(model, objective, data, None, config, 0, lambda *_: nothing, None):
         pass
     model.eval().requires_grad_(False)
 

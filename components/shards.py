@@ -97,8 +97,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_parts(folder: Path, schema: pa.Schema) -> list[pa.Table]:
-    """Return the parts of a folder in order, verified against its manifest and `schema`.
+def read_parts(folder: Path, schema: pa.Schema, only: int | None = None) -> list[pa.Table]:
+    """Return the parts of a folder in order, or `only` one, verified against manifest and schema.
 
     Raises DataError for a part that is missing, extra, altered or of another schema.
     """
@@ -108,7 +108,8 @@ def read_parts(folder: Path, schema: pa.Schema) -> list[pa.Table]:
     if sorted(listed) != found:
         odd = sorted(set(listed) ^ set(found))
         raise DataError(f"{folder} and its manifest disagree about {', '.join(odd)}")
-    return [_read_part(folder / file["path"], file["sha256"], schema) for file in manifest["files"]]
+    files = manifest["files"] if only is None else [manifest["files"][only]]
+    return [_read_part(folder / file["path"], file["sha256"], schema) for file in files]
 
 
 def _read_part(path: Path, digest: str, schema: pa.Schema) -> pa.Table:

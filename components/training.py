@@ -24,7 +24,8 @@ from components.data import ImageSet
 from components.draws import Draws
 from components.objectives import Batch, Objective
 
-Validate = Callable[[nn.Module], Mapping[str, float]]
+# What is said of a network at the end of an epoch, given its index.
+Validate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 class Training(Config):
@@ -111,7 +112,7 @@ def fit(
             raise Diverged(f"training diverged in epoch {epoch + 1}: {means}; lower learning_rate")
         yield Epoch(
             epoch,
-            {**means, **validate(model)},
+            {**means, **validate(model, epoch)},
             {"epoch": epoch, "model": model.state_dict(), "optimiser": optimiser.state_dict()},
         )
 

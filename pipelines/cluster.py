@@ -1,4 +1,4 @@
-"""The only place that knows Ray: train a network, and map a function over shards.
+"""What knows Ray, with `tune`: train a network, and map a function over shards.
 
 By default a stage starts an embedded Ray of its own (`ray.init(address="local")`), which no other
 Ray on the machine is part of, without dashboard. Nothing that is computed depends on the number
@@ -7,6 +7,7 @@ of workers a map uses; training is bit-equal at an equal number of workers.
 
 import json
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,8 +72,7 @@ def train(
     whole state under `resume`, which must be named by everything the result depends on; `seen` is
     called with every epoch as it ends. Returns the metrics of the last epoch.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    import ray
 
     resume.mkdir(parents=True, exist_ok=True)
     for name in (HISTORY, FAILURE):
@@ -85,23 +85,14 @@ def train(
         "threads": resources.train_threads,
         "device": _device(resources),
     }
-    with _session(resources.train_workers, resources), _tail(resume / HISTORY, seen), _quiet():
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config=config,
-            scaling_config=ScalingConfig(
-                num_workers=resources.train_workers, use_gpu=resources.gpu
-            ),
-            run_config=RunConfig(
-                name=resume.name,
-                storage_path=str((resume / "ray").absolute()),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            ),
-        )
-        if resources.train_workers:
-            _apart(trainer.fit)
+    workers = resources.train_workers
+    history = resume / HISTORY
+    with session(workers, workers * resources.gpu), _tail(history, seen), quiet():
+        if workers == 0 and ray.is_initialized():
+            # A trial of a search: Ray Train's mode without workers is refused there.
+            _loop(config, True, lambda metrics: None)
         else:
-            trainer.fit()
+            _train(config, workers, resources.gpu)
     if (resume / FAILURE).exists():
         failure = json.loads((resume / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
@@ -109,13 +100,39 @@ def train(
     return last
 
 
-def _apart(function: Callable[[], Any]) -> None:
-    """Call in a thread: in the main one Ray Train would take over Ctrl-C, and exit with 0."""
+def _train(config: dict[str, Any], workers: int, gpu: bool) -> None:
+    """Let Ray Train call `_worker` in as many processes, or in this one for none."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resume = Path(config["resume"])
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+        run_config=RunConfig(
+            name=resume.name,
+            storage_path=str(resume / "ray"),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    if workers:
+        apart(trainer.fit)
+    else:
+        trainer.fit()
+
+
+def apart(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
+    """Call in a thread: in the main one Ray Train and Tune would take over Ctrl-C, and exit with 0.
+
+    `meanwhile` is called again and again in this one.
+    """
+    results: list[Any] = []
     failures: list[BaseException] = []
 
     def call() -> None:
         try:
-            function()
+            results.append(function())
         except BaseException as error:
             failures.append(error)
 
@@ -123,8 +140,10 @@ def _apart(function: Callable[[], Any]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
+        meanwhile()
     if failures:
         raise failures[0]
+    return results[0]
 
 
 def map_shards(
@@ -141,7 +160,7 @@ def map_shards(
 
     if not tasks:
         return []
-    with _session(resources.shards, resources):
+    with session(resources.shards, resources.shards * resources.gpu):
         remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(
             function
         )
@@ -167,20 +186,23 @@ def _device(resources: Resources) -> str:
 
 
 @contextmanager
-def _session(workers: int, resources: Resources) -> Iterator[None]:
-    """Hold an embedded Ray with CPUs for `workers`; none for in-process training."""
-    if workers == 0:
-        yield
-        return
+def session(cpus: int, gpus: float) -> Iterator[None]:
+    """Hold an embedded Ray with `cpus` for work beside its own; none is started for no CPU.
+
+    Inside a Ray worker, as in a trial of a search, the Ray that is there serves.
+    """
     import ray
 
+    if cpus == 0 or ray.is_initialized():
+        yield
+        return
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with _quiet():
+    with quiet():
         ray.init(
             address="local",
-            num_cpus=workers + 1,
-            num_gpus=workers if resources.gpu else 0,
+            num_cpus=cpus + 1,
+            num_gpus=math.ceil(gpus),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -194,7 +216,7 @@ def _session(workers: int, resources: Resources) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what Ray logs of itself; what goes wrong still reaches the caller as an exception."""
     logging.disable(logging.CRITICAL)
     try:
@@ -232,11 +254,15 @@ def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Train in one worker; the first one keeps the state, the history and the result."""
+    """Train in one worker of Ray Train."""
     import ray.train
 
+    _loop(config, ray.train.get_context().get_world_rank() == 0, ray.train.report)
+
+
+def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float]], None]) -> None:
+    """Train in one process; the first one keeps the state, the history and the result."""
     resume, out = Path(config["resume"]), Path(config["out"])
-    first = ray.train.get_context().get_world_rank() == 0
     torch.set_num_threads(config["threads"])
     try:
         job: Job = config["setup"](**config["arguments"], device=config["device"])
@@ -253,7 +279,7 @@ def _worker(config: dict[str, Any]) -> None:
             if first:
                 save_state(resume, epoch.index, {**epoch.state, "history": history})
                 _note(resume, history[-1:], epoch.index)
-            ray.train.report(epoch.metrics)
+            report(epoch.metrics)
         if first:
             job.model.eval()
             job.finish(job.model)

@@ -2,9 +2,12 @@
 
 `python -m pipelines.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
 writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
-`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published` and any
-mapping whose `kind` changes are taken whole; all else is merged. `data` with another `kind` keeps
-what both kinds know: how the splits are cut.
+`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published`,
+`tuning` and any mapping whose `kind` changes are taken whole; all else is merged. `data` with
+another `kind` keeps what both kinds know: how the splits are cut.
+
+`python -m pipelines.configure --from reports/tuning/NAME/best.yaml` puts what a search found into
+params.yaml, and leaves everything else there as it is written.
 """
 
 import argparse
@@ -21,28 +24,46 @@ from ruamel.yaml.error import YAMLError
 
 from components.shards import write_bytes
 from components.sources import DATASETS
-from pipelines.params import PARAMS, ConfigError, Params, explain, read_yaml, write_yaml
+from pipelines.dials import flatten, put
+from pipelines.params import (
+    PARAMS,
+    ConfigError,
+    Params,
+    edit_yaml,
+    explain,
+    read_yaml,
+    write_yaml,
+)
+from pipelines.progress import refuse
 
 PROFILES = Path("profiles")
 BASE = "digits"
 REPLACED = {
     "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
-    "published",
+    "published", "tuning",
 }  # fmt: skip
 
 
 def main() -> int:
     """Run the command; 2 for a profile, key or value that is not allowed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("profile", help="a file in profiles/, without .yaml")
+    parser.add_argument("profile", nargs="?", help="a file in profiles/, without .yaml")
     parser.add_argument("override", nargs="*", help="section.key=value, as in YAML")
+    parser.add_argument(
+        "--from", dest="found", type=Path, help="values to adopt, as a search found"
+    )
     options = parser.parse_args()
-    try:
-        text = compose(options.profile, options.override)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
+    try:
+        if bool(options.profile) == bool(options.found):
+            raise ConfigError("say a profile, or --from a file of values, and not both")
+        if options.found:
+            text, now = adopt(before, options.found), f"what it was, with {options.found}"
+        else:
+            text = compose(options.profile, options.override)
+            now = f"profile {options.profile}"
+    except ConfigError as error:
+        return refuse(str(error))
     sys.stdout.writelines(
         difflib.unified_diff(
             before.splitlines(keepends=True),
@@ -52,8 +73,23 @@ def main() -> int:
         )
     )
     write_bytes(PARAMS, text.encode())
-    print(f"params.yaml is now profile {options.profile}; `dvc repro` runs it")
+    print(f"params.yaml is now {now}; `dvc repro` runs it")
     return 0
+
+
+def adopt(text: str, file: Path) -> str:
+    """Return the YAML `text` with the values of a file in it, all else as a person wrote it.
+
+    ConfigError for places that are not there, and where the whole is not valid then.
+    """
+    values = dict(flatten(read_yaml(file)))
+    try:
+        Params.model_validate(put(read_yaml(PARAMS), values))
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {explain(error)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return edit_yaml(text, values)
 
 
 def compose(profile: str, overrides: list[str]) -> str:

@@ -27,8 +27,8 @@ from components.defense import Defense, Mode
 from components.purifiers import Inference, Purifier
 from components.shards import part_name, sha256
 from pipelines import cluster
+from pipelines.place import ROOT
 from pipelines.stage import Context, code_of
-from pipelines.tracking import ROOT
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def craft_all(orders: Sequence[Order], context: Context) -> None:
 def craft_part(order: Order, part: int, path: Path, device: str) -> None:
     """Craft one part of one set; runs in a worker."""
     torch.set_num_threads(1)
-    images = data.read_by_part(order.images)[part]
+    (images,) = data.read_by_part(order.images, part)
     crafted = craft(
         order.attack, order.subject.defense(device), order.mode, images, order.threat, order.seed,
         order.batch,

@@ -5,7 +5,7 @@ lie in a folder.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from components import data
 from components.checks.models import leakage
 from components.checks.scores import not_beaten
+from components.data import ImageSet
 from components.evaluation import CLEAN
 from components.shards import write_json, write_part
-from pipelines import cluster
+from pipelines import cluster, timings
+from pipelines.candidates import image_of, registrations
 from pipelines.crafting import Subject
 from pipelines.params import (
     MODES,
@@ -39,14 +42,15 @@ from pipelines.scoring import (
     Entry,
     Plan,
     Result,
-    describe,
     headline,
     merge,
     score_part,
     summary,
 )
 from pipelines.stage import Context, main
-from pipelines.tracking import Registration
+
+# How many images are cleaned to see how long it takes.
+TIMED = 16
 
 
 class EvaluateParams(CraftingView):
@@ -130,7 +134,8 @@ def run(
     write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
     write_plots(out_plots, metrics, efforts, behind)
     write_report(out_report, metrics, entries, results, plan, behind)
-    context.registrations = _registrations(entries, metrics, context.dataset)
+    _time(entries, images, context)
+    context.registrations = registrations(params.defenses, metrics, models, context.dataset)
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
 
 
@@ -181,6 +186,17 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
     ]
 
 
+def _time(entries: Sequence[Entry], images: ImageSet, context: Context) -> None:
+    """See how long every trained defense takes for an image, and keep it beside the metrics."""
+    some = images[torch.arange(min(TIMED, len(images)))]
+    device = "cuda" if context.resources.gpu else "cpu"
+    for entry in entries:
+        if entry.role == "defense":
+            defense = entry.subject.defense(device)
+            seconds = timings.seconds_per_image(defense, some.pixels(), some.ids)
+            timings.note(image_of(entry.name), seconds)
+
+
 def _compare(entries: Sequence[Entry], results: Sequence[Result], scored: dict[str, Any]) -> None:
     """Say of every defense which controls and bare classifiers it does not beat."""
     shares = {e.name: headline(r)[1].share() for e, r in zip(entries, results, strict=True)}
@@ -213,44 +229,6 @@ def _score_table(
                 }
                 tables.append(pa.table(columns))
     return pa.concat_tables(tables)
-
-
-def _registrations(
-    entries: Sequence[Entry], metrics: Mapping[str, Any], dataset: str
-) -> list[Registration]:
-    """Describe every trained defense for the registry; the best sound one is the candidate."""
-    chosen = [entry for entry in entries if entry.role == "defense"]
-    found = {entry.name: metrics["defenses"][entry.name] for entry in chosen}
-    sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}
-    best = max(sound, key=lambda name: sound[name]["headline"]["low"], default=None)
-    return [
-        Registration(
-            name=entry.name,
-            version_of=f"limpid-{dataset}",
-            fingerprint=":".join(entry.subject.facts().values()),
-            folders={
-                "classifier": entry.subject.classifier,
-                "purifier": entry.subject.purifier or entry.subject.classifier,
-            },
-            inference=entry.subject.inference.model_dump(mode="json")
-            if entry.subject.inference
-            else None,
-            metrics={
-                "clean": found[entry.name]["clean"]["accuracy"],
-                "headline": found[entry.name]["headline"]["accuracy"],
-                "headline_low": found[entry.name]["headline"]["low"],
-                "n": found[entry.name]["headline"]["n"],
-            },
-            tags={
-                "limpid.defense": entry.name,
-                "limpid.blocking_failed": ", ".join(found[entry.name]["checks"]["blocking_failed"]),
-                "limpid.threat": json.dumps(metrics["threat_model"]),
-                "limpid.candidate": "yes" if entry.name == best else "no",
-            },
-            description=describe(entry.name, found[entry.name], metrics["threat_model"]),
-        )
-        for entry in chosen
-    ]
 
 
 if __name__ == "__main__":

@@ -69,7 +69,24 @@ def train(
     **folders: Path,
 ) -> dict[str, float]:
     """Train one network into `out`; `folders` are those of `Recipe`."""
-    recipe = Recipe(
+    recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
+    return cluster.train(
+        build_job, {"recipe": recipe}, out, context.work, context.resources,
+        context.epoch(section.training.epochs),
+    )  # fmt: skip
+
+
+def recipe_of(
+    family: Literal["classifier", "purifier"],
+    model: Config,
+    section: Section,
+    shared: ThreatView,
+    *,
+    teachers: Sequence[Path] = (),
+    **folders: Path,
+) -> Recipe:
+    """Return the recipe of one network, for workers in other folders than this one."""
+    return Recipe(
         family=family,
         model=model,
         objective=section.objective,
@@ -80,10 +97,6 @@ def train(
         teachers=tuple(teacher.absolute() for teacher in teachers),
         **{name: folder.absolute() for name, folder in folders.items()},
     )
-    return cluster.train(
-        build_job, {"recipe": recipe}, out, context.work, context.resources,
-        context.epoch(section.training.epochs),
-    )  # fmt: skip
 
 
 def build_job(recipe: Recipe, device: str) -> Job:
@@ -118,6 +131,9 @@ def build_job(recipe: Recipe, device: str) -> Job:
     def facts(network: Any) -> dict[str, Any]:
         return {"validation": {"correct": right(network), "n": len(val)}} if answers else {}
 
+    def validate(network: Any, epoch: int) -> dict[str, float]:
+        return {"val_accuracy": right(network) / len(val)} if answers else {}
+
     def finish(network: Any) -> None:
         if isinstance(network, Purifier):
             network.calibrate(train.pixels(), recipe.batch)
@@ -129,7 +145,7 @@ def build_job(recipe: Recipe, device: str) -> Job:
         attacked=_pool(recipe.pool, train),
         training=recipe.training,
         seed=recipe.seed,
-        validate=lambda network: {"val_accuracy": right(network) / len(val)} if answers else {},
+        validate=validate,
         finish=finish,
         card=lambda network: _card(recipe, train, facts(network)),
     )

@@ -10,10 +10,11 @@ import functools
 from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from components.attacks import AttackConfig, Threat
@@ -24,6 +25,7 @@ from components.objectives import Atop, ClassifierObjective, Distillation, Purif
 from components.purifiers import ControlConfig, InferenceConfig, PurifierConfig
 from components.sources import DataConfig
 from components.training import Training
+from pipelines.dials import Dial, get
 
 PARAMS = Path("params.yaml")
 Count = Annotated[int, Field(ge=1)]
@@ -146,20 +148,80 @@ class Checks(Config):
     thorough: bool
 
 
+class Study(Config):
+    """One search: which places of the parameters to turn, and what for.
+
+    `defense` is judged on the first `images` validation images by the worst of its short `ladder`.
+    `robust` looks for the highest accuracy under it and stops weak trials after `grace` epochs and
+    then whenever the epochs have grown by the factor `reduction` (ASHA); `pareto` looks for the
+    front of clean accuracy, robust accuracy and purification time, and trains all trials out.
+    """
+
+    defense: Name
+    goal: Literal["robust", "pareto"]
+    space: Annotated[dict[str, Dial], Field(min_length=1)]
+    ladder: Ladder
+    images: Annotated[int, Field(ge=16)]
+    trials: Count
+    grace: Count
+    reduction: Annotated[int, Field(ge=2)]
+
+
+class Tuning(Config):
+    """All searches; those named in `run` are stages of `dvc repro`."""
+
+    run: list[Name]
+    studies: dict[Name, Study]
+
+
 class Resources(Config):
     """What the stages may use; tracked by no stage, since no result depends on it.
 
     `train_workers` 0 trains inside the stage's own process (Ray Train's local mode). `shards` run
-    side by side, one CPU each. With `gpu`, every worker and shard takes one GPU.
+    side by side, one CPU each. With `gpu`, every worker and shard takes one GPU. `trials` of a
+    search run side by side, each with `trial_gpus` (a share) where there are any.
     """
 
     train_workers: Annotated[int, Field(ge=0)]
     train_threads: Count
     shards: Count
     gpu: bool
+    trials: Count
+    trial_gpus: Annotated[float, Field(gt=0)]
 
 
-class Params(Config):
+class Trained(Config):
+    """What is trained, from what, and how it is used."""
+
+    purifiers: dict[Name, Purifier]
+    students: dict[Name, Student]
+    atop: dict[Name, Finetuned]
+    defenses: dict[Name, Defended]
+
+    def model_of(self, name: str) -> PurifierConfig:
+        """Return the network of a purifier, student or fine-tuned purifier."""
+        if name in self.atop:
+            return self.model_of(self.atop[name].base)
+        sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
+        return sections[name].model
+
+    def section_of(self, name: str) -> str:
+        """Return which section a network stands in."""
+        return next(s for s in ("purifiers", "students", "atop") if name in getattr(self, s))
+
+    def lineage(self, name: str) -> list[str]:
+        """Return what `name` is made from, and then itself, in the order of training."""
+        parents: list[str] = []
+        if name in self.students:
+            student = self.students[name]
+            parents = [student.adversarial_teacher, student.normal_teacher]
+        elif name in self.atop:
+            parents = [self.atop[name].base]
+        line = [one for parent in parents for one in self.lineage(parent)]
+        return list(dict.fromkeys([*line, name]))
+
+
+class Params(Trained):
     """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0)]
@@ -169,14 +231,11 @@ class Params(Config):
     batch: Count
     classifiers: dict[Name, Classifier]
     pool: Pool
-    purifiers: dict[Name, Purifier]
-    students: dict[Name, Student]
-    atop: dict[Name, Finetuned]
     attacks: dict[Name, AttackConfig]
     baselines: dict[Name, Baseline]
-    defenses: dict[Name, Defended]
     controls: dict[Name, Control]
     published: dict[Name, Published]
+    tuning: Tuning
     scoring: Scoring
     checks: Checks
     resources: Resources
@@ -228,12 +287,40 @@ class Params(Config):
                 _known(f"published.{name}.accuracy", figure, dict.fromkeys(["clean", *sets]))
         return self
 
-    def model_of(self, name: str) -> PurifierConfig:
-        """Return the network of a purifier, student or fine-tuned purifier."""
-        if name in self.atop:
-            return self.model_of(self.atop[name].base)
-        sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
-        return sections[name].model
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        document = self.model_dump(mode="json", by_alias=True) if self.tuning.studies else {}
+        for name in self.tuning.run:
+            _known("tuning.run", name, self.tuning.studies)
+        for name, study in self.tuning.studies.items():
+            where = f"tuning.studies.{name}"
+            _known(f"{where}.defense", study.defense, self.defenses)
+            self._tries(where, study)
+            model = self.defenses[study.defense].model
+            tried = self.defenses[study.defense].model_copy(update={"ladder": study.ladder})
+            _usable(where, tried, self.model_of(model))
+            turned = [f"{self.section_of(one)}.{one}" for one in self.lineage(model)]
+            turned.append(f"defenses.{study.defense}.inference")
+            for place in study.space:
+                if not place.startswith(tuple(f"{start}." for start in turned)):
+                    raise ValueError(
+                        f"{where}.space: {place} plays no part in {study.defense}, made of "
+                        f"{', '.join(turned)}"
+                    )
+                if not isinstance(get(document, place), bool | int | float | str):
+                    raise ValueError(f"{where}.space: {place} is no single value")
+        return self
+
+    def _tries(self, where: str, study: Study) -> None:
+        """Refuse a ladder that does not see through the defense, or leaves the ball."""
+        if not any(study.ladder.get(mode) for mode in ("full", *STAND_INS)):
+            raise ValueError(f"{where}.ladder needs an attack that sees through, on the rung full")
+        for mode, attacks in study.ladder.items():
+            _known(f"{where}.ladder", mode, dict.fromkeys(m for m in MODES if m not in REPLAYED))
+            for attack in attacks:
+                _known(f"{where}.ladder", attack, self.attacks)
+                if not self.attacks[attack].bounded:
+                    raise ValueError(f"{where}.ladder: {attack} does not stay inside the threat")
 
 
 class View(Config):
@@ -301,6 +388,32 @@ def write_yaml(value: Mapping[str, Any]) -> str:
     yaml.width = 100
     yaml.dump(dict(value), text)
     return text.getvalue()
+
+
+def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
+    """Return YAML text with `values` at places that are there, all else as it is written."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    document = yaml.load(text)
+    for place, value in values.items():
+        node = document
+        *folders, last = place.split(".")
+        for folder in folders:
+            if node[folder].yaml_anchor() is not None:
+                # Others share this mapping under its name: from here on it is this place's own.
+                shared = node[folder]
+                node[folder] = CommentedMap(shared)
+                if shared.fa.flow_style():
+                    node[folder].fa.set_flow_style()
+            node = node[folder]
+        node[last] = value
+    written = StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
 
 
 def explain(error: ValidationError) -> str:

@@ -8,8 +8,8 @@ from components import data
 from components.shards import write_bytes
 from components.sources import DataConfig, prepare
 from pipelines.params import View
+from pipelines.place import ROOT
 from pipelines.stage import Context, main
-from pipelines.tracking import ROOT
 
 
 class PrepareParams(View):

@@ -5,9 +5,25 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 LINE_EVERY_S = 10.0
+
+
+def refuse(message: str, code: int = 2) -> int:
+    """Say in one sentence what is wrong, and return the exit code: a user's mistake is 2."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def show(table: Table) -> None:
+    """Print a table as wide as it is: in a narrower one digits would be cut off."""
+    console = Console(highlight=False)
+    room = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, room, table).maximum)
+    console.print(table)
 
 
 class Watch:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -13,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.progress import refuse
 from pipelines.report import ROLES, describe_threat, illusion, not_beaten, void_rungs
 
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
+# Without the query the UI takes models for agents and hides their metrics.
+UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 WIDTH = 80
 NUMBERS = ("clean", "grey", "BPDA", "full", "headline, 95 %", "unseen", "rnd", "checks")
 NOTES = (
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(Text(f"\n{sentence}", style="yellow"))
     console.print(f"\nReport:    {REPORT}", soft_wrap=True)
     console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
-    console.print("           then open http://127.0.0.1:5000", soft_wrap=True)
+    console.print(f"           then open {UI}", soft_wrap=True)
     return 0
 
 
@@ -108,12 +110,6 @@ def _rung(found: Mapping[str, Any], mode: str) -> Text:
 
 def _number(score: Mapping[str, Any]) -> str:
     return f"{100 * score['accuracy']:.1f}"
-
-
-def refuse(message: str) -> int:
-    """Say what is wrong, and return the exit code of a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

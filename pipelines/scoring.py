@@ -302,20 +302,6 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[
     }
 
 
-def describe(name: str, found: Mapping[str, Any], threat: Mapping[str, Any]) -> str:
-    """Say of one defense what it is worth, for somebody who never saw the code."""
-    head, clean = found["headline"], found["clean"]
-    radius = threat.get("eps_255", threat.get("eps_l2"))
-    sentence = (
-        f"{name}: {clean['accuracy']:.1%} of clean images right, {head['accuracy']:.1%} "
-        f"(95 % interval {head['low']:.1%} to {head['high']:.1%}, n = {head['n']}) under the worst "
-        f"of all attacks in {threat['norm']}, radius {radius}."
-    )
-    if head["upper_bound"]:
-        sentence += " A blocking check failed: this is an upper bound and no result."
-    return sentence
-
-
 def _score(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, name: str) -> Score:
     draws, select = plan.scoring.score_draws, plan.scoring.select_draws
     labels, ids = images.labels, images.ids

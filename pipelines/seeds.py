@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.progress import refuse
 from pipelines.report import describe_threat
-from pipelines.scores import ordered, refuse
+from pipelines.scores import ordered
 
 WIDTH = 104
 RUNGS = {"grey": "classifier", "BPDA": "bpda", "full": "full"}

@@ -1,7 +1,6 @@
 """Plant every known lie, run the checks, and print which were caught."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rich.text import Text
 from components import selftest
 from components.selftest import HONEST, LIES, Result
 from components.shards import write_json
-from pipelines.progress import Watch
+from pipelines.progress import Watch, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(highlight=False).print(_table(results))
     wrong = [result.case for result in results if not result.caught]
     if wrong:
-        print(f"error: the harness is broken: {', '.join(wrong)}", file=sys.stderr)
-        return 5
+        return refuse(f"the harness is broken: {', '.join(wrong)}", 5)
     print(f"{len(LIES)} lies caught by name, {len(HONEST)} honest cases left alone")
     return 0
 

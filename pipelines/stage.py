@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,20 +29,23 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 
 from components import shards
-from components.shards import MANIFEST, DataError, write_json
+from components.shards import MANIFEST, DataError
 from components.training import Diverged
 from pipelines import params as parameters
+from pipelines import timings
 from pipelines.params import ConfigError, Resources, View
-from pipelines.progress import Watch
-from pipelines.tracking import ROOT, Registration, Tracker, lock
+from pipelines.place import ROOT
+from pipelines.progress import Watch, refuse
+from pipelines.registry import Registration
+from pipelines.tracking import Tracker
 
-TIMINGS = Path("reports/timings.json")
 SCHEMA = 1
 STOPPED = threading.Event()
 INTERRUPTED = "interrupted; the same command goes on from where it was"
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
-        "cluster", "params", "progress", "stage", "tracking",
+        "candidates", "cluster", "params", "place", "progress", "registry", "stage", "timings",
+        "tracking",
     )),
 }  # fmt: skip
 
@@ -98,24 +100,26 @@ def _run(module_name: str, argv: Sequence[str] | None) -> int:
     try:
         _execute(module, options)
     except Interrupted:
-        return _say(INTERRUPTED, 130)
+        return refuse(INTERRUPTED, 130)
     except ConfigError as error:
-        return _say(str(error), 2)
+        return refuse(str(error), 2)
     except DataError as error:
-        return _say(str(error), 3)
+        return refuse(str(error), 3)
     except Diverged as error:
-        return _say(str(error), 5)
+        return refuse(str(error), 5)
     except ValueError as error:
-        return _say(str(error), 2)
+        return refuse(str(error), 2)
     except (OSError, MemoryError) as error:
-        return _say(f"{type(error).__name__}: {error}", 4)
+        return refuse(f"{type(error).__name__}: {error}", 4)
     except Exception as error:
         if STOPPED.is_set():  # Ray's compiled code turns our exception into one of its own.
-            return _say(INTERRUPTED, 130)
+            return refuse(INTERRUPTED, 130)
         ROOT.mkdir(exist_ok=True)
         (ROOT / "last_error.txt").write_text(traceback.format_exc())
         first = (str(error).strip().splitlines() or [""])[0][:300]
-        return _say(f"{type(error).__name__}: {first} (all of it in {ROOT / 'last_error.txt'})", 4)
+        return refuse(
+            f"{type(error).__name__}: {first} (all of it in {ROOT / 'last_error.txt'})", 4
+        )
     return 0
 
 
@@ -160,7 +164,7 @@ def _execute(module: Any, options: dict[str, Any]) -> None:
         problem = tracker.finish(status, context.registrations if status == "FINISHED" else ())
         if problem:
             watch.say(problem)
-    _note_time(label, seconds)
+    timings.note(label, seconds)
     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, int | float))
     watch.say(f"{title}: done in {seconds:.1f} s  {shown}")
 
@@ -247,13 +251,6 @@ def _flatten_into(tracker: Tracker, metrics: Mapping[str, Any]) -> None:
         tracker.log({f"final.{name}": value for name, value in numbers.items()})
 
 
-def _note_time(title: str, seconds: float) -> None:
-    with lock("timings"):
-        known = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
-        known[title] = {"seconds": round(seconds, 2), "ended": int(time.time())}
-        write_json(TIMINGS, known)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -267,8 +264,3 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Interrupted
-
-
-def _say(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

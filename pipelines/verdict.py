@@ -6,9 +6,10 @@ Controls are never judged: some are there to be caught.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from pipelines.progress import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         judged, failed = judge(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _say(f"{path} cannot be read as metrics ({reason}); `dvc repro` makes it", 3)
+        return refuse(f"{path} cannot be read as metrics ({reason}); `dvc repro` makes it", 3)
     if failed:
         named = "; ".join(f"{name} ({', '.join(checks)})" for name, checks in failed.items())
-        return _say(f"blocking checks failed, so these scores are upper bounds only: {named}", 5)
+        return refuse(f"blocking checks failed, so these scores are upper bounds only: {named}", 5)
     print(f"verdict: no blocking check failed on {judged} scored classifiers and defenses")
     return 0
 
@@ -37,11 +38,6 @@ def judge(path: Path) -> tuple[int, Mapping[str, Sequence[str]]]:
         if found["role"] != "control"
     }
     return len(failures), {name: checks for name, checks in failures.items() if checks}
-
-
-def _say(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

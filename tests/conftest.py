@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import project
 import pytest
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def classifier(train_set: ImageSet) -> Classifier:
         augmentation="none",
     )
     nothing: dict[str, float] = {}
-    for _ in fit(model, objective, train_set, None, config, 0, lambda model: nothing, None):
+    for _ in fit(model, objective, train_set, None, config, 0, lambda *_: nothing, None):
         pass
     model.eval().requires_grad_(False).zero_grad(set_to_none=True)
     return model
@@ -100,3 +101,12 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         model: nn.Module = request.getfixturevalue("classifier")
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which `dvc repro` has run once."""
+    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
+    code, printed = project.run(folder, "dvc", "repro")
+    assert code == 0, printed[-4000:]
+    return folder

@@ -84,6 +84,8 @@ def tiny() -> dict:
     params["attacks"]["square"] |= {"queries": 20}
     params["scoring"] = {"select_draws": 12, "score_draws": 12, "shown": 2}
     params["checks"] = {"images": 30, "thorough": False}
+    params["tuning"]["studies"]["student"] |= {"images": 20, "trials": 3, "grace": 1}
+    params["tuning"]["studies"]["atop"] |= {"images": 20, "trials": 2}
     return params
 
 

@@ -16,7 +16,9 @@ from pipelines.stage import code_of
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 RAY_STAGES = [name for name in STAGES if name not in ("verdict", "selftest")]
-TRAINING = [name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft"))]
+TRAINING = [
+    name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft", "tune"))
+]
 
 
 def definition(name: str) -> dict:
@@ -69,7 +71,8 @@ def test_a_command_fits_the_signature_it_calls(name: str) -> None:
 def test_a_stage_tracks_the_params_it_sees(name: str) -> None:
     run = importlib.import_module(f"pipelines.{name}").run
     view = get_type_hints(run)["params"]
-    seen = {key.replace("{name}", "${key}") for key in view.tracks.values()}
+    instance = "${item}" if "${item}" in definition(name)["cmd"] else "${key}"
+    seen = {key.replace("{name}", instance) for key in view.tracks.values()}
     assert set(definition(name)["params"]) == seen
     assert set(view.model_fields) == set(view.tracks)
 
@@ -115,6 +118,8 @@ def test_data_travels_one_way() -> None:
         ("pipelines/params.py", "from pipelines import stage"),
         ("pipelines/evaluate.py", "from pipelines import train_purifier"),
         ("pipelines/report.py", "import ray"),
+        ("pipelines/trial.py", "import ray"),
+        ("pipelines/candidates.py", "import mlflow"),
     ],
 )
 def test_a_planted_import_turns_the_contracts_red(tmp_path: Path, file: str, planted: str) -> None:

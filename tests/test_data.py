@@ -30,7 +30,10 @@ def test_reading_gives_back_what_was_written(folder: Path) -> None:
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
-    assert [len(part) for part in data.read_by_part(folder)] == [10, 10, 5]
+    parts = data.read_by_part(folder)
+    assert [len(part) for part in parts] == [10, 10, 5]
+    (second,) = data.read_by_part(folder, 1)
+    assert torch.equal(second.ids, parts[1].ids) and torch.equal(second.images, parts[1].images)
     assert read.pixels().max() <= 1
 
 

@@ -36,15 +36,6 @@ EVALUATE = {
 }
 
 
-@pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which `dvc repro` has run once."""
-    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
-    code, printed = project.run(folder, "dvc", "repro")
-    assert code == 0, printed[-4000:]
-    return folder
-
-
 def keep_selftest(reproduced: Path, folder: Path) -> None:
     (folder / "reports").mkdir()
     shutil.copyfile(reproduced / EVALUATE["selftest"], folder / EVALUATE["selftest"])
@@ -246,14 +237,14 @@ import sys, json, mlflow, numpy as np
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 client = mlflow.MlflowClient()
 versions = client.search_model_versions("name='limpid-digits'")
-tags = {v.tags["limpid.defense"]: v for v in versions}
+tags = {v.tags["defense"]: v for v in versions}
 candidate = client.get_model_version_by_alias("limpid-digits", "candidate")
 x = np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32)
 def ask(name):
     model = mlflow.pyfunc.load_model(f"models:/limpid-digits/{tags[name].version}")
     return model.predict(x)["logits"].tolist()
 print(json.dumps([sorted(tags), tags["student_grey"].description,
-                  candidate.tags["limpid.defense"], ask("student_grey"), ask("apudae")]))
+                  candidate.tags["defense"], ask("student_grey"), ask("apudae")]))
 """
     code, printed = project.run(reproduced, sys.executable, "-W", "ignore", "-c", script)
     assert code == 0, printed

@@ -51,7 +51,7 @@ NOISY = {
 }  # fmt: skip
 
 
-def nothing(model: nn.Module) -> Mapping[str, float]:
+def nothing(model: nn.Module, epoch: int) -> Mapping[str, float]:
     return {}
 
 
@@ -301,15 +301,15 @@ def test_noise_is_new_in_every_epoch_and_belongs_to_the_image(few: ImageSet) -> 
 def test_an_epoch_reports_means_and_what_validation_said_in_eval_mode(few: ImageSet) -> None:
     modes = []
 
-    def validate(model: nn.Module) -> Mapping[str, float]:
-        modes.append(model.training)
+    def validate(model: nn.Module, epoch: int) -> Mapping[str, float]:
+        modes.append((epoch, model.training))
         return {"val": 0.25}
 
     config = changed(optimiser="sgd", batch_size=50, epochs=2)
     seen: list[Epoch] = []
     for epoch in fit(Scalar(), Recorder(), few, None, config, 0, validate, None):
         seen.append(epoch)
-    assert [e.index for e in seen] == [0, 1] and modes == [False, False]
+    assert [e.index for e in seen] == [0, 1] and modes == [(0, False), (1, False)]
     assert seen[0].metrics["step"] == pytest.approx(2) and seen[0].metrics["val"] == 0.25
     assert seen[1].metrics["step"] == pytest.approx(5)
 

@@ -1,0 +1,59 @@
+"""What a defense answers when it is served: everything about an image from one purification.
+
+No label is known here and nothing is counted. Shapes: N images, C channels, H W, K classes.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from components.defense import Defense
+from components.draws import Draws, fresh
+from components.purifiers import Purifier
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers an image (N,).
+
+    `error` is the mean squared change of its pixels, `suspicion` how odd it looks to the purifier,
+    in the purifier's own units.
+    """
+
+    purified: Tensor
+    logits: Tensor
+    error: Tensor
+    suspicion: Tensor
+
+
+def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
+    """Answer images (N,C,H,W) in [0,1], `batch` at a time.
+
+    Without a seed noise is fresh. With one, image k has the noise of id k in role `score`: equal
+    requests get equal answers.
+    """
+    parts = []
+    with torch.no_grad():
+        for rows in torch.arange(len(x), device=x.device).split(batch):  # type: ignore[no-untyped-call]
+            draws = fresh(len(rows), x.device) if seed is None else Draws(seed, "score", rows)
+            parts.append(_answered(defense, x[rows], draws))
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(Answer))
+    return Answer(*(torch.cat(column) for column in columns))
+
+
+def changed(x: Tensor, purified: Tensor) -> Tensor:
+    """Return the mean squared change of the pixels of every image (N,)."""
+    return (x - purified).square().flatten(1).mean(1)
+
+
+def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:
+    purifier = defense.purifier
+    assert purifier is not None
+    purified = defense.purify(x, draws)
+    error = changed(x, purified)
+    # A purifier with no detector of its own suspects what it changes. It need not do that twice,
+    # which may be dear and under the same draws has the same outcome.
+    own = type(purifier).oddity is not Purifier.oddity
+    suspicion = purifier.suspicion(x, draws) if own else error
+    return Answer(purified, defense.classifier(purified), error, suspicion)

@@ -1,0 +1,252 @@
+"""Reads data/{train,val}, all models and the pool, writes reports/tuning/<study>.
+
+`python -m pipelines.tune NAME` searches what `tuning.studies.NAME` of params.yaml says, by Ray Tune
+with Optuna, and ASHA where trials train; killed, the same command goes on where it was. It changes
+no parameters: `python -m pipelines.configure --from reports/tuning/NAME/best.yaml` adopts what it
+found. The test split is out of its reach: what is found here is measured by `dvc repro`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+
+from components.attacks import Attack
+from components.shards import write_bytes, write_json
+from pipelines import cluster, standings
+from pipelines.dials import Choice, Dial, Integer, LogUniform, Value, get, nest
+from pipelines.params import (
+    Defended,
+    Finetuned,
+    Purifier,
+    Scoring,
+    Student,
+    Study,
+    ThreatView,
+    write_yaml,
+)
+from pipelines.progress import show
+from pipelines.stage import Context, main
+from pipelines.standings import Trial
+from pipelines.trial import Task, attempt
+
+TURNED = ("purifiers", "students", "atop", "defenses")
+GOALS = {"robust": "max", "clean": "max", "seconds_per_image": "min"}
+# A trial that trains in workers of its own only waits for them.
+WAITING = 0.01
+
+
+class TuneParams(ThreatView):
+    """One study, and the sections its trials may turn."""
+
+    study: Study
+    purifiers: dict[str, Purifier]
+    students: dict[str, Student]
+    atop: dict[str, Finetuned]
+    defenses: dict[str, Defended]
+    attacks: dict[str, Attack]
+    scoring: Scoring
+    tracks = {
+        **ThreatView.tracks,
+        "study": "tuning.studies.{name}",
+        **{name: name for name in (*TURNED, "attacks", "scoring")},
+    }
+
+
+def run(
+    params: TuneParams,
+    context: Context,
+    *,
+    name: str,
+    train: Path,
+    val: Path,
+    models: Path,
+    pool: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Search, rank the trials, and write what `configure --from` adopts."""
+    document = params.model_dump(mode="json", by_alias=True, include=set(TURNED))
+    # A process of its own for each trial: one thread is its share.
+    resources = context.resources.model_copy(update={"train_threads": 1})
+    task = Task(
+        params.study, document, params, params.attacks, params.scoring, resources,
+        *(folder.absolute() for folder in (train, val, models, pool)),
+    )  # fmt: skip
+    for place, dial in params.study.space.items():
+        for end in dial.ends():
+            task.sections({place: end})
+    trials = _search(task, context)
+    ranked = standings.rank(trials, params.study)
+    show(standings.table(ranked, params.study))
+    out.mkdir(parents=True)
+    write_json(out / "trials.json", [vars(trial) for trial in ranked])
+    best = ranked[0]
+    write_bytes(out / "best.yaml", write_yaml(nest(best.values)).encode())
+    if params.study.goal == "pareto":
+        for trial in ranked:
+            if trial.front:
+                path = out / "front" / f"{trial.name}.yaml"
+                write_bytes(path, write_yaml(nest(trial.values)).encode())
+    standings.draw(out, ranked, params.study)
+    return {
+        "trials": len(ranked),
+        **{key: value for key, value in best.figures.items() if isinstance(value, int | float)},
+    }
+
+
+def _search(task: Task, context: Context) -> list[Trial]:
+    """Run all trials, or those that are left of an interrupted search."""
+    # Else Tune prints a page of its own about every search.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    from ray import tune
+
+    folder = context.work / "ray" / "study"
+    workers, resources = task.resources.train_workers, task.resources
+    gpus = resources.trials * max(workers, resources.trial_gpus) * resources.gpu
+    cpus = resources.trials * max(workers, 1)
+    trainable = tune.with_parameters(_trial, task=task, work=str(context.work.absolute()))
+    share = {"CPU": WAITING if workers else 1.0}
+    if resources.gpu and not workers:
+        share["GPU"] = resources.trial_gpus
+    trainable = tune.with_resources(trainable, share)
+    with cluster.session(cpus, gpus), _Board(folder, task.study, context) as board:
+        path = str(folder.absolute())
+        with cluster.quiet():
+            if tune.Tuner.can_restore(path):
+                tuner = tune.Tuner.restore(
+                    path, trainable=trainable, resume_unfinished=True, restart_errored=True
+                )
+            else:
+                tuner = _tuner(task, trainable, folder.absolute())
+            results = cluster.apart(tuner.fit, board.look)
+        errors = [str(result.error) for result in results if result.error]
+    trials = board.trials()
+    if not trials:
+        reason = (errors or ["no trial was run"])[0].strip().splitlines()[-1]
+        raise ValueError(f"no trial came to an end: {reason}")
+    return trials
+
+
+def _tuner(task: Task, trainable: Any, folder: Path) -> Any:
+    """Set a search up whose first trial is what params.yaml says now."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    study = task.study
+    alone = study.goal == "robust"
+    metric: Any = "robust" if alone else list(GOALS)
+    mode: Any = "max" if alone else list(GOALS.values())
+    now = {place: get(task.document, place) for place in study.space}
+    standing = all(dial.holds(now[place]) for place, dial in study.space.items())
+    search = OptunaSearch(
+        {place: _distribution(dial) for place, dial in study.space.items()},
+        metric=metric, mode=mode, seed=task.shared.seed,
+        points_to_evaluate=[now] if standing else None,
+    )  # fmt: skip
+    epochs = task.epochs(task.sections({}))
+    scheduler = ASHAScheduler(
+        time_attr="epoch", metric="robust", mode="max", max_t=max(epochs, study.grace + 1),
+        grace_period=study.grace, reduction_factor=study.reduction,
+    )  # fmt: skip
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler if alone else None,
+            num_samples=study.trials,
+            max_concurrent_trials=task.resources.trials,
+        ),
+        run_config=tune.RunConfig(name=folder.name, storage_path=str(folder.parent), verbose=0),
+    )
+
+
+def _distribution(dial: Dial) -> Any:
+    import optuna.distributions as known
+
+    if isinstance(dial, Choice):
+        return known.CategoricalDistribution(dial.values)
+    if isinstance(dial, Integer):
+        return known.IntDistribution(dial.low, dial.high)
+    return known.FloatDistribution(dial.low, dial.high, log=isinstance(dial, LogUniform))
+
+
+def _trial(config: dict[str, Value], task: Task, work: str) -> None:
+    """Run one trial in a process of Ray Tune."""
+    from ray import tune
+
+    name = tune.get_context().get_trial_id()
+    attempt(task, config, Path(work) / "trials" / name, tune.report)
+
+
+class _Board:
+    """Follows a search by the files its trials write: on the screen, and in MLflow.
+
+    Not by callbacks, which would be stored with the search and come back without their threads.
+    """
+
+    def __init__(self, folder: Path, study: Study, context: Context) -> None:
+        self.folder, self.study, self.context = folder, study, context
+        self.seen: dict[str, int] = {}
+        self.live: Live | None = None
+
+    def __enter__(self) -> "_Board":
+        if sys.stdout.isatty():
+            self.live = Live(console=self.context.watch.console, refresh_per_second=2)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def trials(self) -> list[Trial]:
+        """Return every trial that has reported, as it stands."""
+        return [trial for trial, _ in self._read()]
+
+    def look(self) -> None:
+        """Show and log what is new."""
+        news = False
+        for trial, reports in self._read():
+            for report in reports[self.seen.get(trial.name, 0) :]:
+                news = True
+                figures, epoch = _numbers(report)
+                self.context.tracker.nested(trial.name, trial.values, figures, epoch)
+                if self.live is None:
+                    self.context.watch.say(standings.line(trial, self.study))
+            self.seen[trial.name] = len(reports)
+        if self.live and news:
+            ranked = standings.rank(self.trials(), self.study)
+            self.live.update(standings.table(ranked, self.study))
+
+    def _read(self) -> Iterator[tuple[Trial, Sequence[Mapping[str, Any]]]]:
+        for path in sorted(self.folder.glob("*/result.json")):
+            lines = path.read_text().splitlines(keepends=True)
+            said = [json.loads(line) for line in lines if line.endswith("\n")]
+            # Tune repeats the last report when a trial ends, a resumed trial those of before.
+            reports = list({report["epoch"]: report for report in said}.values())
+            if reports:
+                last = reports[-1]
+                yield Trial.of(last["trial_id"], last["config"], last), reports
+
+
+def _numbers(report: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    figures = {name: float(report[name]) for name in standings.FIGURES if name in report}
+    return figures, int(report["epoch"])
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """Let a person say the name alone: the folders are then those of dvc.yaml."""
+    if len(argv) == 1 and not argv[0].startswith("-"):
+        folders = {"train": "data/train", "val": "data/val", "models": "models", "pool": "pool"}
+        folders["out"] = f"reports/tuning/{argv[0]}"
+        return ["--name", argv[0], *(w for k, v in folders.items() for w in (f"--{k}", v))]
+    return list(argv)
+
+
+if __name__ == "__main__":
+    main(__spec__.name, _command(sys.argv[1:]))

@@ -1,0 +1,411 @@
+"""What is served is what was scored, bit for bit, and a bad request gets one sentence."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.pyfunc.scoring_server import predictions_to_json
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from components.answers import answer
+from components.checkpoints import ModelCard, build, fingerprint, save
+from components.defense import Defense
+from components.draws import Draws
+from components.purifiers import InferenceConfig, Purifier
+from pipelines.crafting import Subject
+from pipelines.registry import Registration
+from pipelines.served import BATCH, MOST, ServedDefense, ServingError, read_request
+from pipelines.tracking import Tracker
+
+ROOT = Path(__file__).parent.parent
+SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]
+NAME, SEED = "limpid-tiny", 7
+AUTOENCODER = {
+    "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
+}  # fmt: skip
+RT2 = {"kind": "rt2", "patch": 2, "missing": 0.25, "sigma": 0.1}
+DENOISER = {"kind": "denoiser", "width": 4}
+DDPM = {
+    "kind": "ddpm", "width": 2, "steps": 10, "beta_start": 0.0001, "beta_end": 0.2,
+    "centred": False, "norm_input": True,
+}  # fmt: skip
+APUDAE = {
+    "kind": "apudae", "steps": 3, "rate": 0.02, "optimiser": "adam", "target": "minimum",
+    "scaled": False, "noise_255": 0.0, "transform": None,
+}  # fmt: skip
+DIFFDEFENSE = {
+    "kind": "diffdefense", "mode": "released", "iterations": 2, "restarts": 2, "steps": 3,
+    "rate": 25.0,
+}  # fmt: skip
+# name -> (network, inference); the second is random, the last three have detectors of their own.
+DEFENSES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "koo": (AUTOENCODER, None),
+    "atop": ({"kind": "random_transform", "transform": RT2, "inner": AUTOENCODER}, None),
+    "denoiser": (DENOISER, None),
+    "apudae": (DENOISER, APUDAE),
+    "diffdefense": (DDPM, DIFFDEFENSE),
+}
+EVERY = pytest.mark.parametrize("name", DEFENSES)
+
+
+def pixels(count: int = 12) -> Tensor:
+    """Images whose pixels are those of bytes, as the images of a test set are."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, *SHAPE), generator=generator).float() / 255
+
+
+def make(folder: Path, family: str, model: dict[str, Any]) -> Path:
+    """Write a model folder of a network with weights and BatchNorm statistics of its own."""
+    card = ModelCard(
+        format=1, family=family, model=model, shape=list(SHAPE), class_names=NAMES, provenance={}
+    )
+    torch.manual_seed(0)
+    network = build(card)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    save(folder, network, card)
+    return folder
+
+
+def subject(folder: Path, name: str) -> Subject:
+    inference = DEFENSES[name][1]
+    return Subject(
+        folder / "classifier",
+        folder / name,
+        inference=TypeAdapter(InferenceConfig).validate_python(inference) if inference else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of models, all defenses of which are registered in a store of their own."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "components").symlink_to(ROOT / "components")
+    make(folder / "classifier", "classifier", {"kind": "small_cnn", "width": 4})
+    for name, (network, _) in DEFENSES.items():
+        make(folder / name, "purifier", network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        # Loading a model puts its code in front of everything else.
+        patch.setattr(sys, "path", list(sys.path))
+        tracker = Tracker("evaluate", "limpid-tiny", {}, "key")
+        tracker.finish("FINISHED", [registration(folder, name) for name in DEFENSES])
+        tracker.thread.join()
+        assert not tracker.problem
+        yield folder
+        mlflow.set_tracking_uri(None)
+
+
+def registration(folder: Path, name: str) -> Registration:
+    return Registration(
+        name=name,
+        version_of=NAME,
+        fingerprint=f"{name}:{fingerprint(folder / name)}",
+        folders={"classifier": folder / "classifier", "purifier": folder / name},
+        inference=DEFENSES[name][1],
+        metrics={"headline": 0.5},
+        tags={"defense": name, "limpid.candidate": "yes" if name == "atop" else "no"},
+        description=name,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, Any]:
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
+    uris = {v.tags["defense"]: f"models:/{NAME}/{v.version}" for v in versions}
+    return {name: mlflow.pyfunc.load_model(uris[name]) for name in DEFENSES}
+
+
+@EVERY
+def test_the_served_defense_is_the_one_that_is_scored(
+    folder: Path, models: dict[str, Any], name: str
+) -> None:
+    x = pixels()
+    found = models[name].predict({"images": x.numpy(), "seed": SEED})
+    scored, draws = subject(folder, name).defense(), Draws(SEED, "score", torch.arange(len(x)))
+    with torch.no_grad():
+        purified, logits = scored.purify(x, draws), scored(x, draws)
+        odd = scored.purifier.suspicion(x, draws)
+    assert not torch.equal(purified, x)
+    assert found["purified"].tobytes() == purified.numpy().tobytes()
+    assert found["logits"].tobytes() == logits.numpy().tobytes()
+    assert found["attack_score"].tobytes() == odd.numpy().tobytes()
+    error = ((x - purified) ** 2).mean((1, 2, 3))
+    assert np.allclose(found["reconstruction_error"], error, rtol=1e-5)
+    assert list(found["label"]) == [NAMES[int(best)] for best in logits.argmax(1)]
+
+
+@EVERY
+def test_noise_is_fresh_unless_a_seed_is_given(models: dict[str, Any], name: str) -> None:
+    x = pixels().numpy()
+    answers = [models[name].predict(x)["purified"] for _ in range(2)]
+    assert np.array_equal(*answers) == (name not in ("atop", "diffdefense"))
+    keyed = [models[name].predict({"images": x, "seed": 3})["purified"] for _ in range(2)]
+    assert np.array_equal(*keyed)
+
+
+def test_many_images_are_answered_in_batches(folder: Path, models: dict[str, Any]) -> None:
+    x = pixels(BATCH + 30)
+    found = models["atop"].predict({"images": x.numpy(), "seed": SEED})["logits"]
+    scored = subject(folder, "atop").defense()
+    with torch.no_grad():
+        whole = scored(x, Draws(SEED, "score", torch.arange(len(x)))).numpy()
+        first = scored(x[:BATCH], Draws(SEED, "score", torch.arange(BATCH))).numpy()
+    assert found[:BATCH].tobytes() == first.tobytes()
+    assert np.allclose(found, whole, atol=1e-5)
+
+
+class Counting(Purifier):
+    """Changes images by noise, and counts how often."""
+
+    stochastic = True
+    purified = 0
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        self.purified += 1
+        assert draws is not None
+        return (x + draws.normal(tuple(x.shape[1:]), "grain")).clamp(0, 1)
+
+
+def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: Path) -> None:
+    purifier, x = Counting(), pixels()
+    defense = Defense(subject(folder, "koo").defense().classifier, purifier).freeze()
+    found = answer(defense, x, SEED, 5)
+    assert purifier.purified == 3, "one purification for each batch of at most five"
+    draws = Draws(SEED, "score", torch.arange(len(x)))
+    assert torch.equal(found.suspicion, purifier.suspicion(x, draws))
+    assert found.suspicion.unique().numel() > 1
+
+
+class Failing(Purifier):
+    """Makes the first image nothing; can fail altogether."""
+
+    fails = False
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        if self.fails:
+            raise RuntimeError("not enough memory: secret")
+        return torch.cat([x[:1] * float("nan"), x[1:]])
+
+
+@pytest.fixture
+def failing(folder: Path) -> ServedDefense:
+    served = ServedDefense()
+    served.defense = Defense(subject(folder, "koo").defense().classifier, Failing()).freeze()
+    served.shape, served.class_names = SHAPE, NAMES
+    return served
+
+
+def test_what_is_no_number_is_null_in_json(failing: ServedDefense) -> None:
+    text = StringIO()
+    predictions_to_json(failing.predict(None, pixels(3).numpy()), text)
+    found = json.loads(text.getvalue(), parse_constant=pytest.fail)["predictions"]
+    assert found["label"][0] is None and found["label"][1] in NAMES
+    assert found["logits"][0] == [None] * 10 and None not in found["logits"][1]
+    assert found["attack_score"][0] is None and found["attack_score"][1] == 0.0
+    assert found["purified"][0] == [[[None] * 8] * 8]
+    assert np.array_equal(np.array(found["purified"][1:], np.float32), pixels(3)[1:])
+
+
+def test_our_own_failure_is_no_bad_request(failing: ServedDefense) -> None:
+    failing.defense.purifier.fails = True
+    with pytest.raises(ServingError, match=r"^the defense failed .* \(RuntimeError\)$") as caught:
+        failing.predict(None, pixels().numpy())
+    assert caught.value.get_http_status_code() == 500
+    assert "secret" not in caught.value.serialize_as_json()
+
+
+def as_bytes(x: Tensor) -> Any:
+    return (x * 255).round().numpy().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pixels().numpy(),
+        pixels().numpy().astype(np.float64),
+        as_bytes(pixels()),
+        as_bytes(pixels()).astype(np.int64),
+        as_bytes(pixels()).tolist(),
+        {"images": pixels().tolist()},
+        {"images": as_bytes(pixels()).astype(np.float32), "white": 255},
+        {"images": pixels().numpy(), "white": 1},
+    ],
+)
+def test_fractions_and_bytes_are_told_apart(request_: Any) -> None:
+    x, seed = read_request(request_, SHAPE)
+    assert x.dtype == torch.float32 and torch.equal(x, pixels()) and seed is None
+
+
+def test_nothing_is_guessed_about_zeros_and_ones() -> None:
+    board = (torch.arange(64).view(1, *SHAPE) % 2).numpy()
+    with pytest.raises(ServingError, match='say "white": 1 or "white": 255'):
+        read_request(board, SHAPE)
+    for white, brightest in ((1, 1.0), (255, 1 / 255)):
+        x, _ = read_request({"images": board, "white": white}, SHAPE)
+        assert x.max().item() == pytest.approx(brightest) and x.min() == 0
+    # Where there is a type there is no doubt.
+    assert read_request(board.astype(np.float32), SHAPE)[0].max() == 1
+    assert read_request(board.astype(np.uint8), SHAPE)[0].max() == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, "7", [1, 2], None, 2**70])
+def test_a_seed_is_one_whole_number(seed: Any) -> None:
+    request_ = {"images": pixels().numpy(), "seed": seed}
+    if seed is None:
+        assert read_request(request_, SHAPE)[1] is None
+    else:
+        with pytest.raises(ServingError, match="seed must be"):
+            read_request(request_, SHAPE)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """The address of a real server of the champion, which is random."""
+    client = mlflow.MlflowClient()
+    version = client.get_model_version_by_alias(NAME, "candidate").version
+    client.set_registered_model_alias(NAME, "champion", version)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion",
+        "--env-manager", "local", "--port", str(port),
+    ]  # fmt: skip
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Served from anywhere, with the code it was registered with.
+    (folder / "elsewhere").mkdir()
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder / "elsewhere", stdout=log, stderr=log,
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not answers(port):
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5) as answered:
+            return bool(answered.status == 200)
+    except OSError:
+        return False
+
+
+def post(url: str, body: Any, kind: str = "application/json") -> tuple[int, str]:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = urllib.request.Request(url, content, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(sent, timeout=60) as answered:
+            return answered.status, answered.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_over_http_it_is_bit_for_bit_the_same(folder: Path, server: str) -> None:
+    x = pixels()
+    scored, draws = subject(folder, "atop").defense(), Draws(SEED, "score", torch.arange(len(x)))
+    with torch.no_grad():
+        purified, logits = scored.purify(x, draws), scored(x, draws)
+    for images in (x.tolist(), as_bytes(x).tolist()):
+        for key, row in (("inputs", {"images": images, "seed": SEED}), ("instances", images)):
+            code, body = post(server, {key: row})
+            assert code == 200, body
+            found = json.loads(body, parse_constant=pytest.fail)["predictions"]
+            same = np.array(found["purified"], np.float32).tobytes() == purified.numpy().tobytes()
+            assert same == (key == "inputs"), "without a seed noise is fresh"
+            assert len(found["label"]) == len(found["reconstruction_error"]) == len(x)
+            if key == "inputs":
+                assert np.array_equal(np.array(found["logits"], np.float32), logits)
+
+
+GOOD = pixels(2).tolist()
+
+
+def planted(value: Any) -> list[Any]:
+    """Two good images, but for one pixel."""
+    images = pixels(2).tolist()
+    images[1][0][3][4] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        (pixels(1)[0].tolist(), "must be of shape (N, 1, 8, 8) with N from 1 to 10000, not (1, 8"),
+        (pixels(2)[:, :, 1:].tolist(), "not (2, 1, 7, 8)"),
+        ([], "not (0,)"),
+        ([[[[0.5] * 8] * 8]] * (MOST + 1), "not (10001, 1, 8, 8)"),
+        (planted(float("nan")), "these pixels go from nan to nan"),
+        (planted(float("inf")), "to inf, but fractions must lie in [0, 1]"),
+        (planted(1.5), "to 1.5, but"),
+        (planted(-0.1), "go from -0.1"),
+        (as_bytes(pixels(2)).astype(int).clip(0, 1).tolist(), "may be fractions or bytes"),
+        ((as_bytes(pixels(2)).astype(int) + 1).tolist(), "to 256, but"),
+        (planted(None), "images must be numbers"),
+        (planted("white"), "images must be numbers"),
+        ("hello", "images must be numbers"),
+        ([{"image": 1}], "images must be numbers"),
+        ({"pixels": GOOD}, "this has pixels"),
+        ({"images": GOOD, "sead": 1}, "this has sead"),
+        ({"seed": 1}, "this lacks images"),
+        ({"images": GOOD, "seed": "one"}, "seed must be numbers"),
+        ({"images": GOOD, "seed": [1, 2]}, "seed must be one whole number"),
+        ({"images": GOOD, "white": 127}, "1 or 255, not 127"),
+    ],
+)
+def test_a_bad_request_gets_one_sentence(server: str, inputs: Any, sentence: str) -> None:
+    code, body = post(server, {"inputs": inputs})
+    answered = json.loads(body)
+    assert code == 400, body
+    assert set(answered) == {"error_code", "message"}
+    assert sentence in answered["message"]
+    assert "\n" not in answered["message"] and len(answered["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "expected"),
+    [
+        (b"{", "application/json", 400),
+        (b"\xff", "application/json", 400),
+        ({"images": GOOD}, "application/json", 400),
+        ({"inputs": [[[[0.5]], [[0.5, 0.5]]]]}, "application/json", 400),
+        ({"inputs": GOOD, "instances": GOOD}, "application/json", 400),
+        ({"dataframe_split": {"columns": ["a"], "data": [[1.5]]}}, "application/json", 400),
+        (b"a,b\n1.5,2.5\n", "text/csv", 400),
+        (b"x", "image/png", 415),
+    ],
+)
+def test_what_the_server_itself_refuses_is_no_success_either(
+    server: str, body: Any, kind: str, expected: int
+) -> None:
+    """The words are MLflow's here."""
+    code, answered = post(server, body, kind)
+    assert code == expected
+    assert not re.search(r'Traceback|\.py"', answered), answered
