@@ -17,6 +17,7 @@ from pipelines.registry import Registration, identity
 from pipelines.report import MEANINGS, describe_subject, describe_threat, illusion, not_beaten
 
 LOCK, REPORT = Path("dvc.lock"), Path("reports/report.html")
+PICTURES = Path("reports/plots/pictures")
 
 
 def registrations(
@@ -63,7 +64,7 @@ def _registration(
             **{f"dvc.lock.{path}": md5 for path, md5 in _locked(folders.values()).items()},
         },
         description=describe(name, describe_subject(subject), found, threat),
-        artifacts=[REPORT, PARAMS],
+        artifacts=[REPORT, PARAMS, PICTURES / f"{name}.png"],
         files={"scores.json": json.dumps(found, indent=1).encode()},
     )
 

@@ -37,7 +37,7 @@ from pipelines.params import (
     Scoring,
 )
 from pipelines.plots import write_headlines, write_plots
-from pipelines.report import drawn, trained, write_report
+from pipelines.report import drawn, first_panels, trained, write_report
 from pipelines.scoring import (
     Entry,
     Plan,
@@ -132,7 +132,8 @@ def run(
     write_json(out_metrics, metrics)
     write_headlines(out_headlines, metrics)
     write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
-    write_plots(out_plots, metrics, efforts, behind)
+    panels = first_panels(entries, results, scored, plan)
+    write_plots(out_plots, metrics, efforts, behind, panels)
     write_report(out_report, metrics, entries, results, plan, behind)
     _time(entries, images, context)
     context.registrations = registrations(params.defenses, metrics, models, context.dataset)

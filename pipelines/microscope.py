@@ -72,6 +72,15 @@ def look(
     return panels
 
 
+def enlarged(panel: Panel) -> bytes:
+    """Return the pictures of a panel as a PNG of the size in which the page shows them."""
+    small = Image.open(io.BytesIO(base64.b64decode(panel.sprite.partition(",")[2])))
+    width, height = len(panel.labels) * panel.side[0], len(panel.rows) * panel.side[1]
+    file = io.BytesIO()
+    small.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 def _purified(
     defense: Defense, images: ImageSet, sets: Sequence[Tensor], seed: int, batch: int
 ) -> Sequence[Tensor]:

@@ -14,6 +14,7 @@ from components.defense import STAND_INS
 from components.evaluation import Effort
 from components.shards import write_bytes, write_json
 from pipelines.curves import radii
+from pipelines.microscope import Panel, enlarged
 from pipelines.params import MODES
 from pipelines.report import Model, form, void_rungs
 
@@ -22,11 +23,12 @@ PICTURE = "plots.svg.j2"
 
 def write_plots(
     out: Path, metrics: Mapping[str, Any], efforts: Mapping[str, Mapping[str, Effort]],
-    models: Sequence[Model],
+    models: Sequence[Model], panels: Mapping[str, Panel],
 ) -> None:  # fmt: skip
     """Write into the folder `out`; `efforts` are what is drawn of every entry, by its sets.
 
-    `compute/` holds what all of these sets together leave standing, each given so many passes.
+    `compute/` holds what all of these sets together leave standing, each given so many passes,
+    `pictures/` the panel of every entry that has one.
     """
     scored = metrics["defenses"]
     ladders = {name: list(_ladder(name, scored[name])) for name in efforts}
@@ -41,6 +43,8 @@ def write_plots(
             curve = Effort.together(list(sets.values())).curve()
             rows = [{"passes": passes, "standing": share} for passes, share in curve]
             _table(out / "compute" / f"{name}.csv", rows)
+    for name, panel in panels.items():
+        write_bytes(out / "pictures" / f"{name}.png", enlarged(panel))
     for model in models:
         if model.history:
             epochs = [{"epoch": at + 1, **epoch} for at, epoch in enumerate(model.history)]

@@ -24,6 +24,7 @@ from components.evaluation import Effort
 from components.shards import DataError, write_bytes
 from pipelines.crafting import Subject
 from pipelines.curves import HUES, Chart, longest, over_passes, over_radius, radii
+from pipelines.microscope import Panel
 from pipelines.params import MODES
 from pipelines.scoring import Entry, Plan, Result
 
@@ -305,7 +306,7 @@ def _scored(entry: Entry, found: Mapping[str, Any], result: Result, plan: Plan) 
         "radii": radii(found),
         "efforts": drawn(entry, found, result),
         "panels": {name: result.panels[name] for name in entry.sets if name in result.panels},
-        "first": _first(entry, found, plan),
+        "first": first_shown(entry, found, plan),
     }
 
 
@@ -343,7 +344,7 @@ def _over_passes(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
     }
 
 
-def _first(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:
+def first_shown(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:
     """Return the set to show first: of those that stay in the ball the one that carries most.
 
     Outside the ball an example counts as clean: a bounded attack shows better what was counted.
@@ -351,6 +352,15 @@ def _first(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:
     counted = [name for name in entry.sets if name in found["attacks"]]
     carried = found["carried_by"]
     return max(counted, key=lambda name: (plan.bounded(name), carried.get(name, 0)), default="")
+
+
+def first_panels(
+    entries: Sequence[Entry], results: Sequence[Result], scored: Mapping[str, Any], plan: Plan
+) -> dict[str, Panel]:
+    """Return the panel that is shown first, of every entry that has one."""
+    pairs = zip(entries, results, strict=True)
+    found = {e.name: r.panels.get(first_shown(e, scored[e.name], plan)) for e, r in pairs}
+    return {name: panel for name, panel in found.items() if panel}
 
 
 def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:

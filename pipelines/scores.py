@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(Text(f"\n{sentence}", style="yellow"))
     console.print(f"\nReport:    {REPORT}", soft_wrap=True)
     console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
-    console.print(f"           then open {UI}", soft_wrap=True)
+    console.print(f"then open  {UI}", soft_wrap=True)
     return 0
 
 

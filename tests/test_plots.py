@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import project
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 from test_report import EVIL, PROBES, RIGHT, N, World
 
 from components.evaluation import Effort
 from pipelines.plots import write_headlines, write_plots
-from pipelines.report import drawn, trained
+from pipelines.report import drawn, first_panels, trained
 
 PLAIN = [name for name in RIGHT if name != EVIL]
 
@@ -36,7 +37,9 @@ def reports(world: World) -> Path:
     ]
     efforts = {entry.name: drawn(entry, scored[entry.name], result) for entry, result in pairs}
     models = list(trained(world.models, world.entries, world.plan))
-    write_plots(out / "plots", world.metrics, efforts, models)
+    entries, results = zip(*pairs, strict=True)
+    panels = first_panels(entries, results, scored, world.plan)
+    write_plots(out / "plots", world.metrics, efforts, models, panels)
     write_headlines(out / "headlines", world.metrics)
     return out
 
@@ -54,6 +57,17 @@ def test_the_ladder_is_that_of_the_metrics(world: World, reports: Path) -> None:
         assert ladder[f"{name}, headline"] == found["headline"]["accuracy"]
         for rung, score in found["rungs"].items():
             assert ladder[f"{name}, {rung}"] == score["accuracy"]
+
+
+def test_the_pictures_are_those_the_page_shows_first(world: World, reports: Path) -> None:
+    written = {path.stem: Image.open(path) for path in (reports / "plots/pictures").glob("*.png")}
+    assert written and set(written) <= set(PLAIN)
+    known = zip(world.entries, world.results, strict=True)
+    panels = {entry.name: result.panels for entry, result in known}
+    for name, picture in written.items():
+        shown = next(iter(panels[name].values()))
+        wide, high = shown.side
+        assert picture.size == (wide * len(shown.labels), high * len(shown.rows))
 
 
 def test_the_picture_of_the_ladder_draws_every_step(world: World, reports: Path) -> None:
