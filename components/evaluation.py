@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import Attack, Crafted
+from components.attacks import Crafted
 from components.defense import Defense
 from components.draws import Draws, Role
 
@@ -24,12 +24,6 @@ Counts = npt.NDArray[np.int64]
 Z95 = 1.959963984540054
 # The name of the clean images among the sets.
 CLEAN = "clean"
-# Attacks that leave an image alone once it is fooled, by kind. The others go on: for a smaller
-# distance, for less suspicion, or by their number of steps.
-STOPPING = frozenset((
-    "fgsm", "r_fgsm", "bim", "pgd", "stadv", "apgd_ce", "apgd_dlr", "apgd_t", "autoattack",
-    "square", "fab_t", "flip",
-))  # fmt: skip
 # Points of a curve over passes, to every tenfold.
 TO_TENFOLD = 16
 
@@ -51,7 +45,7 @@ class Score:
 class Effort:
     """What a set cost: forward and backward passes on every image (N,), and which are `fooled`.
 
-    Where the attack stops at success (`stops`), an image was fooled when its passes ended.
+    Where the attack stops at success (`Attack.stops`), an image was fooled when its passes ended.
     """
 
     passes: Counts
@@ -84,11 +78,6 @@ class Effort:
         evenly = np.geomspace(1, most, 1 + int(np.ceil(TO_TENFOLD * np.log10(most))))
         counts = np.unique(evenly.round().astype(np.int64))
         return [(int(k), float(1 - (self.fooled & (self.passes <= k)).mean())) for k in counts]
-
-
-def stops(attack: Attack) -> bool:
-    """Say whether the attack leaves an image of a deterministic defense alone once it is fooled."""
-    return attack.kind in STOPPING and bool(getattr(attack, "early_stop", True))
 
 
 def count_correct(

@@ -47,7 +47,6 @@ from components.evaluation import (
     count_correct,
     majority_of,
     per_class,
-    stops,
     summarise,
     worst,
     worst_of,
@@ -203,7 +202,7 @@ def _spends(name: str, entry: Entry, plan: Plan) -> bool:
     Against a random defense no attack stops: one draw is no success.
     """
     seeing = name.partition("/")[0] in _white(entry)
-    return seeing and plan.bounded(name) and stops(plan.attack(name))
+    return seeing and plan.bounded(name) and plan.attack(name).stops()
 
 
 def _rows(folder: Path, part: int) -> Tensor:

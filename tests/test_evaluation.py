@@ -16,7 +16,6 @@ from components.data import ImageSet
 from components.defense import Defense
 from components.draws import Draws
 from components.evaluation import (
-    STOPPING,
     Effort,
     Score,
     count_correct,
@@ -24,7 +23,6 @@ from components.evaluation import (
     majority_of,
     more_fooled,
     per_class,
-    stops,
     summarise,
     wilson,
     worst,
@@ -337,8 +335,8 @@ def test_where_an_attack_stops_its_passes_end_when_the_image_is_fooled(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
     attack = make(name)
-    if not stops(attack):
-        assert attack.kind not in STOPPING or not attack.early_stop
+    if not attack.stops():
+        assert not attack.stopping or not attack.early_stop
         return
     after, fell, far = [], 0, LINF.scaled(2.5)
     for row in range(12):

@@ -8,7 +8,7 @@ the ball, as in the authors' code, so that outcomes can be compared.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,8 @@ RHO = 0.75
 
 class ApgdCe(Attack):
     """APGD on the cross-entropy."""
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["apgd_ce"]
     steps: Positive
@@ -54,6 +56,8 @@ class ApgdDlr(Attack):
     Needs three classes, else ValueError.
     """
 
+    stopping: ClassVar[bool] = True
+
     kind: Literal["apgd_dlr"]
     steps: Positive
     restarts: Positive
@@ -80,6 +84,8 @@ class ApgdT(Attack):
 
     Needs four classes; `targets` beyond K - 1 is a ValueError.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["apgd_t"]
     steps: Positive

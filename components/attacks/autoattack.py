@@ -6,7 +6,7 @@ The name means the published ensemble and nothing less, so there are no settings
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class AutoAttack(Attack):
     `standard` needs four classes and a deterministic defense, `rand` three and a random one, else
     ValueError. With `rand` both attacks run on every image: one draw is no success.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["autoattack"]
     version: Literal["standard", "rand"]

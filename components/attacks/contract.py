@@ -108,15 +108,22 @@ class Attack(Config):
     """Base of every attack section.
 
     `bounded` attacks stay inside the primary threat; the others minimise a distance instead.
+    `stopping` ones are made to leave an image alone once it is fooled; the others go on: for a
+    smaller distance, for less suspicion, or by their number of steps.
     """
 
     bounded: ClassVar[bool] = True
+    stopping: ClassVar[bool] = False
 
     kind: str
 
     def effort(self) -> int:
         """Return how many backward passes an image that withstands has cost at least."""
         return 0
+
+    def stops(self) -> bool:
+        """Say whether an image of a deterministic defense is left alone once it is fooled."""
+        return self.stopping and bool(getattr(self, "early_stop", True))
 
     def strong(self) -> bool:
         """Say whether a claim may rest on this attack: it has the steps and the reach."""

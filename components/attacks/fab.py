@@ -7,7 +7,7 @@ nearest the clean image. FAB minimises a distance; what counts here is only what
 the threat, so an image that is fooled there is left alone, and no other is returned.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class FabT(Attack):
     The first run starts at the image, further ones at random. Needs a deterministic defense and
     `targets` below K, else ValueError.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["fab_t"]
     steps: Positive

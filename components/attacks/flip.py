@@ -8,7 +8,7 @@ image), only says which pixels to try first. Our own attack, in the spirit of th
 of Tramer et al. 2020.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ class Flip(Attack):
     stochastic target margins are means over `eot` draws, the same for all images of a round.
     Raises ValueError for L2.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["flip"]
     at: Annotated[float, Field(gt=0, lt=1)]

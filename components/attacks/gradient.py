@@ -7,7 +7,7 @@ Step lengths are multiples of the radius of the threat.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,8 @@ class Pgd(Attack):
     of lowest margin is returned. Without it the last iterate is, as training wants it. Against a
     stochastic target it is the iterate of lowest mean margin either way.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["pgd"]
     steps: Positive
@@ -121,6 +123,8 @@ class Fgsm(Attack):
     start (FGSM-RS of Wong et al.).
     """
 
+    stopping: ClassVar[bool] = True
+
     kind: Literal["fgsm"]
     random_start: bool
     step: Factor
@@ -142,6 +146,8 @@ class RFgsm(Attack):
     ball.
     """
 
+    stopping: ClassVar[bool] = True
+
     kind: Literal["r_fgsm"]
     alpha: Annotated[float, Field(gt=0, lt=1)]
     eot: Positive
@@ -157,6 +163,8 @@ class RFgsm(Attack):
 
 class Bim(Attack):
     """PGD from the image itself."""
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["bim"]
     steps: Positive

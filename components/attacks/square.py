@@ -10,7 +10,7 @@ is found has to beat the clean image in the end, or that is what is returned.
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Square(Attack):
     looked at again beside its rival, under the same draws: a margin kept from earlier draws would
     soon be the luckiest of many, which no rival beats any more. A query is two looks then.
     """
+
+    stopping: ClassVar[bool] = True
 
     kind: Literal["square"]
     queries: Positive

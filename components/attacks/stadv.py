@@ -33,6 +33,7 @@ class StAdv(Attack):
     """
 
     bounded: ClassVar[bool] = False
+    stopping: ClassVar[bool] = True
 
     kind: Literal["stadv"]
     bound: Annotated[float, Field(gt=0, le=2)]
