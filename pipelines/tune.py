@@ -107,7 +107,8 @@ def _search(task: Task, context: Context) -> list[Trial]:
     folder = context.work / "ray" / "study"
     workers, resources = task.resources.train_workers, task.resources
     gpus = resources.trials * max(workers, resources.trial_gpus) * resources.gpu
-    cpus = resources.trials * max(workers, 1)
+    # Enough for trials that were begun with another number of workers, and still hold a CPU.
+    cpus = resources.trials * (workers + 1)
     trainable = tune.with_parameters(_trial, task=task, work=str(context.work.absolute()))
     share = {"CPU": WAITING if workers else 1.0}
     if resources.gpu and not workers:
