@@ -124,11 +124,13 @@ def _search(task: Task, context: Context) -> list[Trial]:
             else:
                 tuner = _tuner(task, trainable, folder.absolute())
             results = cluster.apart(tuner.fit, board.look)
-        errors = [str(result.error) for result in results if result.error]
+        reasons = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
     trials = board.trials()
-    if not trials:
-        reason = (errors or ["no trial was run"])[0].strip().splitlines()[-1]
-        raise ValueError(f"no trial came to an end: {reason}")
+    if not any(trial.right for trial in trials):
+        raise ValueError(f"no trial came to an end: {(reasons or ['none was run'])[0]}")
+    if reasons:
+        failed = f"{len(reasons)} of {len(reasons) + len(trials)} trials failed"
+        context.watch.say(f"{failed}, the first by {reasons[0]}")
     return trials
 
 
