@@ -129,7 +129,7 @@ def _search(task: Task, context: Context) -> list[Trial]:
     if not any(trial.right for trial in trials):
         raise ValueError(f"no trial came to an end: {(reasons or ['none was run'])[0]}")
     if reasons:
-        failed = f"{len(reasons)} of {len(reasons) + len(trials)} trials failed"
+        failed = f"{len(reasons)} of {len(results)} trials failed"
         context.watch.say(f"{failed}, the first by {reasons[0]}")
     return trials
 
