@@ -9,7 +9,6 @@ cannot be read or written, 130 interrupted.
 import argparse
 import io
 import signal
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode
 from pipelines import params as parameters
 from pipelines.params import PARAMS, ConfigError
-from pipelines.progress import Watch
+from pipelines.progress import Watch, refuse
 
 MODELS = Path("models")
 SIDE_BY_SIDE = "side-by-side"
@@ -56,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets = _targets(_files(options.images), options.out)
         return _clean_all(model, targets, options.out if options.side_by_side else None)
     except DataError as error:
-        return _say(str(error), 3)
+        return refuse(str(error), 3)
     except ValueError as error:
-        return _say(str(error), 2)
+        return refuse(str(error), 2)
     except OSError as error:
-        return _say(f"{type(error).__name__}: {error}", 4)
+        return refuse(f"{type(error).__name__}: {error}", 4)
     except KeyboardInterrupt:
-        return _say(f"interrupted; every file in {options.out} is whole", 130)
+        return refuse(f"interrupted; every file in {options.out} is whole", 130)
 
 
 class _Model:
@@ -172,7 +171,7 @@ def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> in
         print(f"{len(errors)} images cleaned, mean reconstruction error {mean:.3g}")
     if failed:
         listed = "".join(f"\n  {file} {reason}" for file, reason in failed.items())
-        return _say(f"{len(failed)} of {len(targets)} images could not be cleaned:{listed}", 3)
+        return refuse(f"{len(failed)} of {len(targets)} images could not be cleaned:{listed}", 3)
     return 0
 
 
@@ -208,11 +207,7 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _say(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     raise SystemExit(main())

@@ -99,7 +99,9 @@ def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[s
     """Start a command in the project with this interpreter first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # An installed Limpid must not stand in for the copy under test.
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), **environment}
+    # And a store that another test opened must not get its runs.
+    inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment = {**inherited, "PATH": path, "PYTHONPATH": str(folder), **environment}
     return subprocess.Popen(
         command,
         cwd=folder,

@@ -39,7 +39,7 @@ def store(synced: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registry.connect().delete_registered_model_alias(MODEL, registry.CHAMPION)
     yield synced
-    mlflow.set_tracking_uri("")
+    mlflow.set_tracking_uri(None)
 
 
 def versions() -> dict[str, Version]:

@@ -265,10 +265,10 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
     assert trials[0]["figures"]["robust"] == max(
         t["figures"]["robust"] for t in trials if t["right"]
     )
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-    runs = mlflow.search_runs(search_all_experiments=True)
-    nested = runs[runs["tags.mlflow.parentRunId"].notna()]
-    assert names <= set(nested["tags.mlflow.runName"])
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("limpid-digits").experiment_id
+    runs = client.search_runs([experiment])
+    assert names <= {run.info.run_name for run in runs if "mlflow.parentRunId" in run.data.tags}
     code, printed = project.run(
         folder, sys.executable, "-m", "pipelines.configure", "--from", str(out / "best.yaml")
     )
