@@ -156,27 +156,35 @@ def map_shards(
 
     `function` must be importable by name; a task is retried when its worker dies.
     """
-    import ray
-
     if not tasks:
         return []
     with session(resources.shards, resources.shards * resources.gpu):
-        remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(
-            function
-        )
-        pending = {
-            remote.remote(**task, device=_device(resources)): index
-            for index, task in enumerate(tasks)
-        }
-        results: list[Any] = [None] * len(tasks)
-        while pending:
-            (ready,), _ = ray.wait(list(pending), num_returns=1)
-            try:
-                results[pending.pop(ready)] = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                # What the function raised, not how Ray brought it here.
-                raise error.cause from None
-            done(len(tasks) - len(pending), len(tasks))
+        # Waiting for Ray in the main thread would swallow an interruption.
+        results: list[Any] = apart(lambda: _map(function, tasks, resources, done))
+    return results
+
+
+def _map(
+    function: Callable[..., Any],
+    tasks: Sequence[Mapping[str, Any]],
+    resources: Resources,
+    done: Callable[[int, int], None],
+) -> list[Any]:
+    import ray
+
+    remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(function)
+    pending = {
+        remote.remote(**task, device=_device(resources)): index for index, task in enumerate(tasks)
+    }
+    results: list[Any] = [None] * len(tasks)
+    while pending:
+        (ready,), _ = ray.wait(list(pending), num_returns=1)
+        try:
+            results[pending.pop(ready)] = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            # What the function raised, not how Ray brought it here.
+            raise error.cause from None
+        done(len(tasks) - len(pending), len(tasks))
     return results
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import project
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -209,6 +210,36 @@ def _wait_for(folder: Path, name: str) -> None:
     while not list(folder.glob(f".limpid/work/*/{name}/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.05)
+
+
+def test_an_interruption_in_the_middle_of_a_long_piece_is_heard(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    folder = project.copy_to(tmp_path / "long")
+    for name in ("data", "models"):
+        os.symlink(reproduced / name, folder / name)
+    params = project.tiny()
+    params["attacks"]["pgd"]["steps"] = 1_000_000
+    params["defenses"]["atop"]["ladder"] = {"full": ["pgd"]}
+    project.write_params(folder, params)
+    process = project.start(
+        folder, sys.executable, "-m", "pipelines.generate_adversarial", "--name=atop",
+        "--test=data/test", "--classifier=models/standard", "--purifier=models/atop", "--out=out",
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not any("craft_part" in name for name in _below(process.pid)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert "interrupted" in printed and not (folder / "out").exists()
+
+
+def _below(pid: int) -> list[str]:
+    """Return the names of all processes that a process has started."""
+    return [child.name() for child in psutil.Process(pid).children(recursive=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
