@@ -114,13 +114,11 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_sets_do_not_depend_on_the_number_of_workers(
-    reproduced: Path, tmp_path: Path, shards: int
-) -> None:
+def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     params = project.tiny()
-    params["resources"]["shards"] = shards
+    assert params["resources"]["shards"] == 2
+    params["resources"]["shards"] = 1
     project.write_params(folder, params)
     for name in ("data", "models"):
         os.symlink(reproduced / name, folder / name)
@@ -282,7 +280,7 @@ print(json.dumps([sorted(tags), tags["student_grey"].description,
     names, words, candidate, logits, descended = json.loads(printed.strip().splitlines()[-1])
     assert names == ["apudae", "atop", "diffpure", "student_adaptive", "student_grey"]
     assert candidate in names
-    assert "n = 60" in words
+    assert "of 60 clean test images" in words
     x = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
     purifier = load(reproduced / "models/student_grey")
     direct = load(reproduced / "models/standard")(purifier(x))
