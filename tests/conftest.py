@@ -1,6 +1,10 @@
 """What the component tests share: one thread, a small trained classifier, where test data lie."""
 
 import os
+import shutil
+import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from components.training import Training, fit
 
 torch.set_num_threads(1)
 TRAINED = 1300
+LINE = pytest.StashKey[tuple[Path, subprocess.Popen[str]]]()
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +108,30 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin `dvc repro` where a test wants its result: it takes minutes, beside the first tests."""
+    wanted = any("reproduced" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        home = Path(tempfile.mkdtemp(prefix="limpid-line-"))
+        folder = project.copy_to(home / "project")
+        with (home / "printed.txt").open("w") as printed:
+            session.config.stash[LINE] = folder, project.start(folder, "dvc", "repro", to=printed)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what is left of it, and leave nothing behind."""
+    if LINE in config.stash:
+        folder, process = config.stash[LINE]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reproduced(request: pytest.FixtureRequest) -> Path:
     """A project in which `dvc repro` has run once."""
-    folder = project.copy_to(tmp_path_factory.mktemp("line") / "project")
-    code, printed = project.run(folder, "dvc", "repro")
-    assert code == 0, printed[-4000:]
+    folder, process = request.config.stash[LINE]
+    code = process.wait(timeout=900)
+    assert code == 0, (folder.parent / "printed.txt").read_text()[-4000:]
     return folder

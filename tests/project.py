@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from ruamel.yaml import YAML
 
@@ -95,8 +96,10 @@ def write_params(folder: Path, params: dict) -> None:
         YAML(typ="safe").dump(params, file)
 
 
-def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a command in the project with this interpreter first on the path."""
+def start(
+    folder: Path, *command: str, to: TextIO | int = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a command in the project with this interpreter first on the path; it prints `to`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # An installed Limpid must not stand in for the copy under test.
     # And a store that another test opened must not get its runs.
@@ -106,7 +109,7 @@ def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[s
         command,
         cwd=folder,
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=to,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
