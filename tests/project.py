@@ -33,6 +33,8 @@ def tiny() -> dict:
     params = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
     params["data"] |= {"test": 60, "val": 60, "train_limit": 256}
     params |= {"rows_per_part": 30, "batch": 30}
+    # Two stages less for everybody to wait for.
+    del params["classifiers"]["robust"], params["baselines"]["adversarial_training"]
     for section in ("classifiers", "purifiers", "students", "atop"):
         for entry in params[section].values():
             entry["training"] = {**entry["training"], "epochs": 6, "batch_size": 32}
