@@ -11,6 +11,7 @@ from torch import Tensor
 from components.defense import Defense
 from components.draws import Draws, fresh
 from components.purifiers import Purifier
+from components.purifiers.contract import changed
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
             parts.append(_answered(defense, x[rows], draws))
     columns = ([getattr(part, field.name) for part in parts] for field in fields(Answer))
     return Answer(*(torch.cat(column) for column in columns))
-
-
-def changed(x: Tensor, purified: Tensor) -> Tensor:
-    """Return the mean squared change of the pixels of every image (N,)."""
-    return (x - purified).square().flatten(1).mean(1)
 
 
 def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:

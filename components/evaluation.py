@@ -103,6 +103,22 @@ def count_correct(
     return (total if defense.stochastic else total * draws).numpy()
 
 
+def count_score(
+    defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
+    select_draws: int, score_draws: int, batch: int,
+) -> Score:  # fmt: skip
+    """Count right answers under `role`, and apart from those under the noise that selects.
+
+    A deterministic defense is asked once, for both.
+    """
+    draws = score_draws if defense.stochastic else 1
+    scored = count_correct(defense, images, labels, ids, seed, role, draws, batch)
+    if not defense.stochastic:
+        return Score(draws, scored, scored)
+    chosen = count_correct(defense, images, labels, ids, seed, "select", select_draws, batch)
+    return Score(draws, chosen * draws // select_draws, scored)
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Return the Wilson 95 % interval of a share among n independent images (Wilson 1927)."""
     if n == 0:

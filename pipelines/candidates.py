@@ -22,7 +22,7 @@ PICTURES = Path("reports/plots/pictures")
 
 def registrations(
     defenses: Mapping[str, Defended], metrics: Mapping[str, Any], models: Path, dataset: str
-) -> list[Registration]:  # fmt: skip
+) -> list[Registration]:
     """Describe every trained defense; the best without a failed blocking check is the candidate."""
     found = {name: metrics["defenses"][name] for name in defenses}
     sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from components.answers import changed
 from components.checkpoints import build, load, read_card
 from components.purifiers import Inference, Purifier
+from components.purifiers.contract import changed
 from components.shards import DataError, write_bytes
 from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode

@@ -45,6 +45,7 @@ from components.evaluation import (
     Effort,
     Score,
     count_correct,
+    count_score,
     majority_of,
     per_class,
     summarise,
@@ -302,13 +303,10 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[
 
 
 def _score(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, name: str) -> Score:
-    draws, select = plan.scoring.score_draws, plan.scoring.select_draws
-    labels, ids = images.labels, images.ids
-    scored = _once(defense, x, images, plan, "clean" if name == CLEAN else "score")
-    if not defense.stochastic:
-        return scored
-    chosen = count_correct(defense, x, labels, ids, plan.seed, "select", select, plan.batch)
-    return Score(draws, chosen * draws // select, scored.score)
+    return count_score(
+        defense, x, images.labels, images.ids, plan.seed, "clean" if name == CLEAN else "score",
+        plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
+    )  # fmt: skip
 
 
 def _once(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, role: Role) -> Score:

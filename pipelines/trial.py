@@ -18,8 +18,7 @@ from components.attacks import L2, Attack, Linf, craft
 from components.checkpoints import load, read_card
 from components.data import ImageSet
 from components.defense import Defense, Mode
-from components.draws import Role
-from components.evaluation import CLEAN, Score, count_correct, summarise, worst
+from components.evaluation import CLEAN, count_score, summarise, worst
 from components.purifiers import Inference, PurifierConfig
 from pipelines import cluster, timings
 from pipelines.cluster import Job
@@ -129,17 +128,14 @@ class Judge:
                     self.batch,
                 )  # fmt: skip
                 sets[f"{mode}/{name}"] = crafted.images
-        draws = self.scoring.score_draws if defense.stochastic else 1
-        scores = {}
-        for name, x in sets.items():
-            roles: tuple[Role, Role] = ("select", "clean" if name == CLEAN else "score")
-            select, score = (
-                count_correct(
-                    defense, x, images.labels, images.ids, self.seed, role, draws, self.batch
-                )
-                for role in roles
+        scores = {
+            name: count_score(
+                defense, x, images.labels, images.ids, self.seed,
+                "clean" if name == CLEAN else "score",
+                self.scoring.select_draws, self.scoring.score_draws, self.batch,
             )
-            scores[name] = Score(draws, select, score)
+            for name, x in sets.items()
+        }  # fmt: skip
         right = worst(scores, list(scores))[1].share()
         found = summarise(right)
         return {

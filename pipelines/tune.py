@@ -92,10 +92,7 @@ def run(
                 path = out / "front" / f"{trial.name}.yaml"
                 write_bytes(path, write_yaml(nest(trial.values)).encode())
     standings.draw(out, ranked, params.study)
-    return {
-        "trials": len(ranked),
-        **{key: value for key, value in best.figures.items() if isinstance(value, int | float)},
-    }
+    return {"trials": len(ranked), **best.figures}
 
 
 def _search(task: Task, context: Context) -> list[Trial]:

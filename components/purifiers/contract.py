@@ -26,6 +26,11 @@ from components.draws import Draws, fresh
 StandIn = Literal["direct", "plain", "detached", "short", "soft"]
 
 
+def changed(x: Tensor, purified: Tensor) -> Tensor:
+    """Return the mean squared change of the pixels of every image (N,)."""
+    return (x - purified).square().flatten(1).mean(1)
+
+
 class Purifier(nn.Module):
     """Base of every purifier; subclasses implement `purify`."""
 
@@ -51,7 +56,7 @@ class Purifier(nn.Module):
 
     def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Return the detection score (N,): by default the mean squared change to the image."""
-        return (x - self.purify(x, draws)).square().flatten(1).mean(1)
+        return changed(x, self.purify(x, draws))
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
         """Learn, once trained, how clean training pixels (M,C,H,W) look; nothing by default."""
