@@ -1,15 +1,19 @@
-"""What knows Ray, with `tune`: train a network, and map a function over shards.
+"""What knows Ray, with `tune` and `remote`: train a network, and map a function over shards.
 
 By default a stage starts an embedded Ray of its own (`ray.init(address="local")`), which no other
-Ray on the machine is part of, without dashboard. Nothing that is computed depends on the number
-of workers a map uses; training is bit-equal at an equal number of workers.
+Ray on the machine is part of, without dashboard; in a job it works on the cluster that runs the
+job, whose nodes share no disk (`place`). Nothing that is computed depends on the number of workers
+a map uses; training is bit-equal at an equal number of workers.
 """
 
 import json
 import logging
 import math
+import os
 import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,17 +28,30 @@ from components.data import ImageSet
 from components.objectives import Objective
 from components.shards import DataError, write_json
 from components.training import Diverged, Training, Validate, fit
-from pipelines.params import Resources
+from pipelines import place
+from pipelines.params import ConfigError, Share, TrainShare
 
+# Below a training's folder: the states to go on from, and notes for the stage that waits.
+STATES, NOTES = "states", "notes"
 HISTORY = "history.jsonl"
 FAILURE = "failure.json"
+# How long a cluster may lack the resources a task needs, as when a node has gone.
+WAIT_S = 300.0
+LOOK_S = 10.0
 # A worker that dies is replaced this often; a mistake of the user is not tried again.
 MAX_FAILURES = 3
 MISTAKES: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "DataError": DataError,
     "Diverged": Diverged,
+    "MemoryError": MemoryError,
 }
+OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
+# What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
+CARRIED = (
+    place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "LIMPID_AUTOSCALES",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ def train(
     arguments: Mapping[str, Any],
     out: Path,
     resume: Path,
-    resources: Resources,
+    share: TrainShare,
     seen: EpochSeen,
 ) -> dict[str, float]:
     """Train what `setup(**arguments, device=...)` describes, by Ray Train, into the folder `out`.
@@ -74,49 +91,65 @@ def train(
     """
     import ray
 
-    resume.mkdir(parents=True, exist_ok=True)
-    for name in (HISTORY, FAILURE):
-        (resume / name).unlink(missing_ok=True)
+    notes = resume.absolute() / NOTES
+    place.forget(notes)
+    notes.mkdir(parents=True)
     config = {
         "setup": setup,
         "arguments": dict(arguments),
         "out": str(out.absolute()),
         "resume": str(resume.absolute()),
-        "threads": resources.train_threads,
-        "device": _device(resources),
+        "threads": share.cpus,
+        "device": share.device,
     }
-    workers = resources.train_workers
-    history = resume / HISTORY
-    with session(workers, workers * resources.gpu), _tail(history, seen), quiet():
-        if workers == 0 and ray.is_initialized():
+    inside = ray.is_initialized()
+    with session(share), _tail(notes / HISTORY, seen), quiet():
+        if share.most > 0:
+            _train(config, share)
+        elif inside:
             # A trial of a search: Ray Train's mode without workers is refused there.
             _loop(config, True, lambda metrics: None)
+        elif place.job():
+            # The node that leads a cluster is for leading.
+            task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
+            apart(lambda: ray.get(task))
         else:
-            _train(config, workers, resources.gpu)
-    if (resume / FAILURE).exists():
-        failure = json.loads((resume / FAILURE).read_text())
+            _train(config, share)
+    if place.see(notes / FAILURE):
+        failure = json.loads((notes / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
+    place.see_folder(out)
     last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
     return last
 
 
-def _train(config: dict[str, Any], workers: int, gpu: bool) -> None:
+def _unheard(metrics: Mapping[str, float]) -> None:
+    """Report to nobody."""
+
+
+def _train(config: dict[str, Any], share: TrainShare) -> None:
     """Let Ray Train call `_worker` in as many processes, or in this one for none."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resume = Path(config["resume"])
+    storage = f"{os.environ[place.STORAGE]}/ray" if place.job() else str(resume / "ray")
+    scaling = ScalingConfig(
+        num_workers=share.most if share.least == share.most else (share.least, share.most),
+        use_gpu=share.gpus > 0,
+        resources_per_worker={"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})},
+    )
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=resume.name,
-            storage_path=str(resume / "ray"),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    if workers:
+    if share.most:
         apart(trainer.fit)
     else:
         trainer.fit()
@@ -149,78 +182,165 @@ def apart(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: N
 def map_shards(
     function: Callable[..., Any],
     tasks: Sequence[Mapping[str, Any]],
-    resources: Resources,
+    share: Share,
     done: Callable[[int, int], None],
+    waiting: Callable[[str], None],
 ) -> list[Any]:
     """Call `function(**task, device=...)` for every task on Ray; return the results in order.
 
-    `function` must be importable by name; a task is retried when its worker dies.
+    `function` must be importable by name; a task is retried when its worker or node dies.
+    `waiting` is told when the cluster has too little left to go on; ConnectionError when that
+    lasts.
     """
     if not tasks:
         return []
-    with session(resources.shards, resources.shards * resources.gpu):
+    with session(share):
         # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = apart(lambda: _map(function, tasks, resources, done))
+        results: list[Any] = apart(lambda: _map(function, tasks, share, done, waiting))
     return results
 
 
 def _map(
     function: Callable[..., Any],
     tasks: Sequence[Mapping[str, Any]],
-    resources: Resources,
+    share: Share,
     done: Callable[[int, int], None],
+    waiting: Callable[[str], None],
 ) -> list[Any]:
     import ray
 
-    remote = ray.remote(num_cpus=1, num_gpus=int(resources.gpu), max_retries=MAX_FAILURES)(function)
-    pending = {
-        remote.remote(**task, device=_device(resources)): index for index, task in enumerate(tasks)
-    }
+    started = [_task(share, function, {**task, "device": share.device}) for task in tasks]
+    pending = {reference: index for index, reference in enumerate(started)}
     results: list[Any] = [None] * len(tasks)
+    lacking_since: float | None = None
     while pending:
-        (ready,), _ = ray.wait(list(pending), num_returns=1)
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK_S)
+        if not ready:
+            lacking = _lacking(share, 1, _nodes())
+            lacking_since = (lacking_since or time.monotonic()) if lacking else None
+            if lacking_since and time.monotonic() - lacking_since > WAIT_S:
+                raise ConnectionError(f"gave up after {WAIT_S:.0f} s: {lacking}")
+            if lacking:
+                waiting(f"waiting for a node: {lacking}; gives up after {WAIT_S:.0f} s")
+            continue
         try:
-            results[pending.pop(ready)] = ray.get(ready)
+            results[pending.pop(ready[0])] = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             # What the function raised, not how Ray brought it here.
             raise error.cause from None
+        except ray.exceptions.OutOfMemoryError:
+            raise MemoryError(OUT_OF_MEMORY) from None
         done(len(tasks) - len(pending), len(tasks))
     return results
 
 
-def _device(resources: Resources) -> str:
-    """Return where tensors live; Ray shows each worker the one GPU that is its own."""
-    return "cuda" if resources.gpu else "cpu"
+def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Start a call on some node, and return what `ray.get` waits for."""
+    import ray
+
+    remote = ray.remote(
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+        max_retries=MAX_FAILURES,
+        scheduling_strategy="SPREAD" if place.job() else "DEFAULT",
+    )(_there)
+    return remote.remote(function, arguments)
+
+
+def _there(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Make the call in a worker, with the inputs of the job beside it."""
+    place.localise()
+    return function(**arguments)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return what every living node has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _lacking(share: Share, workers: int, nodes: Sequence[Mapping[str, float]]) -> str:
+    """Say what nodes lack that could ever hold so many workers at once; nothing where they can."""
+    room = sum(
+        min(
+            int(node.get("CPU", 0) // share.cpus),
+            int(node.get("GPU", 0) / share.gpus) if share.gpus else workers,
+        )
+        for node in nodes
+    )
+    if room >= workers:
+        return ""
+    each = f"{share.cpus} CPU" + (f" and {share.gpus:g} GPU" if share.gpus else "")
+    has = ", ".join(f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU" for node in nodes)
+    return f"{workers} x {each} needed, and there are {len(nodes)} nodes ({has or 'nothing'})"
+
+
+def require_room(shares: Sequence[Share], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ConfigError where nodes of these resources can never hold what is asked for."""
+    for share in shares:
+        lacking = _lacking(share, max(share.least, 1), nodes)
+        if lacking:
+            raise ConfigError(f"resources in params.yaml ask for too much: {lacking}")
 
 
 @contextmanager
-def session(cpus: int, gpus: float) -> Iterator[None]:
-    """Hold an embedded Ray with `cpus` for work beside its own; none is started for no CPU.
+def session(*shares: Share) -> Iterator[None]:
+    """Hold a Ray with room for some shares: that of the job, or an embedded one started for it.
 
-    Inside a Ray worker, as in a trial of a search, the Ray that is there serves.
+    None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
+    that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
     import ray
 
-    if cpus == 0 or ray.is_initialized():
+    if ray.is_initialized() or not (place.job() or any(share.most for share in shares)):
         yield
         return
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with quiet():
-        ray.init(
-            address="local",
-            num_cpus=cpus + 1,
-            num_gpus=math.ceil(gpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        if place.job():
+            _join(shares)
+        else:
+            _embed(shares)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(shares: Sequence[Share]) -> None:
+    import ray
+
+    variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    # Else Ray takes it for a conflict that the job has some of them already.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
+    if "LIMPID_AUTOSCALES" not in os.environ:
+        require_room(shares, _nodes())
+
+
+def _embed(shares: Sequence[Share]) -> None:
+    import ray
+
+    found = torch.cuda.device_count()
+    for share in shares:
+        if max(share.least, 1) * share.gpus > found:
+            raise ConfigError(
+                f"resources in params.yaml ask for {max(share.least, 1)} workers with "
+                f"{share.gpus:g} GPU each, and this machine has {found}; gpus: 0 works on the CPU"
+            )
+    ray.init(
+        address="local",
+        # Workers beyond the CPUs there are take turns; the one more is for what only waits.
+        num_cpus=sum(share.most * share.cpus for share in shares) + 1,
+        num_gpus=min(math.ceil(sum(share.most * share.gpus for share in shares)), found),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 @contextmanager
@@ -242,7 +362,7 @@ def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
         read = 0
         while True:
             ending = stop.is_set()
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = path.read_text().splitlines(keepends=True) if place.see(path) else []
             for line in lines[read:]:
                 if line.endswith("\n"):
                     read += 1
@@ -250,7 +370,7 @@ def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
                     seen(entry.pop("epoch"), entry)
             if ending:
                 return
-            stop.wait(0.2)
+            stop.wait(1.0 if place.job() else 0.2)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -265,40 +385,63 @@ def _worker(config: dict[str, Any]) -> None:
     """Train in one worker of Ray Train."""
     import ray.train
 
+    place.localise()
     _loop(config, ray.train.get_context().get_world_rank() == 0, ray.train.report)
 
 
 def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float]], None]) -> None:
     """Train in one process; the first one keeps the state, the history and the result."""
     resume, out = Path(config["resume"]), Path(config["out"])
+    states, notes = resume / STATES, resume / NOTES
     torch.set_num_threads(config["threads"])
     try:
         job: Job = config["setup"](**config["arguments"], device=config["device"])
-        state = latest_state(resume)
+        state = _resumable(states, first)
         history: list[dict[str, float]] = list(state["history"]) if state else []
         epochs = fit(
             job.model, job.objective, job.data, job.attacked, job.training, job.seed,
             job.validate, state,
         )  # fmt: skip
         if first:
-            _note(resume, history, 0)
+            _note(notes, history, 0)
         for epoch in epochs:
             history.append(epoch.metrics)
             if first:
-                save_state(resume, epoch.index, {**epoch.state, "history": history})
-                _note(resume, history[-1:], epoch.index)
+                save_state(states, epoch.index, {**epoch.state, "history": history})
+                place.share(states)
+                _note(notes, history[-1:], epoch.index)
             report(epoch.metrics)
         if first:
             job.model.eval()
             job.finish(job.model)
             save(out, job.model, job.card(job.model))
             write_json(out / "history.json", history)
+            place.share(out)
     except tuple(MISTAKES.values()) as error:
         kind = next((n for n, m in MISTAKES.items() if type(error) is m), "ValueError")
-        write_json(resume / FAILURE, {"kind": kind, "message": str(error)})
+        _fail(notes, kind, str(error))
+    except torch.OutOfMemoryError:
+        _fail(notes, "MemoryError", OUT_OF_MEMORY)
 
 
-def _note(resume: Path, entries: Sequence[Mapping[str, float]], start: int) -> None:
-    with (resume / HISTORY).open("a") as file:
+def _resumable(states: Path, first: bool) -> dict[str, Any] | None:
+    """Return the newest whole state; the first worker, which writes them, has them all here."""
+    if first or not place.job():
+        place.see_folder(states)
+        return latest_state(states)
+    with tempfile.TemporaryDirectory() as folder:
+        place.see_folder(states, Path(folder))
+        return latest_state(Path(folder))
+
+
+def _note(notes: Path, entries: Sequence[Mapping[str, float]], start: int) -> None:
+    notes.mkdir(parents=True, exist_ok=True)
+    with (notes / HISTORY).open("a") as file:
         for index, metrics in enumerate(entries, start):
             file.write(json.dumps({"epoch": index, **metrics}) + "\n")
+    place.share(notes)
+
+
+def _fail(notes: Path, kind: str, message: str) -> None:
+    write_json(notes / FAILURE, {"kind": kind, "message": message})
+    place.share(notes)

@@ -25,10 +25,10 @@ from components.config import Config
 from components.data import ImageSet
 from components.defense import Defense, Mode
 from components.purifiers import Inference, Purifier
-from components.shards import part_name, sha256
-from pipelines import cluster
+from components.shards import part_name
+from pipelines import place
 from pipelines.place import ROOT
-from pipelines.stage import Context, code_of
+from pipelines.stage import Context, code_digests
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def craft_all(orders: Sequence[Order], context: Context) -> None:
     """Craft every order, parts side by side; what is in the keep already is only copied."""
     if not orders:
         return
-    code = {str(path): sha256(path) for path in code_of(sys.modules[__name__])}
+    code = code_digests(sys.modules[__name__])
     facts = [order.facts() for order in orders]
     kept = [ROOT / "sets" / _key(one, code) for one in facts]
     images = data.read_by_part(orders[0].images)
@@ -136,11 +136,13 @@ def craft_all(orders: Sequence[Order], context: Context) -> None:
         for part in range(len(images))
         for order, folder in zip(orders, kept, strict=True)
     ]
-    missing = [task for task in tasks if not task["path"].exists()]
-    cluster.map_shards(craft_part, missing, context.resources, context.shard)
+    there = place.shared([task["path"] for task in tasks])
+    missing = [task for task, done in zip(tasks, there, strict=True) if not done]
+    context.map(craft_part, missing)
     for order, folder, fact in zip(orders, kept, facts, strict=True):
         order.out.mkdir(parents=True, exist_ok=True)
         for part in range(len(images)):
+            place.see(folder.absolute() / part_name(part))
             shutil.copyfile(folder / part_name(part), order.out / part_name(part))
         seal(order.out, images[0].shape, fact)
 
@@ -154,6 +156,7 @@ def craft_part(order: Order, part: int, path: Path, device: str) -> None:
         order.batch,
     )  # fmt: skip
     write_crafted(path, crafted)
+    place.share(path)
 
 
 def _key(facts: Mapping[str, Any], code: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ lie in a folder.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ import torch
 from components import data
 from components.checks.models import leakage
 from components.checks.scores import not_beaten
-from components.data import ImageSet
 from components.evaluation import CLEAN
 from components.shards import write_json, write_part
-from pipelines import cluster, timings
+from pipelines import timings
 from pipelines.candidates import image_of, registrations
 from pipelines.crafting import Subject
 from pipelines.params import (
@@ -37,6 +36,7 @@ from pipelines.params import (
     Scoring,
 )
 from pipelines.plots import write_headlines, write_plots
+from pipelines.registry import Registration
 from pipelines.report import drawn, first_panels, trained, write_report
 from pipelines.scoring import (
     Entry,
@@ -105,7 +105,11 @@ def run(
     leaked = leakage(images.images, learnt)
     parts = range(len(data.read_by_part(test)))
     tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
-    pieces = cluster.map_shards(score_part, tasks, context.resources, context.shard)
+    with context.session():
+        pieces = context.map(score_part, tasks)
+        subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
+        # All in one task, one after the other: they would slow each other down.
+        (seconds,) = context.map(time_all, [{"subjects": subjects, "test": test.absolute()}])
     results = [merge(pieces[i : i + len(parts)]) for i in range(0, len(pieces), len(parts))]
     cases = json.loads(selftest.read_text())
     metrics: dict[str, Any] = {
@@ -135,8 +139,8 @@ def run(
     panels = first_panels(entries, results, scored, plan)
     write_plots(out_plots, metrics, efforts, behind, panels)
     write_report(out_report, metrics, entries, results, plan, behind)
-    _time(entries, images, context)
-    context.registrations = registrations(params.defenses, metrics, models, context.dataset)
+    for name, per_image in seconds.items():
+        context.took(image_of(name), per_image)
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
 
 
@@ -187,15 +191,22 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
     ]
 
 
-def _time(entries: Sequence[Entry], images: ImageSet, context: Context) -> None:
-    """See how long every trained defense takes for an image, and keep it beside the metrics."""
+def time_all(subjects: Mapping[str, Subject], test: Path, device: str) -> dict[str, float]:
+    """Return the seconds that every trained defense takes for an image; runs in a worker."""
+    images = data.read(test)
     some = images[torch.arange(min(TIMED, len(images)))]
-    device = "cuda" if context.resources.gpu else "cpu"
-    for entry in entries:
-        if entry.role == "defense":
-            defense = entry.subject.defense(device)
-            seconds = timings.seconds_per_image(defense, some.pixels(), some.ids)
-            timings.note(image_of(entry.name), seconds)
+    return {
+        name: timings.seconds_per_image(subject.defense(device), some.pixels(), some.ids)
+        for name, subject in subjects.items()
+    }
+
+
+def registered(
+    params: EvaluateParams, dataset: str, *, models: Path, out_metrics: Path, **_: object
+) -> list[Registration]:
+    """Return the defenses to register, once the outputs are in place."""
+    metrics = json.loads(out_metrics.read_text())
+    return registrations(params.defenses, metrics, models, dataset)
 
 
 def _compare(entries: Sequence[Entry], results: Sequence[Result], scored: dict[str, Any]) -> None:

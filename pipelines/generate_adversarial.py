@@ -5,16 +5,18 @@ is not crafted here, since it replays what was crafted against the bare classifi
 holds the probes that need gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
+
+import torch
+from torch import Tensor
 
 from components import data
 from components.adversarial import read_crafted
 from components.checkpoints import state_digest
 from components.checks import Finding, probe
 from components.checks.models import unchanged
-from components.data import ImageSet
 from components.defense import STAND_INS, Mode
 from components.shards import write_json
 from pipelines.crafting import Order, Subject, craft_all
@@ -65,27 +67,37 @@ def generate(
                 f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
                 f"{', '.join(known) or 'none'}"
             )
-    craft_all(orders, context)
-    for out, (subject, ladder) in subjects.items():
-        device = "cuda" if context.resources.gpu else "cpu"
-        findings = _probes(out, subject, ladder, images, params, device)
+    with context.session():
+        craft_all(orders, context)
+        tasks = [
+            {
+                "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
+                "stored": _stored(out, ladder, params) if params.checks.thorough else None,
+            }
+            for out, (subject, ladder) in subjects.items()
+        ]  # fmt: skip
+        found = context.map(probe_subject, tasks)
+    for out, findings in zip(subjects, found, strict=True):
         write_json(out / "checks.json", [finding.model_dump() for finding in findings])
 
 
-def _probes(
-    out: Path, subject: Subject, ladder: Ladder, images: ImageSet, params: CraftingView,
-    device: str,
+def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Tensor]:
+    """Return what was crafted with the exact gradient within the threat, by attack."""
+    bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
+    return [read_crafted(out / "full" / attack).images for attack in bounded]
+
+
+def probe_subject(
+    subject: Subject, ladder: Ladder, test: Path, params: CraftingView,
+    stored: Sequence[Tensor] | None, device: str,
 ) -> list[Finding]:  # fmt: skip
-    """Probe one subject in the modes of its ladder; `out` holds its sets."""
+    """Probe one subject in the modes of its ladder; runs in a worker."""
+    torch.set_num_threads(1)
     defense = subject.defense(device)
     before = state_digest(defense)
     full = ladder.get("full", [])
-    stored = None
-    if params.checks.thorough:
-        bounded = [attack for attack in full if params.attacks[attack].bounded]
-        stored = [read_crafted(out / "full" / attack).images for attack in bounded]
     findings = probe(
-        defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], images,
+        defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], data.read(test),
         params.threat, params.seed, params.checks.images,
         max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), stored,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def train(
     """Train one network into `out`; `folders` are those of `Recipe`."""
     recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
     return cluster.train(
-        build_job, {"recipe": recipe}, out, context.work, context.resources,
+        build_job, {"recipe": recipe}, out, context.work, context.resources.train,
         context.epoch(section.training.epochs),
     )  # fmt: skip
 

@@ -174,20 +174,89 @@ class Tuning(Config):
     studies: dict[Name, Study]
 
 
+class Share(Config):
+    """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own."""
+
+    workers: Count
+    cpus: Count
+    gpus: Annotated[float, Field(ge=0)]
+
+    @property
+    def device(self) -> str:
+        """Where tensors live; Ray shows each worker the GPU that is its own."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def least(self) -> int:
+        """The fewest workers it can do with."""
+        return 1
+
+    @property
+    def most(self) -> int:
+        """The most workers it takes."""
+        return self.workers
+
+
+class TrainShare(Share):
+    """Workers of one training; `cpus` are the threads of each.
+
+    0 trains inside the stage's own process (Ray Train's local mode); [least, most] takes what is
+    there, and goes on with what is left.
+    """
+
+    workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)]  # type: ignore[assignment]
+
+    @property
+    def least(self) -> int:
+        """The fewest workers it can do with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """The most workers it takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.least > self.most:
+            raise ValueError(f"workers {self.workers} must be [least, most]")
+        return self
+
+
+class Override(Config):
+    """Other resources for one stage."""
+
+    train: TrainShare | None = None
+    shards: Share | None = None
+    trials: Share | None = None
+
+
 class Resources(Config):
     """What the stages may use; tracked by no stage, since no result depends on it.
 
-    `train_workers` 0 trains inside the stage's own process (Ray Train's local mode). `shards` run
-    side by side, one CPU each. With `gpu`, every worker and shard takes one GPU. `trials` of a
-    search run side by side, each with `trial_gpus` (a share) where there are any.
+    `train` is for one training, `shards` for crafting and scoring, `trials` for those of a search.
+    `stages` says it anew for a stage, as `evaluate` or `train_purifier@student`.
     """
 
-    train_workers: Annotated[int, Field(ge=0)]
-    train_threads: Count
-    shards: Count
-    gpu: bool
-    trials: Count
-    trial_gpus: Annotated[float, Field(gt=0)]
+    train: TrainShare
+    shards: Share
+    trials: Share
+    stages: dict[str, Override]
+
+    def of(self, stage: str) -> "Resources":
+        """Return what one stage may use."""
+        own = self.stages.get(stage, Override())
+        changes = {name: share for name, share in own if share is not None}
+        return self.model_copy(update={**changes, "stages": {}})
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        known = [path.stem for path in Path(__file__).parent.glob("*.py")]
+        for name in self.stages:
+            stage = name.partition("@")[0]
+            if stage not in known:
+                raise ValueError(f"stages names {name}, which is no stage{_near(stage, known)}")
+        return self
 
 
 class Trained(Config):

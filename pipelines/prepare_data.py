@@ -50,4 +50,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main(__spec__.name)
+    main(__spec__.name, here=True)

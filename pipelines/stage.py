@@ -4,9 +4,8 @@ A stage file has a function `run(params, context, *, <dep>: Path, ..., out: Path
 ends in `main(__spec__.name)`. Its signature is its command line: every
 keyword-only parameter is an option (`out_train` is `--out-train`), and `name: str` is the foreach
 instance. `main` reads the parameters, names the run by a key, tracks it, and moves outputs into
-place only when they are whole.
-
-Exit codes: 0, 2 parameters, 3 data, 4 infrastructure, 5 sanity, 130 interrupted.
+place only when they are whole. Where a cluster is named, the stage runs there as a job, and all
+but that stays as it is (`remote`).
 """
 
 import argparse
@@ -17,12 +16,7 @@ import inspect
 import json
 import os
 import shutil
-import signal
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -30,159 +24,207 @@ import torch
 
 from components import shards
 from components.shards import MANIFEST, DataError
-from components.training import Diverged
+from pipelines import launch, place, remote, timings
 from pipelines import params as parameters
-from pipelines import timings
+from pipelines.context import Context
+from pipelines.exits import interruptible, leave, outcome
+from pipelines.launch import is_out
 from pipelines.params import ConfigError, Resources, View
-from pipelines.place import ROOT
+from pipelines.place import ROOT, Spec
 from pipelines.progress import Watch, refuse
-from pipelines.registry import Registration
+from pipelines.relay import Listener
 from pipelines.tracking import Tracker
 
+__all__ = ["Context", "code_digests", "code_of", "main", "stage_key"]
+
 SCHEMA = 1
-STOPPED = threading.Event()
-INTERRUPTED = "interrupted; the same command goes on from where it was"
+SOURCES = Path(__file__).parent.parent
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
-        "candidates", "cluster", "params", "place", "progress", "registry", "stage", "timings",
-        "tracking",
+        "candidates", "cluster", "context", "exits", "launch", "params", "place", "progress",
+        "registry", "relay", "remote", "stage", "store", "timings", "tracking",
     )),
 }  # fmt: skip
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM."""
-
-
-@dataclass
-class Context:
-    """What a stage may use beside its parameters and folders."""
-
-    watch: Watch
-    resources: Resources
-    work: Path
-    tracker: Tracker
-    dataset: str
-    registrations: Sequence[Registration] = ()
-
-    def epoch(self, total: int) -> Callable[[int, Mapping[str, float]], None]:
-        """Return what to call at the end of every epoch of `total`: shows and logs it."""
-
-        def seen(index: int, metrics: Mapping[str, float]) -> None:
-            self.watch.advance(index + 1, total, "epochs", metrics)
-            self.tracker.log(metrics, index)
-
-        return seen
-
-    def shard(self, done: int, total: int) -> None:
-        """Show that `done` of `total` pieces of work are done."""
-        self.watch.advance(done, total, "pieces")
-
-
-def main(module_name: str, argv: Sequence[str] | None = None) -> NoReturn:
+def main(module_name: str, argv: Sequence[str] | None = None, *, here: bool = False) -> NoReturn:
     """Run a stage from the command line, and end the process with its exit code.
 
-    At once: everything is written and Ray is down by then, and taking torch, Ray and MLflow apart
-    would cost every stage a second.
+    A stage that is about this machine runs `here`, whatever cluster is named.
     """
-    code = _run(module_name, argv)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(_run(module_name, argv, here))
 
 
-def _run(module_name: str, argv: Sequence[str] | None) -> int:
+def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
     # Imported by name, so that Ray's workers can import what the stage hands them.
     module = importlib.import_module(module_name)
-    options = _parse(module.run, module.__doc__ or "", argv)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    given = _parse(module.run, module.__doc__ or "", argv)
+    interruptible()
     try:
-        _execute(module, options)
-    except Interrupted:
-        return refuse(INTERRUPTED, 130)
-    except ConfigError as error:
-        return refuse(str(error), 2)
-    except DataError as error:
-        return refuse(str(error), 3)
-    except Diverged as error:
-        return refuse(str(error), 5)
-    except ValueError as error:
-        return refuse(str(error), 2)
-    except (OSError, MemoryError) as error:
-        return refuse(f"{type(error).__name__}: {error}", 4)
-    except Exception as error:
-        if STOPPED.is_set():  # Ray's compiled code turns our exception into one of its own.
-            return refuse(INTERRUPTED, 130)
-        ROOT.mkdir(exist_ok=True)
-        (ROOT / "last_error.txt").write_text(traceback.format_exc())
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        return refuse(
-            f"{type(error).__name__}: {first} (all of it in {ROOT / 'last_error.txt'})", 4
-        )
+        folders = {k for k, hint in get_type_hints(module.run).items() if hint is not str}
+        options = {k: place.below(v) if v and k in folders else v for k, v in given.items()}
+        if remote.by_hand():
+            return _in_job(module, options)
+        _execute(module, options, not here and remote.named())
+    except BaseException as error:
+        code, message = outcome(error)
+        return refuse(message, code)
     return 0
 
 
-def _execute(module: Any, options: dict[str, Any]) -> None:
+def _execute(module: Any, options: dict[str, Any], away: bool) -> None:
     everything = parameters.load()
-    hints = get_type_hints(module.run)
-    view_type: type[View] = hints["params"]
     name = options.get("name")
-    stage = module.__name__.rsplit(".", 1)[-1]
-    title = f"{stage} {name}" if name else stage
-    try:
-        view = view_type.of(everything, name)
-    except KeyError:
-        raise ConfigError(f"{parameters.PARAMS} has no entry {name} for {stage}") from None
-    outs = {key: path for key, path in options.items() if key == "out" or key.startswith("out_")}
-    key = stage_key(module, view, [path for k, path in options.items() if k not in outs])
-    work = ROOT / "work" / f"{stage}-{name + '-' if name else ''}{key[:12]}"
-    watch = Watch(title)
-    label = title.replace(" ", "@")
-    experiment = f"limpid-{everything.data.kind}"
-    tracker = Tracker(label, experiment, view.model_dump(mode="json"), key)
-    context = Context(watch, everything.resources, work, tracker, everything.data.kind)
+    stage = _name(module)
+    view = _view(module, everything, name)
+    outs = {key: path for key, path in options.items() if is_out(key)}
+    deps = {k: v for k, v in options.items() if isinstance(v, Path) and k not in outs}
+    key = stage_key(module, view, {option: _content(path) for option, path in deps.items()})
+    label = f"{stage}@{name}" if name else stage
+    title = label.replace("@", " ")
+    run = label.replace("@", "-") + f"-{key[:12]}"
+    work = ROOT / "work" / run
+    resources = everything.resources.of(label)
     parts = {k: path.with_name(f".{path.name}.part") for k, path in outs.items()}
-    status = "FAILED"
-    try:
-        for part in parts.values():
-            _remove(part)
-            part.parent.mkdir(parents=True, exist_ok=True)
-        metrics = module.run(view, context, **{**options, **parts})
-        for k, path in outs.items():
-            _remove(path)
-            os.replace(parts[k], path)
-            if path.is_file():
-                tracker.artifact(path)
-        _flatten_into(tracker, metrics)
-        shutil.rmtree(work, ignore_errors=True)
-        status = "FINISHED"
-    finally:
-        seconds = watch.close()
-        for part in parts.values():
-            _remove(part)
-        problem = tracker.finish(status, context.registrations if status == "FINISHED" else ())
-        if problem:
-            watch.say(problem)
-    timings.note(label, seconds)
+    with place.alone(label):
+        watch = Watch(title)
+        experiment = f"limpid-{everything.data.kind}"
+        tracker = Tracker(label, experiment, view.model_dump(mode="json"), key)
+        context = Context(watch, tracker, resources, work, timings.note)
+        status, registrations = "FAILED", []
+        try:
+            for part in parts.values():
+                _remove(part)
+                part.parent.mkdir(parents=True, exist_ok=True)
+            if away:
+                spec = _spec(module, view, {**options, **parts}, deps, resources, work)
+                listener = Listener(watch, tracker, watch.say)
+                result = remote.run(run, spec, listener)
+                remote.bring(result, parts)
+                metrics = result.metrics
+            else:
+                metrics = module.run(view, context, **{**options, **parts})
+            for k, path in outs.items():
+                _remove(path)
+                os.replace(parts[k], path)
+                if path.is_file():
+                    tracker.artifact(path)
+            _flatten_into(tracker, metrics)
+            shutil.rmtree(work, ignore_errors=True)
+            if hasattr(module, "registered"):
+                registrations = module.registered(view, everything.data.kind, **options)
+            status = "FINISHED"
+        finally:
+            seconds = watch.close()
+            for part in parts.values():
+                _remove(part)
+            problem = tracker.finish(status, registrations)
+            if problem:
+                watch.say(problem)
+        timings.note(label, seconds)
     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, int | float))
     watch.say(f"{title}: done in {seconds:.1f} s  {shown}")
 
 
-def stage_key(module: Any, view: View, inputs: Sequence[Any]) -> str:
-    """Return the sha256 of all a result depends on: what is run, on what, by which code."""
-    folders = sorted(str(path) for path in inputs if isinstance(path, Path))
-    digest = hashlib.sha256()
+def _name(module: Any) -> str:
+    name: str = module.__name__.rsplit(".", 1)[-1]
+    return name
+
+
+def _view(module: Any, everything: parameters.Params, name: str | None) -> View:
+    view_type: type[View] = get_type_hints(module.run)["params"]
+    try:
+        return view_type.of(everything, name)
+    except KeyError:
+        where = f"{parameters.PARAMS} has no entry {name} for {_name(module)}"
+        raise ConfigError(where) from None
+
+
+def _spec(
+    module: Any, view: View, options: Mapping[str, Any], deps: Mapping[str, Path],
+    resources: Resources, work: Path,
+) -> Spec:  # fmt: skip
+    """Describe a stage for a cluster; its inputs are in the store afterwards."""
+    for option, path in options.items():
+        if isinstance(path, Path) and (path.is_absolute() or ".." in path.parts):
+            raise ConfigError(
+                f"--{option} is {path}; a stage in a job takes paths below the project"
+            )
+    there = place.store()
+    return Spec(
+        module=module.__name__,
+        options={k: str(value) for k, value in options.items() if value is not None},
+        deps={str(path): there.push(path) for path in deps.values()},
+        view=view.model_dump(mode="json", by_alias=True),
+        resources=resources.model_dump(mode="json"),
+        work=str(work),
+        versions=launch.versions(),
+    )
+
+
+def _in_job(module: Any, options: Mapping[str, Any]) -> int:
+    """Run a stage that was submitted by hand: what it reads and makes has names in the store.
+
+    An input may also have come with the code; outputs are for `python -m pipelines.fetch`.
+    """
+    if place.STORAGE not in os.environ:
+        raise ConfigError(f"a stage in a job needs {place.STORAGE}, for what it reads and makes")
+    everything = parameters.load()
+    name = options.get("name")
+    view = _view(module, everything, name)
+    label = f"{_name(module)}@{name}" if name else _name(module)
+    outs = {k: path for k, path in options.items() if is_out(k)}
+    deps = {k: v for k, v in options.items() if isinstance(v, Path) and k not in outs}
+    there = place.store()
+    listings = {
+        k: there.push(path) if path.exists() else place.published(path).listing
+        for k, path in deps.items()
+    }
+    digests = {
+        k: hashlib.sha256(listing.model_dump_json().encode()).hexdigest()
+        for k, listing in listings.items()
+    }
+    run = label.replace("@", "-") + f"-{stage_key(module, view, digests)[:12]}"
+    spec = Spec(
+        module=module.__name__,
+        options={k: str(value) for k, value in options.items() if value is not None},
+        deps={str(deps[k]): listing for k, listing in listings.items()},
+        view=view.model_dump(mode="json", by_alias=True),
+        resources=everything.resources.of(label).model_dump(mode="json"),
+        work=str(ROOT / "work" / run),
+        versions=launch.versions(),
+    )
+    os.environ[place.JOB] = run
+    there.write(f"jobs/{run}/spec.json", spec.model_dump_json().encode())
+    code = launch.perform("by-hand")
+    if code == 0:
+        result = launch.result_of(there, run)
+        assert result is not None
+        for k, path in outs.items():
+            place.publish(path, result.outs[k], run)
+        print(f"{label}: done; python -m pipelines.fetch {label} brings it home")
+    return code
+
+
+def stage_key(module: Any, view: View, inputs: Mapping[str, str]) -> str:
+    """Return the sha256 of all a result depends on: what is run, on what, by which code.
+
+    `inputs` are fingerprints by option.
+    """
     facts = {
         "stage": module.__name__,
         "params": view.model_dump(mode="json"),
-        "inputs": {folder: _content(Path(folder)) for folder in folders},
-        "code": {str(path): shards.sha256(path) for path in code_of(module)},
+        "inputs": dict(inputs),
+        "code": code_digests(module),
         "torch": torch.__version__,
         "schema": SCHEMA,
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def code_digests(module: Any) -> dict[str, str]:
+    """Return the sha256 of every file of `code_of`."""
+    return {str(path): shards.sha256(SOURCES / path) for path in code_of(module)}
 
 
 def code_of(module: Any) -> list[Path]:
@@ -190,15 +232,14 @@ def code_of(module: Any) -> list[Path]:
 
     The plumbing is left out on purpose: moving it must not retrain anything.
     """
-    root = Path(__file__).parent.parent
     seen: dict[Path, None] = {}
     waiting = [Path(module.__file__)]
     while waiting:
         path = waiting.pop()
         if path not in seen:
             seen[path] = None
-            waiting += _imported(path, root)
-    return [path.relative_to(root) for path in sorted(seen)]
+            waiting += _imported(path, SOURCES)
+    return [path.relative_to(SOURCES) for path in sorted(seen)]
 
 
 def _imported(path: Path, root: Path) -> Iterator[Path]:
@@ -233,12 +274,10 @@ def _content(folder: Path) -> str:
 
 def _parse(run: Callable[..., Any], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    hints = get_type_hints(run)
     for name, parameter in inspect.signature(run).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             parser.add_argument(
                 f"--{name.replace('_', '-')}",
-                type=str if hints[name] is str else Path,
                 required=parameter.default is inspect.Parameter.empty,
                 default=None if parameter.default is inspect.Parameter.empty else parameter.default,
             )
@@ -256,11 +295,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    # A second signal ends at once.
-    STOPPED.set()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise Interrupted

@@ -85,6 +85,11 @@ class Task:
         section = getattr(sections, sections.section_of(retrained[-1]))[retrained[-1]]
         return int(section.training.epochs)
 
+    @property
+    def device(self) -> str:
+        """Where a trial attacks what it trained: where it trains, if that is in its process."""
+        return (self.resources.trials if self.resources.train.most else self.resources.train).device
+
     def judge(self, inference: Inference | None) -> "Judge":
         """Return who judges the networks of this study."""
         standing = (self.models / "standard").absolute()
@@ -181,12 +186,12 @@ def attempt(
         part = folders[name].with_name(f".{name}.part")
         cluster.train(
             build_watched, {"recipe": recipe, "judge": judge, "rungs": rungs}, part,
-            work / "training" / name, task.resources, seen,
+            work / "training" / name, task.resources.train, seen,
         )  # fmt: skip
         part.rename(folders[name])
     model = folders[defended.model]
     subject = Subject(judge.classifier, model.absolute(), inference=defended.inference)
-    defense = subject.defense("cuda" if task.resources.gpu else "cpu")
+    defense = subject.defense(task.device)
     seconds = judge.seconds(defense)
     report({"epoch": epochs, **judge.figures(defense), "seconds_per_image": seconds})
 

@@ -17,12 +17,13 @@ from rich.live import Live
 
 from components.attacks import Attack
 from components.shards import write_bytes, write_json
-from pipelines import cluster, standings
+from pipelines import cluster, place, standings
 from pipelines.dials import Choice, Dial, Integer, LogUniform, Value, get, nest
 from pipelines.params import (
     Defended,
     Finetuned,
     Purifier,
+    Resources,
     Scoring,
     Student,
     Study,
@@ -38,6 +39,8 @@ TURNED = ("purifiers", "students", "atop", "defenses")
 GOALS = {"robust": "max", "clean": "max", "seconds_per_image": "min"}
 # A trial that trains in workers of its own only waits for them.
 WAITING = 0.01
+STUDY = "study"
+SYNC_S = 15
 
 
 class TuneParams(ThreatView):
@@ -70,15 +73,13 @@ def run(
 ) -> dict[str, float]:
     """Search, rank the trials, and write what `configure --from` adopts."""
     document = params.model_dump(mode="json", by_alias=True, include=set(TURNED))
-    # A process of its own for each trial: one thread is its share.
-    resources = context.resources.model_copy(update={"train_threads": 1})
     task = Task(
-        params.study, document, params, params.attacks, params.scoring, resources,
+        params.study, document, params, params.attacks, params.scoring, _resources(context),
         *(folder.absolute() for folder in (train, val, models, pool)),
     )  # fmt: skip
-    for place, dial in params.study.space.items():
+    for turned, dial in params.study.space.items():
         for end in dial.ends():
-            task.sections({place: end})
+            task.sections({turned: end})
     trials = _search(task, context)
     ranked = standings.rank(trials, params.study)
     show(standings.table(ranked, params.study))
@@ -101,25 +102,24 @@ def _search(task: Task, context: Context) -> list[Trial]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
-    folder = context.work / "ray" / "study"
-    workers, resources = task.resources.train_workers, task.resources
-    gpus = resources.trials * max(workers, resources.trial_gpus) * resources.gpu
-    # Enough for trials that were begun with another number of workers, and still hold a CPU.
-    cpus = resources.trials * (workers + 1)
+    folder = _folder(context)
+    own, train = task.resources.trials, task.resources.train
+    # Those of all trials at once, which train side by side.
+    theirs = train.model_copy(update={"workers": own.workers * train.most})
     trainable = tune.with_parameters(_trial, task=task, work=str(context.work.absolute()))
-    share = {"CPU": WAITING if workers else 1.0}
-    if resources.gpu and not workers:
-        share["GPU"] = resources.trial_gpus
+    share = {"CPU": WAITING if train.most else own.cpus}
+    if own.gpus:
+        share["GPU"] = own.gpus
     trainable = tune.with_resources(trainable, share)
-    with cluster.session(cpus, gpus), _Board(folder, task.study, context) as board:
-        path = str(folder.absolute())
+    with cluster.session(own, theirs), _Board(folder, task.study, context) as board:
+        path = f"{folder}/{STUDY}"
         with cluster.quiet():
             if tune.Tuner.can_restore(path):
                 tuner = tune.Tuner.restore(
                     path, trainable=trainable, resume_unfinished=True, restart_errored=True
                 )
             else:
-                tuner = _tuner(task, trainable, folder.absolute())
+                tuner = _tuner(task, trainable, folder)
             results = cluster.apart(tuner.fit, board.look)
         reasons = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
     trials = board.trials()
@@ -131,7 +131,23 @@ def _search(task: Task, context: Context) -> list[Trial]:
     return trials
 
 
-def _tuner(task: Task, trainable: Any, folder: Path) -> Any:
+def _resources(context: Context) -> Resources:
+    """Return what trials may use: one that trains in its own process trains with its own share."""
+    resources = context.resources
+    if resources.train.most:
+        return resources
+    own = {"cpus": resources.trials.cpus, "gpus": resources.trials.gpus}
+    return resources.model_copy(update={"train": resources.train.model_copy(update=own)})
+
+
+def _folder(context: Context) -> str:
+    """Return where a search keeps what it needs to go on."""
+    if place.job():
+        return f"{os.environ[place.STORAGE]}/ray/{context.work.name}"
+    return str(context.work.absolute() / "ray")
+
+
+def _tuner(task: Task, trainable: Any, folder: str) -> Any:
     """Set a search up whose first trial is what params.yaml says now."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -159,9 +175,14 @@ def _tuner(task: Task, trainable: Any, folder: Path) -> Any:
             search_alg=search,
             scheduler=scheduler if alone else None,
             num_samples=study.trials,
-            max_concurrent_trials=task.resources.trials,
+            max_concurrent_trials=task.resources.trials.workers,
         ),
-        run_config=tune.RunConfig(name=folder.name, storage_path=str(folder.parent), verbose=0),
+        run_config=tune.RunConfig(
+            name=STUDY,
+            storage_path=folder,
+            verbose=0,
+            sync_config=tune.SyncConfig(sync_period=SYNC_S),
+        ),
     )
 
 
@@ -179,6 +200,7 @@ def _trial(config: dict[str, Value], task: Task, work: str) -> None:
     """Run one trial in a process of Ray Tune."""
     from ray import tune
 
+    place.localise()
     name = tune.get_context().get_trial_id()
     attempt(task, config, Path(work) / "trials" / name, tune.report)
 
@@ -189,14 +211,14 @@ class _Board:
     Not by callbacks, which would be stored with the search and come back without their threads.
     """
 
-    def __init__(self, folder: Path, study: Study, context: Context) -> None:
+    def __init__(self, folder: str, study: Study, context: Context) -> None:
         self.folder, self.study, self.context = folder, study, context
         self.seen: dict[str, int] = {}
         self.live: Live | None = None
 
     def __enter__(self) -> "_Board":
         if sys.stdout.isatty():
-            self.live = Live(console=self.context.watch.console, refresh_per_second=2)
+            self.live = Live(refresh_per_second=2)
             self.live.start()
         return self
 
@@ -224,14 +246,24 @@ class _Board:
             self.live.update(standings.table(ranked, self.study))
 
     def _read(self) -> Iterator[tuple[Trial, Sequence[Mapping[str, Any]]]]:
-        for path in sorted(self.folder.glob("*/result.json")):
-            lines = path.read_text().splitlines(keepends=True)
+        for text in _results(f"{self.folder}/{STUDY}"):
+            lines = text.splitlines(keepends=True)
             said = [json.loads(line) for line in lines if line.endswith("\n")]
             # Tune repeats the last report when a trial ends, a resumed trial those of before.
             reports = list({report["epoch"]: report for report in said}.values())
             if reports:
                 last = reports[-1]
                 yield Trial.of(last["trial_id"], last["config"], last), reports
+
+
+def _results(folder: str) -> list[str]:
+    """Return what the trials of a search have written, from this disk or from the store."""
+    if place.job() is None:
+        return [path.read_text() for path in sorted(Path(folder).glob("*/result.json"))]
+    there, root = place.store(), os.environ[place.STORAGE]
+    names = there.names(folder.removeprefix(f"{root}/"))
+    found = [there.read(name) for name in names if name.endswith("/result.json")]
+    return [content.decode() for content in found if content is not None]
 
 
 def _numbers(report: Mapping[str, Any]) -> tuple[dict[str, float], int]:

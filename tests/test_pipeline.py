@@ -117,8 +117,8 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
 def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     params = project.tiny()
-    assert params["resources"]["shards"] == 2
-    params["resources"]["shards"] = 1
+    assert params["resources"]["shards"]["workers"] == 2
+    params["resources"]["shards"]["workers"] = 1
     project.write_params(folder, params)
     for name in ("data", "models"):
         os.symlink(reproduced / name, folder / name)
@@ -136,7 +136,7 @@ def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path:
 def test_scores_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     params = project.tiny()
-    params["resources"]["shards"] = 1
+    params["resources"]["shards"]["workers"] = 1
     project.write_params(folder, params)
     for name in ("data", "models", "adversarial"):
         os.symlink(reproduced / name, folder / name)
@@ -246,7 +246,7 @@ def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int)
     folder = project.copy_to(tmp_path / "project")
     os.symlink(reproduced / "data", folder / "data")
     params = project.tiny()
-    params["resources"]["train_workers"] = workers
+    params["resources"]["train"]["workers"] = workers
     project.write_params(folder, params)
     code, printed = project.stage(folder, "train_classifier", name="standard", out="out", **TRAIN)
     assert code == 0, printed

@@ -217,7 +217,7 @@ def project_without_test(reproduced: Path, tmp_path: Path) -> Path:
     for name in ("data/train", "data/val", "models", "pool"):
         shutil.copytree(reproduced / name, folder / name)
     changed = project.tiny()
-    changed["resources"] |= {"trials": 1}
+    changed["resources"]["trials"]["workers"] = 1
     training = changed["students"]["student_adaptive"]["training"]
     changed["students"]["student_adaptive"]["training"] = {**training, "epochs": 2}
     project.write_params(folder, changed)
@@ -249,7 +249,8 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
     done = ended(folder)
     # The rest side by side, each a Ray Train run of its own: two CPUs must be enough for that.
     changed = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
-    changed["resources"] |= {"trials": 2, "train_workers": 1}
+    changed["resources"]["trials"]["workers"] = 2
+    changed["resources"]["train"]["workers"] = 1
     project.write_params(folder, changed)
     code, printed = project.run(folder, *command)
     assert code == 0, printed

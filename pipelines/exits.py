@@ -1,0 +1,90 @@
+"""How a process ends: 0, 2 parameters, 3 data, 4 infrastructure, 5 sanity, 130 interrupted."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+from components.shards import DataError
+from components.training import Diverged
+from pipelines.params import ConfigError
+from pipelines.place import ROOT
+
+STOPPED = threading.Event()
+INTERRUPTED = "interrupted; the same command goes on from where it was"
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, SIGTERM, or the death of who started this."""
+
+
+class Failed(Exception):
+    """What ended elsewhere, with its exit code and its sentence."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """Return the exit code that fits an error, and one sentence for a person.
+
+    What nobody foresaw leaves its traceback in a file.
+    """
+    # Ray's compiled code turns our interruption into an exception of its own.
+    if isinstance(error, Interrupted) or STOPPED.is_set():
+        return 130, INTERRUPTED
+    kinds: tuple[tuple[type[BaseException], int], ...] = (
+        (ConfigError, 2), (DataError, 3), (Diverged, 5), (ValueError, 2),
+    )  # fmt: skip
+    for kind, code in kinds:
+        if isinstance(error, kind):
+            return code, str(error)
+    if isinstance(error, Failed):
+        return error.code, str(error)
+    if isinstance(error, OSError | MemoryError):
+        return 4, f"{type(error).__name__}: {error}"
+    ROOT.mkdir(exist_ok=True)
+    kept = ROOT / "last_error.txt"
+    kept.write_text("".join(traceback.format_exception(error)))
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return 4, f"{type(error).__name__}: {first} (all of it in {kept})"
+
+
+def interruptible() -> None:
+    """Let Ctrl-C and SIGTERM raise `Interrupted`, once; a second one ends at once.
+
+    Under DVC the death of DVC does so too: else the stage would go on, with nobody to take what it
+    makes, beside the next one.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    if "DVC_STAGE" in os.environ:
+        threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process.
+
+    At once: everything is written and Ray is down by then, and taking torch, Ray and MLflow apart
+    would cost every stage a second.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    STOPPED.set()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Interrupted
+
+
+def _outlive_nobody(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
