@@ -54,7 +54,7 @@ def train(data: ImageSet) -> Classifier:
     objective = Classification(kind="classification").bind(frozen)
     config = Training(
         epochs=8, batch_size=50, optimiser="adam", learning_rate=0.01, weight_decay=0.0,
-        schedule="one_cycle", augmentation="none",
+        schedule="one_cycle", augmentation="none", precision="float32",
     )  # fmt: skip
     for _ in fit(model, objective, data, None, config, 0, lambda *_: {}, None):
         pass

@@ -65,7 +65,7 @@ TRAIN_IMAGES = 25_000
 NETWORK = ResNet(kind="resnet", depth=20, width=16)
 SHORT = Training(
     epochs=5, batch_size=125, optimiser="sgd", learning_rate=0.1, weight_decay=5e-4,
-    schedule="one_cycle", augmentation="flip_crop",
+    schedule="one_cycle", augmentation="flip_crop", precision="float32",
 )  # fmt: skip
 HARDENING = SHORT.model_copy(update={"epochs": 2, "batch_size": 200, "learning_rate": 0.05})
 FGSM_RS = AdversarialClassification(

@@ -106,7 +106,7 @@ def _raised(findings: list[Finding], blocking: bool = False) -> list[str]:
 def _train(model: nn.Module, objective: Objective, data: ImageSet, epochs: int) -> None:
     config = Training(
         epochs=epochs, batch_size=50, optimiser="adam", learning_rate=0.01, weight_decay=0,
-        schedule="one_cycle", augmentation="none",
+        schedule="one_cycle", augmentation="none", precision="float32",
     )  # fmt: skip
     nothing: Mapping[str, float] = {}
     for _ in fit(model, objective, data, None, config, 0, lambda *_: nothing, None):

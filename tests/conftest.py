@@ -73,6 +73,7 @@ def classifier(train_set: ImageSet) -> Classifier:
         weight_decay=0.0,
         schedule="one_cycle",
         augmentation="none",
+        precision="float32",
     )
     nothing: dict[str, float] = {}
     for _ in fit(model, objective, train_set, None, config, 0, lambda *_: nothing, None):

@@ -41,6 +41,7 @@ CONFIG = Training(
     weight_decay=0.001,
     schedule="one_cycle",
     augmentation="flip_crop",
+    precision="float32",
 )
 NOISY = {
     "kind": "random_transform",
@@ -253,6 +254,32 @@ def test_a_constant_rate_is_constant_and_resuming_meets_the_schedule_where_it_wa
     list(fit(Scalar(9.0), rest, few, None, config, 0, nothing, first.state))
     assert recorder.progress + rest.progress == record(few).progress
     assert recorder.weights + rest.weights == pytest.approx(record(few).weights)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "computed"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_the_loss_is_computed_in_the_precision_asked_for(
+    precision: str, computed: torch.dtype, few: ImageSet
+) -> None:
+    seen = set()
+
+    def objective(
+        model: nn.Module, batch: Batch, progress: float, draws: Draws
+    ) -> tuple[Tensor, Metrics]:
+        found = batch.images.flatten(1) @ model.get_parameter("weight").expand(64, 1)
+        seen.add(found.dtype)
+        return found.float().mean(), {"loss": found.mean()}
+
+    model = Scalar()
+    (epoch,) = fit(
+        model, objective, few, None, changed(epochs=1, precision=precision), 0, nothing, None
+    )
+    assert seen == {computed}
+    assert model.weight.dtype == torch.float32 and isinstance(epoch.metrics["loss"], float)
 
 
 # What an epoch is

@@ -40,6 +40,48 @@ def possible() -> str:
     return "" if done.returncode == 0 else "no mount namespace of one's own (root is needed)"
 
 
+@contextlib.contextmanager
+def object_store() -> Iterator[dict[str, str]]:
+    """Hold an S3 endpoint with one bucket; yield what the environment of a client needs."""
+    port = free_port()
+    process = subprocess.Popen(
+        [str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    try:
+        _await(environment["AWS_ENDPOINT_URL"])
+        _make_bucket(environment["AWS_ENDPOINT_URL"])
+        yield environment
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _await(address: str) -> None:
+    """Wait until something answers there."""
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(f"nothing answers at {address}")
+
+
+def _make_bucket(endpoint: str) -> None:
+    import boto3
+
+    keys = {
+        "aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"],
+        "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"],
+    }
+    client = boto3.client("s3", endpoint_url=endpoint, region_name=KEYS["AWS_REGION"], **keys)
+    client.create_bucket(Bucket=BUCKET)
+
+
 class Stand:
     """The processes of a cluster, by name, and what a driver must know of it."""
 
@@ -86,14 +128,14 @@ class Stand:
                 "--artifacts-destination", str(self.home / "artifacts"),
                 MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
             )  # fmt: skip
-        self._answers("s3", "/")
-        self._bucket()
-        self._answers("dashboard", "/api/version")
+        _await(self.common["AWS_ENDPOINT_URL"])
+        _make_bucket(self.common["AWS_ENDPOINT_URL"])
+        _await(f"{self.driver['RAY_API_SERVER_ADDRESS']}/api/version")
         for number in range(self.workers):
             self.start_worker(f"worker{number}")
         self._wait_for_nodes(1 + self.workers)
         if self.mlflow:
-            self._answers("mlflow", "/health")
+            _await(self.driver["MLFLOW_TRACKING_URI"])
 
     def start_head(self) -> None:
         """Start the node that leads, with one CPU of its own."""
@@ -130,25 +172,6 @@ class Stand:
                 command, env={**self.common, **environment}, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, start_new_session=True, cwd="/",
             )  # fmt: skip
-
-    def _answers(self, name: str, path: str) -> None:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.ports[name]}{path}", timeout=5)
-                return
-            except urllib.error.HTTPError:
-                return
-            except OSError:
-                time.sleep(0.25)
-        raise TimeoutError(f"{name} does not answer: {self.log(name)}")
-
-    def _bucket(self) -> None:
-        import boto3
-
-        keys = {"aws_access_key_id": "stand", "aws_secret_access_key": "stand"}
-        endpoint = self.common["AWS_ENDPOINT_URL"]
-        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
-        client.create_bucket(Bucket=BUCKET)
 
     def nodes(self) -> list[str]:
         """Return the ids of the nodes that live."""

@@ -1,0 +1,216 @@
+"""The store: what is pushed comes back byte for byte, once, whole, or not at all."""
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cluster import stand
+from pydantic import ValidationError
+
+from components.shards import DataError
+from pipelines import store as stores
+from pipelines.store import Listing, Store, StoreError
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    """An S3 endpoint with one bucket, and what a client's environment needs."""
+    pytest.importorskip("moto.server")
+    with stand.object_store() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store of either kind, empty."""
+    if request.param == "file":
+        return Store(f"file://{tmp_path}/store")
+    for name, value in request.getfixturevalue("s3").items():
+        monkeypatch.setenv(name, value)
+    return Store(f"s3://{stand.BUCKET}/{tmp_path.name}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a folder in it, two equal files and an empty one."""
+    made = tmp_path / "made"
+    (made / "inner").mkdir(parents=True)
+    (made / "a").write_bytes(b"same")
+    (made / "inner/b").write_bytes(b"same")
+    (made / "inner/c").write_bytes(os.urandom(6 << 20))
+    (made / "empty").write_bytes(b"")
+    return made
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_folder_comes_back(store: Store, folder: Path, tmp_path: Path) -> None:
+    listing = store.push(folder)
+    there = pickle.loads(pickle.dumps(store))
+    again = Listing.model_validate_json(listing.model_dump_json())
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back/old").write_text("must go")
+    there.pull(again, tmp_path / "back")
+    assert content(tmp_path / "back") == content(folder)
+
+
+def test_a_file_comes_back(store: Store, folder: Path, tmp_path: Path) -> None:
+    store.pull(store.push(folder / "a"), tmp_path / "deep/file")
+    assert (tmp_path / "deep/file").read_bytes() == b"same"
+
+
+def test_what_is_there_does_not_travel_again(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    upload = Store._upload
+    monkeypatch.setattr(
+        Store, "_upload", lambda self, name, file: (sent.append(name), upload(self, name, file))
+    )
+    store.push(folder)
+    assert len(sent) == 3  # Four files, two of them equal.
+    store.push(folder)
+    assert len(sent) == 3
+    (folder / "new").write_text("new")
+    store.push(folder)
+    assert len(sent) == 4
+
+
+def test_a_node_fetches_a_file_once(
+    store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = store.push(folder)
+    store.pull(listing, tmp_path / "first", tmp_path / "cache")
+
+    def never(*_: object) -> None:
+        raise AssertionError("fetched again")
+
+    monkeypatch.setattr(Store, "_fetch", never)
+    store.pull(listing, tmp_path / "second", tmp_path / "cache")
+    assert content(tmp_path / "second") == content(folder)
+
+
+def test_altered_bytes_are_refused_and_what_was_there_stays(folder: Path, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    listing = store.push(folder)
+    digest = next(file.sha256 for file in listing.files if file.path == "a")
+    (tmp_path / "store/cas" / digest[:2] / digest).write_bytes(b"sane")
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back/old").write_text("stays")
+    with pytest.raises(DataError, match="holds other bytes than its name says"):
+        store.pull(listing, tmp_path / "back")
+    assert content(tmp_path / "back") == {"old": b"stays"}
+    assert [path.name for path in tmp_path.glob(".back*")] == []
+
+
+def test_half_an_upload_is_sent_again(folder: Path, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    listing = store.push(folder / "inner/c")
+    digest = listing.files[0].sha256
+    blob = tmp_path / "store/cas" / digest[:2] / digest
+    blob.write_bytes(blob.read_bytes()[:1000])
+    store.push(folder / "inner/c")
+    store.pull(listing, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (folder / "inner/c").read_bytes()
+
+
+def test_what_is_gone_is_said(store: Store, tmp_path: Path) -> None:
+    unknown = {"files": [{"path": "", "size": 1, "sha256": "0" * 64}]}
+    with pytest.raises(DataError, match="no longer holds"):
+        store.pull(Listing.model_validate_json(json_of(unknown)), tmp_path / "x")
+    with pytest.raises(DataError, match="is missing"):
+        store.push(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("path", ["../out", "/etc/passwd", "a/../../b"])
+def test_a_listing_cannot_lead_out_of_its_folder(path: str) -> None:
+    with pytest.raises(ValidationError, match="leads out"):
+        Listing.model_validate_json(
+            json_of({"files": [{"path": path, "size": 1, "sha256": "0" * 64}]})
+        )
+
+
+def json_of(value: object) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def test_names(store: Store) -> None:
+    assert store.read("jobs/a/spec.json") is None and store.names("jobs") == []
+    store.write("jobs/a/spec.json", b"1")
+    store.write("jobs/a/spec.json", b"2")
+    store.write("jobs/b", b"3")
+    assert store.read("jobs/a/spec.json") == b"2"
+    assert store.names("jobs") == ["jobs/a/spec.json", "jobs/b"]
+    assert store.names("jobs/a") == ["jobs/a/spec.json"]
+    store.drop("jobs/b")
+    store.drop("jobs/b")
+    assert store.names("jobs") == ["jobs/a/spec.json"]
+
+
+@pytest.mark.parametrize("uri", ["data", "nosuch://x/y", "file://relative/path"])
+def test_what_is_no_store_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="LIMPID_STORAGE"):
+        Store(uri).read("x")
+
+
+class Failing(BaseHTTPRequestHandler):
+    """An endpoint that answers `code` to the first `times` requests, and then that it is empty."""
+
+    code, times, asked = 500, 0, 0
+
+    def _answer(self) -> None:
+        type(self).asked += 1
+        failing = self.asked <= self.times
+        self.send_response(self.code if failing else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = _answer
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Failing]]:
+    """Such an endpoint, as the store's own."""
+    handler = type("Handler", (Failing,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in stand.KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(stores, "BACKOFF_S", (0.1,))
+    yield handler
+    server.shutdown()
+
+
+def test_an_endpoint_that_fails_for_a_while_is_asked_again(failing: type[Failing]) -> None:
+    failing.times = 35
+    assert Store("s3://b/p").read("x") is None
+    assert failing.asked > failing.times
+
+
+def test_an_endpoint_that_keeps_failing_is_given_up(failing: type[Failing]) -> None:
+    failing.times = 10**6
+    with pytest.raises(StoreError, match=r"the store s3://b/p does not answer: .*500"):
+        Store("s3://b/p").read("x")
+
+
+def test_a_refusal_is_not_asked_again(failing: type[Failing]) -> None:
+    failing.code, failing.times = 403, 10**6
+    with pytest.raises(StoreError, match="ACCESS_DENIED"):
+        Store("s3://b/p").read("x")
+    assert failing.asked == 1
