@@ -47,10 +47,12 @@ MISTAKES: dict[str, type[Exception]] = {
     "MemoryError": MemoryError,
 }
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
+# Set where a cluster grows as it is asked: what it has says nothing then of what it can hold.
+AUTOSCALES = "LIMPID_AUTOSCALES"
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
 CARRIED = (
     place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
-    "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "LIMPID_AUTOSCALES",
+    "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", AUTOSCALES,
 )  # fmt: skip
 
 
@@ -209,19 +211,23 @@ def _map(
 ) -> list[Any]:
     import ray
 
-    started = [_task(share, function, {**task, "device": share.device}) for task in tasks]
-    pending = {reference: index for index, reference in enumerate(started)}
+    waits = list(enumerate(tasks))[::-1]
+    pending: dict[Any, int] = {}
     results: list[Any] = [None] * len(tasks)
     lacking_since: float | None = None
-    while pending:
+    while waits or pending:
+        while waits and len(pending) < share.workers:
+            index, task = waits.pop()
+            pending[_task(share, function, {**task, "device": share.device})] = index
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK_S)
         if not ready:
             lacking = _lacking(share, 1, _nodes())
             lacking_since = (lacking_since or time.monotonic()) if lacking else None
-            if lacking_since and time.monotonic() - lacking_since > WAIT_S:
+            waited = time.monotonic() - (lacking_since or time.monotonic())
+            if waited > WAIT_S and AUTOSCALES not in os.environ:
                 raise ConnectionError(f"gave up after {WAIT_S:.0f} s: {lacking}")
             if lacking:
-                waiting(f"waiting for a node: {lacking}; gives up after {WAIT_S:.0f} s")
+                waiting(f"waiting for a node: {lacking} ({waited:.0f} s)")
             continue
         try:
             results[pending.pop(ready[0])] = ray.get(ready[0])
@@ -230,7 +236,7 @@ def _map(
             raise error.cause from None
         except ray.exceptions.OutOfMemoryError:
             raise MemoryError(OUT_OF_MEMORY) from None
-        done(len(tasks) - len(pending), len(tasks))
+        done(len(tasks) - len(waits) - len(pending), len(tasks))
     return results
 
 
@@ -318,7 +324,7 @@ def _join(shares: Sequence[Share]) -> None:
     # Else Ray takes it for a conflict that the job has some of them already.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
-    if "LIMPID_AUTOSCALES" not in os.environ:
+    if AUTOSCALES not in os.environ:
         require_room(shares, _nodes())
 
 

@@ -5,6 +5,7 @@ it. A stage that `dvc repro` sends to a cluster needs neither.
 """
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import launch, params, place
+from pipelines.cluster import CARRIED
 from pipelines.exits import Failed, outcome
 from pipelines.params import ConfigError
 from pipelines.progress import Watch, refuse
@@ -65,10 +67,10 @@ def _send(stage: Any) -> None:
             shown.append(f"{root}/{argument}")
         else:
             shown.append(argument)
-    environment = f'{{"env_vars": {{"{place.STORAGE}": "{root}"}}}}'
-    print(
-        f"ray job submit --working-dir . --runtime-env-json '{environment}' -- {shlex.join(shown)}"
-    )
+    carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
+    environment = shlex.quote(json.dumps({"env_vars": carried}))
+    submit = f"ray job submit --working-dir . --runtime-env-json {environment}"
+    print(f"{submit} -- {shlex.join(shown)}")
 
 
 def _fetch(label: str, stage: Any) -> None:
@@ -80,7 +82,7 @@ def _fetch(label: str, stage: Any) -> None:
         place.store().pull(one.listing, path)
         print(f"{path} from the job {one.job}")
     _retell(label, next(iter(found.values())).job)
-    print(f"dvc commit {label} tells DVC that this is what the stage makes")
+    print(f"dvc commit -f {label} tells DVC that this is what the stage makes")
 
 
 def _retell(label: str, job: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from components.shards import DataError
 from pipelines import cluster, place
 from pipelines.exits import Failed, Interrupted
 from pipelines.launch import Failure, Result, result_of
@@ -81,19 +82,21 @@ def run(name: str, spec: Spec, listener: Listener) -> Result:
         status, last = _follow(client, f"{name}-{attempt}", listener)
         result = result_of(store, name)
         if result is None:
-            _raise(store, name, attempt, status, last)
-            raise AssertionError
+            raise _failed(store, name, attempt, status, last, listener)
     listener.all(result.events)
     return result
 
 
-def _raise(store: Store, name: str, attempt: int, status: str, last: str) -> None:
-    """Raise what the job said of its failure, or what Ray says of it."""
+def _failed(
+    store: Store, name: str, attempt: int, status: str, last: str, listener: Listener
+) -> Failed:
+    """Return what the job said of its failure, or what Ray says of it."""
     content = store.read(f"jobs/{name}/failure-{attempt}.json")
     if content is not None:
         failure = Failure.model_validate_json(content)
-        raise Failed(failure.code, f"{failure.message} (job {name}-{attempt})")
-    raise Failed(4, f"the job {name}-{attempt} ended as {status} without a result: {last}")
+        listener.all(failure.events)
+        return Failed(failure.code, f"{failure.message} (job {name}-{attempt})")
+    return Failed(4, f"the job {name}-{attempt} ended as {status} without a result: {last}")
 
 
 def _client(address: str) -> Any:
@@ -126,7 +129,7 @@ def _guarded(address: str) -> None:
 
 def _require_room(address: str, resources: Resources) -> None:
     """Raise ConfigError at once for what this cluster can never hold, instead of waiting."""
-    if "LIMPID_AUTOSCALES" in os.environ:
+    if cluster.AUTOSCALES in os.environ:
         return
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
@@ -244,7 +247,13 @@ def _first(error: object) -> str:
     return lines[0][:300]
 
 
-def bring(result: Result, outs: Mapping[str, Path]) -> None:
-    """Put the outputs of a job where they belong."""
-    for option, path in outs.items():
-        place.store().pull(result.outs[option], path)
+def bring(name: str, result: Result, outs: Mapping[str, Path]) -> None:
+    """Put the outputs of a job where they belong; DataError where the store has lost them."""
+    store = place.store()
+    try:
+        for option, path in outs.items():
+            store.pull(result.outs[option], path)
+    except DataError as error:
+        # Else the next run would only find the same again.
+        store.drop(f"jobs/{name}/result.json")
+        raise DataError(f"{error}; the same command makes it anew") from None

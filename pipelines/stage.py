@@ -64,7 +64,8 @@ def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
         folders = {k for k, hint in get_type_hints(module.run).items() if hint is not str}
         options = {k: place.below(v) if v and k in folders else v for k, v in given.items()}
         if remote.by_hand():
-            return _in_job(module, options)
+            uris = {k for k, v in given.items() if v and "://" in v}
+            return _in_job(module, options, uris)
         _execute(module, options, not here and remote.named())
     except BaseException as error:
         code, message = outcome(error)
@@ -100,7 +101,7 @@ def _execute(module: Any, options: dict[str, Any], away: bool) -> None:
                 spec = _spec(module, view, {**options, **parts}, deps, resources, work)
                 listener = Listener(watch, tracker, watch.say)
                 result = remote.run(run, spec, listener)
-                remote.bring(result, parts)
+                remote.bring(run, result, parts)
                 metrics = result.metrics
             else:
                 metrics = module.run(view, context, **{**options, **parts})
@@ -162,10 +163,11 @@ def _spec(
     )
 
 
-def _in_job(module: Any, options: Mapping[str, Any]) -> int:
-    """Run a stage that was submitted by hand: what it reads and makes has names in the store.
+def _in_job(module: Any, options: Mapping[str, Any], uris: set[str]) -> int:
+    """Run a stage that was submitted by hand; `uris` are the options that were given as such.
 
-    An input may also have come with the code; outputs are for `python -m pipelines.fetch`.
+    They have names in the store; another input has come with the code. Outputs are for
+    `python -m pipelines.fetch`.
     """
     if place.STORAGE not in os.environ:
         raise ConfigError(f"a stage in a job needs {place.STORAGE}, for what it reads and makes")

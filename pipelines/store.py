@@ -66,8 +66,11 @@ class Store:
     def __init__(self, uri: str) -> None:
         """Raise ValueError where the URI is none."""
         self.uri = uri.rstrip("/")
-        if "://" not in self.uri:
-            raise ValueError(f"LIMPID_STORAGE is {uri!r}; a URI is needed, as s3://bucket/limpid")
+        if "://" not in self.uri or "?" in self.uri:
+            raise ValueError(
+                f"LIMPID_STORAGE is {uri!r}; a URI without options is needed, as "
+                "s3://bucket/limpid (AWS_ENDPOINT_URL names another endpoint)"
+            )
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
         return Store, (self.uri,)
