@@ -10,7 +10,6 @@ from torch import Tensor
 
 from components.defense import Defense
 from components.draws import Draws, fresh
-from components.purifiers import Purifier
 from components.purifiers.contract import changed
 
 
@@ -47,9 +46,5 @@ def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:
     purifier = defense.purifier
     assert purifier is not None
     purified = defense.purify(x, draws)
-    error = changed(x, purified)
-    # A purifier with no detector of its own suspects what it changes. It need not do that twice,
-    # which may be dear and under the same draws has the same outcome.
-    own = type(purifier).oddity is not Purifier.oddity
-    suspicion = purifier.suspicion(x, draws) if own else error
-    return Answer(purified, defense.classifier(purified), error, suspicion)
+    suspicion = purifier.suspicion(x, draws, purified)
+    return Answer(purified, defense.classifier(purified), changed(x, purified), suspicion)

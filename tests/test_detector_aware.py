@@ -104,8 +104,8 @@ def test_small_differences_in_suspicion_count(classifier: Classifier, test_set: 
     """The order of the weights is no matter, however small the numbers of the detector are."""
 
     class Faint(Watchful):
-        def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
-            return 1e-6 * super().oddity(x, draws)
+        def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+            return 1e-6 * super().oddity(x, draws, purified)
 
     data = test_set[torch.arange(48)]
     defense = Defense(classifier, Faint()).freeze()

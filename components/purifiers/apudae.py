@@ -99,7 +99,7 @@ class _Apudae(Purifier):
             return passed
         return self._descended(x, draws, kind)
 
-    def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         return self.denoiser.suspicion(x)
 
     def _turned(self, x: Tensor, draws: Draws | None) -> Tensor:

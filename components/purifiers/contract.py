@@ -42,9 +42,14 @@ class Purifier(nn.Module):
         """Return the purified images (N,C,H,W) in [0,1]; without `draws`, noise is fresh."""
         return self.purify(x, self._drawn(x, draws))
 
-    def suspicion(self, x: Tensor, draws: Draws | None = None) -> Tensor:
-        """Return how odd each image looks to this purifier (N,): larger means rather attacked."""
-        return self.oddity(x, self._drawn(x, draws))
+    def suspicion(
+        self, x: Tensor, draws: Draws | None = None, purified: Tensor | None = None
+    ) -> Tensor:
+        """Return how odd each image looks to this purifier (N,): larger means rather attacked.
+
+        `purified`, where the caller has it, is what it made of `x` under the same draws.
+        """
+        return self.oddity(x, self._drawn(x, draws), purified)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Clean `x`; `draws` is given whenever the purifier is stochastic."""
@@ -54,9 +59,12 @@ class Purifier(nn.Module):
         """Clean `x` by the stand-in `kind`, one of `stand_ins`."""
         raise NotImplementedError(kind)
 
-    def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
-        """Return the detection score (N,): by default the mean squared change to the image."""
-        return changed(x, self.purify(x, draws))
+    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+        """Return the detection score (N,): by default the mean squared change to the image.
+
+        What is `purified` already need not be so again.
+        """
+        return changed(x, self.purify(x, draws) if purified is None else purified)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
         """Learn, once trained, how clean training pixels (M,C,H,W) look; nothing by default."""

@@ -65,9 +65,12 @@ class DenoisingAutoencoder(Purifier):
         self.register_buffer("clean_mean", torch.zeros(()))
         self.register_buffer("clean_std", torch.ones(()))
 
-    def error(self, x: Tensor) -> Tensor:
-        """Return rd(x) = |x - f(x)|^2 summed over the image (N,); gradients flow through both."""
-        purified: Tensor = self(x)
+    def error(self, x: Tensor, passed: Tensor | None = None) -> Tensor:
+        """Return rd(x) = |x - f(x)|^2 summed over the image (N,); gradients flow through both.
+
+        `passed` is f(x), where the caller has it.
+        """
+        purified: Tensor = self(x) if passed is None else passed
         return (x - purified).square().flatten(1).sum(1)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
@@ -82,9 +85,9 @@ class DenoisingAutoencoder(Purifier):
         self.clean_mean.copy_(errors.mean())
         self.clean_std.copy_(errors.std().clamp_min(1e-6))
 
-    def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the reconstruction error, in deviations of clean images from their mean (N,)."""
-        return (self.error(x) - self.clean_mean) / self.clean_std
+        return (self.error(x, purified) - self.clean_mean) / self.clean_std
 
 
 class _Small(DenoisingAutoencoder):
