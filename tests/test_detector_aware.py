@@ -24,7 +24,7 @@ class Watchful(Purifier):
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return x
 
-    def oddity(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         return x[:, 0, 0].square().sum(1)
 
 
