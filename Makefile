@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: $(VENV)/.demo
 	@dvc repro; status=$$?; python -m pipelines.scores && exit $$status
 
 test: lint
 	pytest
+
+# Every fault for real, and the whole line on two nodes: about an hour at most.
+faults: $(VENV)/.test
+	pytest -m faults
 
 lint: $(VENV)/.test
 	ruff format --check .

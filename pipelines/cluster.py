@@ -245,6 +245,7 @@ def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, An
     import ray
 
     remote = ray.remote(
+        name=function.__name__,
         num_cpus=share.cpus,
         num_gpus=share.gpus,
         max_retries=MAX_FAILURES,

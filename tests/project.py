@@ -92,6 +92,20 @@ def tiny() -> dict:
     return params
 
 
+def toy() -> dict:
+    """Return the smallest parameters that still have a stage of almost every kind."""
+    params = tiny()
+    params["classifiers"] = {n: params["classifiers"][n] for n in ("standard", "unseen")}
+    params["purifiers"] = {n: params["purifiers"][n] for n in ("adversarial_teacher",)}
+    params |= {"students": {}, "atop": {}, "controls": {}}
+    params["tuning"] = {"run": [], "studies": {}}
+    params["attacks"] = {n: params["attacks"][n] for n in ("fgsm", "pgd")}
+    params["baselines"] = {"none": {"classifier": "standard", "ladder": {"full": ["fgsm", "pgd"]}}}
+    ladder = {"classifier": ["fgsm", "pgd"], "full": ["pgd"]}
+    params["defenses"] = {"koo": {"model": "adversarial_teacher", "ladder": ladder}}
+    return params
+
+
 def write_params(folder: Path, params: dict) -> None:
     """Write params.yaml."""
     with (folder / "params.yaml").open("w") as file:

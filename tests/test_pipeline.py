@@ -179,7 +179,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (trained / "killed").exists()
-    resumed = max(int(path.name[-6:]) for path in trained.glob(".limpid/work/*/epoch-*"))
+    resumed = max(int(path.name[-6:]) for path in trained.glob(".limpid/work/*/states/epoch-*"))
     assert 5 <= resumed < 59
     code, printed = project.run(trained, *command, "--out=killed")
     assert code == 0, printed
@@ -205,7 +205,7 @@ def test_an_interrupted_training_says_so_and_leaves_nothing_half_made(trained: P
 
 def _wait_for(folder: Path, name: str) -> None:
     deadline = time.monotonic() + 60
-    while not list(folder.glob(f".limpid/work/*/{name}/manifest.json")):
+    while not list(folder.glob(f".limpid/work/*/states/{name}/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.05)
 

@@ -133,7 +133,7 @@ class Stand:
         _await(f"{self.driver['RAY_API_SERVER_ADDRESS']}/api/version")
         for number in range(self.workers):
             self.start_worker(f"worker{number}")
-        self._wait_for_nodes(1 + self.workers)
+        self.wait_for_nodes(1 + self.workers)
         if self.mlflow:
             _await(self.driver["MLFLOW_TRACKING_URI"])
 
@@ -182,7 +182,8 @@ class Stand:
             found = json.load(answer)["data"]["result"]["result"]
         return [node["node_id"] for node in found if node["state"] == "ALIVE"]
 
-    def _wait_for_nodes(self, count: int) -> None:
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until so many live."""
         for _ in range(120):
             with contextlib.suppress(Exception):
                 if len(self.nodes()) >= count:

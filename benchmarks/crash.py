@@ -1,0 +1,159 @@
+"""SIGKILL at a random moment of a whole line, then one plain `dvc repro`: are the metrics the same?
+
+`python benchmarks/crash.py --rounds 50` runs the smallest line undisturbed, then again and again in
+folders of their own. In every round DVC, or DVC with all it started, is killed at a moment drawn
+from the time the line takes; then `dvc repro` must end with byte-identical metrics and scores, no
+process of the killed run may be there 15 s after (a lock keeps a second writer out until then).
+Ends with 1 if any of it fails; prints a line a round.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import project
+
+ORPHAN_S = 15
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came of one kill."""
+
+    moment: float
+    whole: bool
+    stage: str
+    same: bool
+    orphans: int
+    code: int
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing was lost and nothing left."""
+        return self.same and self.code == 0 and not self.orphans
+
+
+def undisturbed(folder: Path) -> tuple[str, float]:
+    """Run the line; return the digest of its results and the seconds it took."""
+    make(folder)
+    began = time.monotonic()
+    code, printed = project.run(folder, "dvc", "repro")
+    if code:
+        raise SystemExit(f"the line does not even run undisturbed:\n{printed[-2000:]}")
+    return digest(folder), time.monotonic() - began
+
+
+def disturbed(folder: Path, wanted: str, moment: float, whole: bool) -> Round:
+    """Kill the line at a moment, run it again, and look."""
+    make(folder)
+    with (folder.parent / f"{folder.name}.txt").open("w") as printed:
+        process = project.start(folder, "dvc", "repro", to=printed)
+        time.sleep(moment)
+        stage = running(folder)
+        if process.poll() is None:
+            (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
+        before = {one.pid: one.create_time() for one in ours(folder)}
+        began = time.monotonic()
+        again = project.start(folder, "dvc", "repro", to=printed)
+        while left(before) and time.monotonic() - began < ORPHAN_S:
+            time.sleep(0.5)
+        orphans = left(before)
+        again.wait()
+    return Round(moment, whole, stage, digest(folder) == wanted, orphans, again.returncode)
+
+
+def make(folder: Path) -> None:
+    """Make the project with the smallest parameters."""
+    project.copy_to(folder)
+    project.write_params(folder, project.toy())
+
+
+def digest(folder: Path) -> str:
+    """Return the sha256 of what the line counts."""
+    total = hashlib.sha256()
+    for name in ("metrics.json", "scores.parquet"):
+        path = folder / "reports" / name
+        total.update(path.read_bytes() if path.exists() else b"missing")
+    return total.hexdigest()
+
+
+def ours(folder: Path) -> list[psutil.Process]:
+    """Return the processes that work in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def left(before: dict[int, float]) -> int:
+    """Count those that still live."""
+    count = 0
+    for pid, created in before.items():
+        try:
+            process = psutil.Process(pid)
+            alive = process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+            count += alive
+        except psutil.NoSuchProcess:
+            continue
+    return count
+
+
+def running(folder: Path) -> str:
+    """Return the stage that runs."""
+    for process in ours(folder):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        found = [word for word in words if word.startswith("pipelines.")]
+        if found:
+            name = words[words.index("--name") + 1] if "--name" in words else ""
+            return f"{found[0].removeprefix('pipelines.')} {name}".strip()
+    return "between stages"
+
+
+def main() -> int:
+    """Run all rounds; return 1 where one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    draw = random.Random(given.seed)
+    home = Path(tempfile.mkdtemp(prefix="limpid-crash-"))
+    wanted, seconds = undisturbed(home / "undisturbed")
+    print(f"undisturbed: {seconds:.0f} s, {wanted[:12]}", flush=True)
+    bad = 0
+    for number in range(given.rounds):
+        moment, whole = draw.uniform(0.5, seconds), draw.random() < 0.5
+        found = disturbed(home / f"round{number}", wanted, moment, whole)
+        bad += not found.good
+        print(
+            f"{number + 1}/{given.rounds} killed {'all' if whole else 'dvc'} at {moment:.1f} s in "
+            f"{found.stage}: same {found.same}, orphans {found.orphans}, exit {found.code}"
+            f"{'' if found.good else '  <-- BAD'}",
+            flush=True,
+        )
+        if found.good:
+            subprocess.run(["rm", "-rf", str(home / f"round{number}")], check=True)
+    print(f"{given.rounds - bad} of {given.rounds} recovered; undisturbed {seconds:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

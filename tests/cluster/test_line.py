@@ -1,0 +1,103 @@
+"""The whole line on two nodes that share no disk, and nodes that go while they work: rows 8, 10."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import project
+import pytest
+
+from cluster import stand
+from cluster.stand import Stand
+from cluster.test_small import begin, jobs, long_training, run
+from components.shards import sha256
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def there(tmp_path: Path, reproduced: Path) -> Iterator[Stand]:
+    """Two nodes, an MLflow server, and a project with nothing but its code."""
+    reason = stand.possible()
+    if reason:
+        pytest.skip(reason)
+    folder = project.copy_to(tmp_path / "project")
+    with stand.standing(folder, mlflow=True) as one:
+        yield one
+
+
+def test_the_whole_line_ends_in_the_metrics_of_the_embedded_one(
+    there: Stand, reproduced: Path
+) -> None:
+    code, printed = project.run(there.project, "dvc", "repro", **there.driver)
+    assert code == 0, printed[-5000:]
+    for name in ("metrics.json", "scores.parquet"):
+        made, known = (folder / "reports" / name for folder in (there.project, reproduced))
+        assert sha256(made) == sha256(known), name
+    assert {job["status"] for job in jobs(there).values()} == {"SUCCEEDED"}
+    # A second time there is nothing to do, nor to send.
+    known = set(jobs(there))
+    code, printed = project.run(there.project, "dvc", "repro", **there.driver)
+    assert code == 0 and "up to date" in printed, printed
+    assert set(jobs(there)) == known
+
+
+def data(there: Stand, reproduced: Path) -> None:
+    for name in ("data", "models"):
+        shutil.copytree(reproduced / name, there.project / name)
+
+
+def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
+    data(there, reproduced)
+    params = project.tiny()
+    params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 2000}
+    project.write_params(there.project, params)
+    there.start_worker("spare")
+    command = ["-m", "pipelines.craft_training_set", "--train=data/train"]
+    command += ["--classifier=models/standard", "--out=pool"]
+    process = project.start(there.project, sys.executable, *command, **there.driver)
+    wait(there, process)
+    time.sleep(5)
+    there.kill("worker0")
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert len(list((there.project / "pool").glob("part-*"))) == 9
+
+
+def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced: Path) -> None:
+    data(there, reproduced)
+    there.start_worker("spare")
+    process, _ = begin(there, "0", epochs=400)
+    time.sleep(5)
+    there.kill("worker0")
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert (there.project / "models/long/weights.safetensors").is_file()
+
+
+def test_a_head_that_dies_is_said_and_a_new_one_goes_on(there: Stand, reproduced: Path) -> None:
+    data(there, reproduced)
+    process, _ = begin(there, "0", epochs=400)
+    time.sleep(8)
+    there.kill("worker0")
+    there.kill("head")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 4 and "cluster lost" in printed, printed
+    there.start_head()
+    there.start_worker("worker0")
+    there.wait_for_nodes(2)
+    code, printed = run(there, *long_training())
+    assert code == 0, printed
+    first = next(line for line in printed.splitlines() if "epochs" in line)
+    assert not first.startswith("train_classifier standard: 1/"), "it began anew"
+
+
+def wait(there: Stand, process: object) -> None:
+    """Wait until a job runs."""
+    for _ in range(200):
+        if any(job["status"] == "RUNNING" for job in jobs(there).values()):
+            return
+        time.sleep(0.2)
+    raise AssertionError(process)

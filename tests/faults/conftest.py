@@ -1,0 +1,89 @@
+"""What the fault tests share: a project in which a training takes long enough to be disturbed."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import project
+import psutil
+import pytest
+
+TRAIN = ["--train=data/train", "--val=data/val"]
+STANDARD = [sys.executable, "-m", "pipelines.train_classifier", "--name=standard", *TRAIN]
+
+
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def below(pid: int, name: str) -> list[psutil.Process]:
+    """Return the processes that `pid` started, whose title has `name` in it."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if name in child.name() or name in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def states(folder: Path) -> list[Path]:
+    """Return the states that trainings have kept, oldest first."""
+    return sorted(folder.glob(".limpid/work/*/states/epoch-*/manifest.json"))
+
+
+@pytest.fixture
+def folder(reproduced: Path, tmp_path: Path) -> Path:
+    """A project with data, whose standard classifier trains for 60 epochs."""
+    made = project.copy_to(tmp_path / "project")
+    shutil.copytree(reproduced / "data", made / "data")
+    params = project.tiny()
+    training = params["classifiers"]["standard"]["training"]
+    params["classifiers"]["standard"]["training"] = {**training, "epochs": 60}
+    project.write_params(made, params)
+    return made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of that classifier when nothing happens."""
+    made = project.copy_to(tmp_path_factory.mktemp("undisturbed") / "project")
+    os.symlink(reproduced / "data", made / "data")
+    params = project.tiny()
+    training = params["classifiers"]["standard"]["training"]
+    params["classifiers"]["standard"]["training"] = {**training, "epochs": 60}
+    project.write_params(made, params)
+    code, printed = project.run(made, *STANDARD, "--out=out")
+    assert code == 0, printed
+    return made / "out/weights.safetensors"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
+    """Return what mounts a disk of some size at a path, or gives the one there another size."""
+    mounted: list[Path] = []
+
+    def mount(path: Path, size: str) -> None:
+        if path in mounted:
+            command = ["mount", "-o", f"remount,size={size}", str(path)]
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk of one's own can be mounted: {done.stderr.strip()}")
+        if path not in mounted:
+            mounted.append(path)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "--lazy", str(path)], check=False)

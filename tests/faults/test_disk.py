@@ -1,0 +1,109 @@
+"""Disks that are full, read-only or altered, and DVC's own files: rows 15 to 19, 37, 38 and 43."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import project
+import pytest
+
+from components.shards import sha256
+from faults.conftest import STANDARD, states, until
+
+pytestmark = pytest.mark.faults
+Mount = Callable[[Path, str], None]
+
+
+def test_a_disk_that_fills_up_under_a_training_costs_nothing_but_time(
+    folder: Path, undisturbed: Path, small_disk: Mount
+) -> None:
+    small_disk(folder / ".limpid/work", "900k")
+    code, printed = project.run(folder, *STANDARD, "--out=out")
+    assert code == 4 and "No space left" in printed, printed
+    assert "Traceback" not in printed and not (folder / "out").exists()
+    small_disk(folder / ".limpid/work", "20m")
+    code, printed = project.run(folder, *STANDARD, "--out=out")
+    assert code == 0, printed
+    assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
+
+
+def test_a_disk_that_fills_up_under_crafting_leaves_whole_parts_alone(
+    folder: Path, reproduced: Path, small_disk: Mount
+) -> None:
+    os.symlink(reproduced / "models", folder / "models")
+    small_disk(folder / ".limpid/sets", "40k")
+    command = [sys.executable, "-m", "pipelines.craft_training_set", "--train=data/train"]
+    command += ["--classifier=models/standard", "--out=pool"]
+    code, printed = project.run(folder, *command)
+    assert code == 4 and "No space left" in printed, printed
+    assert not (folder / "pool").exists()
+    small_disk(folder / ".limpid/sets", "20m")
+    code, printed = project.run(folder, *command)
+    assert code == 0, printed
+    assert not list((folder / ".limpid/sets").rglob("*.tmp"))
+    for path in (folder / "pool").iterdir():
+        assert sha256(path) == sha256(reproduced / "pool" / path.name), path.name
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
+    subprocess.run(["chmod", "-R", "a+rX,go-w", str(folder)], check=True)
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *STANDARD]
+    for above in folder.parents:
+        if above.stat().st_uid == os.getuid() and not above.stat().st_mode & 0o001:
+            pytest.skip(f"nobody else may look into {above}")
+    code, printed = project.run(folder, *command, "--out=out")
+    assert code == 4, printed
+    assert "Permission denied" in printed and ".limpid" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
+def test_a_newest_state_that_is_damaged_is_passed_over(
+    folder: Path, undisturbed: Path, harm: str
+) -> None:
+    process = project.start(folder, *STANDARD, "--out=out")
+    until(lambda: len(states(folder)) >= 2, 120)
+    process.kill()
+    process.wait()
+    newest = states(folder)[-1].parent / "state.pt"
+    content = bytearray(newest.read_bytes())
+    if harm == "flipped":
+        content[len(content) // 2] ^= 1
+    newest.write_bytes({"truncated": content[:999], "flipped": content, "empty": b""}[harm])
+    code, printed = project.run(folder, *STANDARD, "--out=out")
+    assert code == 0, printed
+    assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
+
+
+def test_a_part_replaced_under_its_own_size_and_time_is_found(folder: Path) -> None:
+    """What DVC, which looks at size and time, does not see."""
+    part = folder / "data/train/part-00000.parquet"
+    known, content = part.stat(), bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    os.utime(part, ns=(known.st_atime_ns, known.st_mtime_ns))
+    code, printed = project.run(folder, *STANDARD, "--out=out")
+    assert code == 3, printed
+    assert "part-00000.parquet was altered" in printed and "Traceback" not in printed
+
+
+def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
+    folder: Path, reproduced: Path
+) -> None:
+    lock = reproduced / "dvc.lock"
+    text = lock.read_text()
+    try:
+        lock.write_text(text[: len(text) // 3])
+        code, printed = project.run(reproduced, "dvc", "status")
+        assert code != 0 and "dvc.lock" in printed, printed
+    finally:
+        lock.write_text(text)
+    running = reproduced / ".dvc/tmp/rwlock"
+    running.write_text("")
+    code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")
+    assert code != 0 and "rwlock" in printed.lower(), printed
+    running.unlink()
+    code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")
+    assert code == 0, printed

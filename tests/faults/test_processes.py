@@ -1,0 +1,122 @@
+"""Processes that die, are stopped, or meet another of their kind: rows 1 to 5, 13 and 35."""
+
+import os
+import signal
+from pathlib import Path
+
+import project
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from components.shards import sha256
+from faults.conftest import STANDARD, below, states, until
+
+pytestmark = pytest.mark.faults
+
+
+def change(folder: Path, **sections: object) -> None:
+    """Write params.yaml with other sections."""
+    params = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
+    project.write_params(folder, {**params, **sections})
+
+
+def test_a_training_worker_that_is_killed_is_replaced(folder: Path, undisturbed: Path) -> None:
+    params = project.tiny()
+    params["resources"]["train"]["workers"] = 1
+    change(folder, resources=params["resources"])
+    process = project.start(folder, *STANDARD, "--out=out")
+    until(lambda: len(states(folder)) >= 2 and below(process.pid, "RayTrainWorker"), 120)
+    (worker,) = below(process.pid, "RayTrainWorker")
+    worker.kill()
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
+
+
+def test_a_crafting_worker_that_is_killed_is_replaced(folder: Path, reproduced: Path) -> None:
+    os.symlink(reproduced / "models", folder / "models")
+    command = ["python", "-m", "pipelines.craft_training_set", "--train=data/train"]
+    params = project.tiny()
+    params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 400}
+    change(folder, pool=params["pool"])
+    process = project.start(folder, *command, "--classifier=models/standard", "--out=first")
+    until(lambda: below(process.pid, "craft_part"), 120)
+    below(process.pid, "craft_part")[0].kill()
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    made = {path.name: sha256(path) for path in (folder / "first").iterdir()}
+    for path in (folder / ".limpid/sets").glob("*/*"):
+        path.unlink()
+    code, printed = project.run(folder, *command, "--classifier=models/standard", "--out=second")
+    assert code == 0, printed
+    assert made == {path.name: sha256(path) for path in (folder / "second").iterdir()}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
+    folder: Path, undisturbed: Path, sent: int
+) -> None:
+    command = ["dvc", "repro", "-s", "train_classifier@standard"]
+    process = project.start(folder, *command)
+    until(lambda: len(states(folder)) >= 2, 120)
+    stages = below(process.pid, "pipelines.train_classifier")
+    assert stages
+    os.kill(process.pid, sent)
+    process.wait()
+    # At once, while the stage of the other is still ending.
+    code, printed = project.run(folder, *command)
+    assert code == 0, printed
+    assert not any(psutil.pid_exists(stage.pid) and stage.is_running() for stage in stages)
+    assert sha256(folder / "models/standard/weights.safetensors") == sha256(undisturbed)
+
+
+def test_one_interruption_keeps_all_and_leaves_no_process(folder: Path, undisturbed: Path) -> None:
+    process = project.start(folder, *STANDARD, "--out=out")
+    until(lambda: len(states(folder)) >= 2, 120)
+    children = below(process.pid, "")
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "goes on from where it was" in printed, printed
+    until(lambda: not any(child.is_running() for child in children), 15)
+    code, printed = project.run(folder, *STANDARD, "--out=out")
+    assert code == 0, printed
+    assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
+
+
+def test_a_second_interruption_ends_at_once(folder: Path) -> None:
+    process = project.start(folder, *STANDARD, "--out=out")
+    until(lambda: len(states(folder)) >= 2, 120)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert not (folder / "out").exists()
+
+
+def test_the_second_of_two_gives_way_and_names_the_first(folder: Path) -> None:
+    first = project.start(folder, "dvc", "repro", "-s", "train_classifier@standard")
+    until(lambda: len(states(folder)) >= 2, 120)
+    code, printed = project.run(folder, "dvc", "repro", "-s", "train_classifier@standard")
+    assert code != 0 and "is busy" in printed, printed
+    direct, told = project.run(folder, *STANDARD, "--out=other")
+    printed, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, printed
+    assert direct == 4 and "is being run already, by process" in told, told
+
+
+def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
+    folder: Path, reproduced: Path
+) -> None:
+    os.symlink(reproduced / "models", folder / "models")
+    used = psutil.virtual_memory().percent / 100
+    code, printed = project.run(
+        folder, "python", "-m", "pipelines.craft_training_set", "--train=data/train",
+        "--classifier=models/standard", "--out=pool",
+        RAY_memory_usage_threshold=f"{max(used - 0.02, 0.01):.2f}",
+        RAY_memory_monitor_refresh_ms="50",
+        RAY_task_oom_retries="1",
+    )  # fmt: skip
+    assert code == 4, printed
+    assert "a worker ran out of memory; lower batch_size" in printed
+    assert not (folder / "pool").exists()
