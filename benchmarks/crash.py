@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment of a whole line; then one plain `dvc repro` must give the same metrics.
+"""SIGKILL at a random moment of a line; then one plain `dvc repro` must end in the same metrics.
 
 `python benchmarks/crash.py --rounds 50` runs the smallest line undisturbed, then again and again in
 folders of their own. In every round DVC, or DVC with all it started, is killed at a moment drawn
