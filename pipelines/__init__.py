@@ -3,14 +3,17 @@
 Importing this package sets defaults that must stand before torch and Ray are imported, and
 nothing else: idle OpenMP threads wait passively (spinning ones make two processes on two cores
 14 times slower, `benchmarks/threads.py`), and Ray Train polls its workers often enough that a
-report costs milliseconds instead of two seconds.
+report costs milliseconds instead of two seconds. A piece that does not fit in memory is tried a
+few times, and not for ever.
 """
 
 import os
 
+# Who started this process. Asked here, since who dies while torch is imported is not there to ask.
+PARENT = os.getppid()
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-# Ray's own number is without end: a piece that does not fit in memory would be tried for ever.
 os.environ.setdefault("RAY_task_oom_retries", "3")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from components.shards import DataError
 from components.training import Diverged
+from pipelines import PARENT
 from pipelines.params import ConfigError
 from pipelines.place import ROOT
 
@@ -63,7 +64,7 @@ def interruptible() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_outlive_nobody, args=(PARENT,), daemon=True).start()
 
 
 def leave(code: int) -> NoReturn:

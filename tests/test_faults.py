@@ -1,0 +1,104 @@
+"""Faults that cost no minutes: who may run, where, and on what (the others are in tests/faults)."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import project
+import pytest
+
+from components.shards import sha256
+from pipelines import place
+
+TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    params = project.tiny()
+    params["resources"]["train"] = {"workers": 1, "cpus": 1, "gpus": 1}
+    project.write_params(folder, params)
+    prepared = {f"out_{split}": f"data/{split}" for split in ("train", "val", "test")}
+    code, printed = project.stage(folder, "prepare_data", **prepared)
+    assert code == 0, printed
+    command = [sys.executable, "-m", "pipelines.train_classifier", *TRAIN]
+    code, printed = project.run(folder, *command, CUDA_VISIBLE_DEVICES="")
+    assert code == 2, printed
+    assert "ask for 1 workers with 1 GPU each, and this machine has 0" in printed
+    assert "Traceback" not in printed
+
+
+def test_an_unknown_stage_among_resources_is_named(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    params = project.tiny()
+    params["resources"]["stages"] = {"evaluat": {"shards": params["resources"]["shards"]}}
+    project.write_params(folder, params)
+    prepared = {f"out_{split}": f"data/{split}" for split in ("train", "val", "test")}
+    code, printed = project.stage(folder, "prepare_data", **prepared)
+    assert code == 2 and "did you mean evaluate?" in printed, printed
+
+
+def test_a_place_of_any_name_and_no_home(reproduced: Path, tmp_path: Path) -> None:
+    """A space, letters of other alphabets, no HOME, another time zone: the same bytes."""
+    folder = project.copy_to(tmp_path / "dätä ü (1) 数据")
+    prepared = [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
+    bare = {"HOME": "", "LC_ALL": "C", "TZ": "Pacific/Chatham"}
+    for command in (["pipelines.prepare_data", *prepared], ["pipelines.train_classifier", *TRAIN]):
+        code, printed = project.run(folder, sys.executable, "-m", *command, **bare)
+        assert code == 0, printed
+    for made, known in (("out", "models/standard"), ("data/train", "data/train")):
+        for path in (folder / made).iterdir():
+            assert sha256(path) == sha256(reproduced / known / path.name), path.name
+
+
+HOLD = """
+import sys, time
+from pipelines import place
+with place.alone("evaluate"):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def hold(seconds: float) -> subprocess.Popen[str]:
+    """Start a process that runs a stage for some seconds, in this folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(project.ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_stage_that_runs_is_not_run_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(place, "ENDING_S", 0.5)
+    other = hold(60)
+    with (
+        pytest.raises(
+            BlockingIOError, match=f"evaluate is being run already, by process {other.pid}"
+        ),
+        place.alone("evaluate"),
+    ):
+        pass
+    with place.alone("prepare_data"):
+        pass
+    other.kill()
+    other.wait()
+    with place.alone("evaluate"):
+        pass
+
+
+def test_a_stage_that_is_ending_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = hold(1)
+    began = time.monotonic()
+    with place.alone("evaluate"):
+        assert time.monotonic() - began > 0.5
+    other.wait()
