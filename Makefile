@@ -6,32 +6,48 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test faults lint ui audit lock clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.installed
 	@dvc repro; status=$$?; python -m pipelines.scores && exit $$status
 
 test: lint
 	pytest
 
 # Every fault for real, and the whole line on two nodes: about an hour at most.
-faults: $(VENV)/.test
+faults: $(VENV)/.installed
 	pytest -m faults
 
-lint: $(VENV)/.test
+lint: $(VENV)/.installed
 	ruff format --check .
 	ruff check .
 	mypy
 	lint-imports --no-cache
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+# MLflow's pages, for this machine alone: nobody else may send it jobs, nor have a browser do so.
+PORT ?= 5000
+ui:
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	MLFLOW_CREATE_MODEL_VERSION_SOURCE_VALIDATION_REGEX='^(mlflow-artifacts|models|runs):/' \
+	mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 \
+	  --port $(PORT) --allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT)
+
+audit:
+	.ci/audit
+
+# All but torch comes with the hashes it was run with; torch's build differs by machine. What is
+# there already is not looked at again, so torch comes last and finds all it shares with others.
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	$(BIN)/python -m pip check
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	@touch $@
+lock:
+	uv pip compile --quiet --no-deps --universal --generate-hashes --no-annotate --no-header \
+	  --python-version 3.11 --no-emit-package torch constraints.txt -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .limpid data models pool adversarial reports mlflow.db mlruns dvc.lock

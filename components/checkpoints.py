@@ -9,6 +9,7 @@ Nothing here is ever unpickled: resume states go through `torch.load(weights_onl
 import hashlib
 import io
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -76,7 +78,11 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
         module = build(card)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{folder / CONFIG} describes no network of ours: {error}") from None
-    _fit_weights(module, load_tensors((folder / WEIGHTS).read_bytes()), folder)
+    try:
+        tensors = load_tensors((folder / WEIGHTS).read_bytes())
+    except SafetensorError as error:
+        raise DataError(f"{folder / WEIGHTS} is no file of safetensors: {error}") from None
+    _fit_weights(module, tensors, folder)
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -171,7 +177,7 @@ def latest_state(folder: Path) -> dict[str, Any] | None:
             if sha256(path / "state.pt") == digest:
                 state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
                 return state
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
             continue
     return None
 

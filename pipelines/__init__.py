@@ -2,9 +2,10 @@
 
 Importing this package sets defaults that must stand before torch and Ray are imported, and
 nothing else: idle OpenMP threads wait passively (spinning ones make two processes on two cores
-14 times slower, `benchmarks/threads.py`), and Ray Train polls its workers often enough that a
-report costs milliseconds instead of two seconds. A piece that does not fit in memory is tried a
-few times, and not for ever.
+14 times slower, `benchmarks/threads.py`), Ray Train polls its workers often enough that a report
+costs milliseconds instead of two seconds, a piece that does not fit in memory is tried a few times
+and not for ever, an embedded Ray listens on the loopback interface alone, and MLflow unpickles
+nothing.
 """
 
 import os
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_task_oom_retries", "3")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    # Ray's word for the systems on which this is its default; in a job it would cut off the nodes.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")

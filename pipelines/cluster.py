@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +334,10 @@ def _join(shares: Sequence[Share]) -> None:
 def _embed(shares: Sequence[Share]) -> None:
     import ray
 
+    # A token of its own, known to this process and its children alone: left to itself, Ray takes
+    # that of a cluster, or writes one that others may read into the home of its user.
+    os.environ.pop("RAY_AUTH_MODE", None)
+    os.environ["RAY_AUTH_TOKEN"] = _token()
     found = torch.cuda.device_count()
     for share in shares:
         if max(share.least, 1) * share.gpus > found:
@@ -348,6 +354,12 @@ def _embed(shares: Sequence[Share]) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+@cache
+def _token() -> str:
+    """Return the token of this process's Ray, one for all its sessions: Ray keeps the first."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

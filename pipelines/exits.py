@@ -13,6 +13,7 @@ from components.training import Diverged
 from pipelines import PARENT
 from pipelines.params import ConfigError
 from pipelines.place import ROOT
+from pipelines.progress import without_keys
 
 STOPPED = threading.Event()
 INTERRUPTED = "interrupted; the same command goes on from where it was"
@@ -38,20 +39,21 @@ def outcome(error: BaseException) -> tuple[int, str]:
     # Ray's compiled code turns our interruption into an exception of its own.
     if isinstance(error, Interrupted) or STOPPED.is_set():
         return 130, INTERRUPTED
+    text = without_keys(str(error))
     kinds: tuple[tuple[type[BaseException], int], ...] = (
         (ConfigError, 2), (DataError, 3), (Diverged, 5), (ValueError, 2),
     )  # fmt: skip
     for kind, code in kinds:
         if isinstance(error, kind):
-            return code, str(error)
+            return code, text
     if isinstance(error, Failed):
-        return error.code, str(error)
+        return error.code, text
     if isinstance(error, OSError | MemoryError):
-        return 4, f"{type(error).__name__}: {error}"
+        return 4, f"{type(error).__name__}: {text}"
     ROOT.mkdir(exist_ok=True)
     kept = ROOT / "last_error.txt"
-    kept.write_text("".join(traceback.format_exception(error)))
-    first = (str(error).strip().splitlines() or [""])[0][:300]
+    kept.write_text(without_keys("".join(traceback.format_exception(error))))
+    first = (text.strip().splitlines() or [""])[0][:300]
     return 4, f"{type(error).__name__}: {first} (all of it in {kept})"
 
 

@@ -1,5 +1,6 @@
 """What a person sees while a stage runs: what is running, how far it is, how long it will take."""
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -10,11 +11,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 LINE_EVERY_S = 10.0
+# Of a URL what stands before its host: a user and a password, or a key.
+ASKER = re.compile(r"(?<=://)[^/\s]+@")
+
+
+def without_keys(text: str) -> str:
+    """Return a text whose URLs name nobody and no password."""
+    return ASKER.sub("", text)
 
 
 def refuse(message: str, code: int = 2) -> int:
     """Say in one sentence what is wrong, and return the exit code: a user's mistake is 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_keys(message)}", file=sys.stderr)
     return code
 
 
@@ -68,7 +76,7 @@ class Watch:
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
-        self.console.print(line)
+        self.console.print(without_keys(line))
 
     def close(self) -> float:
         """End the display; return the seconds since it began."""

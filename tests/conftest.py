@@ -119,7 +119,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         home = Path(tempfile.mkdtemp(prefix="limpid-line-"))
         folder = project.copy_to(home / "project")
         with (home / "printed.txt").open("w") as printed:
-            session.config.stash[LINE] = folder, project.start(folder, "dvc", "repro", to=printed)
+            line = project.start(folder, "dvc", "repro", to=printed, **project.SECRETS)
+        session.config.stash[LINE] = folder, line
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

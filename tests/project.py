@@ -10,6 +10,9 @@ from typing import TextIO
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
+# What a user has in the environment and in the URL of a remote, and what must stay there.
+CANARY = "s3cr3t-c4n4ry"
+SECRETS = {"AWS_SECRET_ACCESS_KEY": CANARY, "HF_TOKEN": CANARY, "DATABASE_PASSWORD": CANARY}
 COPIED = ("components", "pipelines", "profiles", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -23,8 +26,14 @@ def copy_to(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=ignore)
         else:
             shutil.copyfile(source, folder / name)
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     write_params(folder, tiny())
+    for command in (
+        "init -q",
+        f"remote add origin https://somebody:{CANARY}@example.org/project.git",
+        "add -A",
+        "-c user.name=somebody -c user.email=somebody@example.org commit -qm all",
+    ):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
     return folder
 
 

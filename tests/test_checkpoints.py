@@ -1,6 +1,8 @@
 """A model folder gives back the very network that was saved, or says why it cannot."""
 
+import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from components.checkpoints import (
     ModelCard,
     build,
     fingerprint,
+    latest_state,
     load,
     load_purifier,
     read_card,
@@ -317,6 +320,56 @@ def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
     assert load_purifier(tmp_path / "gan", inference=fitted)(IMAGES).shape == IMAGES.shape
     save(tmp_path / "purifier", trained("conv_autoencoder"), card_of("conv_autoencoder"))
     assert load_purifier(tmp_path / "purifier")(IMAGES).shape == IMAGES.shape
+
+
+# A hostile folder
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("form", ["pickle", "torch.save", "beside", "state.pt"])
+def test_a_pickle_in_place_of_weights_is_refused_unread(
+    form: str, protocol: int, folder: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    bad = pickle.dumps({"network.0.weight": Evil(marker)}, protocol)
+    if form == "torch.save":
+        buffer = io.BytesIO()
+        torch.save({"network.0.weight": Evil(marker)}, buffer, pickle_protocol=protocol)
+        bad = buffer.getvalue()
+    pickle.loads(pickle.dumps(Evil(tmp_path / "works")))
+    assert (tmp_path / "works").exists()
+    if form == "beside":
+        # What the manifest does not vouch for is not looked at.
+        for name in ("weights.pt", "pytorch_model.bin", "model.pkl"):
+            (folder / name).write_bytes(bad)
+        load(folder)
+    elif form == "state.pt":
+        path = tmp_path / "states" / "epoch-000001" / "state.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bad)
+        (path.parent / MANIFEST).write_text(json.dumps({"sha256": sha256(path)}))
+        assert latest_state(tmp_path / "states") is None
+    else:
+        (folder / WEIGHTS).write_bytes(bad)
+        rewrite(folder, json.loads((folder / CONFIG).read_text()))
+        with pytest.raises(DataError, match="is no file of safetensors"):
+            load(folder)
+        manifest = {"files": [{"path": "weights.pt", "sha256": sha256(folder / WEIGHTS)}]}
+        (folder / WEIGHTS).rename(folder / "weights.pt")
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"must vouch for config\.json and"):
+            load(folder)
+    assert not marker.exists()
 
 
 # Serving: torch, safetensors and `components` are all it takes

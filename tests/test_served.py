@@ -277,6 +277,39 @@ def test_a_seed_is_one_whole_number(seed: Any) -> None:
             read_request(request_, SHAPE)
 
 
+class Pickled(mlflow.pyfunc.PythonModel):
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.marker,))
+
+    def predict(self, context: Any, model_input: list[str]) -> list[str]:
+        return model_input
+
+
+def test_a_pickled_model_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    mlflow.pyfunc.save_model(model, python_model=Pickled(marker), pip_requirements=[])
+    with pytest.raises(mlflow.MlflowException, match="using pickle is disallowed"):
+        mlflow.pyfunc.load_model(str(model))
+    assert not marker.exists()
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        mlflow.pyfunc.load_model(str(model))
+    assert marker.exists(), "it was not what it is taken for"
+
+
+def test_the_manual_serves_nothing_pickled() -> None:
+    for page in ("README.md", "docs/serving.md"):
+        blocks = (ROOT / page).read_text().split("```")[1::2]
+        serving = [block for block in blocks if "mlflow models serve" in block]
+        assert serving, page
+        assert all("MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false" in block for block in serving), page
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     """The address of a real server of the champion, which is random."""

@@ -78,4 +78,5 @@ def _add(gathered: Gathering, path: Path, label: int, name: str) -> None:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         return gathered.reject(name, None, f"cannot be read: {error.strerror}")
+    gathered.packed += len(content)
     gathered.add(content, label, name)

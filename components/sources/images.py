@@ -22,6 +22,8 @@ from components.sources.raw import RawSplit, Reject, SourceConfig
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 16_000_000
 MAX_BYTES = 16_000_000
+# Pictures of one colour shrink to a thousandth; a whole split of such is no set of images.
+MAX_PIXEL_BYTES, MAX_GROWTH = 100_000_000, 200
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 # YAML has lists and no tuples, so the tuple alone is exempt from strictness; its sides are not.
@@ -93,7 +95,8 @@ def _flat(image: Image.Image) -> Image.Image:
 class Gathering:
     """A split in the making: images are added one by one and must all be of one shape.
 
-    Without a `shape` (H,W) given, the first good image sets it; `where` names the split.
+    Without a `shape` (H,W) given, the first good image sets it; `where` names the split, and
+    `packed` is how many bytes of it were read from disk.
     """
 
     def __init__(self, where: str, source: EncodedSource, shape: tuple[int, int] | None) -> None:
@@ -102,6 +105,7 @@ class Gathering:
         self.size = source.size
         self.shape = shape
         self.rejects: list[Reject] = []
+        self.packed = 0
         # One growing buffer instead of a list of arrays: stacking those would hold them twice.
         self._pixels = bytearray()
         self._labels: list[int] = []
@@ -111,7 +115,10 @@ class Gathering:
         return len(self._labels) + len(self.rejects)
 
     def add(self, content: bytes, label: int, file: str, row: int | None = None) -> None:
-        """Decode an image and keep it, or keep the reason why not."""
+        """Decode an image and keep it, or keep the reason why not.
+
+        Raises DataError where so many bytes come of so few that it must be meant.
+        """
         pixels = decode(content, self.channels, self.size)
         if isinstance(pixels, str):
             return self.reject(file, row, pixels)
@@ -123,6 +130,11 @@ class Gathering:
         self._rows.append(len(self))
         self._labels.append(label)
         self._pixels += pixels.tobytes()
+        if len(self._pixels) > max(MAX_PIXEL_BYTES, MAX_GROWTH * self.packed):
+            raise DataError(
+                f"{self.where} unpacks {self.packed} bytes to {len(self._pixels)} or more: more "
+                f"than {MAX_GROWTH} times, so these are no pictures; `size` makes images smaller"
+            )
 
     def reject(self, file: str, row: int | None, reason: str) -> None:
         """Note an image that is left out."""

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.shards import DataError
+from components.sources import pages
 from components.sources.images import MAX_BYTES, EncodedSource, Gathering
 from components.sources.raw import Progress, RawData, silent
 
@@ -23,6 +24,8 @@ from components.sources.raw import Progress, RawData, silent
 BATCH_ROWS = 8
 # Encoded images hardly compress: a file that shrank this much holds something else.
 MAX_RATIO = 50
+# No image file of any format is smaller: more rows than this are the same ones again and again.
+SMALLEST = 25
 # Names and metadata in a damaged footer need not be UTF-8, so this is a matter of ValueError too.
 DAMAGE = (OSError, ValueError, pa.ArrowException)
 
@@ -74,7 +77,7 @@ def _open(file: Path) -> pq.ParquetFile:
         parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20)
         schema = parquet.schema_arrow
         found = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        unpacked = pages.unpacked(file, parquet.metadata, ("image", "image.bytes", "label"))
     except DAMAGE as error:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from None
     if not (_is_image(schema, "image") and _is_label(schema, "label")):
@@ -82,11 +85,11 @@ def _open(file: Path) -> pq.ParquetFile:
             f"{file} must have the columns image: struct<bytes: binary> or binary, and label: an "
             f"integer; it has {found}"
         )
-    packed, unpacked = file.stat().st_size, sum(group.total_byte_size for group in groups)
-    if unpacked > max(MAX_BYTES, MAX_RATIO * packed):
+    packed, rows = file.stat().st_size, parquet.metadata.num_rows
+    if unpacked > max(MAX_BYTES, MAX_RATIO * packed) or SMALLEST * rows > MAX_RATIO * packed:
         raise DataError(
-            f"{file} unpacks {packed} bytes to {unpacked}: more than {MAX_RATIO} times, so it "
-            f"does not hold encoded images"
+            f"{file} unpacks {packed} bytes to {max(unpacked, SMALLEST * rows)} or more: more than "
+            f"{MAX_RATIO} times, so it does not hold encoded images"
         )
     return parquet
 
@@ -153,6 +156,7 @@ def _gather(gathered: Gathering, files: list[Path], classes: int | None, root: P
     highest = 0
     allowed = "0 or more" if classes is None else f"0 to {classes - 1}"
     for file in files:
+        gathered.packed += file.stat().st_size
         for row, (content, label) in enumerate(_rows(file)):
             if label is None or label < 0 or (classes is not None and label >= classes):
                 raise DataError(f"{file}, row {row}: the label is {label}, allowed is {allowed}")
