@@ -15,14 +15,14 @@ from pipelines import place
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
+    reproduced: Path, tmp_path: Path
+) -> None:
     folder = project.copy_to(tmp_path / "project")
+    os.symlink(reproduced / "data", folder / "data")
     params = project.tiny()
     params["resources"]["train"] = {"workers": 1, "cpus": 1, "gpus": 1}
     project.write_params(folder, params)
-    prepared = {f"out_{split}": f"data/{split}" for split in ("train", "val", "test")}
-    code, printed = project.stage(folder, "prepare_data", **prepared)
-    assert code == 0, printed
     command = [sys.executable, "-m", "pipelines.train_classifier", *TRAIN]
     code, printed = project.run(folder, *command, CUDA_VISIBLE_DEVICES="")
     assert code == 2, printed
