@@ -8,6 +8,7 @@ from pathlib import Path
 
 import project
 import pytest
+from faults.conftest import until
 
 from cluster import stand
 from cluster.stand import Stand
@@ -70,17 +71,19 @@ def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced:
     data(there, reproduced)
     there.start_worker("spare")
     process, _ = begin(there, "0", epochs=400)
-    time.sleep(5)
+    until(lambda: "epoch-000005/state.pt" in stored(there), 120)
     there.kill("worker0")
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert (there.project / "models/long/weights.safetensors").is_file()
+    kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
+    assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
 
 
 def test_a_head_that_dies_is_said_and_a_new_one_goes_on(there: Stand, reproduced: Path) -> None:
     data(there, reproduced)
     process, _ = begin(there, "0", epochs=400)
-    time.sleep(8)
+    until(lambda: "epoch-000005/state.pt" in stored(there), 120)
     there.kill("worker0")
     there.kill("head")
     printed, _ = process.communicate(timeout=120)
@@ -90,8 +93,13 @@ def test_a_head_that_dies_is_said_and_a_new_one_goes_on(there: Stand, reproduced
     there.wait_for_nodes(2)
     code, printed = run(there, *long_training())
     assert code == 0, printed
-    first = next(line for line in printed.splitlines() if "epochs" in line)
-    assert not first.startswith("train_classifier standard: 1/"), "it began anew"
+    kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
+    assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
+
+
+def stored(there: Stand) -> str:
+    """Return what the store was asked."""
+    return (there.home / "s3.log").read_text()
 
 
 def wait(there: Stand, process: object) -> None:
