@@ -78,9 +78,10 @@ def connect() -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     mlflow.set_tracking_uri(tracking_uri())
-    client = mlflow.MlflowClient()
-    # Several processes that open a fresh SQLite store at once trip over each other's migrations.
+    # Several processes that open a fresh SQLite store at once trip over each other's migrations,
+    # which begin with the client.
     with lock("mlflow"):
+        client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
 

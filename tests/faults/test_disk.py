@@ -47,15 +47,12 @@ def test_a_disk_that_fills_up_under_crafting_leaves_whole_parts_alone(
         assert sha256(path) == sha256(reproduced / "pool" / path.name), path.name
 
 
-def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
-    subprocess.run(["chmod", "-R", "a+rX,go-w", str(folder)], check=True)
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *STANDARD]
-    for above in folder.parents:
-        if above.stat().st_uid == os.getuid() and not above.stat().st_mode & 0o001:
-            pytest.skip(f"nobody else may look into {above}")
-    code, printed = project.run(folder, *command, "--out=out")
+def test_a_folder_that_cannot_be_written_is_named(folder: Path, small_disk: Mount) -> None:
+    small_disk(folder / ".limpid", "1m")
+    subprocess.run(["mount", "-o", "remount,ro", str(folder / ".limpid")], check=True)
+    code, printed = project.run(folder, *STANDARD, "--out=out")
     assert code == 4, printed
-    assert "Permission denied" in printed and ".limpid" in printed
+    assert "Read-only file system: '.limpid" in printed.replace("\n", "")
     assert "Traceback" not in printed
 
 
@@ -95,7 +92,7 @@ def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
     lock = reproduced / "dvc.lock"
     text = lock.read_text()
     try:
-        lock.write_text(text[: len(text) // 3])
+        lock.write_text(text[: text.index("- path:", len(text) // 3) + 4])
         code, printed = project.run(reproduced, "dvc", "status")
         assert code != 0 and "dvc.lock" in printed, printed
     finally:
