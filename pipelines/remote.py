@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from components.shards import DataError
 from pipelines import cluster, place
@@ -39,16 +38,10 @@ def named() -> bool:
     """Say whether a cluster is named for the stages of this machine; ConfigError where half is."""
     if _inside() or not os.environ.get(ADDRESS):
         return False
-    storage = os.environ.get(place.STORAGE)
-    if not storage:
+    if not os.environ.get(place.STORAGE):
         raise ConfigError(
             f"{ADDRESS} names a cluster, but {place.STORAGE} names no store that it and this "
             "machine reach, as s3://bucket/limpid or file:///mnt/shared/limpid"
-        )
-    if "@" in urlsplit(storage).netloc:
-        raise ConfigError(
-            f"{place.STORAGE} holds a key, which everybody who may list jobs could read; give the "
-            "nodes a role, or their keys in their own environment"
         )
     return True
 

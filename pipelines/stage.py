@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -33,6 +35,7 @@ from pipelines.params import ConfigError, Resources, View
 from pipelines.place import ROOT, Spec
 from pipelines.progress import Watch, refuse
 from pipelines.relay import Listener
+from pipelines.store import Listing
 from pipelines.tracking import Tracker
 
 __all__ = ["Context", "code_digests", "code_of", "main", "stage_key"]
@@ -55,6 +58,74 @@ def main(module_name: str, argv: Sequence[str] | None = None, *, here: bool = Fa
     leave(_run(module_name, argv, here))
 
 
+@dataclass(frozen=True)
+class Call:
+    """One stage as it is called: its module, options and parameters."""
+
+    module: Any
+    options: Mapping[str, Any]
+    params: parameters.Params
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage in dvc.yaml."""
+        return str(self.module.__name__.rsplit(".", 1)[-1])
+
+    @property
+    def label(self) -> str:
+        """The stage and, of a foreach stage, the instance, as DVC says it."""
+        name = self.options.get("name")
+        return f"{self.stage}@{name}" if name else self.stage
+
+    @property
+    def resources(self) -> Resources:
+        """What it may use."""
+        return self.params.resources.of(self.label)
+
+    @property
+    def outs(self) -> dict[str, Path]:
+        """What it makes, by option."""
+        return {option: path for option, path in self.options.items() if is_out(option)}
+
+    @property
+    def deps(self) -> dict[str, Path]:
+        """What it reads, by option."""
+        paths = {k: value for k, value in self.options.items() if isinstance(value, Path)}
+        return {option: path for option, path in paths.items() if not is_out(option)}
+
+    @cached_property
+    def view(self) -> View:
+        """The parameters that it sees; ConfigError for an instance that is none."""
+        view_type: type[View] = get_type_hints(self.module.run)["params"]
+        try:
+            return view_type.of(self.params, self.options.get("name"))
+        except KeyError:
+            where = f"{parameters.PARAMS} has no entry {self.options['name']} for {self.stage}"
+            raise ConfigError(where) from None
+
+    def named(self, key: str) -> str:
+        """Return the name of what is in progress under a key."""
+        return f"{self.label.replace('@', '-')}-{key[:12]}"
+
+    def spec(self, name: str, deps: Mapping[str, Listing], outs: Mapping[str, Path]) -> Spec:
+        """Describe it for a job, with listings of its inputs by option."""
+        options = {k: v for k, v in {**self.options, **outs}.items() if v is not None}
+        for option, path in options.items():
+            if isinstance(path, Path) and (path.is_absolute() or ".." in path.parts):
+                raise ConfigError(
+                    f"--{option} is {path}; a stage in a job takes paths below the project"
+                )
+        return Spec(
+            module=self.module.__name__,
+            options={option: str(value) for option, value in options.items()},
+            deps={str(self.deps[option]): listing for option, listing in deps.items()},
+            view=self.view.model_dump(mode="json", by_alias=True),
+            resources=self.resources.model_dump(mode="json"),
+            work=str(ROOT / "work" / name),
+            versions=launch.versions(),
+        )
+
+
 def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
     # Imported by name, so that Ray's workers can import what the stage hands them.
     module = importlib.import_module(module_name)
@@ -63,107 +134,70 @@ def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
     try:
         folders = {k for k, hint in get_type_hints(module.run).items() if hint is not str}
         options = {k: place.below(v) if v and k in folders else v for k, v in given.items()}
+        call = Call(module, options, parameters.load())
         if remote.by_hand():
-            uris = {k for k, v in given.items() if v and "://" in v}
-            return _in_job(module, options, uris)
-        _execute(module, options, not here and remote.named())
+            return _in_job(call, {k for k, v in given.items() if v and "://" in v})
+        away = not here and remote.named()
+        key = stage_key(module, call.view, {k: _content(path) for k, path in call.deps.items()})
+        with place.alone(call.label):
+            _execute(call, key, away)
     except BaseException as error:
         code, message = outcome(error)
         return refuse(message, code)
     return 0
 
 
-def _execute(module: Any, options: dict[str, Any], away: bool) -> None:
-    everything = parameters.load()
-    name = options.get("name")
-    stage = _name(module)
-    view = _view(module, everything, name)
-    outs = {key: path for key, path in options.items() if is_out(key)}
-    deps = {k: v for k, v in options.items() if isinstance(v, Path) and k not in outs}
-    key = stage_key(module, view, {option: _content(path) for option, path in deps.items()})
-    label = f"{stage}@{name}" if name else stage
-    title = label.replace("@", " ")
-    run = label.replace("@", "-") + f"-{key[:12]}"
-    work = ROOT / "work" / run
-    resources = everything.resources.of(label)
-    parts = {k: path.with_name(f".{path.name}.part") for k, path in outs.items()}
-    with place.alone(label):
-        watch = Watch(title)
-        experiment = f"limpid-{everything.data.kind}"
-        tracker = Tracker(label, experiment, view.model_dump(mode="json"), key)
-        context = Context(watch, tracker, resources, work, timings.note)
-        status, registrations = "FAILED", []
-        try:
-            for part in parts.values():
-                _remove(part)
-                part.parent.mkdir(parents=True, exist_ok=True)
-            if away:
-                spec = _spec(module, view, {**options, **parts}, deps, resources, work)
-                listener = Listener(watch, tracker, watch.say)
-                result = remote.run(run, spec, listener)
-                remote.bring(run, result, parts)
-                metrics = result.metrics
-            else:
-                metrics = module.run(view, context, **{**options, **parts})
-            for k, path in outs.items():
-                _remove(path)
-                os.replace(parts[k], path)
-                if path.is_file():
-                    tracker.artifact(path)
-            _flatten_into(tracker, metrics)
-            shutil.rmtree(work, ignore_errors=True)
-            if hasattr(module, "registered"):
-                registrations = module.registered(view, everything.data.kind, **options)
-            status = "FINISHED"
-        finally:
-            seconds = watch.close()
-            for part in parts.values():
-                _remove(part)
-            problem = tracker.finish(status, registrations)
-            if problem:
-                watch.say(problem)
-        timings.note(label, seconds)
+def _execute(call: Call, key: str, away: bool) -> None:
+    """Run a stage here or on a cluster; its outputs appear when all of them are whole."""
+    title, dataset = call.label.replace("@", " "), call.params.data.kind
+    watch = Watch(title)
+    tracker = Tracker(call.label, f"limpid-{dataset}", call.view.model_dump(mode="json"), key)
+    work = ROOT / "work" / call.named(key)
+    parts = {k: path.with_name(f".{path.name}.part") for k, path in call.outs.items()}
+    status, registrations = "FAILED", []
+    try:
+        for part in parts.values():
+            _remove(part)
+            part.parent.mkdir(parents=True, exist_ok=True)
+        if away:
+            metrics = _away(call, call.named(key), parts, Listener(watch, tracker, watch.say))
+        else:
+            context = Context(watch, tracker, call.resources, work, timings.note)
+            metrics = call.module.run(call.view, context, **{**call.options, **parts})
+        for k, path in call.outs.items():
+            _remove(path)
+            os.replace(parts[k], path)
+            if path.is_file():
+                tracker.artifact(path)
+        _flatten_into(tracker, metrics)
+        shutil.rmtree(work, ignore_errors=True)
+        if hasattr(call.module, "registered"):
+            registrations = call.module.registered(call.view, dataset, **call.options)
+        status = "FINISHED"
+    finally:
+        seconds = watch.close()
+        for part in parts.values():
+            _remove(part)
+        problem = tracker.finish(status, registrations)
+        if problem:
+            watch.say(problem)
+    timings.note(call.label, seconds)
     shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, int | float))
     watch.say(f"{title}: done in {seconds:.1f} s  {shown}")
 
 
-def _name(module: Any) -> str:
-    name: str = module.__name__.rsplit(".", 1)[-1]
-    return name
-
-
-def _view(module: Any, everything: parameters.Params, name: str | None) -> View:
-    view_type: type[View] = get_type_hints(module.run)["params"]
-    try:
-        return view_type.of(everything, name)
-    except KeyError:
-        where = f"{parameters.PARAMS} has no entry {name} for {_name(module)}"
-        raise ConfigError(where) from None
-
-
-def _spec(
-    module: Any, view: View, options: Mapping[str, Any], deps: Mapping[str, Path],
-    resources: Resources, work: Path,
-) -> Spec:  # fmt: skip
-    """Describe a stage for a cluster; its inputs are in the store afterwards."""
-    for option, path in options.items():
-        if isinstance(path, Path) and (path.is_absolute() or ".." in path.parts):
-            raise ConfigError(
-                f"--{option} is {path}; a stage in a job takes paths below the project"
-            )
+def _away(
+    call: Call, name: str, parts: Mapping[str, Path], listener: Listener
+) -> Mapping[str, Any]:
+    """Have the cluster run it, and put what it makes at `parts`; return its metrics."""
     there = place.store()
-    return Spec(
-        module=module.__name__,
-        options={k: str(value) for k, value in options.items() if value is not None},
-        deps={str(path): there.push(path) for path in deps.values()},
-        view=view.model_dump(mode="json", by_alias=True),
-        resources=resources.model_dump(mode="json"),
-        work=str(work),
-        versions=launch.versions(),
-    )
+    listings = {option: there.push(path) for option, path in call.deps.items()}
+    result = remote.run(name, call.spec(name, listings, parts), listener)
+    remote.bring(name, result, parts)
+    return result.metrics
 
 
-def _in_job(module: Any, options: Mapping[str, Any], uris: set[str]) -> int:
+def _in_job(call: Call, uris: set[str]) -> int:
     """Run a stage that was submitted by hand; `uris` are the options that were given as such.
 
     They have names in the store; another input has come with the code. Outputs are for
@@ -171,40 +205,25 @@ def _in_job(module: Any, options: Mapping[str, Any], uris: set[str]) -> int:
     """
     if place.STORAGE not in os.environ:
         raise ConfigError(f"a stage in a job needs {place.STORAGE}, for what it reads and makes")
-    everything = parameters.load()
-    name = options.get("name")
-    view = _view(module, everything, name)
-    label = f"{_name(module)}@{name}" if name else _name(module)
-    outs = {k: path for k, path in options.items() if is_out(k)}
-    deps = {k: v for k, v in options.items() if isinstance(v, Path) and k not in outs}
     there = place.store()
     listings = {
-        k: there.push(path) if path.exists() else place.published(path).listing
-        for k, path in deps.items()
+        option: place.published(path).listing if option in uris else there.push(path)
+        for option, path in call.deps.items()
     }
     digests = {
-        k: hashlib.sha256(listing.model_dump_json().encode()).hexdigest()
-        for k, listing in listings.items()
+        option: hashlib.sha256(listing.model_dump_json().encode()).hexdigest()
+        for option, listing in listings.items()
     }
-    run = label.replace("@", "-") + f"-{stage_key(module, view, digests)[:12]}"
-    spec = Spec(
-        module=module.__name__,
-        options={k: str(value) for k, value in options.items() if value is not None},
-        deps={str(deps[k]): listing for k, listing in listings.items()},
-        view=view.model_dump(mode="json", by_alias=True),
-        resources=everything.resources.of(label).model_dump(mode="json"),
-        work=str(ROOT / "work" / run),
-        versions=launch.versions(),
-    )
-    os.environ[place.JOB] = run
-    there.write(f"jobs/{run}/spec.json", spec.model_dump_json().encode())
+    name = call.named(stage_key(call.module, call.view, digests))
+    spec = call.spec(name, listings, {})
+    os.environ[place.JOB] = name
+    there.write(f"jobs/{name}/spec.json", spec.model_dump_json().encode())
     code = launch.perform("by-hand")
-    if code == 0:
-        result = launch.result_of(there, run)
-        assert result is not None
-        for k, path in outs.items():
-            place.publish(path, result.outs[k], run)
-        print(f"{label}: done; python -m pipelines.fetch {label} brings it home")
+    result = launch.result_of(there, name)
+    if code == 0 and result is not None:
+        for option, path in call.outs.items():
+            place.publish(path, result.outs[option], name)
+        print(f"{call.label}: done; python -m pipelines.fetch {call.label} brings it home")
     return code
 
 

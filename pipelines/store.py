@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -66,6 +67,11 @@ class Store:
     def __init__(self, uri: str) -> None:
         """Raise ValueError where the URI is none."""
         self.uri = uri.rstrip("/")
+        if "@" in urlsplit(self.uri).netloc:
+            raise ValueError(
+                "LIMPID_STORAGE holds a key, which everybody who may list jobs could read; give "
+                "the nodes a role, or their keys in their own environment"
+            )
         if "://" not in self.uri or "?" in self.uri:
             raise ValueError(
                 f"LIMPID_STORAGE is {uri!r}; a URI without options is needed, as "

@@ -159,9 +159,14 @@ def test_names(store: Store) -> None:
     assert store.names("jobs") == ["jobs/a/spec.json"]
 
 
-@pytest.mark.parametrize("uri", ["data", "nosuch://x/y", "file://relative/path"])
+@pytest.mark.parametrize(
+    "uri",
+    ["data", "nosuch://x/y", "file://relative/path", "s3://key:secret@b/x", "s3://b/x?region=y"],
+)
 def test_what_is_no_store_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="LIMPID_STORAGE"):
+        Store(uri).read("x")
+    with pytest.raises(ValueError, match=r"^((?!secret).)*$"):
         Store(uri).read("x")
 
 
