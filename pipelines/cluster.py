@@ -116,7 +116,7 @@ def train(
         elif place.job():
             # The node that leads a cluster is for leading.
             task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
-            apart(lambda: ray.get(task))
+            apart(lambda: _result(task))
         else:
             _train(config, share)
     if place.see(notes / FAILURE):
@@ -231,13 +231,7 @@ def _map(
             if lacking:
                 waiting(f"waiting for a node: {lacking} ({waited:.0f} s)")
             continue
-        try:
-            results[pending.pop(ready[0])] = ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            # What the function raised, not how Ray brought it here.
-            raise error.cause from None
-        except ray.exceptions.OutOfMemoryError:
-            raise MemoryError(OUT_OF_MEMORY) from None
+        results[pending.pop(ready[0])] = _result(ready[0])
         done(len(tasks) - len(waits) - len(pending), len(tasks))
     return results
 
@@ -254,6 +248,18 @@ def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, An
         scheduling_strategy="SPREAD" if place.job() else "DEFAULT",
     )(_there)
     return remote.remote(function, arguments)
+
+
+def _result(reference: Any) -> Any:
+    """Return what a call returned, or raise what it raised, not how Ray brought it here."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.OutOfMemoryError:
+        raise MemoryError(OUT_OF_MEMORY) from None
 
 
 def _there(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
