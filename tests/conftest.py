@@ -112,6 +112,11 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what waits for the line after all else, that it may run beside it."""
+    items.sort(key=lambda item: "reproduced" in getattr(item, "fixturenames", ()))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin `dvc repro` where a test wants its result: it takes minutes, beside the first tests."""
     wanted = any("reproduced" in getattr(item, "fixturenames", ()) for item in session.items)
