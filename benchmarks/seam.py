@@ -9,6 +9,7 @@ of the bare function. A step's cost is the slope between a short and a long trai
 
 import argparse
 import contextlib
+import re
 import statistics
 import subprocess
 import sys
@@ -142,9 +143,10 @@ def unchanged(folder: Path, there: stand.Stand) -> None:
         before = len(log.read_text().splitlines())
         stage(folder, "craft_training_set", [*CRAFT, "--out", "out"], there.driver)
         lines = log.read_text().splitlines()[before:]
-        puts = [line for line in lines if '"PUT ' in line or '"POST ' in line]
-        blobs = sum("/cas/" in line for line in puts)
-        print(f"round {number}: {blobs} uploads to cas/ in all (what is made is new)")
+        puts = [line for line in lines if '"PUT ' in line]
+        sent = {name for line in puts for name in re.findall(r"/cas/../(\w{64})", line)}
+        made = len(list((folder / "out").iterdir()))
+        print(f"round {number}: {len(sent)} files uploaded, of which {made} are what was made")
 
 
 def fresh(folder: Path, seed: int, epochs: int | None = None, workers: int = 0) -> None:

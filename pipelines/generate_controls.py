@@ -23,6 +23,7 @@ def run(
         out / name: (Subject(classifier.absolute(), control=control.purifier), control.ladder)
         for name, control in params.controls.items()
     }
+    out.mkdir()  # Also where there is none.
     generate(subjects, params, test, context)
     return {}
 
