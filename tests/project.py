@@ -108,9 +108,10 @@ def toy() -> dict:
     params["purifiers"] = {n: params["purifiers"][n] for n in ("adversarial_teacher",)}
     params |= {"students": {}, "atop": {}, "controls": {}}
     params["tuning"] = {"run": [], "studies": {}}
-    params["attacks"] = {n: params["attacks"][n] for n in ("fgsm", "pgd")}
-    params["baselines"] = {"none": {"classifier": "standard", "ladder": {"full": ["fgsm", "pgd"]}}}
-    ladder = {"classifier": ["fgsm", "pgd"], "full": ["pgd"]}
+    params["attacks"] = {n: params["attacks"][n] for n in ("pgd", "apgd_ce")}
+    full = {"full": ["pgd", "apgd_ce"]}
+    params["baselines"] = {"none": {"classifier": "standard", "ladder": full}}
+    ladder = {"classifier": ["pgd", "apgd_ce"], "bpda": ["pgd"], **full}
     params["defenses"] = {"koo": {"model": "adversarial_teacher", "ladder": ladder}}
     return params
 
