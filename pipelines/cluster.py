@@ -112,7 +112,7 @@ def train(
             _train(config, share)
         elif inside:
             # A trial of a search: Ray Train's mode without workers is refused there.
-            _loop(config, True, lambda metrics: None)
+            _loop(config, True, _unheard)
         elif place.job():
             # The node that leads a cluster is for leading.
             task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})

@@ -93,14 +93,10 @@ def _retell(label: str, job: str) -> None:
     watch = Watch(label)
     tracker = Tracker(label, f"limpid-{params.load().data.kind}", {}, job)
     Listener(watch, tracker, watch.say).all(result.events)
-    tracker.log({f"final.{k}": float(v) for k, v in result.metrics.items() if _number(v)})
+    tracker.results(result.metrics)
     problem = tracker.finish("FINISHED")
     if problem:
         watch.say(problem)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipelines.exits import interruptible, leave, outcome
 from pipelines.params import ConfigError, Resources
 from pipelines.place import Spec
 from pipelines.relay import Emitter, Event
-from pipelines.store import Listing, Store
+from pipelines.store import Listing, Store, remove
 
 
 class Result(Config):
@@ -95,7 +95,7 @@ def _perform(spec: Spec, emitter: Emitter) -> Result:
     }
     outs = {name: path for name, path in options.items() if is_out(name)}
     for path in outs.values():
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     context = Context(emitter, emitter, resources, Path(spec.work), emitter.took)
     metrics = module.run(view, context, **options)

@@ -9,6 +9,7 @@ another goes through the store (`share`, `see`). Outside a job these do nothing.
 
 import contextlib
 import fcntl
+import functools
 import os
 import platform
 import shutil
@@ -87,8 +88,13 @@ def job() -> str | None:
 
 
 def store() -> Store:
-    """Return the store of this cluster."""
-    return Store(os.environ[STORAGE])
+    """Return the store of this cluster: one client for all that this process asks of it."""
+    return _store(os.environ[STORAGE])
+
+
+@functools.cache
+def _store(uri: str) -> Store:
+    return Store(uri)
 
 
 def scratch() -> Path:

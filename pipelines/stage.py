@@ -35,7 +35,7 @@ from pipelines.params import ConfigError, Resources, View
 from pipelines.place import ROOT, Spec
 from pipelines.progress import Watch, refuse
 from pipelines.relay import Listener
-from pipelines.store import Listing
+from pipelines.store import Listing, remove
 from pipelines.tracking import Tracker
 
 __all__ = ["Context", "code_digests", "code_of", "main", "stage_key"]
@@ -157,7 +157,7 @@ def _execute(call: Call, key: str, away: bool) -> None:
     status, registrations = "FAILED", []
     try:
         for part in parts.values():
-            _remove(part)
+            remove(part)
             part.parent.mkdir(parents=True, exist_ok=True)
         if away:
             metrics = _away(call, call.named(key), parts, Listener(watch, tracker, watch.say))
@@ -165,11 +165,11 @@ def _execute(call: Call, key: str, away: bool) -> None:
             context = Context(watch, tracker, call.resources, work, timings.note)
             metrics = call.module.run(call.view, context, **{**call.options, **parts})
         for k, path in call.outs.items():
-            _remove(path)
+            remove(path)
             os.replace(parts[k], path)
             if path.is_file():
                 tracker.artifact(path)
-        _flatten_into(tracker, metrics)
+        tracker.results(metrics)
         shutil.rmtree(work, ignore_errors=True)
         if hasattr(call.module, "registered"):
             registrations = call.module.registered(call.view, dataset, **call.options)
@@ -177,7 +177,7 @@ def _execute(call: Call, key: str, away: bool) -> None:
     finally:
         seconds = watch.close()
         for part in parts.values():
-            _remove(part)
+            remove(part)
         problem = tracker.finish(status, registrations)
         if problem:
             watch.say(problem)
@@ -303,16 +303,3 @@ def _parse(run: Callable[..., Any], description: str, argv: Sequence[str] | None
                 default=None if parameter.default is inspect.Parameter.empty else parameter.default,
             )
     return vars(parser.parse_args(argv))
-
-
-def _flatten_into(tracker: Tracker, metrics: Mapping[str, Any]) -> None:
-    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-    if numbers:
-        tracker.log({f"final.{name}": value for name, value in numbers.items()})
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

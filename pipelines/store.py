@@ -116,7 +116,7 @@ class Store:
         of the listing, StoreError where they cannot be had.
         """
         part = path.with_name(f".{path.name}.{os.getpid()}.pulled")
-        _remove(part)
+        remove(part)
         try:
             if all(one.path for one in listing.files):
                 part.mkdir(parents=True)
@@ -127,11 +127,11 @@ class Store:
                     self._fetch(one, target)
                 else:
                     _link(self._cached(one, cache), target)
-            _remove(path)
+            remove(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             part.replace(path)
         finally:
-            _remove(part)
+            remove(part)
 
     def read(self, name: str) -> bytes | None:
         """Return a named object, or None where there is none."""
@@ -264,7 +264,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -51,6 +51,12 @@ class Tracker:
         """Log figures at a step (an epoch)."""
         self._put({"event": "metrics", "step": step, "metrics": dict(metrics), "time": _now()})
 
+    def results(self, metrics: Mapping[str, Any]) -> None:
+        """Log the numbers among what a stage ends with, beside the figures on its way."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        if numbers:
+            self.log({f"final.{name}": value for name, value in numbers.items()})
+
     def artifact(self, path: Path) -> None:
         """Log a file."""
         self._put({"event": "artifact", "path": str(path.absolute())})

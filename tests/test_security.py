@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import project
 import psutil
 import pytest
+from cluster.stand import free_port
 
 from pipelines.exits import outcome
 from pipelines.params import ConfigError
@@ -190,9 +190,7 @@ def test_an_audit_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 @pytest.fixture
 def pages(tmp_path: Path) -> Iterator[str]:
     """The address of a server that was started by `make ui`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = project.start(
         tmp_path, "make", "-f", str(ROOT / "Makefile"), "ui", f"PORT={port}",
         to=subprocess.DEVNULL,

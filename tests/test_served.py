@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from cluster.stand import free_port
 from mlflow.pyfunc.scoring_server import predictions_to_json
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -316,9 +316,7 @@ def server(folder: Path) -> Iterator[str]:
     client = mlflow.MlflowClient()
     version = client.get_model_version_by_alias(NAME, "candidate").version
     client.set_registered_model_alias(NAME, "champion", version)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion",
         "--env-manager", "local", "--port", str(port),

@@ -1,5 +1,6 @@
 """The store: what is pushed comes back byte for byte, once, whole, or not at all."""
 
+import json
 import os
 import pickle
 import threading
@@ -127,7 +128,7 @@ def test_half_an_upload_is_sent_again(folder: Path, tmp_path: Path) -> None:
 def test_what_is_gone_is_said(store: Store, tmp_path: Path) -> None:
     unknown = {"files": [{"path": "", "size": 1, "sha256": "0" * 64}]}
     with pytest.raises(DataError, match="no longer holds"):
-        store.pull(Listing.model_validate_json(json_of(unknown)), tmp_path / "x")
+        store.pull(Listing.model_validate_json(json.dumps(unknown)), tmp_path / "x")
     with pytest.raises(DataError, match="is missing"):
         store.push(tmp_path / "nothing")
 
@@ -136,14 +137,8 @@ def test_what_is_gone_is_said(store: Store, tmp_path: Path) -> None:
 def test_a_listing_cannot_lead_out_of_its_folder(path: str) -> None:
     with pytest.raises(ValidationError, match="leads out"):
         Listing.model_validate_json(
-            json_of({"files": [{"path": path, "size": 1, "sha256": "0" * 64}]})
+            json.dumps({"files": [{"path": path, "size": 1, "sha256": "0" * 64}]})
         )
-
-
-def json_of(value: object) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def test_names(store: Store) -> None:

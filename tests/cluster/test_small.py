@@ -1,11 +1,13 @@
 """The seam in its smallest form: one stage of each kind on two nodes that share no disk."""
 
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -163,9 +165,6 @@ def test_what_no_node_can_hold_is_refused_before_anything_is_sent(there: Stand) 
 
 
 def test_a_cluster_without_a_token_is_refused(there: Stand) -> None:
-    import http.server
-    import threading
-
     class Open(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)

@@ -1,10 +1,13 @@
 """A tracking store that is away, slow, broken, or opened by many at once: rows 30 to 32."""
 
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -96,16 +99,11 @@ def test_a_server_that_dies_on_the_way_loses_no_figure(folder: Path, tmp_path: P
 
 
 def end(server: subprocess.Popen[str]) -> None:
-    import os
-    import signal
-
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
 
 def answers(address: str) -> bool:
-    import urllib.request
-
     try:
         urllib.request.urlopen(f"{address}/health", timeout=2)
     except OSError:
