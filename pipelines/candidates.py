@@ -65,7 +65,7 @@ def _registration(
         },
         description=describe(name, describe_subject(subject), found, threat),
         artifacts=[REPORT, PARAMS, PICTURES / f"{name}.png"],
-        files={"scores.json": json.dumps(found, indent=1).encode()},
+        files={"scores.json": json.dumps(found, indent=1)},
     )
 
 

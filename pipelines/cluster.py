@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -87,14 +88,13 @@ def train(
     share: TrainShare,
     seen: EpochSeen,
 ) -> dict[str, float]:
-    """Train what `setup(**arguments, device=...)` describes, by Ray Train, into the folder `out`.
+    """Train what `setup(**arguments, device=...)` describes into the folder `out`.
 
-    `setup` runs in every worker and must be importable by name. Training goes on from the newest
+    By workers of Ray Train; for none in this process, or in a job as one task on a node that may
+    work. `setup` runs in each and must be importable by name. Training goes on from the newest
     whole state under `resume`, which must be named by everything the result depends on; `seen` is
     called with every epoch as it ends. Returns the metrics of the last epoch.
     """
-    import ray
-
     notes = resume.absolute() / NOTES
     place.forget(notes)
     notes.mkdir(parents=True)
@@ -106,19 +106,16 @@ def train(
         "threads": share.cpus,
         "device": share.device,
     }
-    inside = ray.is_initialized()
+    inside = _started()
     with session(share), _tail(notes / HISTORY, seen), quiet():
         if share.most > 0:
             _train(config, share)
-        elif inside:
-            # A trial of a search: Ray Train's mode without workers is refused there.
-            _loop(config, True, _unheard)
-        elif place.job():
+        elif place.job() and not inside:
             # The node that leads a cluster is for leading.
             task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
             apart(lambda: _result(task))
         else:
-            _train(config, share)
+            _loop(config, True, _unheard)
     if place.see(notes / FAILURE):
         failure = json.loads((notes / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
@@ -132,7 +129,7 @@ def _unheard(metrics: Mapping[str, float]) -> None:
 
 
 def _train(config: dict[str, Any], share: TrainShare) -> None:
-    """Let Ray Train call `_worker` in as many processes, or in this one for none."""
+    """Let Ray Train call `_worker` in as many processes."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -153,10 +150,7 @@ def _train(config: dict[str, Any], share: TrainShare) -> None:
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    if share.most:
-        apart(trainer.fit)
-    else:
-        trainer.fit()
+    apart(trainer.fit)
 
 
 def apart(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
@@ -257,6 +251,8 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, torch.OutOfMemoryError):
+            raise MemoryError(OUT_OF_MEMORY) from None
         raise error.cause from None
     except ray.exceptions.OutOfMemoryError:
         raise MemoryError(OUT_OF_MEMORY) from None
@@ -306,11 +302,11 @@ def session(*shares: Share) -> Iterator[None]:
     None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
     that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
-    import ray
-
-    if ray.is_initialized() or not (place.job() or any(share.most for share in shares)):
+    if _started() or not (place.job() or any(share.most for share in shares)):
         yield
         return
+    import ray
+
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with quiet():
@@ -324,6 +320,11 @@ def session(*shares: Share) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _started() -> bool:
+    """Whether this process has a Ray. Who never imported it has none, and is spared the import."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def _join(shares: Sequence[Share]) -> None:
@@ -345,6 +346,7 @@ def _embed(shares: Sequence[Share]) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN"] = _token()
     found = torch.cuda.device_count()
+    waits = any(isinstance(share, TrainShare) for share in shares)
     for share in shares:
         if max(share.least, 1) * share.gpus > found:
             raise ConfigError(
@@ -353,8 +355,8 @@ def _embed(shares: Sequence[Share]) -> None:
             )
     ray.init(
         address="local",
-        # Workers beyond the CPUs there are take turns; the one more is for what only waits.
-        num_cpus=sum(share.most * share.cpus for share in shares) + 1,
+        # Workers beyond the CPUs there are take turns; Ray Train and Tune have one that only waits.
+        num_cpus=sum(share.most * share.cpus for share in shares) + waits,
         num_gpus=min(math.ceil(sum(share.most * share.gpus for share in shares)), found),
         include_dashboard=False,
         log_to_driver=False,

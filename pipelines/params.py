@@ -200,8 +200,8 @@ class Share(Config):
 class TrainShare(Share):
     """Workers of one training; `cpus` are the threads of each.
 
-    0 trains inside the stage's own process (Ray Train's local mode); [least, most] takes what is
-    there, and goes on with what is left.
+    0 trains inside the stage's own process; [least, most] takes what is there, and goes on with
+    what is left.
     """
 
     workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)]  # type: ignore[assignment]

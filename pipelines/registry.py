@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.checkpoints import fingerprint
 from components.shards import DataError, write_bytes
 from pipelines.place import lock
 
@@ -27,7 +26,7 @@ class Registration:
     """A defense to register: its folders, figures and the words that describe it.
 
     `inference` are the settings by which the network of the purifier folder is used. `artifacts`
-    are files on disk, `files` others by name; both go to the run of the defense.
+    are files on disk, `files` the text of others by name; both go to the run of the defense.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Registration:
     description: str
     params: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Sequence[Path] = ()
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,9 @@ def damage(version: Version) -> str:
     import mlflow
     from mlflow.models import Model
 
+    # Not above: it brings torch, which a delivery does without.
+    from components.checkpoints import fingerprint
+
     with tempfile.TemporaryDirectory() as folder:
         try:
             home = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=folder))
@@ -204,5 +206,5 @@ def _attach(client: Any, run: str, one: Registration) -> None:
         client.log_artifact(run, str(path.absolute()))
     with tempfile.TemporaryDirectory() as folder:
         for name, content in one.files.items():
-            write_bytes(Path(folder) / name, content)
+            write_bytes(Path(folder) / name, content.encode())
         client.log_artifacts(run, folder)

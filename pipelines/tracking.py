@@ -1,51 +1,49 @@
-"""Runs in MLflow: one per stage, with nested ones, logged from a thread of its own.
+"""Runs in MLflow: one per stage, with nested ones, told by a process beside it (`delivery`).
 
-Only the driver talks to the store. Nothing here can fail a training or hold it up for long: events
-wait in a queue, the thread delivers them, and what it cannot deliver within `PATIENCE_S` after the
-stage is done goes to a spool file that the next stage tries again.
+Nothing here can fail a stage or hold it up for long: events wait in a queue, a thread feeds them to
+the process, and what that cannot deliver within `PATIENCE_S` after the stage is done goes to a
+spool file that the next stage tries again.
 """
 
+import contextlib
 import json
 import os
 import queue
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from components.shards import write_bytes
-from pipelines import registry
 from pipelines.place import ROOT
-from pipelines.registry import Registration
+from pipelines.registry import Registration, tracking_uri
 
 PATIENCE_S = 10.0
 Event = dict[str, Any]
-# Else the UI takes our models for agents, and shows no metrics of them.
-KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Tracker:
     """The MLflow run of one stage."""
 
     def __init__(self, stage: str, experiment: str, params: Mapping[str, Any], key: str) -> None:
-        self.start: Event = {
-            "event": "start",
-            "stage": stage,
-            "experiment": experiment,
-            "time": int(time.time() * 1000),
-            "tags": {**_provenance(), "dvc.stage": stage, "limpid.key": key},
-            "params": dict(flat(params)),
-        }
-        self.events: list[Event] = [self.start]
+        self.events: list[Event] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
-        self.ended = threading.Event()
-        self.queue.put(self.start)
-        self.registrations: list[Registration] = []
         self.problem = ""
-        self.thread = threading.Thread(target=self._deliver, daemon=True)
+        # In a session of its own: what interrupts the stage is for the stage, which then tells it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.delivery"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self._feed, daemon=True)
         self.thread.start()
+        tags = {**_provenance(), "dvc.stage": stage, "limpid.key": key}
+        about = {"stage": stage, "experiment": experiment, "tags": tags}
+        self._put({"event": "start", **about, "params": dict(flat(params)), "time": _now()})
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log figures at a step (an epoch)."""
@@ -70,110 +68,37 @@ class Tracker:
 
     def finish(self, status: str, registrations: Sequence[Registration] = ()) -> str:
         """End the run, register defenses, and return a sentence if something was not delivered."""
-        self.registrations = list(registrations)
+        for one in registrations:
+            # Not among the events that may be kept: what is registered late may have changed.
+            told = TypeAdapter(Registration).dump_python(one, mode="json")
+            params = dict(flat(one.params))
+            self.queue.put({"event": "register", "registration": told, "params": params})
         self._put({"event": "end", "status": status, "time": _now()})
         self.queue.put(None)
         patience = PATIENCE_S + 10 * len(registrations)
-        in_time = self.ended.wait(patience)
-        if in_time and not self.problem:
+        self.thread.join(patience)
+        if not self.thread.is_alive() and not self.problem:
             return ""
+        self.process.kill()
         _spool(self.events)
         reason = self.problem or f"no answer within {patience:.0f} s"
         kept = f"the run is kept in {ROOT / 'spool'}"
-        return f"MLflow at {registry.tracking_uri()} was not reached ({reason}); {kept}"
+        return f"MLflow at {tracking_uri()} was not reached ({reason}); {kept}"
 
     def _put(self, event: Event) -> None:
         self.events.append(event)
         self.queue.put(event)
 
-    def _deliver(self) -> None:
-        try:
-            client = registry.connect()
-            _deliver_spooled(client)
-            runs = _Runs(client)
+    def _feed(self) -> None:
+        """Hand events over as they come, then hear what was wrong."""
+        pipe, back = self.process.stdin, self.process.stdout
+        assert pipe and back
+        with contextlib.suppress(BrokenPipeError), pipe:
             while (event := self.queue.get()) is not None:
-                if event["event"] == "end":
-                    for one in self.registrations:
-                        inner = runs.inner(one.name, dict(flat(one.params)))
-                        registry.register(client, inner, one, runs.tags)
-                runs.apply(event)
-        except Exception as error:  # A store that is away must not fail a stage.
-            self.problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        finally:
-            self.ended.set()
-
-
-class _Runs:
-    """The runs of one stage in the store: its own, and those nested in it by name."""
-
-    def __init__(self, client: Any) -> None:
-        self.client = client
-        self.experiment = self.run = ""
-        self.tags: Mapping[str, str] = {}
-        self.nested: dict[str, str] = {}
-
-    def apply(self, event: Event) -> None:
-        """Write one event."""
-        match event["event"]:
-            case "start":
-                self._start(event)
-            case "metrics":
-                self._metrics(self.run, event)
-            case "nested":
-                self._metrics(self.inner(event["name"], event["params"]), event)
-            case "artifact":
-                self.client.log_artifact(self.run, event["path"])
-            case "end":
-                for run in (*self.nested.values(), self.run):
-                    self.client.set_terminated(run, event["status"], event["time"])
-
-    def inner(self, name: str, params: Mapping[str, str]) -> str:
-        """Return the nested run of this name, started where it is new."""
-        if name not in self.nested:
-            tags = {**self.tags, "mlflow.parentRunId": self.run}
-            created = self.client.create_run(self.experiment, tags=tags, run_name=name)
-            self.nested[name] = str(created.info.run_id)
-            self._params(self.nested[name], params)
-        return self.nested[name]
-
-    def _start(self, event: Event) -> None:
-        known = self.client.get_experiment_by_name(event["experiment"])
-        self.experiment = (
-            known.experiment_id
-            if known
-            else self.client.create_experiment(event["experiment"], tags=KIND)
-        )
-        self.tags = event["tags"]
-        created = self.client.create_run(
-            self.experiment, start_time=event["time"], tags=self.tags, run_name=event["stage"]
-        )
-        self.run = str(created.info.run_id)
-        self._params(self.run, event["params"])
-
-    def _params(self, run: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        some = [Param(name, value) for name, value in params.items()][:100]
-        self.client.log_batch(run, params=some)
-
-    def _metrics(self, run: str, event: Event) -> None:
-        from mlflow.entities import Metric
-
-        self.client.log_batch(
-            run,
-            metrics=[
-                Metric(name, value, event["time"], event["step"])
-                for name, value in event["metrics"].items()
-            ],
-        )
-
-
-def _deliver_spooled(client: Any) -> None:
-    for path in sorted((ROOT / "spool").glob("*.jsonl")):
-        runs = _Runs(client)
-        for line in path.read_text().splitlines():
-            runs.apply(json.loads(line))
-        path.unlink()
+                print(json.dumps(event), file=pipe, flush=True)
+        said = back.read().splitlines()
+        code = self.process.wait()
+        self.problem = (said or [f"its process ended with {code}"])[-1] if code else ""
 
 
 def _spool(events: Sequence[Event]) -> None:

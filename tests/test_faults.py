@@ -1,6 +1,8 @@
 """Faults that cost no minutes: who may run, where, and on what (the others are in tests/faults)."""
 
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import project
 import pytest
+import torch
 
 from components.shards import sha256
-from pipelines import place
+from pipelines import cluster, place
+from pipelines.params import Share, TrainShare
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
 
@@ -51,6 +55,41 @@ def test_a_place_of_any_name_and_no_home(reproduced: Path, tmp_path: Path) -> No
     for made, known in (("out", "models/standard"), ("data/train", "data/train")):
         for path in (folder / made).iterdir():
             assert sha256(path) == sha256(reproduced / known / path.name), path.name
+
+
+# A clock that goes back a day every time it is asked.
+BACKWARDS = """
+import itertools, time
+now, days = time.time, itertools.count()
+time.time = lambda: now() - 86400 * next(days)
+"""
+
+
+def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    os.symlink(reproduced / "data", folder / "data")
+    (folder / "sitecustomize.py").write_text(BACKWARDS)
+    code, printed = project.run(folder, sys.executable, "-m", "pipelines.train_classifier", *TRAIN)
+    assert code == 0, printed
+    weights = "weights.safetensors"
+    assert sha256(folder / "out" / weights) == sha256(reproduced / "models/standard" / weights)
+    seconds = json.loads((folder / "reports/timings.json").read_text())
+    assert 0 < seconds["train_classifier@standard"]["seconds"] < 300
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        ((began, ended),) = database.execute("select start_time, end_time from runs").fetchall()
+    assert began > ended, "the clock was not ours"
+
+
+def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
+    def full(device: str) -> cluster.Job:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    share, train = Share(workers=1, cpus=1, gpus=0), TrainShare(workers=0, cpus=1, gpus=0)
+    with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
+        cluster.map_shards(full, [{}], share, lambda *_: None, print)
+    with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
+        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 HOLD = """

@@ -79,6 +79,7 @@ def test_a_server_that_dies_on_the_way_loses_no_figure(folder: Path, tmp_path: P
     ]  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     server = project.start(folder, *command, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    until(lambda: answers(address), 60)
     process = project.start(folder, *STANDARD, "--out=out", MLFLOW_TRACKING_URI=address)
     until(lambda: len(states(folder)) >= 2, 120)
     end(server)
