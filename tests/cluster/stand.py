@@ -1,9 +1,10 @@
 """A Ray cluster of two nodes on this machine, as far apart as one machine allows.
 
 Each node has a mount namespace of its own in which the project lies under an empty disk, and
-scratch space that the other does not see; both ask for a token. Beside them an S3 endpoint and an
-MLflow server. `python tests/cluster/stand.py PROJECT` starts all of it, prints what a driver's
-environment needs, and takes it down at Ctrl-C: only its own processes, each by its id.
+scratch space that the other does not see; both ask for a token. Where asked for, one has a network
+of its own too, on a cable that can be pulled. Beside them an S3 endpoint and an MLflow server.
+`python tests/cluster/stand.py PROJECT` starts all of it, prints what a driver's environment needs,
+and takes it down at Ctrl-C: only its own processes, each by its id.
 """
 
 import contextlib
@@ -82,12 +83,55 @@ def _make_bucket(endpoint: str) -> None:
     client.create_bucket(Bucket=BUCKET)
 
 
+class Cable:
+    """A network namespace of that name, on one cable to this machine."""
+
+    HERE, THERE = "10.213.77.1", "10.213.77.2"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        _ip("netns", "add", name)
+        _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("addr", "add", f"{self.HERE}/30", "dev", name)
+        _ip("-n", name, "addr", "add", f"{self.THERE}/30", "dev", "eth0")
+        _ip("-n", name, "link", "set", "eth0", "up")
+        _ip("-n", name, "link", "set", "lo", "up")
+        self.plug()
+
+    def plug(self) -> None:
+        """Connect the two."""
+        _ip("link", "set", self.name, "up")
+
+    def pull(self) -> None:
+        """Part them, without a word to either."""
+        _ip("link", "set", self.name, "down")
+
+    def remove(self) -> None:
+        """Take the namespace and its cable away."""
+        _ip("netns", "del", self.name)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
 class Stand:
     """The processes of a cluster, by name, and what a driver must know of it."""
 
-    def __init__(self, project: Path, home: Path, workers: int = 1, mlflow: bool = False) -> None:
-        """`home` must be short (Ray's sockets lie below) and hold `scratch`, which nodes cover."""
-        self.project, self.home = project, home
+    def __init__(
+        self,
+        project: Path,
+        home: Path,
+        workers: int = 1,
+        mlflow: bool = False,
+        cable: Cable | None = None,
+    ) -> None:
+        """`home` must be short (Ray's sockets lie below) and hold `scratch`, which nodes cover.
+
+        With a cable, the node `worker0` is at its far end.
+        """
+        self.project, self.home, self.cable = project, home, cable
+        self.host = cable.HERE if cable else "127.0.0.1"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = {name: free_port() for name in ("gcs", "dashboard", "s3", "mlflow")}
         (home / "scratch").mkdir(parents=True)
@@ -98,7 +142,7 @@ class Stand:
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LIMPID_"))},
             **KEYS,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports['s3']}",
+            "AWS_ENDPOINT_URL": f"http://{self.host}:{self.ports['s3']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -107,7 +151,7 @@ class Stand:
         self.driver = {
             **{k: self.common[k] for k in (*KEYS, "AWS_ENDPOINT_URL", "RAY_AUTH_MODE")},
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['dashboard']}",
+            "RAY_API_SERVER_ADDRESS": f"http://{self.host}:{self.ports['dashboard']}",
             "LIMPID_STORAGE": f"s3://{BUCKET}/limpid",
             "LIMPID_SCRATCH": str(home / "scratch"),
         }
@@ -118,7 +162,7 @@ class Stand:
     def up(self) -> None:
         """Start everything, and wait until it answers."""
         moto = str(BIN / "moto_server")
-        self._start("s3", moto, "-H", "127.0.0.1", "-p", str(self.ports["s3"]))
+        self._start("s3", moto, "-H", self.host, "-p", str(self.ports["s3"]))
         self.start_head()
         if self.mlflow:
             store = f"sqlite:///{self.home}/mlflow.db"
@@ -140,7 +184,7 @@ class Stand:
     def start_head(self) -> None:
         """Start the node that leads, with one CPU of its own."""
         self._node(
-            "head", "--head", "--port", str(self.ports["gcs"]), "--dashboard-host", "127.0.0.1",
+            "head", "--head", "--port", str(self.ports["gcs"]), "--dashboard-host", self.host,
             "--dashboard-port", str(self.ports["dashboard"]), "--include-dashboard", "true",
             "--ray-client-server-port", str(free_port()), "--num-cpus", "1",
             "--temp-dir", str(self.home / "r"),
@@ -148,13 +192,15 @@ class Stand:
 
     def start_worker(self, name: str, cpus: int = 2) -> None:
         """Start a node that follows."""
-        self._node(name, "--address", f"127.0.0.1:{self.ports['gcs']}", "--num-cpus", str(cpus))
+        self._node(name, "--address", f"{self.host}:{self.ports['gcs']}", "--num-cpus", str(cpus))
 
     def _node(self, name: str, *arguments: str) -> None:
         """Start a Ray node that sees neither the project nor the scratch space of another."""
+        far = self.cable if name == "worker0" else None
+        address = far.THERE if far else self.host
         ray = " ".join(
             [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments,
-             "--node-ip-address", "127.0.0.1", "--object-store-memory", "200000000",
+             "--node-ip-address", address, "--object-store-memory", "200000000",
              # Else they meet those of any other Ray on this machine, and no job can be taken.
              "--dashboard-agent-listen-port", str(free_port()),
              "--dashboard-agent-grpc-port", str(free_port()),
@@ -164,7 +210,9 @@ class Stand:
         script = "mount --make-rprivate / && " + " && ".join(
             f"mount -t tmpfs -o mode=700 none {path}" for path in covered
         )
-        self._start(name, "unshare", "--mount", "sh", "-c", f"{script} && cd / && exec {ray}")
+        entered = ["ip", "netns", "exec", far.name] if far else []
+        script = f"{script} && cd / && exec {ray}"
+        self._start(name, *entered, "unshare", "--mount", "sh", "-c", script)
 
     def _start(self, name: str, *command: str, **environment: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
@@ -228,16 +276,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def standing(project: Path, workers: int = 1, mlflow: bool = False) -> Iterator[Stand]:
+def standing(
+    project: Path, workers: int = 1, mlflow: bool = False, cabled: bool = False
+) -> Iterator[Stand]:
     """Hold a stand whose nodes do not see `project`."""
     home = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))
-    stand = Stand(project, home, workers, mlflow)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
+        cable = Cable(home.name) if cabled else None
+        if cable:
+            stack.callback(cable.remove)
+        stand = Stand(project, home, workers, mlflow, cable)
+        stack.callback(stand.down)
         stand.up()
         yield stand
-    finally:
-        stand.down()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The whole line on two nodes that share no disk, and nodes that go while they work: rows 8, 10."""
 
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -50,21 +51,50 @@ def data(there: Stand, reproduced: Path) -> None:
         shutil.copytree(reproduced / name, there.project / name)
 
 
-def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
-    data(there, reproduced)
+def crafting(there: Stand) -> subprocess.Popen[str]:
+    """Start a stage that crafts for a while."""
     params = project.tiny()
     params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 2000}
     project.write_params(there.project, params)
-    there.start_worker("spare")
     command = ["-m", "pipelines.craft_training_set", "--train=data/train"]
     command += ["--classifier=models/standard", "--out=pool"]
-    process = project.start(there.project, sys.executable, *command, **there.driver)
+    return project.start(there.project, sys.executable, *command, **there.driver)
+
+
+def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
+    data(there, reproduced)
+    there.start_worker("spare")
+    process = crafting(there)
     wait(there, process)
     time.sleep(5)
     there.kill("worker0")
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert len(list((there.project / "pool").glob("part-*"))) == 9
+
+
+def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
+    tmp_path: Path, reproduced: Path
+) -> None:
+    """No process dies here: both sides of the cable go on, and only one of them may write."""
+    folder = project.copy_to(tmp_path / "project")
+    with stand.standing(folder, cabled=True) as there:
+        assert there.cable is not None
+        data(there, reproduced)
+        there.start_worker("spare")
+        there.wait_for_nodes(3)
+        process = crafting(there)
+        wait(there, process)
+        time.sleep(5)
+        there.cable.pull()
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, printed
+        made = {path.name: sha256(path) for path in (folder / "pool").iterdir()}
+        assert len([name for name in made if name.startswith("part-")]) == 9
+        known = stored(there)
+        there.cable.plug()
+        until(lambda: there.processes["worker0"].poll() is not None, 120)
+        assert '"PUT ' not in stored(there).removeprefix(known)
 
 
 def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced: Path) -> None:

@@ -95,12 +95,16 @@ def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
         lock.write_text(text[: text.index("- path:", len(text) // 3) + 4])
         code, printed = project.run(reproduced, "dvc", "status")
         assert code != 0 and "dvc.lock" in printed, printed
+        code, printed = project.run(reproduced, sys.executable, "-m", "pipelines.doctor")
+        assert code == 4 and "dvc.lock is cut short" in printed, printed
     finally:
         lock.write_text(text)
     running = reproduced / ".dvc/tmp/rwlock"
     running.write_text("")
     code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")
     assert code != 0 and "rwlock" in printed.lower(), printed
+    code, printed = project.run(reproduced, sys.executable, "-m", "pipelines.doctor")
+    assert code == 4 and "rwlock is cut short: remove it" in printed, printed
     running.unlink()
     code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")
     assert code == 0, printed

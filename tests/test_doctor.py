@@ -1,0 +1,67 @@
+"""What the doctor finds, and that it changes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.shards import sha256
+from pipelines import doctor, place
+from pipelines.registry import connect
+
+HEALTHY = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: python -m pipelines.prepare_data\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which nothing is wrong, by what the doctor looks at."""
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text(HEALTHY)
+    Path(".dvc/tmp").mkdir(parents=True)
+    Path(".dvc/tmp/rwlock").write_text("{}")
+    return tmp_path
+
+
+def test_a_healthy_project_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    connect()
+    assert doctor.main([]) == 0
+    assert capsys.readouterr().out == "nothing stands in the way\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("dvc.lock", HEALTHY[:30], "dvc.lock is cut short or altered: `git checkout dvc.lock`"),
+        ("dvc.lock", HEALTHY[:-36], "dvc.lock is cut short"),
+        ("dvc.lock", "schema: '2.0'\nstages: {a: [", "dvc.lock is cut short"),
+        (".dvc/tmp/rwlock", "", "rwlock is cut short: remove it when no DVC runs"),
+        ("mlflow.db", "no database at all" * 100, "mlflow.db is damaged"),
+    ],
+)
+def test_what_is_wrong_is_named_and_not_touched(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, said: str
+) -> None:
+    path = folder / name
+    path.write_text(content)
+    before = {p: sha256(p) for p in folder.rglob("*") if p.is_file()}
+    assert doctor.main([]) == 4
+    printed = capsys.readouterr().out
+    assert said in printed and "to put right: 1" in printed
+    assert {p: sha256(p) for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_it_says_what_runs_and_what_is_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = folder / ".limpid/work/train_classifier-standard-0123456789ab/states"
+    work.mkdir(parents=True)
+    (work / "state.pt").write_bytes(b"0" * 2_000_000)
+    with place.alone("evaluate"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.doctor"], capture_output=True, text=True, check=True
+        )
+    assert "evaluate is being run by process" in done.stdout
+    assert "standard-0123456789ab holds 2.0 MB of an interrupted stage" in done.stdout
+    assert done.stdout.endswith("nothing stands in the way\n")
+    assert doctor.main([]) == 0 and "being run" not in capsys.readouterr().out
