@@ -2,9 +2,10 @@
 
 `python benchmarks/crash.py --rounds 50` runs the smallest line undisturbed, then again and again in
 folders of their own. In every round DVC, or DVC with all it started, is killed at a moment drawn
-from the time the line takes; then `dvc repro` must end with byte-identical metrics and scores, no
-process of the killed run may be there 15 s after (a lock keeps a second writer out until then).
-Ends with 1 if any of it fails; prints a line a round.
+from the time the line takes; then `dvc repro` must end with byte-identical data, models, sets,
+metrics and scores, and no process of the killed run may be there 15 s after (a lock keeps a second
+writer out until then). Ends with 1 if any of it fails; prints a line a round. `--until STAGE` does
+with the stages up to that one.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import project
 
 ORPHAN_S = 15
+MADE = ("data", "models", "pool", "adversarial", "reports/metrics.json", "reports/scores.parquet")
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,21 @@ class Round:
         return self.same and self.code == 0 and not self.orphans
 
 
-def undisturbed(folder: Path) -> tuple[str, float]:
+def undisturbed(folder: Path, command: list[str]) -> tuple[str, float]:
     """Run the line; return the digest of its results and the seconds it took."""
     make(folder)
     began = time.monotonic()
-    code, printed = project.run(folder, "dvc", "repro")
+    code, printed = project.run(folder, *command)
     if code:
         raise SystemExit(f"the line does not even run undisturbed:\n{printed[-2000:]}")
     return digest(folder), time.monotonic() - began
 
 
-def disturbed(folder: Path, wanted: str, moment: float, whole: bool) -> Round:
+def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whole: bool) -> Round:
     """Kill the line at a moment, run it again, and look."""
     make(folder)
     with (folder.parent / f"{folder.name}.txt").open("w") as printed:
-        process = project.start(folder, "dvc", "repro", to=printed)
+        process = project.start(folder, *command, to=printed)
         time.sleep(moment)
         stage = running(folder)
         if process.poll() is None:
@@ -66,7 +68,7 @@ def disturbed(folder: Path, wanted: str, moment: float, whole: bool) -> Round:
         process.wait()
         before = {one.pid: one.create_time() for one in ours(folder)}
         began = time.monotonic()
-        again = project.start(folder, "dvc", "repro", to=printed)
+        again = project.start(folder, *command, to=printed)
         while left(before) and time.monotonic() - began < ORPHAN_S:
             time.sleep(0.5)
         orphans = left(before)
@@ -81,11 +83,14 @@ def make(folder: Path) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Return the sha256 of what the line counts."""
+    """Return the sha256 of all that the line makes and counts."""
     total = hashlib.sha256()
-    for name in ("metrics.json", "scores.parquet"):
-        path = folder / "reports" / name
-        total.update(path.read_bytes() if path.exists() else b"missing")
+    for path in sorted(
+        path for name in MADE for path in (folder / name, *(folder / name).rglob("*"))
+    ):
+        if path.is_file():
+            total.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+            total.update(path.read_bytes())
     return total.hexdigest()
 
 
@@ -122,7 +127,7 @@ def running(folder: Path) -> str:
         except psutil.Error:
             continue
         found = [word for word in words if word.startswith("pipelines.")]
-        if found:
+        if found and found != ["pipelines.delivery"]:
             name = words[words.index("--name") + 1] if "--name" in words else ""
             return f"{found[0].removeprefix('pipelines.')} {name}".strip()
     return "between stages"
@@ -133,15 +138,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", default="", metavar="STAGE")
     given = parser.parse_args()
     draw = random.Random(given.seed)
     home = Path(tempfile.mkdtemp(prefix="limpid-crash-"))
-    wanted, seconds = undisturbed(home / "undisturbed")
+    command = ["dvc", "repro", *([given.until] if given.until else [])]
+    wanted, seconds = undisturbed(home / "undisturbed", command)
     print(f"undisturbed: {seconds:.0f} s, {wanted[:12]}", flush=True)
     bad = 0
     for number in range(given.rounds):
         moment, whole = draw.uniform(0.5, seconds), draw.random() < 0.5
-        found = disturbed(home / f"round{number}", wanted, moment, whole)
+        found = disturbed(home / f"round{number}", command, wanted, moment, whole)
         bad += not found.good
         print(
             f"{number + 1}/{given.rounds} killed {'all' if whole else 'dvc'} at {moment:.1f} s in "

@@ -1,0 +1,25 @@
+"""SIGKILL anywhere: three rounds of `benchmarks/crash.py`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "until",
+    [
+        ["--until", "generate_baseline@none"],
+        pytest.param([], marks=pytest.mark.faults, id="the whole line"),
+    ],
+)
+def test_killed_anywhere_the_line_ends_the_same(until: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/crash.py", "--rounds", "3", "--seed", "1", *until],
+        cwd=ROOT, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 recovered" in done.stdout
