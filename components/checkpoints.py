@@ -158,12 +158,17 @@ def state_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_state(folder: Path, epoch: int, state: Mapping[str, Any]) -> None:
-    """Store the state after `epoch`, keeping the `KEPT` newest."""
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Return a copy of a state as `save_state` takes it; training may go on meanwhile."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def save_state(folder: Path, epoch: int, packed: bytes) -> None:
+    """Store the state after `epoch`, keeping the `KEPT` newest."""
     path = folder / f"epoch-{epoch:06d}"
-    write_bytes(path / "state.pt", buffer.getvalue())
+    write_bytes(path / "state.pt", packed)
     write_json(path / MANIFEST, {"sha256": sha256(path / "state.pt")})
     for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)

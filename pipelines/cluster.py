@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checkpoints import ModelCard, latest_state, save, save_state
+from components.checkpoints import ModelCard, latest_state, pack_state, save, save_state
 from components.data import ImageSet
 from components.objectives import Objective
 from components.shards import DataError, write_json
@@ -52,6 +53,8 @@ MISTAKES: dict[str, type[Exception]] = {
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
 # Set where a cluster grows as it is asked: what it has says nothing then of what it can hold.
 AUTOSCALES = "LIMPID_AUTOSCALES"
+# The thread that ends a Ray.
+ENDING = "ray-ending"
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
 CARRIED = (
     place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
@@ -186,15 +189,30 @@ def map_shards(
 ) -> list[Any]:
     """Call `function(**task, device=...)` for every task on Ray; return the results in order.
 
-    `function` must be importable by name; a task is retried when its worker or node dies.
-    `waiting` is told when the cluster has too little left to go on; ConnectionError when that
-    lasts.
+    Without workers here, one after another. `function` must be importable by name; a task is
+    retried when its worker or node dies. `waiting` is told when the cluster has too little left to
+    go on; ConnectionError when that lasts.
     """
     if not tasks:
         return []
+    if not share.workers and not place.job():
+        return _in_turn(function, tasks, share, done)
     with session(share):
         # Waiting for Ray in the main thread would swallow an interruption.
         results: list[Any] = apart(lambda: _map(function, tasks, share, done, waiting))
+    return results
+
+
+def _in_turn(
+    function: Callable[..., Any],
+    tasks: Sequence[Mapping[str, Any]],
+    share: Share,
+    done: Callable[[int, int], None],
+) -> list[Any]:
+    results = []
+    for task in tasks:
+        results.append(_call(function, {**task, "device": share.device}))
+        done(len(results), len(tasks))
     return results
 
 
@@ -212,7 +230,7 @@ def _map(
     results: list[Any] = [None] * len(tasks)
     lacking_since: float | None = None
     while waits or pending:
-        while waits and len(pending) < share.workers:
+        while waits and len(pending) < max(share.workers, 1):
             index, task = waits.pop()
             pending[_task(share, function, {**task, "device": share.device})] = index
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK_S)
@@ -251,8 +269,6 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, torch.OutOfMemoryError):
-            raise MemoryError(OUT_OF_MEMORY) from None
         raise error.cause from None
     except ray.exceptions.OutOfMemoryError:
         raise MemoryError(OUT_OF_MEMORY) from None
@@ -261,7 +277,14 @@ def _result(reference: Any) -> Any:
 def _there(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Make the call in a worker, with the inputs of the job beside it."""
     place.localise()
-    return function(**arguments)
+    return _call(function, arguments)
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except torch.OutOfMemoryError:
+        raise MemoryError(OUT_OF_MEMORY) from None
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -302,6 +325,7 @@ def session(*shares: Share) -> Iterator[None]:
     None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
     that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
+    ended()
     if _started() or not (place.job() or any(share.most for share in shares)):
         yield
         return
@@ -319,7 +343,15 @@ def session(*shares: Share) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # Takes more than a second, in which the stage goes on; it ends only when that is done.
+        threading.Thread(target=ray.shutdown, name=ENDING).start()
+
+
+def ended() -> None:
+    """Wait for the end of a Ray that is ending."""
+    for thread in threading.enumerate():
+        if thread.name == ENDING:
+            thread.join()
 
 
 def _started() -> bool:
@@ -429,15 +461,18 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
             job.model, job.objective, job.data, job.attacked, job.training, job.seed,
             job.validate, state,
         )  # fmt: skip
-        if first:
-            _note(notes, history, 0)
-        for epoch in epochs:
-            history.append(epoch.metrics)
-            if first:
-                save_state(states, epoch.index, {**epoch.state, "history": history})
-                place.share(states)
-                _note(notes, history[-1:], epoch.index)
-            report(epoch.metrics)
+        # A state is written, and brought to the store of a cluster, while the next epoch runs.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            kept = beside.submit(_note, notes, history[:], 0) if first else None
+            for epoch in epochs:
+                history.append(epoch.metrics)
+                if kept is not None:
+                    kept.result()
+                    packed = pack_state({**epoch.state, "history": history})
+                    kept = beside.submit(_keep, resume, epoch.index, packed, epoch.metrics)
+                report(epoch.metrics)
+            if kept is not None:
+                kept.result()
         if first:
             job.model.eval()
             job.finish(job.model)
@@ -459,6 +494,12 @@ def _resumable(states: Path, first: bool) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         place.see_folder(states, Path(folder))
         return latest_state(Path(folder))
+
+
+def _keep(resume: Path, index: int, packed: bytes, metrics: Mapping[str, float]) -> None:
+    save_state(resume / STATES, index, packed)
+    place.share(resume / STATES)
+    _note(resume / NOTES, [metrics], index)
 
 
 def _note(notes: Path, entries: Sequence[Mapping[str, float]], start: int) -> None:

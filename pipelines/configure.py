@@ -102,6 +102,8 @@ def compose(profile: str, overrides: list[str]) -> str:
         # As it lies, so that its comments stay.
         return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
     if profile != BASE:
+        # Which stages do without workers is a matter of images as small as the base's.
+        value["resources"]["stages"] = {}
         value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"), REPLACED)
     for override in overrides:
         value = merge(value, _parse(override))

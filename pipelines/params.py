@@ -175,9 +175,12 @@ class Tuning(Config):
 
 
 class Share(Config):
-    """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own."""
+    """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own.
 
-    workers: Count
+    0 works inside the stage's own process, one piece after another.
+    """
+
+    workers: Annotated[int, Field(ge=0)]
     cpus: Count
     gpus: Annotated[float, Field(ge=0)]
 
@@ -200,8 +203,7 @@ class Share(Config):
 class TrainShare(Share):
     """Workers of one training; `cpus` are the threads of each.
 
-    0 trains inside the stage's own process; [least, most] takes what is there, and goes on with
-    what is left.
+    [least, most] takes what is there, and goes on with what is left.
     """
 
     workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)]  # type: ignore[assignment]
@@ -235,7 +237,8 @@ class Resources(Config):
     """What the stages may use; tracked by no stage, since no result depends on it.
 
     `train` is for one training, `shards` for crafting and scoring, `trials` for those of a search.
-    `stages` says it anew for a stage, as `evaluate` or `train_purifier@student`.
+    `stages` says it anew for a stage, as `evaluate`, or for one of its instances, as
+    `train_purifier@student`.
     """
 
     train: TrainShare
@@ -245,9 +248,15 @@ class Resources(Config):
 
     def of(self, stage: str) -> "Resources":
         """Return what one stage may use."""
-        own = self.stages.get(stage, Override())
+        own = self.stages.get(stage) or self.stages.get(stage.partition("@")[0], Override())
         changes = {name: share for name, share in own if share is not None}
         return self.model_copy(update={**changes, "stages": {}})
+
+    @model_validator(mode="after")
+    def _searching(self) -> Self:
+        if not self.trials.workers:
+            raise ValueError("trials.workers is 0; a search needs 1 at least")
+        return self
 
     @model_validator(mode="after")
     def _stages(self) -> Self:

@@ -40,8 +40,10 @@ def copy_to(folder: Path) -> Path:
 def tiny() -> dict:
     """Return the digits profile with one or two epochs, few images and few attacks."""
     params = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
-    params["data"] |= {"test": 60, "val": 60, "train_limit": 256}
+    params["data"] |= {"test": 60, "val": 60, "train_limit": 256, "test_limit": None}
     params |= {"rows_per_part": 30, "batch": 30}
+    # Every stage that can have a Ray has one.
+    params["resources"]["stages"] = {}
     # Two stages less for everybody to wait for.
     del params["classifiers"]["robust"], params["baselines"]["adversarial_training"]
     for section in ("classifiers", "purifiers", "students", "atop"):

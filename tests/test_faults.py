@@ -84,9 +84,11 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
     def full(device: str) -> cluster.Job:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
-    share, train = Share(workers=1, cpus=1, gpus=0), TrainShare(workers=0, cpus=1, gpus=0)
-    with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-        cluster.map_shards(full, [{}], share, lambda *_: None, print)
+    train = TrainShare(workers=0, cpus=1, gpus=0)
+    for workers in (0, 1):
+        share = Share(workers=workers, cpus=1, gpus=0)
+        with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
+            cluster.map_shards(full, [{}], share, lambda *_: None, print)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
         cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None)
     assert not (tmp_path / "out").exists()

@@ -80,6 +80,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "    objective: {kind: wgan_gp, critic_steps: 5}",
             "names normal_teacher, a gan, which makes no image of an image",
         ),
+        ("trials: {workers: 2", "trials: {workers: 0", "a search needs 1 at least"),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce]", "full: [fgms]", "did you mean fgsm?"),
@@ -108,6 +109,15 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
 def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in TEXT
     assert said in refused(tmp_path, TEXT.replace(old, new, 1))
+
+
+def test_resources_of_an_instance_come_before_those_of_its_stage() -> None:
+    resources = params.load().resources
+    alone, other = ({"workers": n, "cpus": 1, "gpus": 0.0} for n in (0, 5))
+    stages = {"generate_baseline": {"shards": alone}, "generate_baseline@b": {"shards": other}}
+    known = params.Resources.model_validate({**resources.model_dump(), "stages": stages})
+    names = ("generate_baseline@a", "generate_baseline@b", "evaluate")
+    assert [known.of(name).shards.workers for name in names] == [0, 5, resources.shards.workers]
 
 
 def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:

@@ -133,10 +133,12 @@ def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path:
         assert sha256(path) == sha256(reproduced / path.relative_to(folder)), path.name
 
 
-def test_scores_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_whether_there_are_workers(
+    reproduced: Path, tmp_path: Path
+) -> None:
     folder = project.copy_to(tmp_path / "project")
     params = project.tiny()
-    params["resources"]["shards"]["workers"] = 1
+    params["resources"]["shards"]["workers"] = 0
     project.write_params(folder, params)
     for name in ("data", "models", "adversarial"):
         os.symlink(reproduced / name, folder / name)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from components.attacks import Linf
-from components.checkpoints import KEPT, latest_state, save_state, state_digest
+from components.checkpoints import KEPT, latest_state, pack_state, save_state, state_digest
 from components.classifiers import SmallCnn
 from components.data import ImageSet
 from components.draws import Draws
@@ -152,7 +152,7 @@ def test_a_resumed_training_ends_as_an_undisturbed_one(
     undisturbed = train(kind, few, config)
     model, objective = task(kind)
     for epoch in fit(model, objective, few, None, config, 0, nothing, None):
-        save_state(tmp_path, epoch.index, epoch.state)
+        save_state(tmp_path, epoch.index, pack_state(epoch.state))
         if epoch.index == interrupted:
             break
     other, objective = task(kind, seed=5)  # another start, which the state must overrule
@@ -181,7 +181,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     undisturbed = train("classifier", few, CONFIG)
     model, objective = task("classifier")
     for epoch in fit(model, objective, few, None, CONFIG, 0, nothing, None):
-        save_state(tmp_path, epoch.index, epoch.state)
+        save_state(tmp_path, epoch.index, pack_state(epoch.state))
         if epoch.index == 2:
             break
     damage(tmp_path / "epoch-000002" / file)
@@ -195,7 +195,9 @@ def test_a_damaged_state_falls_back_to_the_one_before(
 def test_the_newest_states_are_kept_and_none_is_none(tmp_path: Path) -> None:
     assert latest_state(tmp_path / "missing") is None
     for epoch in range(5):
-        save_state(tmp_path, epoch, {"epoch": epoch, "weight": torch.tensor(float(epoch))})
+        save_state(
+            tmp_path, epoch, pack_state({"epoch": epoch, "weight": torch.tensor(float(epoch))})
+        )
         stored = latest_state(tmp_path)
         assert stored is not None and stored["weight"] == epoch
     names = sorted(path.name for path in tmp_path.iterdir())
