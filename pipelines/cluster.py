@@ -1,9 +1,9 @@
 """What knows Ray, with `tune` and `remote`: train a network, and map a function over shards.
 
-By default a stage starts an embedded Ray of its own (`ray.init(address="local")`), which no other
-Ray on the machine is part of, without dashboard; in a job it works on the cluster that runs the
-job, whose nodes share no disk (`place`). Nothing that is computed depends on the number of workers
-a map uses; training is bit-equal at an equal number of workers.
+By default a stage with workers starts an embedded Ray of its own (`ray.init(address="local")`),
+which no other Ray on the machine is part of, without dashboard; in a job it works on the cluster
+that runs the job, whose nodes share no disk (`place`). Nothing that is computed depends on the
+number of workers a map uses; training is bit-equal at an equal number of workers.
 """
 
 import json
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from components.checkpoints import ModelCard, latest_state, pack_state, save, save_state
@@ -53,8 +54,6 @@ MISTAKES: dict[str, type[Exception]] = {
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
 # Set where a cluster grows as it is asked: what it has says nothing then of what it can hold.
 AUTOSCALES = "LIMPID_AUTOSCALES"
-# The thread that ends a Ray.
-ENDING = "ray-ending"
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
 CARRIED = (
     place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
@@ -153,7 +152,12 @@ def _train(config: dict[str, Any], share: TrainShare) -> None:
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    apart(trainer.fit)
+    try:
+        apart(trainer.fit)
+    except Exception as error:
+        if torch.OutOfMemoryError.__name__ in str(error):
+            raise MemoryError(OUT_OF_MEMORY) from None
+        raise
 
 
 def apart(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
@@ -325,7 +329,6 @@ def session(*shares: Share) -> Iterator[None]:
     None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
     that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
-    ended()
     if _started() or not (place.job() or any(share.most for share in shares)):
         yield
         return
@@ -343,15 +346,7 @@ def session(*shares: Share) -> Iterator[None]:
     try:
         yield
     finally:
-        # Takes more than a second, in which the stage goes on; it ends only when that is done.
-        threading.Thread(target=ray.shutdown, name=ENDING).start()
-
-
-def ended() -> None:
-    """Wait for the end of a Ray that is ending."""
-    for thread in threading.enumerate():
-        if thread.name == ENDING:
-            thread.join()
+        ray.shutdown()
 
 
 def _started() -> bool:
@@ -483,6 +478,9 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
         kind = next((n for n, m in MISTAKES.items() if type(error) is m), "ValueError")
         _fail(notes, kind, str(error))
     except torch.OutOfMemoryError:
+        if dist.is_initialized():
+            # The others of the group wait for this one, and must not for ever.
+            raise
         _fail(notes, "MemoryError", OUT_OF_MEMORY)
 
 

@@ -98,15 +98,18 @@ def compose(profile: str, overrides: list[str]) -> str:
     if profile not in known:
         raise ConfigError(f"there is no profile {profile}; there are {', '.join(known)}")
     value = read_yaml(PROFILES / f"{BASE}.yaml")
+    changes = [_parse(override) for override in overrides]
     if profile == BASE and not overrides:
         # As it lies, so that its comments stay.
         return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
-    if profile != BASE:
-        # Which stages do without workers is a matter of images as small as the base's.
+    if profile != BASE or any("kind" in (change.get("data") or {}) for change in changes):
+        # What keeps the demo short is not for other images.
         value["resources"]["stages"] = {}
+        value["data"]["test_limit"] = None
+    if profile != BASE:
         value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"), REPLACED)
-    for override in overrides:
-        value = merge(value, _parse(override))
+    for change in changes:
+        value = merge(value, change)
     try:
         Params.model_validate(value)
     except ValidationError as error:

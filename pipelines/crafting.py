@@ -1,4 +1,4 @@
-"""Crafting on Ray: one task per part of the data, finished parts kept by their own key.
+"""Crafting: one task per part of the data, finished parts kept by their own key.
 
 A set that was crafted before with the same attack, threat, gradient mode, models, images, seed and
 code is not crafted again, whatever else in params.yaml has changed: one more attack costs itself,

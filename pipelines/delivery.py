@@ -6,16 +6,18 @@ was not delivered, the exit code is 1 and the last line printed says why.
 """
 
 import json
+import queue
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from pipelines import registry
-from pipelines.place import ROOT
+from pipelines.place import ROOT, lock
 from pipelines.registry import Registration
 
 Event = dict[str, Any]
@@ -27,27 +29,33 @@ ALONE_S = 10
 
 def main() -> None:
     """Deliver what was left by other stages, then what comes in, to its end."""
+    incoming: queue.Queue[Event | None] = queue.Queue()
+    threading.Thread(target=_read, args=(incoming,), daemon=True).start()
     try:
         client = registry.connect()
         _deliver_spooled(client)
         runs = _Runs(client)
-        for event in _incoming(sys.stdin):
+        for event in iter(incoming.get, None):
             runs.apply(event)
     except Exception as error:  # Whatever the store, or the way to it, may fail with.
         print(f"{type(error).__name__}: {error}".splitlines()[0][:200])
         sys.exit(1)
 
 
-def _incoming(lines: TextIO) -> Iterator[Event]:
-    """Yield events up to the end; that of a stage that was killed is that it was killed."""
+def _read(incoming: "queue.Queue[Event | None]") -> None:
+    """Queue events up to the end; that of a stage that was killed is that it was killed."""
     last = ""
-    for line in lines:
-        event: Event = json.loads(line)
+    for line in sys.stdin:
+        try:
+            event: Event = json.loads(line)
+        except ValueError:  # Killed in the middle of a word.
+            break
         last = event["event"]
-        yield event
+        incoming.put(event)
     if last and last != "end":
         signal.alarm(ALONE_S)
-        yield {"event": "end", "status": "KILLED", "time": int(time.time() * 1000)}
+        incoming.put({"event": "end", "status": "KILLED", "time": int(time.time() * 1000)})
+    incoming.put(None)
 
 
 class _Runs:
@@ -120,11 +128,12 @@ class _Runs:
 
 
 def _deliver_spooled(client: Any) -> None:
-    for path in sorted((ROOT / "spool").glob("*.jsonl")):
-        runs = _Runs(client)
-        for line in path.read_text().splitlines():
-            runs.apply(json.loads(line))
-        path.unlink()
+    with lock("spool"):
+        for path in sorted((ROOT / "spool").glob("*.jsonl")):
+            runs = _Runs(client)
+            for line in path.read_text().splitlines():
+                runs.apply(json.loads(line))
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -70,7 +70,9 @@ def _database() -> Iterator[str]:
         with closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True, timeout=5)) as known:
             (said,) = known.execute("pragma quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:
-        yield f"{DATABASE} cannot be read ({error}): end whoever holds it"
+        # What a killed writer left half done, the next one takes back; that is no damage.
+        if "locked" in str(error):
+            yield f"{DATABASE} is locked: end whoever holds it"
         return
     except sqlite3.DatabaseError as error:
         said = str(error)
@@ -101,7 +103,7 @@ def _running() -> Iterator[str]:
 def _kept() -> Iterator[str]:
     """What waits to be gone on with, and what waits for MLflow."""
     for path in sorted((ROOT / "work").glob("*")):
-        yield f"{path} holds {_megabytes(path)} of an interrupted stage, from which it goes on"
+        yield f"{path} holds {_megabytes(path)} of a stage, from which it may go on"
     spooled = len(list((ROOT / "spool").glob("*.jsonl")))
     if spooled:
         yield f"{spooled} runs wait for MLflow in {ROOT / 'spool'}; the next stage delivers them"
@@ -111,7 +113,11 @@ def _kept() -> Iterator[str]:
 
 
 def _megabytes(folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for path in folder.rglob("*"):
+        # Another may be removing it.
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
     return f"{size / 1e6:.1f} MB"
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from components.shards import DataError
 from components.training import Diverged
-from pipelines import PARENT, cluster
+from pipelines import PARENT
 from pipelines.params import ConfigError
 from pipelines.place import ROOT
 from pipelines.progress import without_keys
@@ -72,10 +72,9 @@ def interruptible() -> None:
 def leave(code: int) -> NoReturn:
     """End this process.
 
-    At once, but for a Ray that is ending: everything is written by then, and taking torch and Ray
-    apart would cost every stage a second.
+    At once: everything is written and Ray is down by then, and taking torch, Ray and MLflow apart
+    would cost every stage a second.
     """
-    cluster.ended()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -177,7 +177,8 @@ class Tuning(Config):
 class Share(Config):
     """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own.
 
-    0 works inside the stage's own process, one piece after another.
+    0 works without a Ray, in the stage's own process, one piece after another (in a job of a
+    cluster: one at a time).
     """
 
     workers: Annotated[int, Field(ge=0)]
@@ -225,12 +226,18 @@ class TrainShare(Share):
         return self
 
 
+class TrialShare(Share):
+    """Trials of a search, each a process of its own."""
+
+    workers: Count
+
+
 class Override(Config):
     """Other resources for one stage."""
 
     train: TrainShare | None = None
     shards: Share | None = None
-    trials: Share | None = None
+    trials: TrialShare | None = None
 
 
 class Resources(Config):
@@ -243,7 +250,7 @@ class Resources(Config):
 
     train: TrainShare
     shards: Share
-    trials: Share
+    trials: TrialShare
     stages: dict[str, Override]
 
     def of(self, stage: str) -> "Resources":
@@ -251,12 +258,6 @@ class Resources(Config):
         own = self.stages.get(stage) or self.stages.get(stage.partition("@")[0], Override())
         changes = {name: share for name, share in own if share is not None}
         return self.model_copy(update={**changes, "stages": {}})
-
-    @model_validator(mode="after")
-    def _searching(self) -> Self:
-        if not self.trials.workers:
-            raise ValueError("trials.workers is 0; a search needs 1 at least")
-        return self
 
     @model_validator(mode="after")
     def _stages(self) -> Self:

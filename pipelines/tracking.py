@@ -33,10 +33,10 @@ class Tracker:
     def __init__(self, stage: str, experiment: str, params: Mapping[str, Any], key: str) -> None:
         self.events: list[Event] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
-        self.problem = ""
+        self.problem = "its process was not told all"
         # In a session of its own: what interrupts the stage is for the stage, which then tells it.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.delivery"],
+            [sys.executable, "-m", "pipelines.delivery"], env=_environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._feed, daemon=True)
@@ -76,14 +76,23 @@ class Tracker:
         self._put({"event": "end", "status": status, "time": _now()})
         self.queue.put(None)
         patience = PATIENCE_S + 10 * len(registrations)
-        self.thread.join(patience)
-        if not self.thread.is_alive() and not self.problem:
+        try:
+            self.thread.join(patience)
+        except BaseException:
+            self._keep()
+            raise
+        reason = self.problem
+        if self.thread.is_alive():
+            reason = f"no answer within {patience:.0f} s"
+        if not reason:
             return ""
-        self.process.kill()
-        _spool(self.events)
-        reason = self.problem or f"no answer within {patience:.0f} s"
+        self._keep()
         kept = f"the run is kept in {ROOT / 'spool'}"
         return f"MLflow at {tracking_uri()} was not reached ({reason}); {kept}"
+
+    def _keep(self) -> None:
+        self.process.kill()
+        _spool(self.events)
 
     def _put(self, event: Event) -> None:
         self.events.append(event)
@@ -99,6 +108,12 @@ class Tracker:
         said = back.read().splitlines()
         code = self.process.wait()
         self.problem = (said or [f"its process ended with {code}"])[-1] if code else ""
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment in which this code is found first, whatever is installed."""
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _spool(events: Sequence[Event]) -> None:

@@ -80,7 +80,12 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
     assert began > ended, "the clock was not ours"
 
 
-def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_a_gpu_without_memory_is_said_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A Ray of this process leaves its token in the environment.
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+
     def full(device: str) -> cluster.Job:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 

@@ -80,7 +80,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "    objective: {kind: wgan_gp, critic_steps: 5}",
             "names normal_teacher, a gan, which makes no image of an image",
         ),
-        ("trials: {workers: 2", "trials: {workers: 0", "a search needs 1 at least"),
+        ("trials: {workers: 2", "trials: {workers: 0", "resources.trials.workers"),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce]", "full: [fgms]", "did you mean fgsm?"),

@@ -28,6 +28,7 @@ def synced(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfile(reproduced / name, folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert promote.main(["--sync"]) == 0
     return folder
 

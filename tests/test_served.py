@@ -27,6 +27,7 @@ from components.checkpoints import ModelCard, build, fingerprint, save
 from components.defense import Defense
 from components.draws import Draws
 from components.purifiers import InferenceConfig, Purifier
+from pipelines import registry
 from pipelines.crafting import Subject
 from pipelines.registry import Registration
 from pipelines.served import BATCH, MOST, ServedDefense, ServingError, read_request
@@ -110,6 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         tracker.finish("FINISHED", [registration(folder, name) for name in DEFENSES])
         tracker.thread.join()
         assert not tracker.problem
+        registry.connect()
         yield folder
         mlflow.set_tracking_uri(None)
 

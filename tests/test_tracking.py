@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.tracking import Tracker
 
+ROOT = Path(__file__).parent.parent
 KILLED = """
 import time
 from pipelines.tracking import Tracker
@@ -33,7 +34,11 @@ def runs(folder: Path) -> list[tuple[str, str]]:
             return []
 
 
-def test_the_run_of_a_stage_that_is_killed_says_so(tmp_path: Path) -> None:
+def test_the_run_of_a_stage_that_is_killed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED],
         cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, text=True,

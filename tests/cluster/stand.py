@@ -90,6 +90,10 @@ class Cable:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def lay(self) -> None:
+        """Make the namespace, and connect the two."""
+        name = self.name
         _ip("netns", "add", name)
         _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip("addr", "add", f"{self.HERE}/30", "dev", name)
@@ -286,6 +290,7 @@ def standing(
         cable = Cable(home.name) if cabled else None
         if cable:
             stack.callback(cable.remove)
+            cable.lay()
         stand = Stand(project, home, workers, mlflow, cable)
         stack.callback(stand.down)
         stand.up()
