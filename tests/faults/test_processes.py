@@ -7,10 +7,14 @@ from pathlib import Path
 import project
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from ruamel.yaml import YAML
 
 from components.shards import sha256
 from faults.conftest import STANDARD, below, states, until
+from pipelines import cluster
+from pipelines.params import TrainShare
 
 pytestmark = pytest.mark.faults
 
@@ -126,3 +130,22 @@ def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
     assert code == 4, printed
     assert "a worker ran out of memory; lower batch_size" in printed
     assert not (folder / "pool").exists()
+
+
+def test_a_training_worker_without_memory_does_not_leave_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a full GPU, raised in one of two workers while the other waits for it."""
+
+    def full(device: str) -> cluster.Job:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        dist.barrier()
+        raise AssertionError("nobody was waited for")
+
+    # A Ray of this process leaves its token in the environment.
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.setattr(cluster, "MAX_FAILURES", 0)
+    share = TrainShare(workers=2, cpus=1, gpus=0)
+    with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
+        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", share, lambda *_: None)
