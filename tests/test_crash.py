@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "until",
-    [
-        ["--until", "generate_baseline@none"],
-        pytest.param([], marks=pytest.mark.faults, id="the whole line"),
-    ],
+    "until", [["--until", "train_classifier@standard"], []], ids=["a training", "the whole line"]
 )
 def test_killed_anywhere_the_line_ends_the_same(until: list[str]) -> None:
     done = subprocess.run(
