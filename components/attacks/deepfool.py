@@ -59,9 +59,10 @@ class DeepFool(Attack):
             stretched = search.origin + (1 + self.overshoot) * (x - search.origin)
             search.look(stretched.clamp(0, 1))
             x = x[search.alive()]
-        fooled = search.margin <= 0
-        nearest = torch.where(fooled[:, None, None, None], search.best, images)
-        return Outcome(nearest, torch.where(fooled, search.margin, clean), search.iterations)
+        found = search.outcome()
+        fooled = found.margin <= 0
+        nearest = torch.where(fooled[:, None, None, None], found.images, images)
+        return Outcome(nearest, torch.where(fooled, found.margin, clean), found.iterations)
 
 
 class _Search(Search):

@@ -41,13 +41,15 @@ class DetectorAware(Attack):
     ) -> Outcome:
         """Return per image what fools with the least suspicion, else what has the least margin."""
         looks = count()
+        # The same noise for all that is compared: else the luckiest would be kept.
+        first, second = next(looks), next(looks)
         best, odd = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
         margins = odd.clone()
 
         def keep(x: Tensor) -> None:
             # NaN logits classify nothing, and count as fooled rather than as robust.
-            margin = target.look(x, labels, next(looks)).float().nan_to_num(-torch.inf)
-            suspicion = target.suspicion(x, next(looks)).float()
+            margin = target.look(x, labels, first).float().nan_to_num(-torch.inf)
+            suspicion = target.suspicion(x, second).float()
             fools, fooled = margin <= 0, margins <= 0
             either = torch.where(fooled, suspicion < odd, True)
             better = torch.where(fools, either, ~fooled & (margin < margins))
