@@ -4,7 +4,8 @@
 writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
 `purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published`,
 `tuning` and any mapping whose `kind` changes are taken whole; all else is merged. `data` with
-another `kind` keeps what both kinds know: how the splits are cut.
+another `kind` keeps what both kinds know: how the splits are cut. Other images than the profile's
+lose the figures published for those; what Parquet files and folders hold, nobody can tell.
 
 `python -m pipelines.configure --from reports/tuning/NAME/best.yaml` puts what a search found into
 params.yaml, and leaves everything else there as it is written.
@@ -38,6 +39,8 @@ from pipelines.progress import refuse
 
 PROFILES = Path("profiles")
 BASE = "digits"
+# Kinds of data that may be any data set.
+ANY = ("parquet", "image_folder")
 REPLACED = {
     "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
     "published", "tuning",
@@ -108,8 +111,11 @@ def compose(profile: str, overrides: list[str]) -> str:
         value["data"]["test_limit"] = None
     if profile != BASE:
         value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"), REPLACED)
+    kind = value["data"]["kind"]
     for change in changes:
         value = merge(value, change)
+    if value["data"]["kind"] not in (kind, *ANY):
+        value["published"] = {}
     try:
         Params.model_validate(value)
     except ValidationError as error:

@@ -177,6 +177,21 @@ def test_a_wrong_profile_or_override_is_one_sentence(
         configure.compose(profile, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ([], True),
+        (["data.kind=mnist"], True),
+        (["data.kind=parquet", "data.path=here"], True),
+        (["data.kind=kmnist"], False),
+    ],
+)
+def test_figures_of_other_images_are_not_set_beside_ours(overrides: list[str], kept: bool) -> None:
+    text = configure.compose("diffdefense-table1", overrides)
+    made = YAML(typ="safe", pure=True).load(text)
+    assert bool(made["published"]) == kept
+
+
 def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     before = (folder / "params.yaml").read_bytes()
