@@ -22,6 +22,7 @@ from components.evaluation import CLEAN, Score, summarise
 Suspicion = npt.NDArray[np.float64]
 # Clean images that may be rejected, as shares.
 RATES = {"1": 0.01, "5": 0.05}
+ROC = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CURVE = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -83,21 +84,19 @@ def merge(parts: Sequence[Watched | None]) -> Watched | None:
 
 
 def detection(
-    watched: Watched, within: Mapping[str, npt.NDArray[np.bool_]], counted: Mapping[str, Score],
-    chosen: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+    watched: Watched, within: Mapping[str, npt.NDArray[np.bool_]], counted: Mapping[str, Score]
+) -> dict[str, Any]:
     """Sum up a detector: what it makes of every set, then of the worst of all.
 
     `within` says which examples are inside the ball, `counted` are scores as the headline sees
-    them, `chosen` names the worst set of each image. `attacks` tell each set as it was stored from
-    the clean images; `detect_or_correct` is the share of images on which no set both fools and
-    passes; `curve` pairs clean images rejected with wrong answers let through.
+    them. `attacks` tell each set as it was stored from the clean images; `detect_or_correct` is the
+    share of images on which no set both fools and passes; `curve` pairs clean images rejected with
+    wrong answers let through, at thresholds for the shares of `CURVE`: at each of them the attacker
+    chooses the set anew.
     """
     limits = {name: threshold(watched.validation, rate) for name, rate in RATES.items()}
-    ours = watched.inside(within)
-    clean = watched.suspicion[CLEAN]
-    worst = np.array([ours.suspicion[name][row] for row, name in enumerate(chosen)])
-    wrong = np.array([1 - counted[name].share()[row] for row, name in enumerate(chosen)])
+    ours, clean = watched.inside(within), watched.suspicion[CLEAN]
+    thresholds = [threshold(watched.validation, rate) for rate in CURVE]
     return {
         "validation": len(watched.validation),
         "clean_rejected": {
@@ -109,6 +108,7 @@ def detection(
                 "auc": auc(clean, seen),
                 "control_auc": auc(watched.control[CLEAN], watched.control[name]),
                 **{f"tpr_{rate}": float(rejected(seen, x).mean()) for rate, x in limits.items()},
+                "roc": roc(clean, seen),
             }
             for name, seen in watched.suspicion.items()
             if name != CLEAN
@@ -116,7 +116,10 @@ def detection(
         "detect_or_correct": {
             name: summarise(withstood(ours, counted, limit)) for name, limit in limits.items()
         },
-        "curve": [let_through(watched.validation, clean, worst, wrong, rate) for rate in CURVE],
+        "curve": [
+            (float(rejected(clean, x).mean()), float(1 - withstood(ours, counted, x).mean()))
+            for x in thresholds
+        ],
     }
 
 
@@ -131,6 +134,16 @@ def auc(clean: Suspicion, attacked: Suspicion) -> float:
     return float((below + upto).mean() / (2 * len(ordered)))
 
 
+def roc(clean: Suspicion, attacked: Suspicion) -> list[tuple[float, float]]:
+    """Return points of the ROC curve: shares of clean and of attacked images rejected.
+
+    At thresholds on these clean images for the shares of `ROC`, strictest first.
+    """
+    limits = [threshold(clean, rate) for rate in ROC]
+    found = [(rejected(clean, x).mean(), rejected(attacked, x).mean()) for x in limits]
+    return [*((float(false), float(true)) for false, true in found), (1.0, 1.0)]
+
+
 def threshold(clean: Suspicion, rate: float) -> float:
     """Return the suspicion that at most a share `rate` of these clean images exceed."""
     ordered = np.sort(_numbers(clean))
@@ -140,19 +153,6 @@ def threshold(clean: Suspicion, rate: float) -> float:
 def rejected(suspicion: Suspicion, limit: float) -> npt.NDArray[np.bool_]:
     """Return which images (N,) are rejected."""
     return np.asarray(_numbers(suspicion) > limit)
-
-
-def let_through(
-    validation: Suspicion, clean: Suspicion, attacked: Suspicion, wrong: npt.NDArray[np.float64],
-    rate: float,
-) -> tuple[float, float]:  # fmt: skip
-    """Return (clean images rejected, wrong answers let through) at the threshold of a rate.
-
-    `wrong` (N,) is the share of wrong answers on each of the `attacked` images.
-    """
-    limit = threshold(validation, rate)
-    passed = np.where(rejected(attacked, limit), 0.0, wrong)
-    return float(rejected(clean, limit).mean()), float(passed.mean())
 
 
 def withstood(

@@ -95,6 +95,21 @@ def over_passes(name: str, efforts: Mapping[str, Effort], most: int, hues: Seque
     return Chart(f"{name}: images still right", "passes spent on an image", ticks, lines)
 
 
+def over_rejected(name: str, attacks: Mapping[str, Any], hues: Sequence[str]) -> Chart:
+    """Draw the ROC curve of a detector for every set of an entry; `hues` as in `over_passes`."""
+    lines = [
+        Line(
+            name=attack,
+            hue=hues.index(attack),
+            points=[(float(false), float(true)) for false, true in seen["roc"]],
+            note=f"AUC {seen['auc']:.3f}",
+        )
+        for attack, seen in attacks.items()
+    ]
+    ticks = [(part / 4, f"{25 * part} %") for part in range(5)]
+    return Chart(f"{name}: attacked images rejected", "clean images rejected", ticks, lines)
+
+
 def decades(most: int) -> Sequence[int]:
     """Return the powers of ten from 1 to `most`, and at least 10."""
     return [10**power for power in range(max(len(str(most)), 2))]

@@ -23,7 +23,15 @@ from components.detection import CURVE, RATES
 from components.evaluation import Effort
 from components.shards import DataError, write_bytes
 from pipelines.crafting import Subject
-from pipelines.curves import HUES, Chart, longest, over_passes, over_radius, radii
+from pipelines.curves import (
+    HUES,
+    Chart,
+    longest,
+    over_passes,
+    over_radius,
+    over_rejected,
+    radii,
+)
 from pipelines.microscope import Panel
 from pipelines.params import MODES
 from pipelines.scoring import Entry, Plan, Result
@@ -140,6 +148,7 @@ def write_report(
         over_passes=_over_passes(scored),
         class_names=test.class_names,
         wide=WIDE,
+        over_rejected=_over_rejected(scored),
         detectors=[each for each in scored if each["detection"]],
         # One axis for all, so that they can be compared.
         widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
@@ -342,6 +351,21 @@ def _over_passes(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
         for each in scored
         if each["efforts"]
     }
+
+
+def _over_rejected(scored: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
+    """Draw the ROC curves of every detector, void rungs left out, in like colours."""
+    sets = {
+        each["name"]: {
+            name: seen
+            for name, seen in each["detection"]["attacks"].items()
+            if name.partition("/")[0] not in each["void"]
+        }
+        for each in scored
+        if each["detection"]
+    }
+    hues = list(dict.fromkeys(name for each in sets.values() for name in each))
+    return {name: over_rejected(name, each, hues) for name, each in sets.items()}
 
 
 def first_shown(entry: Entry, found: Mapping[str, Any], plan: Plan) -> str:

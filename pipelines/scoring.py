@@ -274,9 +274,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[
             for name, score in result.scores.items()
             if name != CLEAN
         },
-        "detection": detection(result.watched, result.inside, counted, chosen)
-        if result.watched
-        else None,
+        "detection": detection(result.watched, result.inside, counted) if result.watched else None,
         "retries": {
             "worst_of_10": summarise(worst_of(carried, TRIES)),
             "majority_of_10": summarise(majority_of(carried, TRIES)),

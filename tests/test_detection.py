@@ -1,5 +1,7 @@
 """Detection: areas and thresholds by hand, and an attacker who picks what passes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,9 @@ from components.detection import (
     auc,
     black_and_white,
     detection,
-    let_through,
     merge,
     rejected,
+    roc,
     threshold,
     watch,
     withstood,
@@ -56,11 +58,20 @@ def test_a_threshold_is_exceeded_by_no_more_than_its_share(rate: float, limit: f
     assert rejected(clean, limit).mean() <= rate
 
 
-def test_what_is_let_through_is_wrong_and_passes() -> None:
-    validation = floats(*range(1, 101))
-    clean, attacked = floats(50, 99.5, 100.5), floats(10, 97, 200)
-    found = let_through(validation, clean, attacked, floats(1, 0.5, 1), 0.05)
-    assert found == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+def test_a_roc_curve_is_what_counting_gives() -> None:
+    clean, attacked = floats(*range(10)), floats(4.5, 8.5, 9.5, 20)
+    points = roc(clean, attacked)
+    # Nine of ten clean images are below 9, five below 5, and so on.
+    assert points[0] == (0.0, 0.5) and points[-1] == (1.0, 1.0)
+    assert (0.1, 0.75) in [(round(false, 9), true) for false, true in points]
+    assert (0.5, 1.0) in points
+    for (false, true), (next_false, next_true) in pairwise(points):
+        assert next_false >= false and next_true >= true
+    # What `auc` says lies between the sums below and above the steps.
+    steps = list(pairwise([(0.0, 0.0), *points]))
+    below, above = (sum((b[0] - a[0]) * side(a, b)[1] for a, b in steps) for side in (min, max))
+    assert below <= auc(clean, attacked) <= above < below + 0.1
+    assert roc(clean, clean)[3][0] == roc(clean, clean)[3][1]
 
 
 def test_the_attacker_takes_what_fools_and_passes() -> None:
@@ -154,7 +165,7 @@ def test_a_detector_summed_up() -> None:
     watched = Watched(suspicion, suspicion, suspicion, floats(*range(100)))
     within = {name: np.ones(4, dtype=bool) for name in suspicion}
     counted = {"clean": score(1, 1, 1, 1), "full/pgd": score(0, 0, 0, 1)}
-    found = detection(watched, within, counted, ["full/pgd", "full/pgd", "full/pgd", "clean"])
+    found = detection(watched, within, counted)
     row = found["attacks"]["full/pgd"]
     assert row["auc"] == row["control_auc"] == pytest.approx(12.5 / 16)
     assert found["clean_rejected"]["5"]["accuracy"] == 0 and row["tpr_5"] == 0

@@ -374,7 +374,7 @@ def test_detection_is_said_as_measured(world: World) -> None:
 
 
 def test_the_tradeoff_is_drawn_from_the_curve(world: World) -> None:
-    shown = section(world.html(), "detection")
+    shown, after = section(world.html(), "detection").split("ROC curves on test images")
     drawn = re.findall(r'<polyline points="(.*?) "/>', shown)
     curve = world.metrics["defenses"]["noisy"]["detection"]["curve"]
     # Half of the clean images and more are rejected, so that the axis ends at all of them.
@@ -384,6 +384,18 @@ def test_the_tradeoff_is_drawn_from_the_curve(world: World) -> None:
     for point, (x, y) in zip(drawn[1].split(" "), points, strict=True):
         assert [float(value) for value in point.split(",")] == pytest.approx([x, y], abs=0.06)
     assert shown.count("<circle") == 4 and shown.count('<circle class="hollow"') == 2
+    # Then every set of both as a ROC curve.
+    attacks = [
+        world.metrics["defenses"][n]["detection"]["attacks"] for n in ("student_adaptive", "noisy")
+    ]
+    lines = re.findall(r'<polyline points="(.*?) "/>', after)
+    sets = [seen for each in attacks for seen in each.values()]
+    assert len(lines) == len(sets)
+    for line, seen in zip(lines, sets, strict=True):
+        points = [(44 + 364 * false, 8 + 150 * (1 - true)) for false, true in seen["roc"]]
+        for point, (x, y) in zip(line.split(" "), points, strict=True):
+            assert [float(value) for value in point.split(",")] == pytest.approx([x, y], abs=0.06)
+        assert f"AUC {seen['auc']:.3f}" in after
 
 
 def test_a_detector_no_better_than_one_that_knows_nothing_is_named(page: Page) -> None:
