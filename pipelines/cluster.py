@@ -54,6 +54,8 @@ MISTAKES: dict[str, type[Exception]] = {
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
 # Set where a cluster grows as it is asked: what it has says nothing then of what it can hold.
 AUTOSCALES = "LIMPID_AUTOSCALES"
+# What a session sets, and sets back.
+SET = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_OVERRIDE_JOB_RUNTIME_ENV")
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
 CARRIED = (
     place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
@@ -336,17 +338,22 @@ def session(*shares: Share) -> Iterator[None]:
 
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with quiet():
-        if place.job():
-            _join(shares)
-        else:
-            _embed(shares)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    variables = {name: os.environ.get(name) for name in SET}
     try:
+        with quiet():
+            if place.job():
+                _join(shares)
+            else:
+                _embed(shares)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         yield
     finally:
         ray.shutdown()
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _started() -> bool:

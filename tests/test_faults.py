@@ -80,11 +80,8 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
     assert began > ended, "the clock was not ours"
 
 
-def test_a_gpu_without_memory_is_said_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A Ray of this process leaves its token in the environment.
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
+    before = os.environ.get("RAY_AUTH_TOKEN")
 
     def full(device: str) -> cluster.Job:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
@@ -97,6 +94,8 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
         cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None)
     assert not (tmp_path / "out").exists()
+    # Nor has the Ray of this process left its token in the environment.
+    assert os.environ.get("RAY_AUTH_TOKEN") == before
 
 
 HOLD = """

@@ -143,8 +143,6 @@ def test_a_training_worker_without_memory_does_not_leave_the_others_waiting(
         dist.barrier()
         raise AssertionError("nobody was waited for")
 
-    # A Ray of this process leaves its token in the environment.
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     monkeypatch.setattr(cluster, "MAX_FAILURES", 0)
     share = TrainShare(workers=2, cpus=1, gpus=0)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
