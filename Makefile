@@ -11,8 +11,9 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.installed
 	@dvc repro; status=$$?; python -m pipelines.scores && exit $$status
 
+# A file's tests stay together, and in order: those that wait for the line come last.
 test: lint
-	pytest
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every fault for real, and the whole line on two nodes: about an hour at most.
 faults: $(VENV)/.installed

@@ -3,8 +3,8 @@
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +25,7 @@ TRAINED = 1300
 # A project made by `project.copy_to`, in which `dvc repro` has run with the code of now, for one
 # who works on a test of the line and does not want to wait for it each time.
 LINE_ELSEWHERE = "LIMPID_TEST_LINE"
-LINE = pytest.StashKey[tuple[Path, subprocess.Popen[str]]]()
+HOME = "LIMPID_TEST_HOME"
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +112,12 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the home of the line that all processes of this run share."""
+    if not hasattr(config, "workerinput"):
+        os.environ[HOME] = tempfile.mkdtemp(prefix="limpid-line-")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what waits for the line after all else, that it may run beside it."""
     items.sort(key=lambda item: "reproduced" in getattr(item, "fixturenames", ()))
@@ -119,31 +125,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin `dvc repro` where a test wants its result: it takes minutes, beside the first tests."""
+    first = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
     wanted = any("reproduced" in getattr(item, "fixturenames", ()) for item in session.items)
-    if wanted and not session.config.option.collectonly and LINE_ELSEWHERE not in os.environ:
-        home = Path(tempfile.mkdtemp(prefix="limpid-line-"))
-        folder = project.copy_to(home / "project")
-        with (home / "printed.txt").open("w") as printed:
-            line = project.start(folder, "dvc", "repro", to=printed, **project.SECRETS)
-        session.config.stash[LINE] = folder, line
+    if not (first and wanted) or session.config.option.collectonly or LINE_ELSEWHERE in os.environ:
+        return
+    home = Path(os.environ[HOME])
+    folder = project.copy_to(home / "project")
+    told = "dvc repro > ../printed.txt 2>&1; echo $? > ../code.part; mv ../code.part ../code"
+    line = project.start(folder, "sh", "-c", told, **project.SECRETS)
+    (home / "pid").write_text(str(line.pid))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End what is left of it, and leave nothing behind."""
-    if LINE in config.stash:
-        folder, process = config.stash[LINE]
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(folder.parent, ignore_errors=True)
+    """End what is left of the line, and leave nothing behind."""
+    if not hasattr(config, "workerinput"):
+        home = Path(os.environ.pop(HOME))
+        if (home / "pid").exists() and not (home / "code").exists():
+            os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def reproduced(request: pytest.FixtureRequest) -> Path:
+def reproduced() -> Path:
     """A project in which `dvc repro` has run once."""
     if LINE_ELSEWHERE in os.environ:
         return Path(os.environ[LINE_ELSEWHERE])
-    folder, process = request.config.stash[LINE]
-    code = process.wait(timeout=900)
-    assert code == 0, (folder.parent / "printed.txt").read_text()[-4000:]
-    return folder
+    home, ends = Path(os.environ[HOME]), time.monotonic() + 900
+    while not (home / "code").exists():
+        assert time.monotonic() < ends, (home / "printed.txt").read_text()[-4000:]
+        time.sleep(0.2)
+    assert (home / "code").read_text().strip() == "0", (home / "printed.txt").read_text()[-4000:]
+    return home / "project"
