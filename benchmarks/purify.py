@@ -9,7 +9,7 @@ the exact gradient an attack would take, and as multiples of the direct denoiser
 
 The loop is DiffDefense as its paper describes it, image after image: Adam of torch, the R starts
 of an image one by one, or together as one batch, which is the kinder reading. It computes the same
-(the best start's error is compared) under noise of its own.
+under noise of its own.
 """
 
 import argparse

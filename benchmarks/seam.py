@@ -1,10 +1,12 @@
 """What a stage costs over calling its function bare: embedded, and as a job on a standing cluster.
 
 `python benchmarks/seam.py [--rounds 3] [--cluster]` makes a small project, and runs a training and
-a crafting stage bare (in one process, after its imports), embedded, and, as root with `--cluster`,
-as jobs on two nodes of this machine. The cost of a stage is the wall time of its command less that
-of the bare function. An epoch's cost is the slope between a short and a long training. Also
-`dvc repro` with nothing to do, and what is uploaded for a stage whose inputs are in the store.
+a crafting stage bare (in one process, after its imports), in their own process (no workers), by
+workers of an embedded Ray, and, as root with `--cluster`, by as many as jobs on two nodes of this
+machine. The cost of a stage is the wall time of its command less that of the bare function. A
+step's cost is the slope between a short and a long adversarial training of the demo, as it stands.
+Also `dvc repro` of the demo with nothing to do, and what is uploaded for a stage whose inputs are
+in the store.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import project
 from cluster import stand
 
+SPLITS = [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
 TRAIN = ["--name", "standard", "--train", "data/train", "--val", "data/val"]
 CRAFT = ["--train", "data/train", "--classifier", "models/standard"]
 BARE = """
@@ -66,23 +69,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cluster", action="store_true")
     given = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="limpid-seam-")) / "project"
-    project.copy_to(folder)
-    project.write_params(folder, project.toy())
-    stage(folder, "prepare_data", [f"--out-{s}=data/{s}" for s in ("train", "val", "test")], {})
+    home = Path(tempfile.mkdtemp(prefix="limpid-seam-"))
+    folder = project.copy_to(home / "project")
+    fresh(folder, 0)
+    stage(folder, "prepare_data", SPLITS, {})
     stage(folder, "train_classifier", [*TRAIN, "--out", "models/standard"], {})
     with standing(folder, given.cluster) as there:
-        places = {"embedded": {}, **({"cluster": there.driver} if there else {})}
+        places = {"no workers": (0, {}), "embedded": (1, {})}
+        if there:
+            places["cluster"] = (1, there.driver)
         for kind, words in (("train_classifier", TRAIN), ("craft_training_set", CRAFT)):
             measure(folder, kind, words, places, given.rounds)
         if there:
             unchanged(folder, there)
-    steps(folder, given.rounds)
-    repro(folder, given.rounds)
+    demo = project.copy_to(home / "demo")
+    project.write_params(demo, project.base())
+    stage(demo, "prepare_data", SPLITS, {})
+    steps(demo, given.rounds)
+    repro(demo, given.rounds)
+    subprocess.run(["rm", "-rf", str(home)], check=True)
 
 
 def measure(
-    folder: Path, kind: str, words: list[str], places: dict[str, dict[str, str]], rounds: int
+    folder: Path,
+    kind: str,
+    words: list[str],
+    places: dict[str, tuple[int, dict[str, str]]],
+    rounds: int,
 ) -> None:
     """Print what a stage costs over its bare function, interleaved."""
     cost: dict[str, list[float]] = {name: [] for name in places}
@@ -91,36 +104,51 @@ def measure(
         fresh(folder, number)
         bare = alone(folder, kind, words)
         bares.append(bare)
-        for name, environment in places.items():
-            forget(folder)
+        for name, (workers, environment) in places.items():
+            fresh(folder, number, workers)
             cost[name].append(stage(folder, kind, [*words, "--out", "out"], environment) - bare)
     print(f"{kind}: bare {statistics.median(bares):.1f} s")
     for name, values in cost.items():
         low, high = min(values), max(values)
-        print(f"  {name}: {statistics.median(values):.1f} s more [{low:.1f}-{high:.1f}]")
+        print(
+            f"  {name}: {statistics.median(values):.1f} s more [{low:.1f}-{high:.1f}]", flush=True
+        )
 
 
 def steps(folder: Path, rounds: int) -> None:
-    """Print what an epoch costs in a worker of Ray Train, its state kept, and in the bare loop."""
-    slopes: dict[str, list[float]] = {"bare": [], "worker": []}
+    """Print what a step of the demo's adversarial training costs, its states kept and reported."""
+    robust = ["--name", "robust", *TRAIN[2:]]
+    slopes: dict[str, list[float]] = {"bare": [], "no workers": [], "embedded": []}
+    short, long = 5, 25
     for number in range(rounds):
-        seconds: dict[str, list[float]] = {"bare": [], "worker": []}
-        for epochs in (20, 120):
-            fresh(folder, 100 + number, epochs, workers=1)
-            seconds["bare"].append(alone(folder, "train_classifier", TRAIN))
-            forget(folder)
-            seconds["worker"].append(
-                stage(folder, "train_classifier", [*TRAIN, "--out", "out"], {})
-            )
-        for name, (short, long) in seconds.items():
-            slopes[name].append((long - short) / 100)
-    bare, worker = (statistics.median(slopes[name]) for name in ("bare", "worker"))
-    print(f"an epoch of 8 steps: bare {1000 * bare:.0f} ms, in a worker {1000 * worker:.0f} ms")
+        taken: dict[str, list[float]] = {name: [] for name in slopes}
+        for epochs in (short, long):
+            for name, seconds in taken.items():
+                params = project.base()
+                params["seed"] = number
+                params["classifiers"]["robust"]["training"]["epochs"] = epochs
+                params["resources"]["train"]["workers"] = int(name == "embedded")
+                project.write_params(folder, params)
+                forget(folder)
+                seconds.append(
+                    alone(folder, "train_classifier", robust)
+                    if name == "bare"
+                    else stage(folder, "train_classifier", [*robust, "--out", "out"], {})
+                )
+        for name, (less, more) in taken.items():
+            slopes[name].append((more - less) / (long - short))
+    bare = statistics.median(slopes["bare"])
+    print(f"an epoch of the demo's adversarial training: bare {1000 * bare:.0f} ms")
+    for name in ("no workers", "embedded"):
+        ratios = [one / alone for one, alone in zip(slopes[name], slopes["bare"], strict=True)]
+        low, high = min(ratios), max(ratios)
+        print(f"  {name}: x {statistics.median(ratios):.3f} [{low:.3f}-{high:.3f}]", flush=True)
 
 
 def repro(folder: Path, rounds: int) -> None:
     """Print how long DVC takes to see that there is nothing to do."""
-    fresh(folder, 0)
+    forget(folder)
+    project.write_params(folder, project.base())
     code, printed = project.run(folder, "dvc", "repro")
     if code:
         raise SystemExit(printed[-2000:])
@@ -147,14 +175,13 @@ def unchanged(folder: Path, there: stand.Stand) -> None:
         print(f"round {number}: {len(sent)} files uploaded, of which {made} are what was made")
 
 
-def fresh(folder: Path, seed: int, epochs: int | None = None, workers: int = 0) -> None:
-    """Change the seed, so that nothing that was done before is found."""
+def fresh(folder: Path, seed: int, workers: int = 0) -> None:
+    """Change the seed, so that nothing that was done before is found, and the workers."""
     params = project.toy()
     params["seed"] = seed
     params["resources"]["train"]["workers"] = workers
-    if epochs:
-        training = params["classifiers"]["standard"]["training"]
-        params["classifiers"]["standard"]["training"] = {**training, "epochs": epochs}
+    params["resources"]["shards"]["workers"] = 2 * workers
+    params["resources"]["stages"] = {}
     project.write_params(folder, params)
     forget(folder)
 

@@ -37,9 +37,15 @@ def copy_to(folder: Path) -> Path:
     return folder
 
 
+def base() -> dict:
+    """Return the digits profile."""
+    read: dict = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
+    return read
+
+
 def tiny() -> dict:
     """Return the digits profile with one or two epochs, few images and few attacks."""
-    params = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
+    params = base()
     params["data"] |= {"test": 60, "val": 60, "train_limit": 256, "test_limit": None}
     params |= {"rows_per_part": 30, "batch": 30}
     # Every stage that can have a Ray has one.
@@ -106,6 +112,8 @@ def tiny() -> dict:
 def toy() -> dict:
     """Return the smallest parameters that still have a stage of almost every kind."""
     params = tiny()
+    # Some of its stages with a Ray, some without.
+    params["resources"]["stages"] = base()["resources"]["stages"]
     params["classifiers"] = {n: params["classifiers"][n] for n in ("standard", "unseen")}
     params["purifiers"] = {n: params["purifiers"][n] for n in ("adversarial_teacher",)}
     params |= {"students": {}, "atop": {}, "controls": {}}

@@ -1,5 +1,6 @@
 """The whole line on two nodes that share no disk, and nodes that go while they work: rows 8, 10."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,48 @@ def test_a_head_that_dies_is_said_and_a_new_one_goes_on(there: Stand, reproduced
     there.wait_for_nodes(2)
     code, printed = run(there, *long_training())
     assert code == 0, printed
+    kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
+    assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
+
+
+def test_a_search_there_tries_what_it_tries_here(there: Stand, reproduced: Path) -> None:
+    data(there, reproduced)
+    shutil.copytree(reproduced / "pool", there.project / "pool")
+    folders = ["--train=data/train", "--val=data/val", "--models=models", "--pool=pool"]
+    out = there.project / "reports/tuning/atop"
+    found = []
+    for environment in (there.driver, {}):
+        command = ["-m", "pipelines.tune", "--name=atop", *folders, "--out=reports/tuning/atop"]
+        code, printed = project.run(there.project, sys.executable, *command, **environment)
+        assert code == 0, printed
+        found.append(json.loads((out / "trials.json").read_text()))
+        shutil.rmtree(out)
+    for far, near in zip(*(sorted(one, key=tried) for one in found), strict=True):
+        assert tried(far) == tried(near)
+        assert far["right"] == near["right"] and len(far["right"]) == 20
+
+
+def tried(trial: dict) -> list[float]:
+    """Return the values of a trial."""
+    return [trial["values"][place] for place in sorted(trial["values"])]
+
+
+def test_a_training_that_may_shrink_goes_on_with_the_worker_that_is_left(
+    there: Stand, reproduced: Path
+) -> None:
+    data(there, reproduced)
+    there.start_worker("spare")
+    there.wait_for_nodes(3)
+    params = project.tiny()
+    # A whole node for each.
+    params["resources"]["train"] = {"workers": [1, 2], "cpus": 2, "gpus": 0}
+    process, _ = begin(there, "0", epochs=400, params=params)
+    until(lambda: "epoch-000005/state.pt" in stored(there), 120)
+    there.kill("spare")
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    history = json.loads((there.project / "models/long/history.json").read_text())
+    assert len(history) == 400
     kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
     assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
 

@@ -115,9 +115,11 @@ def test_a_driver_that_was_killed_finds_its_job(there: Stand) -> None:
     assert [job["status"] for job in ours.values()] == ["SUCCEEDED"]
 
 
-def begin(there: Stand, seed: str, epochs: int = 2000) -> tuple[subprocess.Popen[str], set[str]]:
+def begin(
+    there: Stand, seed: str, epochs: int = 2000, params: dict | None = None
+) -> tuple[subprocess.Popen[str], set[str]]:
     """Start a training that takes a while; return it when its job runs, and the jobs before it."""
-    params = project.tiny()
+    params = params or project.tiny()
     params["seed"] = 10 + int(seed)
     training = params["classifiers"]["standard"]["training"]
     params["classifiers"]["standard"]["training"] = {**training, "epochs": epochs}
