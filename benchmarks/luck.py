@@ -53,8 +53,10 @@ def found_by(attack: Attack, defense: Defense, images: ImageSet, seed: int) -> d
     contract.Search.outcome = listen  # type: ignore[method-assign]
     draws = Draws(seed, "attack", images.ids)
     target = aim(defense, "full", draws, getattr(attack, "eot", 1))
-    outcome = attack.run(target, images.pixels(), images.labels, THREAT, draws)
-    contract.Search.outcome = ask  # type: ignore[method-assign]
+    try:
+        outcome = attack.run(target, images.pixels(), images.labels, THREAT, draws)
+    finally:
+        contract.Search.outcome = ask  # type: ignore[method-assign]
     return {**kept, "returned": outcome.images}
 
 

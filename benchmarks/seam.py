@@ -3,10 +3,10 @@
 `python benchmarks/seam.py [--rounds 3] [--cluster]` makes a small project, and runs a training and
 a crafting stage bare (in one process, after its imports), in their own process (no workers), by
 workers of an embedded Ray, and, as root with `--cluster`, by as many as jobs on two nodes of this
-machine. The cost of a stage is the wall time of its command less that of the bare function. A
-step's cost is the slope between a short and a long adversarial training of the demo, as it stands.
-Also `dvc repro` of the demo with nothing to do, and what is uploaded for a stage whose inputs are
-in the store.
+machine. The cost of a stage is the wall time of its command less that of the bare function. What
+an epoch costs is the slope between a short and a long adversarial training of the demo. Also `dvc
+repro` of the demo with nothing to do, and what is uploaded for a stage whose inputs are in the
+store.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main() -> None:
     demo = project.copy_to(home / "demo")
     project.write_params(demo, project.base())
     stage(demo, "prepare_data", SPLITS, {})
-    steps(demo, given.rounds)
+    epochs(demo, given.rounds)
     repro(demo, given.rounds)
     subprocess.run(["rm", "-rf", str(home)], check=True)
 
@@ -115,18 +115,18 @@ def measure(
         )
 
 
-def steps(folder: Path, rounds: int) -> None:
-    """Print what a step of the demo's adversarial training costs, its states kept and reported."""
+def epochs(folder: Path, rounds: int) -> None:
+    """Print what an epoch of the demo's adversarial training costs, with its states kept."""
     robust = ["--name", "robust", *TRAIN[2:]]
     slopes: dict[str, list[float]] = {"bare": [], "no workers": [], "embedded": []}
     short, long = 5, 25
     for number in range(rounds):
         taken: dict[str, list[float]] = {name: [] for name in slopes}
-        for epochs in (short, long):
+        for count in (short, long):
             for name, seconds in taken.items():
                 params = project.base()
                 params["seed"] = number
-                params["classifiers"]["robust"]["training"]["epochs"] = epochs
+                params["classifiers"]["robust"]["training"]["epochs"] = count
                 params["resources"]["train"]["workers"] = int(name == "embedded")
                 project.write_params(folder, params)
                 forget(folder)
@@ -140,7 +140,7 @@ def steps(folder: Path, rounds: int) -> None:
     bare = statistics.median(slopes["bare"])
     print(f"an epoch of the demo's adversarial training: bare {1000 * bare:.0f} ms")
     for name in ("no workers", "embedded"):
-        ratios = [one / alone for one, alone in zip(slopes[name], slopes["bare"], strict=True)]
+        ratios = [one / least for one, least in zip(slopes[name], slopes["bare"], strict=True)]
         low, high = min(ratios), max(ratios)
         print(f"  {name}: x {statistics.median(ratios):.3f} [{low:.3f}-{high:.3f}]", flush=True)
 

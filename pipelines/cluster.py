@@ -340,13 +340,15 @@ def session(*shares: Share) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     variables = {name: os.environ.get(name) for name in SET}
     try:
-        with quiet():
-            if place.job():
-                _join(shares)
-            else:
-                _embed(shares)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            with quiet():
+                if place.job():
+                    _join(shares)
+                else:
+                    _embed(shares)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         yield
     finally:
         ray.shutdown()

@@ -114,12 +114,12 @@ def compose(profile: str, overrides: list[str]) -> str:
     kind = value["data"]["kind"]
     for change in changes:
         value = merge(value, change)
-    if value["data"]["kind"] not in (kind, *ANY):
-        value["published"] = {}
     try:
         Params.model_validate(value)
     except ValidationError as error:
         raise ConfigError(f"profile {profile}: {explain(error)}") from None
+    if value["data"]["kind"] not in (kind, *ANY) and not any("published" in c for c in changes):
+        value["published"] = {}
     return write_yaml(value)
 
 

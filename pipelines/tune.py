@@ -15,13 +15,14 @@ from typing import Any
 
 from rich.live import Live
 
-from components.attacks import Attack
+from components.attacks import AttackConfig
 from components.shards import write_bytes, write_json
 from pipelines import cluster, place, standings
 from pipelines.dials import Choice, Dial, Integer, LogUniform, Value, get, nest
 from pipelines.params import (
     Defended,
     Finetuned,
+    Name,
     Purifier,
     Resources,
     Scoring,
@@ -51,7 +52,7 @@ class TuneParams(ThreatView):
     students: dict[str, Student]
     atop: dict[str, Finetuned]
     defenses: dict[str, Defended]
-    attacks: dict[str, Attack]
+    attacks: dict[Name, AttackConfig]
     scoring: Scoring
     tracks = {
         **ThreatView.tracks,

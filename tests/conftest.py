@@ -1,5 +1,6 @@
 """What the component tests share: one thread, a small trained classifier, where test data lie."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -132,6 +133,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     home = Path(os.environ[HOME])
     folder = project.copy_to(home / "project")
     told = "dvc repro > ../printed.txt 2>&1; echo $? > ../code.part; mv ../code.part ../code"
+    (home / "printed.txt").touch()
     line = project.start(folder, "sh", "-c", told, **project.SECRETS)
     (home / "pid").write_text(str(line.pid))
 
@@ -141,7 +143,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         home = Path(os.environ.pop(HOME))
         if (home / "pid").exists() and not (home / "code").exists():
-            os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
+                # Else what is dying may yet write into what is being removed.
+                time.sleep(1)
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import fields
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from components.attacks import (
     violations,
 )
 from components.attacks.apgd import targeted_dlr
-from components.attacks.contract import Outcome, Search
+from components.attacks.contract import Outcome, Search, strongest
 from components.classifiers import Classifier
 from components.data import ImageSet
 from components.defense import Defense, Target, aim
@@ -399,6 +399,29 @@ def test_luck_is_not_strength(test_set: ImageSet) -> None:
         assert kept.float().mean() > 0.8
         # What is reported is a mean of fresh draws, not the luckiest.
         assert found.margin[kept].mean() == pytest.approx(-0.5, abs=0.4)
+
+
+def test_the_strongest_is_right_under_the_fewest_draws() -> None:
+    """By hand: three images for each of three rows, under four draws."""
+    table = torch.tensor([
+        # Right once of four, for all its mean; twice; thrice.
+        [[9.0, -1, -1, -1], [1, 1, -9, -9], [1, 1, 1, -9]],
+        # Right as often: the lower mean.
+        [[2.0, 2, -1, -1], [1, 1, -1, -1], [3, 3, -1, -1]],
+        # What is no number, or beyond all numbers, leaves no NaN behind.
+        [[torch.inf, torch.nan, -torch.inf, 1], [1, 1, 1, 1], [torch.inf] * 4],
+    ])  # fmt: skip
+    labels = torch.zeros(3, dtype=torch.int64)
+
+    class Asked:
+        def __call__(self, x: Tensor, draw: int) -> Tensor:
+            seen = table[torch.arange(3), x.flatten().long(), draw]
+            return functional.pad(seen[:, None], (0, 1))
+
+    candidates = torch.arange(3.0)[:, None, None, None, None].expand(3, 3, 1, 1, 1)
+    best, margins = strongest(cast(Target, Asked()), candidates, labels, range(4))
+    assert best.flatten().tolist() == [0, 1, 0]
+    assert margins[:2].tolist() == [1.5, 0.0] and margins.isfinite().all()
 
 
 @EVERY

@@ -2,15 +2,19 @@
 
 import importlib
 import inspect
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_type_hints
 
+import project
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.dials import get
+from pipelines.params import Params
 from pipelines.stage import code_of
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +69,21 @@ def test_a_command_fits_the_signature_it_calls(name: str) -> None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert set(options(name)) == keywords
+
+
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_what_a_stage_sees_is_what_its_job_sees(name: str) -> None:
+    """As JSON it is named by the key of the stage, and gets to the cluster."""
+    view = get_type_hints(importlib.import_module(f"pipelines.{name}").run)["params"]
+    document = project.tiny()
+    section = STAGES[name].get("foreach", "").strip("${}")
+    section = {"tuning.run": "tuning.studies"}.get(section, section)
+    params = Params.model_validate(document)
+    for instance in get(document, section) if section else [None]:
+        here = view.of(params, instance)
+        there = view.model_validate_json(json.dumps(here.model_dump(mode="json", by_alias=True)))
+        for field in view.model_fields:
+            assert getattr(there, field) == getattr(here, field), f"{instance}: {field}"
 
 
 @pytest.mark.parametrize("name", RAY_STAGES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
-from components.attacks.contract import L2, Attack, Linf, Outcome
+from components.attacks.contract import L2, Attack, Linf, Outcome, strongest
 from components.attacks.fab import FabT
 from components.attacks.square import Square
 from components.defense import Target
@@ -22,6 +22,8 @@ STEPS = 100
 TARGETS = 9
 QUERIES = 5000
 EOT = 20
+# The first draw that no part has used.
+UNSEEN = 10 * STEPS * EOT
 
 
 class AutoAttack(Attack):
@@ -52,7 +54,10 @@ class AutoAttack(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image of lowest margin; the iterations of all parts are added up."""
+        """Return the image of lowest margin; the iterations of all parts are added up.
+
+        Against a random defense, the stronger of the two that its parts found (`strongest`).
+        """
         if target.stochastic != (self.version == "rand"):
             kind, other = ("random", "rand") if target.stochastic else ("deterministic", "standard")
             raise ValueError(
@@ -60,10 +65,12 @@ class AutoAttack(Attack):
             )
         with torch.no_grad():
             classes = target(images, 0).shape[1]
+        if target.stochastic:
+            return self._rand(target, images, labels, threat, draws, classes)
         best, iterations = images.clone(), torch.zeros_like(labels)
         margins = torch.full((len(images),), torch.inf, device=images.device)
         for part in self.parts(classes):
-            rows = ((margins > 0) | target.stochastic).nonzero().squeeze(1)
+            rows = (margins > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
             found = part.run(target[rows], images[rows], labels[rows], threat, draws[rows])
@@ -71,6 +78,19 @@ class AutoAttack(Attack):
             lower = found.margin < margins[rows]
             best[rows[lower]], margins[rows[lower]] = found.images[lower], found.margin[lower]
         return Outcome(best, margins, iterations)
+
+    def _rand(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
+        classes: int,
+    ) -> Outcome:  # fmt: skip
+        found = [p.run(target, images, labels, threat, draws) for p in self.parts(classes)]
+        best, margins = strongest(
+            target,
+            torch.stack([each.images for each in found]),
+            labels,
+            range(UNSEEN, UNSEEN + EOT),
+        )
+        return Outcome(best, margins, torch.stack([each.iterations for each in found]).sum(0))
 
     def parts(self, classes: int) -> Sequence[Attack]:
         """Return the attacks in their order, against a classifier of so many classes."""

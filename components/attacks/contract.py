@@ -103,7 +103,10 @@ ASKED = (2, 16)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack found: images (N,C,H,W), the margin it saw there and iterations spent (N,)."""
+    """What an attack found: images (N,C,H,W), their margins and the iterations spent (N,).
+
+    Of a stochastic target the margin is a mean over draws.
+    """
 
     images: Tensor
     margin: Tensor
@@ -151,8 +154,8 @@ class Search:
     """The bookkeeping every iterative attack shares: rows still at work, best image of each.
 
     `rows` index the batch; all tensors handed in or out belong to those rows. The image of lowest
-    margin is kept, so more effort can never give a weaker result. With `drop`, rows leave once
-    they are fooled.
+    margin is kept, so against a deterministic target more effort can never give a weaker result.
+    With `drop`, rows leave once they are fooled.
 
     Against a stochastic target no row leaves, and the lowest margin of many looks is a lucky one:
     an early, weaker iterate beats the last by its noise alone. So the `HELD` images that looked
@@ -203,10 +206,12 @@ class Search:
     def outcome(self) -> Outcome:
         """Return what was found."""
         if self.finalists:
-            # A share of what the search has cost.
-            asked = min(max(self.looks * self.target.eot // 5, ASKED[0]), ASKED[1])
-            draws = range(self.looks * self.target.eot, self.looks * self.target.eot + asked)
-            self.best, self.margin = self.finalists.winner(self.target, self.labels, draws)
+            # A share of what the search has cost, and no less than a look of it.
+            spent, eot = self.looks * self.target.eot, self.target.eot
+            asked = max(eot, ASKED[0], min(spent // 5, ASKED[1]))
+            self.best, self.margin = strongest(
+                self.target, self.finalists.candidates(), self.labels, range(spent, spent + asked)
+            )
         return Outcome(self.best, self.margin, self.iterations)
 
     def _keep(self, x: Tensor, margin: Tensor) -> None:
@@ -231,24 +236,30 @@ class _Finalists:
     def enter(self, rows: Tensor, x: Tensor, margins: Tensor) -> None:
         """Let the images `x` of `rows` in, in place of the least of those that are there."""
         worst, place = self.margins[:, rows].max(0)
-        better = margins < worst
+        better, allowed = margins < worst, margins < torch.inf
         self.margins[place[better], rows[better]] = margins[better]
         self.images[place[better], rows[better]] = x[better]
-        self.last[rows] = x
+        self.last[rows[allowed]] = x[allowed]
 
-    def winner(self, target: Target, labels: Tensor, draws: range) -> tuple[Tensor, Tensor]:
-        """Return the image of each row that is right under the fewest draws, and its mean margin.
+    def candidates(self) -> Tensor:
+        """Return the images (`HELD` + 1, N, C, H, W)."""
+        return torch.cat([self.images, self.last[None]])
 
-        Of two that are right equally often it is the one of lower mean margin.
-        """
-        images = torch.cat([self.images, self.last[None]])
-        with torch.no_grad():
-            seen = [[margin(target(x, draw), labels) for x in images] for draw in draws]
-        margins = torch.stack([torch.stack(each, dim=1) for each in seen]).float()
-        margins = margins.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        means = margins.mean(0)
-        finite = means.clamp(-1e6, 1e6)
-        # Less than half a draw apart, however large the margins are.
-        best = ((margins > 0).sum(0) + 0.49 * finite / (1 + finite.abs())).argmin(1)
-        rows = torch.arange(len(labels), device=labels.device)
-        return images[best, rows], means[rows, best]
+
+def strongest(
+    target: Target, candidates: Tensor, labels: Tensor, draws: range
+) -> tuple[Tensor, Tensor]:
+    """Return of several images for each row (M,N,C,H,W) the strongest (N,C,H,W), and its margin.
+
+    All are asked under the same draws of the noise of the defense, which nothing has seen before.
+    The strongest is right under the fewest; of two that are right equally often it has the lower
+    mean margin. Logits that are NaN classify nothing.
+    """
+    with torch.no_grad():
+        asked = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
+    margins = torch.stack(asked).float().nan_to_num(-torch.inf).clamp(-1e6, 1e6)
+    means = margins.mean(0)
+    # The second counts less than half a draw, however large margins are.
+    best = ((margins > 0).sum(0) + 0.49 * means / (1 + means.abs())).argmin(0)
+    rows = torch.arange(len(labels), device=labels.device)
+    return candidates[best, rows], means[best, rows]

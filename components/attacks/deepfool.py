@@ -24,8 +24,8 @@ class DeepFool(Attack):
     """At most `steps` moves among the `classes` likeliest classes, the true one included.
 
     Against a stochastic target gradients and margins are means over `eot` draws, every image is
-    looked at in all steps, moves whenever it is found on the true side, and the image of lowest
-    mean margin counts.
+    looked at in all steps, moves whenever it is found on the true side, and the strongest of
+    several counts (`Search`), whether it fools more often than not or less.
     """
 
     bounded: ClassVar[bool] = False
@@ -60,6 +60,8 @@ class DeepFool(Attack):
             search.look(stretched.clamp(0, 1))
             x = x[search.alive()]
         found = search.outcome()
+        if target.stochastic:
+            return found
         fooled = found.margin <= 0
         nearest = torch.where(fooled[:, None, None, None], found.images, images)
         return Outcome(nearest, torch.where(fooled, found.margin, clean), found.iterations)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
+from components.attacks.contract import ASKED, L2, Attack, Linf, Outcome, Positive
 from components.attacks.gradient import Factor, cross_entropy
 from components.defense import Target
 from components.draws import Draws
@@ -41,15 +41,19 @@ class DetectorAware(Attack):
     ) -> Outcome:
         """Return per image what fools with the least suspicion, else what has the least margin."""
         looks = count()
-        # The same noise for all that is compared: else the luckiest would be kept.
-        first, second = next(looks), next(looks)
+        # All are compared under the same noise, which no gradient has seen: else the luckiest wins.
+        gradients = self.effort() * (1 if self.sees == "classifier" else 2)
+        judged = -(-ASKED[1] // target.eot) if target.stochastic else 1
+        first = range(gradients, gradients + judged)
+        second = range(first.stop, first.stop + judged)
         best, odd = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
         margins = odd.clone()
 
         def keep(x: Tensor) -> None:
             # NaN logits classify nothing, and count as fooled rather than as robust.
-            margin = target.look(x, labels, first).float().nan_to_num(-torch.inf)
-            suspicion = target.suspicion(x, second).float()
+            margin = torch.stack([target.look(x, labels, k) for k in first]).mean(0)
+            margin = margin.float().nan_to_num(-torch.inf)
+            suspicion = torch.stack([target.suspicion(x, k) for k in second]).mean(0).float()
             fools, fooled = margin <= 0, margins <= 0
             either = torch.where(fooled, suspicion < odd, True)
             better = torch.where(fools, either, ~fooled & (margin < margins))

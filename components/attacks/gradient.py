@@ -42,7 +42,7 @@ class Pgd(Attack):
 
     With `early_stop`, "fooled at any iterate" counts: fooled images are left alone and the iterate
     of lowest margin is returned. Without it the last iterate is, as training wants it. Against a
-    stochastic target it is the iterate of lowest mean margin either way.
+    stochastic target it is the strongest of several either way (`Search`).
     """
 
     stopping: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import project
 import pytest
-from faults.conftest import until
+from faults.conftest import below, until
 
 from cluster import stand
 from cluster.stand import Stand
@@ -164,6 +164,8 @@ def test_a_training_that_may_shrink_goes_on_with_the_worker_that_is_left(
     params["resources"]["train"] = {"workers": [1, 2], "cpus": 2, "gpus": 0}
     process, _ = begin(there, "0", epochs=400, params=params)
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
+    for node in ("worker0", "spare"):
+        assert below(there.processes[node].pid, "RayTrainWorker"), f"none at {node}"
     there.kill("spare")
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
