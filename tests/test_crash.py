@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "until", [["--until", "train_classifier@standard"], []], ids=["a training", "the whole line"]
+    "until",
+    [["--until", "train_classifier@standard"], pytest.param([], marks=pytest.mark.faults)],
+    ids=["a training", "the whole line"],
 )
 def test_killed_anywhere_the_line_ends_the_same(until: list[str]) -> None:
     done = subprocess.run(
