@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -743,4 +744,6 @@ def test_no_two_looks_share_their_noise(
     data = some(test_set, 6)
     target = aim(Defense(classifier, Listening()), "full", Draws(0, "attack", data.ids), 2)
     attack.run(target, data.pixels(), data.labels, threat, target.draws)
-    assert seen == list(range(len(seen)))
+    # Five images beside each other at the end of a search are asked under the same noise.
+    looks = [draw for draw, _ in groupby(seen)]
+    assert looks == list(range(len(looks)))

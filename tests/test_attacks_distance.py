@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -595,7 +595,8 @@ def test_random_answers_settle_nothing_at_the_first_look(
     crafted = craft(make(name, eot=3), defense, "full", data, LINF, 0, 20)
     assert crafted.success.sum() >= 10
     if name == "deepfool":
-        steps, forward, backward = 20, 3 * (1 + 2 * 20) + 1, 3 * 9 * 20
+        # In the end five images are asked again, under 16 draws.
+        steps, forward, backward = 20, 3 * (1 + 2 * 20) + 1 + 5 * 16, 3 * 9 * 20
     else:
         steps, forward, backward = 30, 3 * (1 + 2 * 30), 3 * 30
     assert crafted.iterations.tolist() == [steps] * 20
@@ -646,7 +647,7 @@ def test_what_is_not_a_number_stops_nothing(name: str, where: str) -> None:
         if where == "gradient":
             assert torch.equal(outcome.images, clean)
         else:
-            assert (outcome.margin == -torch.inf).all()
+            assert (outcome.margin <= -1e6).all()
         if where == "off the image":
             assert (outcome.images != clean).flatten(1).any(1).all()
 
@@ -740,7 +741,8 @@ def test_no_two_looks_share_their_noise_and_no_global_stream_is_touched(
     data, state = some(test_set, 6), torch.get_rng_state()
     pixels = data.images.clone()
     run(make(name), Defense(classifier, Listening()), data)
-    later = [draw for draw in seen if draw]
+    # Five images beside each other at the end of a search are asked under the same noise.
+    later = [draw for draw, _ in groupby(seen) if draw]
     assert len(later) == len(set(later)) == max(seen)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(data.images, pixels)
 

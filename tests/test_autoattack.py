@@ -15,6 +15,7 @@ from scipy.optimize import linprog, minimize
 from test_attacks import BALL, LINF, Constant, Linear, Noisy, ParityModel, Precise, distances
 from test_attacks import linear_task as roomy_task
 from torch import Tensor, nn
+from torch.nn import functional
 
 from components.attacks import L2, Attack, Crafted, Linf, autoattack, craft, fab
 from components.attacks.apgd import ApgdDlr, dlr
@@ -488,18 +489,37 @@ def test_no_part_is_run_once_all_is_fooled(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [list(range(5))]
 
 
-def test_against_a_random_defense_every_part_runs_on_every_image(
+def test_against_a_random_defense_every_part_runs_on_every_image_and_the_stronger_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whatever margins the parts claim: they saw them under noise of their own."""
     _, data = roomy_task(4, 5)
-    defense = Defense(Constant([1.0, 0.0, 0.0, 0.0]), Noisy()).freeze()
+    clean, fooled_by = data.pixels(), torch.tensor([2, 1, 1, 2, 1])
+
+    class Still(Noisy):
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            return x
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.somewhere = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            number = (1000 * (x - clean).amax((1, 2, 3))).round()
+            return functional.pad(torch.where(number == fooled_by, -1.0, 1.0)[:, None], (0, 3))
+
+    labels = torch.zeros_like(data.labels)
+    data = ImageSet(data.images, labels, data.ids, data.class_names)
     seen: list[list[int]] = []
-    margins = [dict.fromkeys(range(5), -1.0), {0: -2.0, 1: 0.5}]
+    margins = [{0: -9.0, 3: -9.0}, {1: -9.0, 2: -9.0, 4: -9.0}]
     monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
+    defense = Defense(Told(), Still()).freeze()
     crafted = craft(RAND, defense, "full", data, LINF, 0, 5)
-    assert seen == [list(range(5))] * 2
-    shifts = 1000 * (crafted.images - data.pixels()).amax((1, 2, 3))
-    assert shifts.tolist() == pytest.approx([2, 1, 1, 1, 1], abs=1e-3)
+    assert seen == [data.ids.tolist()] * 2
+    shifts = 1000 * (crafted.images - clean).amax((1, 2, 3))
+    assert shifts.tolist() == pytest.approx(fooled_by.tolist(), abs=1e-2)
+    assert crafted.iterations.tolist() == [110] * 5
 
 
 @pytest.mark.usefixtures("shortened")

@@ -105,7 +105,7 @@ def test_equal_seeds_give_equal_bytes_unless_noise_is_global(bench: Bench) -> No
 
 
 def test_more_draws_that_fool_more_are_found(noisy: Bench) -> None:
-    assert trials.eot_enough(noisy, 8).passed
+    assert trials.eot_enough(noisy, 16).passed
 
     class Starved(Bench):
         def run(self, attack: Attack, mode: Mode, threat: Linf, seed: int) -> Tensor:  # type: ignore[override]
