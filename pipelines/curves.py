@@ -106,8 +106,8 @@ def over_rejected(name: str, attacks: Mapping[str, Any], hues: Sequence[str]) ->
         )
         for attack, seen in attacks.items()
     ]
-    ticks = [(part / 4, f"{25 * part} %") for part in range(5)]
-    return Chart(f"{name}: attacked images rejected", "clean images rejected", ticks, lines)
+    ticks = [(part / 4, f"{25 * part}") for part in range(5)]
+    return Chart(f"{name}: attacked images rejected", "clean images rejected, %", ticks, lines)
 
 
 def decades(most: int) -> Sequence[int]:
