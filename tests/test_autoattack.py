@@ -518,7 +518,7 @@ def test_against_a_random_defense_every_part_runs_on_every_image_and_the_stronge
     crafted = craft(RAND, defense, "full", data, LINF, 0, 5)
     assert seen == [data.ids.tolist()] * 2
     shifts = 1000 * (crafted.images - clean).amax((1, 2, 3))
-    assert shifts.tolist() == pytest.approx(fooled_by.tolist(), abs=1e-2)
+    assert shifts.tolist() == pytest.approx(fooled_by.tolist(), abs=1e-3)
     assert crafted.iterations.tolist() == [110] * 5
 
 

@@ -253,13 +253,14 @@ def strongest(
 
     All are asked under the same draws of the noise of the defense, which nothing has seen before.
     The strongest is right under the fewest; of two that are right equally often it has the lower
-    mean margin. Logits that are NaN classify nothing.
+    mean margin. Logits that are NaN classify nothing: minus infinity, as in a search.
     """
     with torch.no_grad():
         asked = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
-    margins = torch.stack(asked).float().nan_to_num(-torch.inf).clamp(-1e6, 1e6)
+    margins = torch.stack(asked).float().nan_to_num(-torch.inf).clamp(max=1e6)
     means = margins.mean(0)
+    finite = means.clamp(min=-1e6)
     # The second counts less than half a draw, however large margins are.
-    best = ((margins > 0).sum(0) + 0.49 * means / (1 + means.abs())).argmin(0)
+    best = ((margins > 0).sum(0) + 0.49 * finite / (1 + finite.abs())).argmin(0)
     rows = torch.arange(len(labels), device=labels.device)
     return candidates[best, rows], means[best, rows]
