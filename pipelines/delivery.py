@@ -2,27 +2,31 @@
 
 MLflow takes two seconds of a processor to be imported and to open its store; here they pass beside
 the stage and not in its way. Events come as lines of JSON on the standard input. Where something
-was not delivered, the exit code is 1 and the last line printed says why.
+was not delivered, the exit code is 1 and the last line printed says why; the events of a stage that
+was killed, which can keep them no more, are kept here (`spool`).
 """
 
+import contextlib
 import json
+import os
 import queue
-import signal
 import sys
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipelines import registry
-from pipelines.place import ROOT, lock
+from components.shards import sha256
+from pipelines import registry, spool
 from pipelines.registry import Registration
+from pipelines.spool import Event
 
-Event = dict[str, Any]
 # Else the UI takes our models for agents, and shows no metrics of them.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
+# The tag that says which telling made a run.
+TOLD = "limpid.told"
 # How long this process may outlive a stage that was killed.
 ALONE_S = 10
 
@@ -30,40 +34,59 @@ ALONE_S = 10
 def main() -> None:
     """Deliver what was left by other stages, then what comes in, to its end."""
     incoming: queue.Queue[Event | None] = queue.Queue()
-    threading.Thread(target=_read, args=(incoming,), daemon=True).start()
+    problems: list[str] = []
+    thread = threading.Thread(target=_deliver, args=(incoming, problems), daemon=True)
+    thread.start()
+    told: list[Event] = []
+    for event in _lines():
+        told.append(event)
+        incoming.put(event)
+    killed = bool(told) and told[-1]["event"] != "end"
+    if killed:
+        told.append({"event": "end", "status": "KILLED", "time": spool.now()})
+        incoming.put(told[-1])
+    incoming.put(None)
+    thread.join(ALONE_S if killed else None)
+    if killed and (problems or thread.is_alive()):
+        spool.keep([event for event in told if event["event"] != "register"])
+    for problem in problems:
+        with contextlib.suppress(BrokenPipeError):
+            print(problem, flush=True)
+    # At once: the thread may still be on its way.
+    os._exit(1 if problems else 0)
+
+
+def _lines() -> Iterator[Event]:
+    """Yield the events of a stage, up to its end, or to the word at which it was killed."""
+    with contextlib.suppress(ValueError):
+        for line in sys.stdin:
+            yield json.loads(line)
+
+
+def _deliver(incoming: "queue.Queue[Event | None]", problems: list[str]) -> None:
     try:
         client = registry.connect()
-        _deliver_spooled(client)
+        for events in spool.taken():
+            runs = _Runs(client, again=True)
+            for event in events:
+                runs.apply(event)
         runs = _Runs(client)
         for event in iter(incoming.get, None):
             runs.apply(event)
     except Exception as error:  # Whatever the store, or the way to it, may fail with.
-        print(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        sys.exit(1)
-
-
-def _read(incoming: "queue.Queue[Event | None]") -> None:
-    """Queue events up to the end; that of a stage that was killed is that it was killed."""
-    last = ""
-    for line in sys.stdin:
-        try:
-            event: Event = json.loads(line)
-        except ValueError:  # Killed in the middle of a word.
-            break
-        last = event["event"]
-        incoming.put(event)
-    if last and last != "end":
-        signal.alarm(ALONE_S)
-        incoming.put({"event": "end", "status": "KILLED", "time": int(time.time() * 1000)})
-    incoming.put(None)
+        problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 class _Runs:
-    """The runs of one stage in the store: its own, and those nested in it by name."""
+    """The runs of one stage in the store: its own, and those nested in it by name.
 
-    def __init__(self, client: Any) -> None:
+    What is told `again` goes on with the runs that the first time made before it failed.
+    """
+
+    def __init__(self, client: Any, again: bool = False) -> None:
         self.client = client
-        self.experiment = self.run = ""
+        self.again = again
+        self.experiment = self.run = self.id = ""
         self.tags: Mapping[str, str] = {}
         self.nested: dict[str, str] = {}
 
@@ -77,7 +100,10 @@ class _Runs:
             case "nested":
                 self._metrics(self.inner(event["name"], event["params"]), event)
             case "artifact":
-                self.client.log_artifact(self.run, event["path"])
+                path = Path(event["path"])
+                # What is told late may have changed, and is no file of this run then.
+                if path.is_file() and sha256(path) == event["sha256"]:
+                    self.client.log_artifact(self.run, str(path))
             case "register":
                 one = TypeAdapter(Registration).validate_python(event["registration"])
                 run = self.inner(one.name, event["params"])
@@ -90,8 +116,7 @@ class _Runs:
         """Return the nested run of this name, started where it is new."""
         if name not in self.nested:
             tags = {**self.tags, "mlflow.parentRunId": self.run}
-            created = self.client.create_run(self.experiment, tags=tags, run_name=name)
-            self.nested[name] = str(created.info.run_id)
+            self.nested[name] = self._made(f"{self.id}/{name}", tags=tags, run_name=name)
             self._params(self.nested[name], params)
         return self.nested[name]
 
@@ -102,12 +127,19 @@ class _Runs:
             if known
             else self.client.create_experiment(event["experiment"], tags=KIND)
         )
-        self.tags = event["tags"]
-        created = self.client.create_run(
-            self.experiment, start_time=event["time"], tags=self.tags, run_name=event["stage"]
-        )
-        self.run = str(created.info.run_id)
+        self.tags, self.id = event["tags"], event["id"]
+        about = {"start_time": event["time"], "tags": self.tags, "run_name": event["stage"]}
+        self.run = self._made(self.id, **about)
         self._params(self.run, event["params"])
+
+    def _made(self, identity: str, tags: Mapping[str, str], **about: Any) -> str:
+        """Return a new run's name in the store, or that of the one made for this before."""
+        if self.again:
+            known = self.client.search_runs([self.experiment], f"tags.`{TOLD}` = '{identity}'")
+            if known:
+                return str(known[0].info.run_id)
+        created = self.client.create_run(self.experiment, tags={**tags, TOLD: identity}, **about)
+        return str(created.info.run_id)
 
     def _params(self, run: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -125,15 +157,6 @@ class _Runs:
                 for name, value in event["metrics"].items()
             ],
         )
-
-
-def _deliver_spooled(client: Any) -> None:
-    with lock("spool"):
-        for path in sorted((ROOT / "spool").glob("*.jsonl")):
-            runs = _Runs(client)
-            for line in path.read_text().splitlines():
-                runs.apply(json.loads(line))
-            path.unlink()
 
 
 if __name__ == "__main__":

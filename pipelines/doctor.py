@@ -12,6 +12,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipelines import spool
 from pipelines.place import ROOT
 
 LOCK, RWLOCK, DATABASE = Path("dvc.lock"), Path(".dvc/tmp/rwlock"), Path("mlflow.db")
@@ -104,9 +105,9 @@ def _kept() -> Iterator[str]:
     """What waits to be gone on with, and what waits for MLflow."""
     for path in sorted((ROOT / "work").glob("*")):
         yield f"{path} holds {_megabytes(path)} of a stage, from which it may go on"
-    spooled = len(list((ROOT / "spool").glob("*.jsonl")))
-    if spooled:
-        yield f"{spooled} runs wait for MLflow in {ROOT / 'spool'}; the next stage delivers them"
+    untold = len(spool.waiting())
+    if untold:
+        yield f"{untold} runs wait for MLflow in {ROOT / 'spool'}; the next stage delivers them"
     sets = ROOT / "sets"
     if sets.exists():
         yield f"{sets} holds {_megabytes(sets)} of crafted parts that may be used again"

@@ -54,7 +54,7 @@ def _stage(name: str) -> Any:
 
 
 def _send(stage: Any) -> None:
-    arguments = shlex.split(stage.cmd)
+    arguments = shlex.split(stage.cmd.removeprefix("exec "))
     root = os.environ[place.STORAGE].rstrip("/")
     outs = {str(out) for out in stage.outs}
     shown = []

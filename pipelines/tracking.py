@@ -1,8 +1,8 @@
 """Runs in MLflow: one per stage, with nested ones, told by a process beside it (`delivery`).
 
 Nothing here can fail a stage or hold it up for long: events wait in a queue, a thread feeds them to
-the process, and what that cannot deliver within `PATIENCE_S` after the stage is done goes to a
-spool file that the next stage tries again.
+the process, and what that cannot deliver within `PATIENCE_S` after the stage is done is kept, for
+the next stage to try again (`spool`).
 """
 
 import contextlib
@@ -12,19 +12,22 @@ import queue
 import subprocess
 import sys
 import threading
-import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from components.shards import write_bytes
+from components.shards import sha256
+from pipelines import spool
 from pipelines.place import ROOT
 from pipelines.registry import Registration, tracking_uri
+from pipelines.spool import Event, now
 
 PATIENCE_S = 10.0
-Event = dict[str, Any]
+# Of a stage that failed or was interrupted, which should soon be gone.
+HASTE_S = 4.0
 
 
 class Tracker:
@@ -42,12 +45,12 @@ class Tracker:
         self.thread = threading.Thread(target=self._feed, daemon=True)
         self.thread.start()
         tags = {**_provenance(), "dvc.stage": stage, "limpid.key": key}
-        about = {"stage": stage, "experiment": experiment, "tags": tags}
-        self._put({"event": "start", **about, "params": dict(flat(params)), "time": _now()})
+        about = {"stage": stage, "experiment": experiment, "tags": tags, "id": uuid.uuid4().hex}
+        self._put({"event": "start", **about, "params": dict(flat(params)), "time": now()})
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log figures at a step (an epoch)."""
-        self._put({"event": "metrics", "step": step, "metrics": dict(metrics), "time": _now()})
+        self._put({"event": "metrics", "step": step, "metrics": dict(metrics), "time": now()})
 
     def results(self, metrics: Mapping[str, Any]) -> None:
         """Log the numbers among what a stage ends with, beside the figures on its way."""
@@ -57,14 +60,14 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Log a file."""
-        self._put({"event": "artifact", "path": str(path.absolute())})
+        self._put({"event": "artifact", "path": str(path.absolute()), "sha256": sha256(path)})
 
     def nested(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
         """Log figures of a part of this stage, as a trial of a search, in a run of its own."""
         inner = {"event": "nested", "name": name, "params": dict(flat(params))}
-        self._put({**inner, "metrics": dict(metrics), "step": step, "time": _now()})
+        self._put({**inner, "metrics": dict(metrics), "step": step, "time": now()})
 
     def finish(self, status: str, registrations: Sequence[Registration] = ()) -> str:
         """End the run, register defenses, and return a sentence if something was not delivered."""
@@ -73,9 +76,10 @@ class Tracker:
             told = TypeAdapter(Registration).dump_python(one, mode="json")
             params = dict(flat(one.params))
             self.queue.put({"event": "register", "registration": told, "params": params})
-        self._put({"event": "end", "status": status, "time": _now()})
+        self._put({"event": "end", "status": status, "time": now()})
         self.queue.put(None)
-        patience = PATIENCE_S + 10 * len(registrations)
+        patience = PATIENCE_S if status == "FINISHED" else HASTE_S
+        patience += 10 * len(registrations)
         try:
             self.thread.join(patience)
         except BaseException:
@@ -92,7 +96,7 @@ class Tracker:
 
     def _keep(self) -> None:
         self.process.kill()
-        _spool(self.events)
+        spool.keep(self.events)
 
     def _put(self, event: Event) -> None:
         self.events.append(event)
@@ -116,11 +120,6 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _spool(events: Sequence[Event]) -> None:
-    path = ROOT / "spool" / f"{events[0]['time']}-{os.getpid()}.jsonl"
-    write_bytes(path, "".join(json.dumps(event) + "\n" for event in events).encode())
-
-
 def _provenance() -> dict[str, str]:
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
@@ -139,7 +138,3 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from flat(part, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", str(part)[:500]
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

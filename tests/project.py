@@ -140,7 +140,10 @@ def start(
     # An installed Limpid must not stand in for the copy under test.
     # And a store that another test opened must not get its runs.
     inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    environment = {**inherited, "PATH": path, "PYTHONPATH": str(folder), **environment}
+    # A plain shell stays between DVC and what it starts, unless that is told to take its place.
+    environment = {
+        **inherited, "PATH": path, "PYTHONPATH": str(folder), "SHELL": "/bin/sh", **environment
+    }  # fmt: skip
     return subprocess.Popen(
         command,
         cwd=folder,

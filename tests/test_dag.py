@@ -31,10 +31,10 @@ def definition(name: str) -> dict:
 
 def options(name: str) -> dict[str, str]:
     words = definition(name)["cmd"].split()
-    assert words[:3] == ["python", "-m", f"pipelines.{name}"]
+    assert words[:4] == ["exec", "python", "-m", f"pipelines.{name}"]
     return {
         k.removeprefix("--").replace("-", "_"): v
-        for k, v in zip(words[3::2], words[4::2], strict=True)
+        for k, v in zip(words[4::2], words[5::2], strict=True)
     }
 
 

@@ -71,6 +71,8 @@ def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
     # At once, while the stage of the other is still ending.
     code, printed = project.run(folder, *command)
     assert code == 0, printed
+    ended, _ = process.communicate(timeout=60)
+    assert "goes on from where it was" in ended and "done in" not in ended, ended
     assert not any(psutil.pid_exists(stage.pid) and stage.is_running() for stage in stages)
     assert sha256(folder / "models/standard/weights.safetensors") == sha256(undisturbed)
 
