@@ -4,14 +4,16 @@
 a crafting stage bare (in one process, after its imports), in their own process (no workers), by
 workers of an embedded Ray, and, as root with `--cluster`, by as many as jobs on two nodes of this
 machine. The cost of a stage is the wall time of its command less that of the bare function. What
-an epoch costs is the slope between a short and a long adversarial training of the demo. Also `dvc
-repro` of the demo with nothing to do, and what is uploaded for a stage whose inputs are in the
-store.
+an epoch costs is measured by the demo's adversarial training. Also `dvc repro` of the demo with
+nothing to do, and what is uploaded for a stage whose inputs are in the store.
 """
 
 import argparse
 import contextlib
+import itertools
+import json
 import re
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ SPLITS = [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
 TRAIN = ["--name", "standard", "--train", "data/train", "--val", "data/val"]
 CRAFT = ["--train", "data/train", "--classifier", "models/standard"]
 BARE = """
-import sys, time, importlib
+import json, sys, time, importlib
 from pathlib import Path
 from pipelines import cluster, crafting, jobs, params, place
 from pipelines.context import Context
@@ -46,7 +48,7 @@ def train(setup, arguments, out, resume, share, seen):
     from components.training import fit
     for epoch in fit(job.model, job.objective, job.data, job.attacked, job.training, job.seed,
                      job.validate, None):
-        pass
+        ended.append(time.perf_counter())
     return epoch.metrics
 
 def map_shards(function, tasks, share, done, waiting):
@@ -57,10 +59,12 @@ torch.set_num_threads(1)
 cluster.train, cluster.map_shards = train, map_shards
 work = Path(".limpid/bare")
 context = Context(Emitter(), Emitter(), everything.resources, work, lambda *_: None)
+ended = []
 began = time.perf_counter()
 module.run(view, context, **options)
-print(time.perf_counter() - began)
+print(json.dumps([time.perf_counter() - began, ended]))
 """
+EPOCHS = 15
 
 
 def main() -> None:
@@ -102,7 +106,7 @@ def measure(
     bares = []
     for number in range(rounds):
         fresh(folder, number)
-        bare = alone(folder, kind, words)
+        bare, _ = alone(folder, kind, words)
         bares.append(bare)
         for name, (workers, environment) in places.items():
             fresh(folder, number, workers)
@@ -116,33 +120,47 @@ def measure(
 
 
 def epochs(folder: Path, rounds: int) -> None:
-    """Print what an epoch of the demo's adversarial training costs, with its states kept."""
+    """Print what an epoch of the demo's adversarial training costs, with its states kept.
+
+    An epoch takes the time between two reports, the median of which is taken of a training.
+    """
     robust = ["--name", "robust", *TRAIN[2:]]
-    slopes: dict[str, list[float]] = {"bare": [], "no workers": [], "embedded": []}
-    short, long = 5, 25
+    ratios: dict[str, list[float]] = {"no workers": [], "embedded": []}
+    bares = []
     for number in range(rounds):
-        taken: dict[str, list[float]] = {name: [] for name in slopes}
-        for count in (short, long):
-            for name, seconds in taken.items():
-                params = project.base()
-                params["seed"] = number
-                params["classifiers"]["robust"]["training"]["epochs"] = count
-                params["resources"]["train"]["workers"] = int(name == "embedded")
-                project.write_params(folder, params)
-                forget(folder)
-                seconds.append(
-                    alone(folder, "train_classifier", robust)
-                    if name == "bare"
-                    else stage(folder, "train_classifier", [*robust, "--out", "out"], {})
-                )
-        for name, (less, more) in taken.items():
-            slopes[name].append((more - less) / (long - short))
-    bare = statistics.median(slopes["bare"])
-    print(f"an epoch of the demo's adversarial training: bare {1000 * bare:.0f} ms")
-    for name in ("no workers", "embedded"):
-        ratios = [one / least for one, least in zip(slopes[name], slopes["bare"], strict=True)]
-        low, high = min(ratios), max(ratios)
-        print(f"  {name}: x {statistics.median(ratios):.3f} [{low:.3f}-{high:.3f}]", flush=True)
+        params = project.base()
+        params["seed"] = number
+        params["classifiers"]["robust"]["training"]["epochs"] = EPOCHS
+        project.write_params(folder, params)
+        forget(folder)
+        bares.append(spacing(alone(folder, "train_classifier", robust)[1]))
+        for workers, name in enumerate(ratios):
+            params["resources"]["train"]["workers"] = workers
+            project.write_params(folder, params)
+            forget(folder)
+            stage(folder, "train_classifier", [*robust, "--out", "out"], {})
+            ratios[name].append(spacing(told(folder)) / bares[-1])
+    bare = 1000 * statistics.median(bares)
+    print(f"an epoch of the demo's adversarial training: bare {bare:.0f} ms")
+    for name, found in ratios.items():
+        low, high = min(found), max(found)
+        print(f"  {name}: x {statistics.median(found):.3f} [{low:.3f}-{high:.3f}]", flush=True)
+
+
+def told(folder: Path) -> list[float]:
+    """Return the seconds at which the epochs of the last training were reported."""
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        found = database.execute(
+            "select timestamp from metrics where key = 'loss' and run_uuid = "
+            "(select run_uuid from runs order by start_time desc limit 1) order by step"
+        ).fetchall()
+    assert len(found) == EPOCHS, found
+    return [milliseconds / 1000 for (milliseconds,) in found]
+
+
+def spacing(times: list[float]) -> float:
+    """Return the median of the seconds between two."""
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
 def repro(folder: Path, rounds: int) -> None:
@@ -191,12 +209,13 @@ def forget(folder: Path) -> None:
     subprocess.run(["rm", "-rf", *(str(folder / name) for name in ("out", ".limpid"))], check=True)
 
 
-def alone(folder: Path, kind: str, words: list[str]) -> float:
-    """Return the seconds of the bare function."""
+def alone(folder: Path, kind: str, words: list[str]) -> tuple[float, list[float]]:
+    """Return the seconds of the bare function, and when its epochs ended."""
     done, printed = project.run(folder, sys.executable, "-c", BARE, kind, *words, "--out", "out")
     if done:
         raise SystemExit(printed[-2000:])
-    return float(printed.splitlines()[-1])
+    seconds, ended = json.loads(printed.splitlines()[-1])
+    return seconds, ended
 
 
 def stage(folder: Path, kind: str, words: list[str], environment: dict[str, str]) -> float:
