@@ -11,7 +11,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,8 +174,13 @@ def save_state(folder: Path, epoch: int, packed: bytes) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def latest_state(folder: Path) -> dict[str, Any] | None:
-    """Return the newest stored state that is whole, or None; damaged ones are passed over."""
+def latest_state(
+    folder: Path, passed_over: Callable[[Path], None] = lambda _: None
+) -> dict[str, Any] | None:
+    """Return the newest stored state that is whole, or None.
+
+    Damaged ones are passed over, and named; of one without its manifest the writing was broken off.
+    """
     for path in sorted(folder.glob("epoch-*"), reverse=True):
         try:
             digest = json.loads((path / MANIFEST).read_bytes())["sha256"]
@@ -183,7 +188,9 @@ def latest_state(folder: Path) -> dict[str, Any] | None:
                 state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
                 return state
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
-            continue
+            pass
+        if (path / MANIFEST).exists():
+            passed_over(path)
     return None
 
 

@@ -41,8 +41,9 @@ STATES, NOTES = "states", "notes"
 HISTORY = "history.jsonl"
 FAILURE = "failure.json"
 # How long a cluster may lack the resources a task needs, as when a node has gone.
-WAIT_S = 300.0
-LOOK_S = 10.0
+WAIT = "LIMPID_WAIT_S"
+WAIT_S = float(os.environ.get(WAIT, 300))
+LOOK_S = 5.0
 # A worker that dies is replaced this often; a mistake of the user is not tried again.
 MAX_FAILURES = 3
 MISTAKES: dict[str, type[Exception]] = {
@@ -59,7 +60,7 @@ SET = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_OVERRIDE_JOB_RUNTIME_ENV")
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
 CARRIED = (
     place.JOB, place.STORAGE, place.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
-    "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", AUTOSCALES,
+    "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", AUTOSCALES, WAIT,
 )  # fmt: skip
 
 
@@ -91,13 +92,15 @@ def train(
     resume: Path,
     share: TrainShare,
     seen: EpochSeen,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Train what `setup(**arguments, device=...)` describes into the folder `out`.
 
     By workers of Ray Train; for none in this process, or in a job as one task on a node that may
     work. `setup` runs in each and must be importable by name. Training goes on from the newest
     whole state under `resume`, which must be named by everything the result depends on; `seen` is
-    called with every epoch as it ends. Returns the metrics of the last epoch.
+    called with every epoch as it ends, `say` with what else a person should know. Returns the
+    metrics of the last epoch. Raises ConnectionError when a cluster has too little left for long.
     """
     notes = resume.absolute() / NOTES
     place.forget(notes)
@@ -111,13 +114,14 @@ def train(
         "device": share.device,
     }
     inside = _started()
-    with session(share), _tail(notes / HISTORY, seen), quiet():
+    patience = _Patience(share, share.least, say)
+    with session(share), _tail(notes / HISTORY, seen, say), quiet():
         if share.most > 0:
-            _train(config, share)
+            _train(config, share, patience.look)
         elif place.job() and not inside:
             # The node that leads a cluster is for leading.
             task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
-            apart(lambda: _result(task))
+            apart(lambda: _result(task), patience.look)
         else:
             _loop(config, True, _unheard)
     if place.see(notes / FAILURE):
@@ -132,7 +136,7 @@ def _unheard(metrics: Mapping[str, float]) -> None:
     """Report to nobody."""
 
 
-def _train(config: dict[str, Any], share: TrainShare) -> None:
+def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], None]) -> None:
     """Let Ray Train call `_worker` in as many processes."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -155,7 +159,7 @@ def _train(config: dict[str, Any], share: TrainShare) -> None:
         ),
     )
     try:
-        apart(trainer.fit)
+        apart(trainer.fit, meanwhile)
     except Exception as error:
         if torch.OutOfMemoryError.__name__ in str(error):
             raise MemoryError(OUT_OF_MEMORY) from None
@@ -203,9 +207,10 @@ def map_shards(
         return []
     if not share.workers and not place.job():
         return _in_turn(function, tasks, share, done)
+    patience = _Patience(share, 1, waiting)
     with session(share):
         # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = apart(lambda: _map(function, tasks, share, done, waiting))
+        results: list[Any] = apart(lambda: _map(function, tasks, share, done), patience.look)
     return results
 
 
@@ -227,28 +232,17 @@ def _map(
     tasks: Sequence[Mapping[str, Any]],
     share: Share,
     done: Callable[[int, int], None],
-    waiting: Callable[[str], None],
 ) -> list[Any]:
     import ray
 
     waits = list(enumerate(tasks))[::-1]
     pending: dict[Any, int] = {}
     results: list[Any] = [None] * len(tasks)
-    lacking_since: float | None = None
     while waits or pending:
         while waits and len(pending) < max(share.workers, 1):
             index, task = waits.pop()
             pending[_task(share, function, {**task, "device": share.device})] = index
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK_S)
-        if not ready:
-            lacking = _lacking(share, 1, _nodes())
-            lacking_since = (lacking_since or time.monotonic()) if lacking else None
-            waited = time.monotonic() - (lacking_since or time.monotonic())
-            if waited > WAIT_S and AUTOSCALES not in os.environ:
-                raise ConnectionError(f"gave up after {WAIT_S:.0f} s: {lacking}")
-            if lacking:
-                waiting(f"waiting for a node: {lacking} ({waited:.0f} s)")
-            continue
+        ready, _ = ray.wait(list(pending), num_returns=1)
         results[pending.pop(ready[0])] = _result(ready[0])
         done(len(tasks) - len(waits) - len(pending), len(tasks))
     return results
@@ -291,6 +285,31 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         return function(**arguments)
     except torch.OutOfMemoryError:
         raise MemoryError(OUT_OF_MEMORY) from None
+
+
+class _Patience:
+    """Looks, while something waits for nodes of a cluster, whether they can come to hold it."""
+
+    def __init__(self, share: Share, workers: int, say: Callable[[str], None]) -> None:
+        self.share, self.workers, self.say = share, max(workers, 1), say
+        self.looked = time.monotonic()
+        self.lacking_since: float | None = None
+
+    def look(self) -> None:
+        """Say what living nodes lack now; ConnectionError where they have lacked it for long."""
+        now = time.monotonic()
+        if not place.job() or now - self.looked < LOOK_S:
+            return
+        self.looked = now
+        lacking = _lacking(self.share, self.workers, _nodes())
+        if not lacking:
+            self.lacking_since = None
+            return
+        self.lacking_since = self.lacking_since or now
+        waited = now - self.lacking_since
+        if waited > WAIT_S and AUTOSCALES not in os.environ:
+            raise ConnectionError(f"gave up after {waited:.0f} s: {lacking}")
+        self.say(f"waiting for a node: {lacking} ({waited:.0f} s)")
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -417,8 +436,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
-    """Follow the file in which the first worker notes every epoch, and pass each on."""
+def _tail(path: Path, seen: EpochSeen, say: Callable[[str], None]) -> Iterator[None]:
+    """Follow the file in which the first worker notes what it does, and pass that on."""
     stop = threading.Event()
 
     def follow() -> None:
@@ -430,7 +449,10 @@ def _tail(path: Path, seen: EpochSeen) -> Iterator[None]:
                 if line.endswith("\n"):
                     read += 1
                     entry = json.loads(line)
-                    seen(entry.pop("epoch"), entry)
+                    if "said" in entry:
+                        say(entry["said"])
+                    else:
+                        seen(entry.pop("epoch"), entry)
             if ending:
                 return
             stop.wait(1.0 if place.job() else 0.2)
@@ -459,7 +481,8 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
     torch.set_num_threads(config["threads"])
     try:
         job: Job = config["setup"](**config["arguments"], device=config["device"])
-        state = _resumable(states, first)
+        damaged: list[Path] = []
+        state = _resumable(states, first, damaged.append)
         history: list[dict[str, float]] = list(state["history"]) if state else []
         epochs = fit(
             job.model, job.objective, job.data, job.attacked, job.training, job.seed,
@@ -467,7 +490,8 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
         )  # fmt: skip
         # A state is written, and brought to the store of a cluster, while the next epoch runs.
         with ThreadPoolExecutor(max_workers=1) as beside:
-            kept = beside.submit(_note, notes, history[:], 0) if first else None
+            known = [*_resumed(damaged, len(history)), *_epochs(history, 0)]
+            kept = beside.submit(_note, notes, known) if first else None
             for epoch in epochs:
                 history.append(epoch.metrics)
                 if kept is not None:
@@ -493,27 +517,41 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
         _fail(notes, "MemoryError", OUT_OF_MEMORY)
 
 
-def _resumable(states: Path, first: bool) -> dict[str, Any] | None:
+def _resumable(
+    states: Path, first: bool, passed_over: Callable[[Path], None]
+) -> dict[str, Any] | None:
     """Return the newest whole state; the first worker, which writes them, has them all here."""
     if first or not place.job():
         place.see_folder(states)
-        return latest_state(states)
+        return latest_state(states, passed_over)
     with tempfile.TemporaryDirectory() as folder:
         place.see_folder(states, Path(folder))
-        return latest_state(Path(folder))
+        return latest_state(Path(folder), passed_over)
+
+
+def _resumed(damaged: Sequence[Path], done: int) -> Iterator[dict[str, str]]:
+    """Yield what a person should know of how a training goes on."""
+    for path in damaged:
+        yield {"said": f"{path} is damaged and was passed over"}
+    if done:
+        yield {"said": f"goes on after epoch {done}"}
 
 
 def _keep(resume: Path, index: int, packed: bytes, metrics: Mapping[str, float]) -> None:
     save_state(resume / STATES, index, packed)
     place.share(resume / STATES)
-    _note(resume / NOTES, [metrics], index)
+    _note(resume / NOTES, _epochs([metrics], index))
 
 
-def _note(notes: Path, entries: Sequence[Mapping[str, float]], start: int) -> None:
+def _epochs(history: Sequence[Mapping[str, float]], start: int) -> list[dict[str, Any]]:
+    return [{"epoch": index, **metrics} for index, metrics in enumerate(history, start)]
+
+
+def _note(notes: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     notes.mkdir(parents=True, exist_ok=True)
     with (notes / HISTORY).open("a") as file:
-        for index, metrics in enumerate(entries, start):
-            file.write(json.dumps({"epoch": index, **metrics}) + "\n")
+        for entry in entries:
+            file.write(json.dumps(entry) + "\n")
     place.share(notes)
 
 

@@ -72,7 +72,7 @@ def train(
     recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
     return cluster.train(
         build_job, {"recipe": recipe}, out, context.work, context.resources.train,
-        context.epoch(section.training.epochs),
+        context.epoch(section.training.epochs), context.watch.say,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ def _inside() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def run(name: str, spec: Spec, listener: Listener) -> Result:
-    """Have a cluster do what `spec` says, under the name of its key, unless it has been done.
+def run(name: str, resources: Resources, sent: Callable[[], Spec], listener: Listener) -> Result:
+    """Have a cluster do a stage, under the name of its key, unless it has been done.
 
-    Raises Failed with the exit code and sentence of the stage, ConnectionError when the cluster is
-    lost, ConfigError where it cannot do it.
+    `sent` sends what the stage reads and describes it, and is called only where the cluster can
+    hold the stage and does not do it yet. Raises Failed with the exit code and sentence of the
+    stage, ConnectionError when the cluster is lost, ConfigError where it cannot do it.
     """
     store = place.store()
     result = result_of(store, name)
@@ -69,8 +70,8 @@ def run(name: str, spec: Spec, listener: Listener) -> Result:
         client = _client(address)
         attempt, known = _newest(client, name)
         if not known:
-            _require_room(address, Resources.model_validate(spec.resources))
-            store.write(f"jobs/{name}/spec.json", spec.model_dump_json().encode())
+            _require_room(address, resources)
+            store.write(f"jobs/{name}/spec.json", sent().model_dump_json().encode())
             _submit(client, name, attempt)
         status, last = _follow(client, f"{name}-{attempt}", listener)
         result = result_of(store, name)

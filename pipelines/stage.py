@@ -190,9 +190,13 @@ def _away(
     call: Call, name: str, parts: Mapping[str, Path], listener: Listener
 ) -> Mapping[str, Any]:
     """Have the cluster run it, and put what it makes at `parts`; return its metrics."""
-    there = place.store()
-    listings = {option: there.push(path) for option, path in call.deps.items()}
-    result = remote.run(name, call.spec(name, listings, parts), listener)
+
+    def sent() -> Spec:
+        there = place.store()
+        listings = {option: there.push(path) for option, path in call.deps.items()}
+        return call.spec(name, listings, parts)
+
+    result = remote.run(name, call.resources, sent, listener)
     remote.bring(name, result, parts)
     return result.metrics
 

@@ -186,7 +186,7 @@ def attempt(
         part = folders[name].with_name(f".{name}.part")
         cluster.train(
             build_watched, {"recipe": recipe, "judge": judge, "rungs": rungs}, part,
-            work / "training" / name, task.resources.train, seen,
+            work / "training" / name, task.resources.train, seen, lambda _: None,
         )  # fmt: skip
         part.rename(folders[name])
     model = folders[defended.model]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from components.shards import sha256
-from pipelines import cluster, place
-from pipelines.params import Share, TrainShare
+from pipelines import cluster, launch, place
+from pipelines.params import ConfigError, Share, TrainShare
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
 
@@ -32,6 +32,38 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
     assert code == 2, printed
     assert "ask for 1 workers with 1 GPU each, and this machine has 0" in printed
     assert "Traceback" not in printed
+
+
+def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(place.JOB, "a-job")
+    monkeypatch.setattr(cluster, "LOOK_S", 0.0)
+    nodes: list[dict[str, float]] = [{"CPU": 1.0}]
+    monkeypatch.setattr(cluster, "_nodes", lambda: nodes)
+    said: list[str] = []
+    patience = cluster._Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
+    patience.look()
+    assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
+    nodes.append({"CPU": 1.0})
+    patience.look()
+    assert len(said) == 1 and patience.lacking_since is None
+    nodes.pop()
+    patience.look()
+    monkeypatch.setattr(cluster, "WAIT_S", -1.0)
+    with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
+        patience.look()
+    # A cluster that grows as it is asked may have it yet.
+    monkeypatch.setenv(cluster.AUTOSCALES, "1")
+    patience.look()
+    assert len(said) == 3
+
+
+def test_a_cluster_of_other_versions_is_refused() -> None:
+    ours = launch.versions()
+    launch._compare(ours)
+    with pytest.raises(ConfigError, match=r"ray 1\.0 there and \d"):
+        launch._compare({**ours, "ray": "1.0"})
 
 
 def test_an_unknown_stage_among_resources_is_named(tmp_path: Path) -> None:
@@ -92,7 +124,7 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
             cluster.map_shards(full, [{}], share, lambda *_: None, print)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None)
+        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None, print)
     assert not (tmp_path / "out").exists()
     # Nor has the Ray of this process left its token in the environment.
     assert os.environ.get("RAY_AUTH_TOKEN") == before

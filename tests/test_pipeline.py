@@ -181,10 +181,11 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (trained / "killed").exists()
-    resumed = max(int(path.name[-6:]) for path in trained.glob(".limpid/work/*/states/epoch-*"))
-    assert 5 <= resumed < 59
+    kept = trained.glob(".limpid/work/*/states/epoch-*/manifest.json")
+    newest = max(int(path.parent.name[-6:]) for path in kept)
+    assert 5 <= newest < 59
     code, printed = project.run(trained, *command, "--out=killed")
-    assert code == 0, printed
+    assert code == 0 and f"goes on after epoch {newest + 1}" in printed, printed
     same = [sha256(trained / name / "weights.safetensors") for name in ("killed", "undisturbed")]
     assert same[0] == same[1]
     assert len(json.loads((trained / "killed/history.json").read_text())) == 60

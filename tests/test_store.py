@@ -1,5 +1,7 @@
 """The store: what is pushed comes back byte for byte, once, whole, or not at all."""
 
+import http.client
+import itertools
 import json
 import os
 import pickle
@@ -214,3 +216,72 @@ def test_a_refusal_is_not_asked_again(failing: type[Failing]) -> None:
     with pytest.raises(StoreError, match="ACCESS_DENIED"):
         Store("s3://b/p").read("x")
     assert failing.asked == 1
+
+
+# What is said of a connection, and not of what goes over it.
+HOP = ("content-length", "transfer-encoding", "connection", "expect")
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """A way to an S3 endpoint: 500 to every third request, and one answer that is cut short."""
+
+    protocol_version = "HTTP/1.1"
+    there, numbers, cut = "", itertools.count(), threading.Event()
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _pass(self) -> None:
+        body = self._body()
+        if next(self.numbers) % 3 == 0:
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        connection = http.client.HTTPConnection(self.there, timeout=30)
+        ours = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+        connection.request(self.command, self.path, body, ours)
+        answer = connection.getresponse()
+        content = answer.read()
+        self.send_response(answer.status)
+        size = answer.headers.get("Content-Length", str(len(content)))
+        for name, value in answer.headers.items():
+            if name.lower() not in HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", size)
+        self.end_headers()
+        if self.command == "GET" and len(content) > 1 << 20 and not self.cut.is_set():
+            self.cut.set()
+            content, self.close_connection = content[: len(content) // 2], True
+        self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_folder_comes_back_by_a_bad_way(
+    s3: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = s3["AWS_ENDPOINT_URL"].removeprefix("http://")
+    handler = type("Handler", (Flaky,), {"there": there})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(stores, "BACKOFF_S", (0.1,))
+    store = Store(f"s3://{stand.BUCKET}/{tmp_path.name}")
+    listing = store.push(folder)
+    store.pull(listing, tmp_path / "back")
+    assert content(tmp_path / "back") == content(folder)
+    assert Flaky.cut.is_set()
+    server.shutdown()

@@ -22,9 +22,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 BIN = Path(sys.executable).parent
-KEYS = {"AWS_ACCESS_KEY_ID": "stand", "AWS_SECRET_ACCESS_KEY": "stand", "AWS_REGION": "us-east-1"}
+SECRET = "k3y-0f-th3-st4nd"
+KEYS = {"AWS_ACCESS_KEY_ID": "stand", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
 BUCKET = "limpid"
 
 
@@ -73,14 +75,15 @@ def _await(address: str) -> None:
 
 
 def _make_bucket(endpoint: str) -> None:
+    client(endpoint).create_bucket(Bucket=BUCKET)
+
+
+def client(endpoint: str) -> Any:
+    """Return a client of an S3 endpoint that owes nothing to ours."""
     import boto3
 
-    keys = {
-        "aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"],
-        "aws_secret_access_key": KEYS["AWS_SECRET_ACCESS_KEY"],
-    }
-    client = boto3.client("s3", endpoint_url=endpoint, region_name=KEYS["AWS_REGION"], **keys)
-    client.create_bucket(Bucket=BUCKET)
+    keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": SECRET}
+    return boto3.client("s3", endpoint_url=endpoint, region_name=KEYS["AWS_REGION"], **keys)
 
 
 class Cable:

@@ -2,22 +2,26 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import project
 import pytest
-from faults.conftest import below, until
+from faults.conftest import below, resumed, until
 
 from cluster import stand
 from cluster.stand import Stand
-from cluster.test_small import begin, jobs, long_training, run
+from cluster.test_small import begin, jobs, long_training, run, stored
 from components.shards import sha256
 
 pytestmark = pytest.mark.faults
+CRAFTING = [
+    sys.executable, "-m", "pipelines.craft_training_set", "--train=data/train",
+    "--classifier=models/standard",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -40,6 +44,13 @@ def test_the_whole_line_ends_in_the_metrics_of_the_embedded_one(
         made, known = (folder / "reports" / name for folder in (there.project, reproduced))
         assert sha256(made) == sha256(known), name
     assert {job["status"] for job in jobs(there).values()} == {"SUCCEEDED"}
+    # MLflow's server was told of every stage, and nothing waits for it.
+    with sqlite3.connect(there.home / "mlflow.db") as database:
+        told = dict(database.execute("select name, status from runs").fetchall())
+    ran = {job.rsplit("-", 2)[0] for job in jobs(there)}
+    assert ran <= {name.replace("@", "-") for name in told}
+    assert set(told.values()) == {"FINISHED"}
+    assert not list((there.project / ".limpid/spool").glob("*"))
     # A second time there is nothing to do, nor to send.
     known = set(jobs(there))
     code, printed = project.run(there.project, "dvc", "repro", **there.driver)
@@ -55,23 +66,33 @@ def data(there: Stand, reproduced: Path) -> None:
 def crafting(there: Stand) -> subprocess.Popen[str]:
     """Start a stage that crafts for a while."""
     params = project.tiny()
-    params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 2000}
+    params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 1000}
     project.write_params(there.project, params)
-    command = ["-m", "pipelines.craft_training_set", "--train=data/train"]
-    command += ["--classifier=models/standard", "--out=pool"]
-    return project.start(there.project, sys.executable, *command, **there.driver)
+    return project.start(there.project, *CRAFTING, "--out=pool", **there.driver)
+
+
+def undisturbed(there: Stand) -> dict[str, str]:
+    """Return what the same crafting makes here."""
+    code, printed = project.run(there.project, *CRAFTING, "--out=here")
+    assert code == 0, printed
+    return made(there.project / "here")
+
+
+def made(folder: Path) -> dict[str, str]:
+    """Return the digests of what a stage made."""
+    return {path.name: sha256(path) for path in folder.iterdir()}
 
 
 def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
     data(there, reproduced)
     there.start_worker("spare")
+    there.wait_for_nodes(3)
     process = crafting(there)
-    wait(there, process)
-    time.sleep(5)
+    until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
     there.kill("worker0")
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
-    assert len(list((there.project / "pool").glob("part-*"))) == 9
+    assert made(there.project / "pool") == undisturbed(there)
 
 
 def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
@@ -88,13 +109,11 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
         there.start_worker("spare")
         there.wait_for_nodes(3)
         process = crafting(there)
-        wait(there, process)
-        time.sleep(5)
+        until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
         there.cable.pull()
         printed, _ = process.communicate(timeout=400)
         assert process.returncode == 0, printed
-        made = {path.name: sha256(path) for path in (folder / "pool").iterdir()}
-        assert len([name for name in made if name.startswith("part-")]) == 9
+        assert made(folder / "pool") == undisturbed(there)
         known = stored(there)
         there.cable.plug()
         until(lambda: there.processes["worker0"].poll() is not None, 120)
@@ -104,14 +123,56 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
 def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced: Path) -> None:
     data(there, reproduced)
     there.start_worker("spare")
-    process, _ = begin(there, "0", epochs=400)
+    there.wait_for_nodes(3)
+    params = project.tiny()
+    # More than the head has.
+    params["resources"]["train"] = {"workers": 0, "cpus": 2, "gpus": 0}
+    process, _ = begin(there, "0", epochs=400, params=params)
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
-    there.kill("worker0")
+    (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "_loop"))
+    there.kill(holder)
     printed, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, printed
+    assert process.returncode == 0 and resumed(printed) >= 5, printed
     assert (there.project / "models/long/weights.safetensors").is_file()
     kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
     assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
+
+
+def test_a_training_whose_last_node_dies_does_not_wait_for_ever(
+    there: Stand, reproduced: Path
+) -> None:
+    data(there, reproduced)
+    params = project.tiny()
+    params["resources"]["train"] = {"workers": 1, "cpus": 2, "gpus": 0}
+    there.driver["LIMPID_WAIT_S"] = "20"
+    process, _ = begin(there, "0", epochs=400, params=params)
+    until(lambda: "epoch-000005/state.pt" in stored(there), 120)
+    there.kill("worker0")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 4, printed
+    assert "waiting for a node: 1 x 2 CPU needed, and there are 1 nodes" in printed
+    assert "gave up after" in printed and "Traceback" not in printed
+
+
+def test_a_training_by_two_nodes_is_that_of_two_workers_here(
+    there: Stand, reproduced: Path
+) -> None:
+    data(there, reproduced)
+    there.start_worker("spare")
+    there.wait_for_nodes(3)
+    params = project.tiny()
+    # A whole node for each.
+    params["resources"]["train"] = {"workers": 2, "cpus": 2, "gpus": 0}
+    project.write_params(there.project, params)
+    code, printed = run(there, *long_training())
+    assert code == 0, printed
+    module, name, standard, *folders, out, _ = long_training()
+    command = [sys.executable, "-m", f"pipelines.{module}", name, standard, *folders, out, "here"]
+    code, printed = project.run(there.project, *command)
+    assert code == 0, printed
+    there_and_here = ("models/long", "here")
+    one, other = (sha256(there.project / n / "weights.safetensors") for n in there_and_here)
+    assert one == other
 
 
 def test_a_head_that_dies_is_said_and_a_new_one_goes_on(there: Stand, reproduced: Path) -> None:
@@ -173,17 +234,3 @@ def test_a_training_that_may_shrink_goes_on_with_the_worker_that_is_left(
     assert len(history) == 400
     kept = [line for line in stored(there).splitlines() if "epoch-000003/state.pt" in line]
     assert sum('"PUT ' in line for line in kept) == 1, "it began anew"
-
-
-def stored(there: Stand) -> str:
-    """Return what the store was asked."""
-    return (there.home / "s3.log").read_text()
-
-
-def wait(there: Stand, process: object) -> None:
-    """Wait until a job runs."""
-    for _ in range(200):
-        if any(job["status"] == "RUNNING" for job in jobs(there).values()):
-            return
-        time.sleep(0.2)
-    raise AssertionError(process)

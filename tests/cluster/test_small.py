@@ -92,6 +92,29 @@ def test_nothing_secret_and_no_data_travel_with_a_job(there: Stand) -> None:
     assert kinds - {".pyc"} == {".py", ".j2"}
 
 
+def test_no_secret_of_a_driver_or_node_is_left_on_a_cluster(there: Stand) -> None:
+    """Neither in the store, nor in Ray's logs, nor with its jobs, nor at home."""
+    server = f"http://somebody:{project.CANARY}@127.0.0.1:9"
+    module, *arguments = long_training()
+    secrets = {**project.SECRETS, **stand.KEYS, "MLFLOW_TRACKING_URI": server}
+    project.write_params(there.project, {**project.tiny(), "seed": 97})
+    code, printed = run(there, module, *arguments, **secrets)
+    assert code == 0 and "MLflow at http://127.0.0.1:9 was not reached" in printed, printed
+    token = Path(there.driver["RAY_AUTH_TOKEN_PATH"])
+    words = [word.encode() for word in (project.CANARY, stand.SECRET, token.read_text())]
+    kept = {"jobs": json.dumps(jobs(there)).encode(), "printed": printed.encode()}
+    store = stand.client(there.driver["AWS_ENDPOINT_URL"])
+    for each in store.list_objects_v2(Bucket=stand.BUCKET)["Contents"]:
+        answer = store.get_object(Bucket=stand.BUCKET, Key=each["Key"])
+        kept[f"s3 {each['Key']}"] = answer["Body"].read()
+    for path in (*there.home.rglob("*"), *there.project.rglob("*")):
+        # Git's own notes name the remote, as its user wrote it.
+        if path.is_file() and path != token and ".git" not in path.parts:
+            kept[str(path)] = path.read_bytes()
+    assert len(kept) > 100 and any("/logs/" in name for name in kept)
+    assert [name for name, found in kept.items() if any(word in found for word in words)] == []
+
+
 @pytest.mark.parametrize(
     "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)]
 )
@@ -137,6 +160,11 @@ def begin(
     return process, known
 
 
+def stored(there: Stand) -> str:
+    """Return what the store was asked."""
+    return (there.home / "s3.log").read_text()
+
+
 def long_training() -> list[str]:
     return ["train_classifier", "--name", "standard", *TRAIN, "--out", "models/long"]
 
@@ -159,11 +187,13 @@ def test_what_no_node_can_hold_is_refused_before_anything_is_sent(there: Stand) 
     params["seed"] = 99  # Else what was done already is only fetched.
     params["resources"]["train"] = {"workers": 2, "cpus": 1, "gpus": 1}
     project.write_params(there.project, params)
-    known = set(jobs(there))
+    known, asked = set(jobs(there)), stored(there)
     code, printed = run(there, *long_training())
     assert code == 2, printed
     assert "2 x 1 CPU and 1 GPU needed, and there are 2 nodes" in printed
     assert set(jobs(there)) == known
+    # Nor is it looked which of the inputs would have to be sent.
+    assert "/cas/" in asked and "/cas/" not in stored(there).removeprefix(asked)
 
 
 def test_a_cluster_without_a_token_is_refused(there: Stand) -> None:
@@ -180,10 +210,15 @@ def test_a_cluster_without_a_token_is_refused(there: Stand) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    code, printed = run(there, *long_training(), RAY_API_SERVER_ADDRESS=address)
+    for words in ("", "yes"):
+        told = {"RAY_API_SERVER_ADDRESS": address, "LIMPID_CLUSTER_WITHOUT_TOKEN": words}
+        code, printed = run(there, *long_training(), **told)
+        assert code == 2 and "takes jobs without a token" in printed, printed
+    told["LIMPID_CLUSTER_WITHOUT_TOKEN"] = "anyone-may-run-code-there"
+    code, printed = run(there, *long_training(), **told)
     server.shutdown()
-    assert code == 2, printed
-    assert "takes jobs without a token" in printed
+    # It goes on, to find that this is no Ray.
+    assert code == 4 and "without a token" not in printed, printed
 
 
 def test_a_cluster_that_is_not_there_is_said(there: Stand) -> None:

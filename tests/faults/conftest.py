@@ -1,6 +1,7 @@
 """What the fault tests share: a project in which a training takes long enough to be disturbed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def below(pid: int, name: str) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def resumed(printed: str) -> int:
+    """Return after how many epochs a training says that it goes on; 0 where it began anew."""
+    found = re.findall(r"goes on after epoch (\d+)", printed)
+    return int(found[-1]) if found else 0
 
 
 def states(folder: Path) -> list[Path]:

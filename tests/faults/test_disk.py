@@ -10,7 +10,7 @@ import project
 import pytest
 
 from components.shards import sha256
-from faults.conftest import STANDARD, states, until
+from faults.conftest import STANDARD, resumed, states, until
 
 pytestmark = pytest.mark.faults
 Mount = Callable[[Path, str], None]
@@ -65,12 +65,14 @@ def test_a_newest_state_that_is_damaged_is_passed_over(
     process.kill()
     process.wait()
     newest = states(folder)[-1].parent / "state.pt"
+    before = int(states(folder)[-2].parent.name.removeprefix("epoch-")) + 1
     content = bytearray(newest.read_bytes())
     if harm == "flipped":
         content[len(content) // 2] ^= 1
     newest.write_bytes({"truncated": content[:999], "flipped": content, "empty": b""}[harm])
     code, printed = project.run(folder, *STANDARD, "--out=out")
-    assert code == 0, printed
+    assert code == 0 and resumed(printed) == before, printed
+    assert f"{newest.parent.name} is damaged and was passed over" in printed.replace("\n", "")
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 

@@ -61,8 +61,11 @@ def odd(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_server_that_does_not_serve_costs_ten_seconds_and_no_figure(
     folder: Path, undisturbed: Path, odd: str
 ) -> None:
+    began = time.monotonic()
     code, printed = project.run(folder, *STANDARD, "--out=out", MLFLOW_TRACKING_URI=odd)
     assert code == 0, printed
+    # Left to itself MLflow asks for four minutes, at every figure.
+    assert time.monotonic() - began < 120
     assert "was not reached" in printed and "Traceback" not in printed
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
     (spooled,) = (folder / ".limpid/spool").glob("*.jsonl")
@@ -95,6 +98,13 @@ def test_a_server_that_dies_on_the_way_loses_no_figure(folder: Path, tmp_path: P
         code, printed = project.run(folder, *again, MLFLOW_TRACKING_URI=address)
         assert code == 0, printed
         assert not list((folder / ".limpid/spool").glob("*.jsonl")), printed
+        with sqlite3.connect(home / "mlflow.db") as database:
+            told = database.execute(
+                "select runs.name, count(distinct step) from runs join metrics using (run_uuid) "
+                "where key = 'loss' group by run_uuid"
+            ).fetchall()
+        # What it was told before it died, and again after, is one run.
+        assert sorted(epochs for _, epochs in told)[-1] == 60 and len(told) == 2, told
     finally:
         end(server)
 
