@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from pipelines.dials import get
 from pipelines.params import Params
-from pipelines.stage import code_of
+from pipelines.stage import code_digests, code_of, stage_key
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -107,6 +107,28 @@ def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
     needed = {str(path) for path in code_of(module)}
     assert needed - listed == set(), "not tracked"
     assert {path for path in listed - needed if path.endswith(".py")} == set(), "not needed"
+
+
+def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("pipelines.train_classifier")
+    view_type = get_type_hints(module.run)["params"]
+
+    def key(inputs: str = "a", **changes: object) -> str:
+        view = view_type.of(Params.model_validate({**project.base(), **changes}), "standard")
+        return stage_key(module, view, {"train": inputs})
+
+    keys = {key(), key("b"), key(seed=7)}
+    # No result depends on who computes it.
+    other = {**project.base()["resources"], "shards": {"workers": 7, "cpus": 1, "gpus": 0}}
+    assert len(keys) == 3 and key(resources=other) == key()
+    monkeypatch.setattr("torch.__version__", "1.0")
+    keys.add(key())
+    monkeypatch.undo()
+    digests = code_digests(module)
+    changed = {**digests, next(iter(digests)): "0"}
+    monkeypatch.setattr("pipelines.stage.code_digests", lambda _: changed)
+    keys.add(key())
+    assert len(keys) == 5
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -184,6 +184,14 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
     kept = trained.glob(".limpid/work/*/states/epoch-*/manifest.json")
     newest = max(int(path.parent.name[-6:]) for path in kept)
     assert 5 <= newest < 59
+    # Other parameters make another training, which has none of that one's states.
+    params = project.tiny()
+    project.write_params(trained, params)
+    code, printed = project.run(trained, *command, "--out=other")
+    assert code == 0 and "goes on" not in printed, printed
+    assert len(json.loads((trained / "other/history.json").read_text())) < newest
+    params["classifiers"]["standard"]["training"]["epochs"] = 60
+    project.write_params(trained, params)
     code, printed = project.run(trained, *command, "--out=killed")
     assert code == 0 and f"goes on after epoch {newest + 1}" in printed, printed
     same = [sha256(trained / name / "weights.safetensors") for name in ("killed", "undisturbed")]
