@@ -66,12 +66,12 @@ def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whol
         if process.poll() is None:
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
-        before = {one.pid: one.create_time() for one in ours(folder)}
+        before = ours(folder)
         began = time.monotonic()
         again = project.start(folder, *command, to=printed)
-        while left(before) and time.monotonic() - began < ORPHAN_S:
+        while any(map(project.lives, before)) and time.monotonic() - began < ORPHAN_S:
             time.sleep(0.5)
-        orphans = left(before)
+        orphans = sum(map(project.lives, before))
         again.wait()
     return Round(moment, whole, stage, digest(folder) == wanted, orphans, again.returncode)
 
@@ -104,19 +104,6 @@ def ours(folder: Path) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
     return found
-
-
-def left(before: dict[int, float]) -> int:
-    """Count those that still live."""
-    count = 0
-    for pid, created in before.items():
-        try:
-            process = psutil.Process(pid)
-            alive = process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
-            count += alive
-        except psutil.NoSuchProcess:
-            continue
-    return count
 
 
 def running(folder: Path) -> str:

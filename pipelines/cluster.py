@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,8 +41,7 @@ STATES, NOTES = "states", "notes"
 HISTORY = "history.jsonl"
 FAILURE = "failure.json"
 # How long a cluster may lack the resources a task needs, as when a node has gone.
-WAIT = "LIMPID_WAIT_S"
-WAIT_S = float(os.environ.get(WAIT, 300))
+WAIT, WAIT_S = "LIMPID_WAIT_S", 300.0
 LOOK_S = 5.0
 # A worker that dies is replaced this often; a mistake of the user is not tried again.
 MAX_FAILURES = 3
@@ -114,14 +113,16 @@ def train(
         "device": share.device,
     }
     inside = _started()
-    patience = _Patience(share, share.least, say)
-    with session(share), _tail(notes / HISTORY, seen, say), quiet():
+    with (
+        session(share), _tail(notes / HISTORY, seen, say), quiet(),
+        _patience(share, share.least, say) as patience,
+    ):  # fmt: skip
         if share.most > 0:
-            _train(config, share, patience.look)
+            _train(config, share, patience.check)
         elif place.job() and not inside:
             # The node that leads a cluster is for leading.
             task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
-            apart(lambda: _result(task), patience.look)
+            apart(lambda: _result(task), patience.check)
         else:
             _loop(config, True, _unheard)
     if place.see(notes / FAILURE):
@@ -207,10 +208,9 @@ def map_shards(
         return []
     if not share.workers and not place.job():
         return _in_turn(function, tasks, share, done)
-    patience = _Patience(share, 1, waiting)
-    with session(share):
+    with session(share), _patience(share, 1, waiting) as patience:
         # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = apart(lambda: _map(function, tasks, share, done), patience.look)
+        results: list[Any] = apart(lambda: _map(function, tasks, share, done), patience.check)
     return results
 
 
@@ -292,24 +292,51 @@ class _Patience:
 
     def __init__(self, share: Share, workers: int, say: Callable[[str], None]) -> None:
         self.share, self.workers, self.say = share, max(workers, 1), say
-        self.looked = time.monotonic()
         self.lacking_since: float | None = None
+        self.given_up = ""
+        try:
+            self.seconds = float(os.environ.get(WAIT) or WAIT_S)
+        except ValueError:
+            given = os.environ[WAIT]
+            raise ConfigError(f"{WAIT} is {given!r}, and should be a number of seconds") from None
+
+    def check(self) -> None:
+        """Raise ConnectionError where nodes have lacked it for long."""
+        if self.given_up:
+            raise ConnectionError(self.given_up)
 
     def look(self) -> None:
-        """Say what living nodes lack now; ConnectionError where they have lacked it for long."""
-        now = time.monotonic()
-        if not place.job() or now - self.looked < LOOK_S:
-            return
-        self.looked = now
+        """Say what living nodes lack now, if anything."""
         lacking = _lacking(self.share, self.workers, _nodes())
         if not lacking:
             self.lacking_since = None
             return
+        now = time.monotonic()
         self.lacking_since = self.lacking_since or now
         waited = now - self.lacking_since
-        if waited > WAIT_S and AUTOSCALES not in os.environ:
-            raise ConnectionError(f"gave up after {waited:.0f} s: {lacking}")
-        self.say(f"waiting for a node: {lacking} ({waited:.0f} s)")
+        if waited > self.seconds and AUTOSCALES not in os.environ:
+            self.given_up = f"gave up after {waited:.0f} s: {lacking}"
+        else:
+            self.say(f"waiting for a node: {lacking} ({waited:.0f} s)")
+
+
+@contextmanager
+def _patience(share: Share, workers: int, say: Callable[[str], None]) -> Iterator[_Patience]:
+    """Look now and then, in a job, whose nodes may go; beside what waits: a look may take long."""
+    patience, stop = _Patience(share, workers, say), threading.Event()
+
+    def watch() -> None:
+        while not patience.given_up and not stop.wait(LOOK_S):
+            # Where the head is away this job ends with it.
+            with suppress(Exception):
+                patience.look()
+
+    if place.job():
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield patience
+    finally:
+        stop.set()
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -441,13 +468,14 @@ def _tail(path: Path, seen: EpochSeen, say: Callable[[str], None]) -> Iterator[N
     stop = threading.Event()
 
     def follow() -> None:
-        read = 0
+        # Who goes on notes again what was known, on another node in a file of its own.
+        known: set[str] = set()
         while True:
             ending = stop.is_set()
             lines = path.read_text().splitlines(keepends=True) if place.see(path) else []
-            for line in lines[read:]:
-                if line.endswith("\n"):
-                    read += 1
+            for line in lines:
+                if line.endswith("\n") and line not in known:
+                    known.add(line)
                     entry = json.loads(line)
                     if "said" in entry:
                         say(entry["said"])

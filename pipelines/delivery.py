@@ -3,7 +3,7 @@
 MLflow takes two seconds of a processor to be imported and to open its store; here they pass beside
 the stage and not in its way. Events come as lines of JSON on the standard input. Where something
 was not delivered, the exit code is 1 and the last line printed says why; the events of a stage that
-was killed, which can keep them no more, are kept here (`spool`).
+was killed, and can keep them no more, are kept here (`spool`).
 """
 
 import contextlib
@@ -33,6 +33,7 @@ ALONE_S = 10
 
 def main() -> None:
     """Deliver what was left by other stages, then what comes in, to its end."""
+    parent = os.getppid()
     incoming: queue.Queue[Event | None] = queue.Queue()
     problems: list[str] = []
     thread = threading.Thread(target=_deliver, args=(incoming, problems), daemon=True)
@@ -46,8 +47,11 @@ def main() -> None:
         told.append({"event": "end", "status": "KILLED", "time": spool.now()})
         incoming.put(told[-1])
     incoming.put(None)
-    thread.join(ALONE_S if killed else None)
-    if killed and (problems or thread.is_alive()):
+    while thread.is_alive() and not (killed or os.getppid() != parent):
+        thread.join(0.2)
+    thread.join(ALONE_S)
+    alone = killed or os.getppid() != parent
+    if told and alone and (problems or thread.is_alive()):
         spool.keep([event for event in told if event["event"] != "register"])
     for problem in problems:
         with contextlib.suppress(BrokenPipeError):

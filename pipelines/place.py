@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import Config
-from components.shards import DataError, write_bytes
+from components.shards import MANIFEST, DataError, write_bytes
 from pipelines.store import Listing, Store, inside
 
 ROOT = Path(".limpid")
@@ -176,7 +176,8 @@ def share(path: Path) -> None:
         return
     there = store()
     files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-    for file in files:
+    # A manifest last: where it is, all it names is.
+    for file in sorted(files, key=lambda file: file.name == MANIFEST):
         state = file.stat()
         mark = state.st_mtime_ns, state.st_size
         if _shared.get(file) != mark:

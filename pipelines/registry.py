@@ -80,9 +80,24 @@ def connect() -> Any:
     # Several processes that open a fresh SQLite store at once trip over each other's migrations,
     # which begin with the client.
     with lock("mlflow"):
+        _make(tracking_uri())
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
+
+
+def _make(uri: str) -> None:
+    """Make a SQLite store where there is none, at once: broken off migrations cannot go on."""
+    import mlflow
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    for old in (part, part.with_name(f"{part.name}-journal")):
+        old.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+    part.replace(path)
 
 
 def register(client: Any, run: str, one: Registration, provenance: Mapping[str, str]) -> None:

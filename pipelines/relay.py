@@ -5,6 +5,7 @@ be lost, with its result; `Listener` says it again on the side of the driver, ea
 """
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -46,6 +47,8 @@ class Emitter:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        # Threads speak too: each event has one number, and one line.
+        self.lock = threading.Lock()
 
     def advance(
         self, done: int, total: int, unit: str, note: Mapping[str, float] | None = None
@@ -72,8 +75,9 @@ class Emitter:
         self._emit("took", title, seconds)
 
     def _emit(self, *event: Any) -> None:
-        self.events.append(list(event))
-        print(MARK + json.dumps([len(self.events), *event]), flush=True)
+        with self.lock:
+            self.events.append(list(event))
+            print(f"{MARK}{json.dumps([len(self.events), *event])}\n", end="", flush=True)
 
 
 class Listener:

@@ -100,6 +100,8 @@ def _client(address: str) -> Any:
         return JobSubmissionClient(address)
     except RuntimeError as error:
         raise ConnectionError(_first(error)) from None
+    except (TypeError, KeyError, ValueError):
+        raise ConnectionError(f"what answers at {address} is no Ray") from None
 
 
 def _guarded(address: str) -> None:

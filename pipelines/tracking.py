@@ -1,8 +1,8 @@
 """Runs in MLflow: one per stage, with nested ones, told by a process beside it (`delivery`).
 
 Nothing here can fail a stage or hold it up for long: events wait in a queue, a thread feeds them to
-the process, and what that cannot deliver within `PATIENCE_S` after the stage is done is kept, for
-the next stage to try again (`spool`).
+the process, and what that cannot deliver within `PATIENCE_S` after the stage is done, or `HASTE_S`
+where it failed, is kept for the next stage to try again (`spool`).
 """
 
 import contextlib

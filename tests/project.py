@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+import psutil
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +154,14 @@ def start(
         text=True,
         start_new_session=True,
     )
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process goes on; one that nobody has asked for its exit code does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run(folder: Path, *command: str, **environment: str) -> tuple[int, str]:

@@ -37,8 +37,6 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
 def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(place.JOB, "a-job")
-    monkeypatch.setattr(cluster, "LOOK_S", 0.0)
     nodes: list[dict[str, float]] = [{"CPU": 1.0}]
     monkeypatch.setattr(cluster, "_nodes", lambda: nodes)
     said: list[str] = []
@@ -50,13 +48,20 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     assert len(said) == 1 and patience.lacking_since is None
     nodes.pop()
     patience.look()
-    monkeypatch.setattr(cluster, "WAIT_S", -1.0)
-    with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
-        patience.look()
+    patience.check()
+    patience.seconds = -1
     # A cluster that grows as it is asked may have it yet.
     monkeypatch.setenv(cluster.AUTOSCALES, "1")
     patience.look()
+    patience.check()
+    monkeypatch.delenv(cluster.AUTOSCALES)
+    patience.look()
+    with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
+        patience.check()
     assert len(said) == 3
+    monkeypatch.setenv(cluster.WAIT, "5m")
+    with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
+        cluster._Patience(patience.share, 1, said.append)
 
 
 def test_a_cluster_of_other_versions_is_refused() -> None:

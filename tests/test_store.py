@@ -226,7 +226,9 @@ class Flaky(BaseHTTPRequestHandler):
     """A way to an S3 endpoint: 500 to every third request, and one answer that is cut short."""
 
     protocol_version = "HTTP/1.1"
-    there, numbers, cut = "", itertools.count(), threading.Event()
+    there: str
+    numbers: Iterator[int]
+    cut: threading.Event
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -272,7 +274,8 @@ def test_a_folder_comes_back_by_a_bad_way(
     s3: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = s3["AWS_ENDPOINT_URL"].removeprefix("http://")
-    handler = type("Handler", (Flaky,), {"there": there})
+    own = {"there": there, "numbers": itertools.count(), "cut": threading.Event()}
+    handler = type("Handler", (Flaky,), own)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in s3.items():
@@ -283,5 +286,5 @@ def test_a_folder_comes_back_by_a_bad_way(
     listing = store.push(folder)
     store.pull(listing, tmp_path / "back")
     assert content(tmp_path / "back") == content(folder)
-    assert Flaky.cut.is_set()
+    assert own["cut"].is_set()
     server.shutdown()

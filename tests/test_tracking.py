@@ -6,8 +6,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import project
 import psutil
 import pytest
 
@@ -20,6 +22,10 @@ import time
 from pipelines.tracking import Tracker
 tracker = Tracker("killed", "limpid-tiny", {"epochs": 3}, "key")
 tracker.log({"loss": 0.5}, 1)
+while not tracker.queue.empty():
+    time.sleep(0.01)
+# The last word is on its way.
+time.sleep(0.5)
 print("told", flush=True)
 time.sleep(60)
 """
@@ -48,8 +54,10 @@ def killed(folder: Path, **environment: str) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # Ten seconds alone, and what a busy machine takes to notice.
-    psutil.wait_procs([beside], timeout=60)
-    assert not beside.is_running()
+    deadline = time.monotonic() + 60
+    while project.lives(beside):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def deliver(folder: Path, events: str = "") -> None:

@@ -72,7 +72,8 @@ def test_a_newest_state_that_is_damaged_is_passed_over(
     newest.write_bytes({"truncated": content[:999], "flipped": content, "empty": b""}[harm])
     code, printed = project.run(folder, *STANDARD, "--out=out")
     assert code == 0 and resumed(printed) == before, printed
-    assert f"{newest.parent.name} is damaged and was passed over" in printed.replace("\n", "")
+    # A narrow screen breaks it anywhere.
+    assert f"{newest.parent.name}isdamagedandwaspassedover" in "".join(printed.split())
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 

@@ -76,7 +76,7 @@ def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
     assert code == 0 and resumed(printed) >= 2, printed
     ended, _ = process.communicate(timeout=60)
     assert "goes on from where it was" in ended and "done in" not in ended, ended
-    assert not any(psutil.pid_exists(stage.pid) and stage.is_running() for stage in stages)
+    assert not any(project.lives(stage) for stage in stages)
     assert sha256(folder / "models/standard/weights.safetensors") == sha256(undisturbed)
 
 
@@ -88,7 +88,7 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=20)
     assert process.returncode == 130 and "goes on from where it was" in printed, printed
-    until(lambda: not any(child.is_running() for child in children), 15)
+    until(lambda: not any(project.lives(child) for child in children), 15)
     code, printed = project.run(folder, *STANDARD, "--out=out")
     assert code == 0 and resumed(printed) >= 2, printed
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
@@ -97,15 +97,18 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
 def test_a_second_interruption_ends_at_once(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         # After a first one it would wait four seconds for this answer.
-        address = f"http://127.0.0.1:{mute.getsockname()[1]}"
-        process, children = training(folder, 0, MLFLOW_TRACKING_URI=address)
+        server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mute.getsockname()[1]}"}
+        server["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "300"
+        process, children = training(folder, 0, **server)
         os.kill(process.pid, signal.SIGINT)
         time.sleep(1)
         os.kill(process.pid, signal.SIGINT)
         process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT
-    assert not (folder / "out").exists()
-    until(lambda: not any(child.is_running() for child in children), 15)
+        assert process.returncode == -signal.SIGINT
+        assert not (folder / "out").exists()
+        until(lambda: not any(project.lives(child) for child in children), 15)
+    (spooled,) = (folder / ".limpid/spool").glob("*.jsonl")
+    assert '"event": "end"' in spooled.read_text()
 
 
 def training(
