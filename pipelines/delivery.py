@@ -47,11 +47,14 @@ def main() -> None:
         told.append({"event": "end", "status": "KILLED", "time": spool.now()})
         incoming.put(told[-1])
     incoming.put(None)
-    while thread.is_alive() and not (killed or os.getppid() != parent):
+
+    def alone() -> bool:
+        return killed or os.getppid() != parent
+
+    while thread.is_alive() and not alone():
         thread.join(0.2)
     thread.join(ALONE_S)
-    alone = killed or os.getppid() != parent
-    if told and alone and (problems or thread.is_alive()):
+    if told and alone() and (problems or thread.is_alive()):
         spool.keep([event for event in told if event["event"] != "register"])
     for problem in problems:
         with contextlib.suppress(BrokenPipeError):

@@ -6,12 +6,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import project
 import psutil
 import pytest
+from faults.conftest import until
 
 from components.shards import sha256
 from pipelines.tracking import Tracker
@@ -54,10 +54,7 @@ def killed(folder: Path, **environment: str) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # Ten seconds alone, and what a busy machine takes to notice.
-    deadline = time.monotonic() + 60
-    while project.lives(beside):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: not project.lives(beside), 60)
 
 
 def deliver(folder: Path, events: str = "") -> None:

@@ -63,6 +63,20 @@ def data(there: Stand, reproduced: Path) -> None:
         shutil.copytree(reproduced / name, there.project / name)
 
 
+def join_spare(there: Stand, reproduced: Path) -> None:
+    """Have data, and a third node."""
+    data(there, reproduced)
+    there.start_worker("spare")
+    there.wait_for_nodes(3)
+
+
+def of_whole_nodes(workers: int | list[int]) -> dict:
+    """Return parameters of trainings each of whose workers takes a node, which the head is not."""
+    params = project.tiny()
+    params["resources"]["train"] = {"workers": workers, "cpus": 2, "gpus": 0}
+    return params
+
+
 def crafting(there: Stand) -> subprocess.Popen[str]:
     """Start a stage that crafts for a while."""
     params = project.tiny()
@@ -84,9 +98,7 @@ def made(folder: Path) -> dict[str, str]:
 
 
 def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
-    data(there, reproduced)
-    there.start_worker("spare")
-    there.wait_for_nodes(3)
+    join_spare(there, reproduced)
     process = crafting(there)
     until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
     there.kill("worker0")
@@ -105,9 +117,7 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
     folder = project.copy_to(tmp_path / "project")
     with stand.standing(folder, cabled=True) as there:
         assert there.cable is not None
-        data(there, reproduced)
-        there.start_worker("spare")
-        there.wait_for_nodes(3)
+        join_spare(there, reproduced)
         process = crafting(there)
         until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
         there.cable.pull()
@@ -121,13 +131,8 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
 
 
 def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced: Path) -> None:
-    data(there, reproduced)
-    there.start_worker("spare")
-    there.wait_for_nodes(3)
-    params = project.tiny()
-    # More than the head has.
-    params["resources"]["train"] = {"workers": 0, "cpus": 2, "gpus": 0}
-    process, _ = begin(there, "0", epochs=400, params=params)
+    join_spare(there, reproduced)
+    process, _ = begin(there, "0", epochs=400, params=of_whole_nodes(0))
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
     (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "_loop"))
     there.kill(holder)
@@ -142,10 +147,8 @@ def test_a_training_whose_last_node_dies_does_not_wait_for_ever(
     there: Stand, reproduced: Path
 ) -> None:
     data(there, reproduced)
-    params = project.tiny()
-    params["resources"]["train"] = {"workers": 1, "cpus": 2, "gpus": 0}
     there.driver["LIMPID_WAIT_S"] = "20"
-    process, _ = begin(there, "0", epochs=400, params=params)
+    process, _ = begin(there, "0", epochs=400, params=of_whole_nodes(1))
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
     there.kill("worker0")
     printed, _ = process.communicate(timeout=200)
@@ -157,12 +160,8 @@ def test_a_training_whose_last_node_dies_does_not_wait_for_ever(
 def test_a_training_by_two_nodes_is_that_of_two_workers_here(
     there: Stand, reproduced: Path
 ) -> None:
-    data(there, reproduced)
-    there.start_worker("spare")
-    there.wait_for_nodes(3)
-    params = project.tiny()
-    # A whole node for each.
-    params["resources"]["train"] = {"workers": 2, "cpus": 2, "gpus": 0}
+    join_spare(there, reproduced)
+    params = of_whole_nodes(2)
     project.write_params(there.project, params)
     code, printed = run(there, *long_training())
     assert code == 0, printed
@@ -217,12 +216,8 @@ def tried(trial: dict) -> list[float]:
 def test_a_training_that_may_shrink_goes_on_with_the_worker_that_is_left(
     there: Stand, reproduced: Path
 ) -> None:
-    data(there, reproduced)
-    there.start_worker("spare")
-    there.wait_for_nodes(3)
-    params = project.tiny()
-    # A whole node for each.
-    params["resources"]["train"] = {"workers": [1, 2], "cpus": 2, "gpus": 0}
+    join_spare(there, reproduced)
+    params = of_whole_nodes([1, 2])
     process, _ = begin(there, "0", epochs=400, params=params)
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
     for node in ("worker0", "spare"):
