@@ -121,8 +121,7 @@ def train(
             _train(config, share, patience.check)
         elif place.job() and not inside:
             # The node that leads a cluster is for leading.
-            task = _task(share, _loop, {"config": config, "first": True, "report": _unheard})
-            apart(lambda: _result(task), patience.check)
+            apart(lambda: _alone(share, config), patience.check)
         else:
             _loop(config, True, _unheard)
     if place.see(notes / FAILURE):
@@ -235,17 +234,48 @@ def _map(
 ) -> list[Any]:
     import ray
 
-    waits = list(enumerate(tasks))[::-1]
-    pending: dict[Any, int] = {}
-    results: list[Any] = [None] * len(tasks)
-    while waits or pending:
-        while waits and len(pending) < max(share.workers, 1):
-            index, task = waits.pop()
-            pending[_task(share, function, {**task, "device": share.device})] = index
-        ready, _ = ray.wait(list(pending), num_returns=1)
-        results[pending.pop(ready[0])] = _result(ready[0])
-        done(len(tasks) - len(waits) - len(pending), len(tasks))
-    return results
+    waits = list(range(len(tasks)))[::-1]
+    begun: dict[Any, int] = {}
+    doubted: set[Any] = set()
+    results: dict[int, Any] = {}
+    nodes = set(_nodes())
+    while len(results) < len(tasks):
+        while waits and len(begun) - len(doubted) < max(share.workers, 1):
+            index = waits.pop()
+            if index not in results:
+                begun[_task(share, function, {**tasks[index], "device": share.device})] = index
+        ready, _ = ray.wait(list(begun), num_returns=1, timeout=LOOK_S)
+        for reference in ready:
+            doubted.discard(reference)
+            results[begun.pop(reference)] = _result(reference)
+            done(len(results), len(tasks))
+        if not ready and nodes - (nodes := set(_nodes())):
+            # Of a task on a node that was cut off, Ray hears nothing for many minutes. What may
+            # have been there begins again elsewhere, and whoever is first is heard.
+            waits += [index for reference, index in begun.items() if reference not in doubted]
+            doubted = set(begun)
+    return [results[index] for index in range(len(tasks))]
+
+
+def _alone(share: Share, config: dict[str, Any]) -> None:
+    """Train on some node, by an actor: Ray gives it up as soon as its node is cut off.
+
+    A task it would wait for, and begun twice there would be two who write.
+    """
+    import ray
+
+    class Trainer:
+        def train(self) -> None:
+            _there(_loop, {"config": config, "first": True, "report": _unheard})
+
+    trainer = ray.remote(
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+        max_restarts=MAX_FAILURES,
+        max_task_retries=MAX_FAILURES,
+        scheduling_strategy="SPREAD",
+    )(Trainer).remote()
+    _result(trainer.train.remote())
 
 
 def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -307,7 +337,7 @@ class _Patience:
 
     def look(self) -> None:
         """Say what living nodes lack now, if anything."""
-        lacking = _lacking(self.share, self.workers, _nodes())
+        lacking = _lacking(self.share, self.workers, list(_nodes().values()))
         if not lacking:
             self.lacking_since = None
             return
@@ -339,11 +369,11 @@ def _patience(share: Share, workers: int, say: Callable[[str], None]) -> Iterato
         stop.set()
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Return what every living node has."""
+def _nodes() -> dict[str, dict[str, float]]:
+    """Return what every living node has, by its id."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _lacking(share: Share, workers: int, nodes: Sequence[Mapping[str, float]]) -> str:
@@ -417,7 +447,7 @@ def _join(shares: Sequence[Share]) -> None:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
     if AUTOSCALES not in os.environ:
-        require_room(shares, _nodes())
+        require_room(shares, list(_nodes().values()))
 
 
 def _embed(shares: Sequence[Share]) -> None:

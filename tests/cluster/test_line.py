@@ -107,34 +107,65 @@ def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> Non
     assert made(there.project / "pool") == undisturbed(there)
 
 
-def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
-    tmp_path: Path, reproduced: Path
-) -> None:
-    """No process dies here: both sides of the cable go on, and only one of them may write."""
+@pytest.fixture
+def cabled(tmp_path: Path) -> Iterator[Stand]:
+    """Two nodes of which `worker0` is on a cable."""
     reason = stand.possible() or ("" if shutil.which("ip") else "no `ip` to lay a cable with")
     if reason:
         pytest.skip(reason)
-    folder = project.copy_to(tmp_path / "project")
-    with stand.standing(folder, cabled=True) as there:
-        assert there.cable is not None
-        join_spare(there, reproduced)
-        process = crafting(there)
-        until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
-        there.cable.pull()
-        printed, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, printed
-        assert made(folder / "pool") == undisturbed(there)
-        known = stored(there)
-        there.cable.plug()
-        until(lambda: there.processes["worker0"].poll() is not None, 120)
-        assert '"PUT ' not in stored(there).removeprefix(known)
+    with stand.standing(project.copy_to(tmp_path / "project"), cabled=True) as one:
+        yield one
+
+
+def pull(there: Stand) -> None:
+    """Cut a node off. No process dies: both sides of the cable go on."""
+    assert there.cable is not None
+    there.cable.pull()
+
+
+def plug(there: Stand) -> None:
+    """Connect it again, when others have done its work: it must not write any more."""
+    assert there.cable is not None
+    known = stored(there)
+    there.cable.plug()
+    until(lambda: there.processes["worker0"].poll() is not None, 120)
+    assert '"PUT ' not in stored(there).removeprefix(known)
+
+
+def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
+    cabled: Stand, reproduced: Path
+) -> None:
+    join_spare(cabled, reproduced)
+    process = crafting(cabled)
+    until(lambda: below(cabled.processes["worker0"].pid, "craft_part"), 120)
+    pull(cabled)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert made(cabled.project / "pool") == undisturbed(cabled)
+    plug(cabled)
+
+
+@pytest.mark.parametrize("workers", [0, [1, 2]])
+def test_a_training_whose_node_is_cut_off_goes_on_at_another(
+    cabled: Stand, reproduced: Path, workers: int | list[int]
+) -> None:
+    data(cabled, reproduced)
+    process, _ = begin(cabled, "0", epochs=200, params=of_whole_nodes(workers))
+    until(lambda: "epoch-000005/state.pt" in stored(cabled), 120)
+    cabled.start_worker("spare")
+    cabled.wait_for_nodes(3)
+    pull(cabled)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and resumed(printed) >= 5, printed
+    assert (cabled.project / "models/long/weights.safetensors").is_file()
+    plug(cabled)
 
 
 def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced: Path) -> None:
     join_spare(there, reproduced)
     process, _ = begin(there, "0", epochs=400, params=of_whole_nodes(0))
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
-    (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "_loop"))
+    (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "Trainer"))
     there.kill(holder)
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0 and resumed(printed) >= 5, printed
