@@ -27,6 +27,8 @@ from pipelines.spool import Event
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 # The tag that says which telling made a run.
 TOLD = "limpid.told"
+# What MLflow says of events that it will not take tomorrow either.
+NEVER = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 # How long this process may outlive a stage that was killed.
 ALONE_S = 10
 
@@ -73,15 +75,32 @@ def _lines() -> Iterator[Event]:
 def _deliver(incoming: "queue.Queue[Event | None]", problems: list[str]) -> None:
     try:
         client = registry.connect()
-        for events in spool.taken():
-            runs = _Runs(client, again=True)
-            for event in events:
-                runs.apply(event)
+        for path in spool.taken():
+            _deliver_late(client, path)
         runs = _Runs(client)
         for event in iter(incoming.get, None):
             runs.apply(event)
     except Exception as error:  # Whatever the store, or the way to it, may fail with.
         problems.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+
+def _deliver_late(client: Any, path: Path) -> None:
+    """Deliver a run that was kept, or put aside what no later stage could deliver either."""
+    from mlflow.exceptions import MlflowException
+
+    runs = _Runs(client, again=True)
+    try:
+        events = spool.events_in(path)
+    except ValueError:
+        spool.refuse(path)
+        return
+    try:
+        for event in events:
+            runs.apply(event)
+    except MlflowException as error:
+        if error.error_code not in NEVER:
+            raise
+        spool.refuse(path)
 
 
 class _Runs:

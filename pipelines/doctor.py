@@ -108,6 +108,8 @@ def _kept() -> Iterator[str]:
     untold = len(spool.waiting())
     if untold:
         yield f"{untold} runs wait for MLflow in {ROOT / 'spool'}; the next stage delivers them"
+    for path in spool.refused():
+        yield f"{path} holds a run that MLflow does not take; nothing waits for it"
     sets = ROOT / "sets"
     if sets.exists():
         yield f"{sets} holds {_megabytes(sets)} of crafted parts that may be used again"

@@ -29,9 +29,27 @@ def keep(events: Sequence[Event]) -> None:
     write_bytes(path, "".join(json.dumps(event) + "\n" for event in events).encode())
 
 
-def taken() -> Iterator[list[Event]]:
-    """Yield what is kept, run by run; a run's file goes when the next one is asked for."""
+def taken() -> Iterator[Path]:
+    """Yield the files of what is kept; each goes, or is refused, before the next is asked for."""
     with lock("spool"):
         for path in waiting():
-            yield [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            path.unlink()
+            yield path
+            path.unlink(missing_ok=True)
+
+
+def events_in(path: Path) -> list[Event]:
+    """Read the events of a run; ValueError where they are damaged, or of an older version."""
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not events or "id" not in events[0]:
+        raise ValueError(f"{path} begins with no run")
+    return events
+
+
+def refuse(path: Path) -> None:
+    """Put aside what can never be delivered, so that it stands in nobody's way."""
+    path.rename(path.with_suffix(".refused"))
+
+
+def refused() -> list[Path]:
+    """Return the files that were put aside."""
+    return sorted((ROOT / "spool").glob("*.refused"))

@@ -103,6 +103,20 @@ def test_what_is_told_again_makes_no_second_run(tmp_path: Path) -> None:
     assert sorted(runs(tmp_path)) == [("one", "FINISHED"), ("trial", "FINISHED")]
 
 
+def test_what_mlflow_never_takes_stands_in_nobody_s_way(tmp_path: Path) -> None:
+    about = {"stage": "one", "experiment": "limpid-tiny", "tags": {}, "params": {}, "id": "1"}
+    start, end = {"event": "start", **about, "time": 1}, {"event": "end", "status": "FINISHED"}
+    illegal = {"event": "metrics", "metrics": {"a:b?": 1.0}, "step": 0, "time": 1}
+    spool = tmp_path / ".limpid/spool"
+    spool.mkdir(parents=True)
+    (spool / "1-1.jsonl").write_text('{"event": "st')
+    (spool / "2-1.jsonl").write_text(lines([{**start, "id": "2"}, illegal, {**end, "time": 2}]))
+    (spool / "3-1.jsonl").write_text(lines([{**start, "id": "3"}, {**end, "time": 2}]))
+    deliver(tmp_path)
+    assert ("one", "FINISHED") in runs(tmp_path)
+    assert sorted(path.name for path in spool.iterdir()) == ["1-1.refused", "2-1.refused"]
+
+
 def test_a_file_that_changed_before_it_was_told_of_is_not_shown_as_that_run_s(
     tmp_path: Path,
 ) -> None:
