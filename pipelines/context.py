@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster
+from pipelines import cluster, session
 from pipelines.params import Resources
 from pipelines.relay import Book, Screen
 
@@ -32,7 +32,7 @@ class Context:
 
     def session(self) -> AbstractContextManager[None]:
         """Hold a Ray over several maps."""
-        return cluster.session(self.resources.shards)
+        return session.hold(self.resources.shards)
 
     def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Call a function that has a name on Ray, for every task; return the results in order."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import launch, params, place
-from pipelines.cluster import CARRIED
 from pipelines.exits import Failed, outcome
 from pipelines.params import ConfigError
 from pipelines.progress import Watch, refuse
 from pipelines.relay import Listener
+from pipelines.session import CARRIED
 from pipelines.tracking import Tracker
 
 

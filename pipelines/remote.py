@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from components.shards import DataError
-from pipelines import cluster, place
+from pipelines import place, session
 from pipelines.exits import Failed, Interrupted
 from pipelines.launch import Failure, Result, result_of
 from pipelines.params import ConfigError, Resources
@@ -125,7 +125,7 @@ def _guarded(address: str) -> None:
 
 def _require_room(address: str, resources: Resources) -> None:
     """Raise ConfigError at once for what this cluster can never hold, instead of waiting."""
-    if cluster.AUTOSCALES in os.environ:
+    if session.AUTOSCALES in os.environ:
         return
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
@@ -135,7 +135,7 @@ def _require_room(address: str, resources: Resources) -> None:
     except (RayStateApiException, OSError) as error:
         raise ConnectionError(f"the cluster at {address}: {_first(error)}") from None
     alive = [node.resources_total for node in nodes if node.state == "ALIVE"]
-    cluster.require_room([resources.train, resources.shards], alive)
+    session.require_room([resources.train, resources.shards], alive)
 
 
 def _newest(client: Any, name: str) -> tuple[int, bool]:
@@ -156,10 +156,10 @@ def _newest(client: Any, name: str) -> tuple[int, bool]:
 
 
 def _submit(client: Any, name: str, attempt: int) -> None:
-    variables = {n: os.environ[n] for n in cluster.CARRIED if n in os.environ}
+    variables = {n: os.environ[n] for n in session.CARRIED if n in os.environ}
     variables |= {place.JOB: name, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
-    with _code() as folder, cluster.quiet():
+    with _code() as folder, session.quiet():
         while True:
             try:
                 client.submit_job(

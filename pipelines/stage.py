@@ -45,7 +45,7 @@ SOURCES = Path(__file__).parent.parent
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
         "candidates", "cluster", "context", "exits", "launch", "params", "place", "progress",
-        "registry", "relay", "remote", "spool", "stage", "store", "timings", "tracking",
+        "registry", "relay", "remote", "session", "spool", "stage", "store", "timings", "tracking",
     )),
 }  # fmt: skip
 

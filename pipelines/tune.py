@@ -17,7 +17,7 @@ from rich.live import Live
 
 from components.attacks import AttackConfig
 from components.shards import write_bytes, write_json
-from pipelines import cluster, place, standings
+from pipelines import place, session, standings
 from pipelines.dials import Choice, Dial, Integer, LogUniform, Value, get, nest
 from pipelines.params import (
     Defended,
@@ -112,16 +112,16 @@ def _search(task: Task, context: Context) -> list[Trial]:
     if own.gpus:
         share["GPU"] = own.gpus
     trainable = tune.with_resources(trainable, share)
-    with cluster.session(own, theirs), _Board(folder, task.study, context) as board:
+    with session.hold(own, theirs), _Board(folder, task.study, context) as board:
         path = f"{folder}/{STUDY}"
-        with cluster.quiet():
+        with session.quiet():
             if tune.Tuner.can_restore(path):
                 tuner = tune.Tuner.restore(
                     path, trainable=trainable, resume_unfinished=True, restart_errored=True
                 )
             else:
                 tuner = _tuner(task, trainable, folder)
-            results = cluster.apart(tuner.fit, board.look)
+            results = session.apart(tuner.fit, board.look)
         reasons = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
     trials = board.trials()
     if not any(trial.right for trial in trials):

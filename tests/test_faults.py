@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.shards import sha256
-from pipelines import cluster, launch, place
+from pipelines import cluster, launch, place, session
 from pipelines.params import ConfigError, Share, TrainShare
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
@@ -38,9 +38,9 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes: dict[str, dict[str, float]] = {"one": {"CPU": 1.0}}
-    monkeypatch.setattr(cluster, "_nodes", lambda: nodes)
+    monkeypatch.setattr(session, "nodes", lambda: nodes)
     said: list[str] = []
-    patience = cluster._Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
+    patience = session.Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
     patience.look()
     assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
     nodes["another"] = {"CPU": 1.0}
@@ -51,17 +51,17 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     patience.check()
     patience.seconds = -1
     # A cluster that grows as it is asked may have it yet.
-    monkeypatch.setenv(cluster.AUTOSCALES, "1")
+    monkeypatch.setenv(session.AUTOSCALES, "1")
     patience.look()
     patience.check()
-    monkeypatch.delenv(cluster.AUTOSCALES)
+    monkeypatch.delenv(session.AUTOSCALES)
     patience.look()
     with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
         patience.check()
     assert len(said) == 3
-    monkeypatch.setenv(cluster.WAIT, "5m")
+    monkeypatch.setenv(session.WAIT, "5m")
     with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
-        cluster._Patience(patience.share, 1, said.append)
+        session.Patience(patience.share, 1, said.append)
 
 
 def test_a_cluster_of_other_versions_is_refused() -> None:

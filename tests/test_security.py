@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 EMBEDDED = """
 import json, os
 import psutil
-from pipelines import cluster
+from pipelines import session
 from pipelines.params import Share
 import ray
 from ray._raylet import GcsClient
@@ -36,7 +36,7 @@ from ray._raylet import GcsClient
 def there():
     return os.environ["RAY_AUTH_MODE"]
 
-with cluster.session(Share(workers=1, cpus=1, gpus=0)):
+with session.hold(Share(workers=1, cpus=1, gpus=0)):
     me = psutil.Process()
     family = [me, *me.children(recursive=True)]
     token = os.environ["RAY_AUTH_TOKEN"]
