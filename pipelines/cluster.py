@@ -229,7 +229,8 @@ def _alone(share: Share, config: dict[str, Any]) -> None:
         num_cpus=share.cpus,
         num_gpus=share.gpus,
         max_restarts=MAX_FAILURES,
-        max_task_retries=MAX_FAILURES,
+        # Until it has another node, which is asked for again and again; restarts are bounded.
+        max_task_retries=-1,
         scheduling_strategy="SPREAD",
     )(Trainer).remote()
     _result(trainer.train.remote())
