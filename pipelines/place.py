@@ -171,21 +171,30 @@ def published(path: Path) -> Published:
 
 
 def share(path: Path) -> None:
-    """Bring a file or folder of this job's to the store; what left the folder leaves the store."""
+    """Bring a file or folder of this job's to the store; what left the folder leaves the store.
+
+    That is what this process brought there, or found there: another may work there too, where this
+    one was cut off and given up.
+    """
     if job() is None:
         return
     there = store()
     files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
     # A manifest last: where it is, all it names is.
     for file in sorted(files, key=lambda file: file.name == MANIFEST):
-        state = file.stat()
-        mark = state.st_mtime_ns, state.st_size
+        mark = _mark(file)
         if _shared.get(file) != mark:
             there.write(_name(file), file.read_bytes())
             _shared[file] = mark
-    if path.is_dir():
-        for name in set(there.names(_name(path))) - {_name(file) for file in files}:
-            there.drop(name)
+    for file in [file for file in _shared if file.is_relative_to(path) and not file.exists()]:
+        there.drop(_name(file))
+        del _shared[file]
+
+
+def _mark(file: Path) -> tuple[int, int]:
+    """Say what may change where a file does."""
+    state = file.stat()
+    return state.st_mtime_ns, state.st_size
 
 
 def see(path: Path) -> bool:
@@ -207,7 +216,10 @@ def see_folder(path: Path, into: Path | None = None) -> None:
     for inner in there.names(name):
         content = there.read(inner)
         if content is not None:
-            write_bytes(target / inner[len(name) + 1 :], content)
+            file = target / inner[len(name) + 1 :]
+            write_bytes(file, content)
+            if into is None:
+                _shared[file] = _mark(file)
 
 
 def forget(path: Path) -> None:

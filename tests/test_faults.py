@@ -12,7 +12,7 @@ import project
 import pytest
 import torch
 
-from components.shards import sha256
+from components.shards import sha256, write_bytes
 from pipelines import cluster, launch, place, session
 from pipelines.params import ConfigError, Share, TrainShare
 
@@ -62,6 +62,29 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     monkeypatch.setenv(session.WAIT, "5m")
     with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
         session.Patience(patience.share, 1, said.append)
+
+
+def test_who_was_given_up_removes_nothing_of_who_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(place.STORAGE, f"file://{tmp_path}/store")
+    monkeypatch.setenv(place.SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv(place.JOB, "training")
+    monkeypatch.setattr(place, "_shared", {})
+    states = place.home() / ".limpid/work/training/states"
+    write_bytes(states / "30", b"mine")
+    place.share(states)
+    there, name = place.store(), "kept/work/training/states"
+    there.write(f"{name}/60", b"of another")
+    (states / "30").unlink()
+    write_bytes(states / "31", b"mine, and late")
+    place.share(states)
+    assert sorted(there.names(name)) == [f"{name}/31", f"{name}/60"]
+    # Who goes on from what is there has it for its own.
+    place.see_folder(states)
+    (states / "31").unlink()
+    place.share(states)
+    assert there.names(name) == [f"{name}/60"]
 
 
 def test_a_cluster_of_other_versions_is_refused() -> None:

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def test_a_training_is_the_same_there_and_is_fetched_when_it_is_done(
 
 @pytest.mark.faults
 def test_a_set_is_the_same_there(there: Stand, reproduced: Path) -> None:
+    shutil.copytree(reproduced / "models", there.project / "models", dirs_exist_ok=True)
     command = ["--train", "data/train", "--classifier", "models/standard", "--out", "pool"]
     code, printed = run(there, "craft_training_set", *command)
     assert code == 0, printed
