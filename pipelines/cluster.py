@@ -226,12 +226,10 @@ def _alone(share: Share, config: dict[str, Any]) -> None:
             _there(_loop, {"config": config, "first": True, "report": _unheard})
 
     trainer = ray.remote(
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
         max_restarts=MAX_FAILURES,
         # Until it has another node, which is asked for again and again; restarts are bounded.
         max_task_retries=-1,
-        scheduling_strategy="SPREAD",
+        **_needs(share),
     )(Trainer).remote()
     _result(trainer.train.remote())
 
@@ -240,14 +238,14 @@ def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, An
     """Start a call on some node, and return what `ray.get` waits for."""
     import ray
 
-    remote = ray.remote(
-        name=function.__name__,
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
-        max_retries=MAX_FAILURES,
-        scheduling_strategy="SPREAD" if place.job() else "DEFAULT",
-    )(_there)
+    remote = ray.remote(name=function.__name__, max_retries=MAX_FAILURES, **_needs(share))(_there)
     return remote.remote(function, arguments)
+
+
+def _needs(share: Share) -> dict[str, Any]:
+    """Return what Ray must find for one worker, and where it should look."""
+    strategy = "SPREAD" if place.job() else "DEFAULT"
+    return {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": strategy}
 
 
 def _result(reference: Any) -> Any:

@@ -152,7 +152,9 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert made(cabled.project / "pool") == undisturbed(cabled)
+    known = stored(cabled)
     plug(cabled)
+    assert '"PUT ' not in stored(cabled).removeprefix(known)
 
 
 @pytest.mark.parametrize("workers", [0, [1, 2]])
