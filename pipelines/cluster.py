@@ -102,17 +102,13 @@ def train(
             # The node that leads a cluster is for leading.
             session.apart(lambda: _alone(share, config), patience.check)
         else:
-            _loop(config, True, _unheard)
+            _loop(config, True)
     if place.see(notes / FAILURE):
         failure = json.loads((notes / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
     place.see_folder(out)
     last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
     return last
-
-
-def _unheard(metrics: Mapping[str, float]) -> None:
-    """Report to nobody."""
 
 
 def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], None]) -> None:
@@ -223,7 +219,7 @@ def _alone(share: Share, config: dict[str, Any]) -> None:
 
     class Trainer:
         def train(self) -> None:
-            _there(_loop, {"config": config, "first": True, "report": _unheard})
+            _there(_loop, {"config": config, "first": True})
 
     trainer = ray.remote(
         max_restarts=MAX_FAILURES,
@@ -306,14 +302,14 @@ def _tail(path: Path, seen: EpochSeen, say: Callable[[str], None]) -> Iterator[N
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Train in one worker of Ray Train."""
+    """Train in one worker of Ray Train, which is told nothing in between: a report waits for it."""
     import ray.train
 
     place.localise()
-    _loop(config, ray.train.get_context().get_world_rank() == 0, ray.train.report)
+    _loop(config, ray.train.get_context().get_world_rank() == 0)
 
 
-def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float]], None]) -> None:
+def _loop(config: dict[str, Any], first: bool) -> None:
     """Train in one process; the first one keeps the state, the history and the result."""
     resume, out = Path(config["resume"]), Path(config["out"])
     states, notes = resume / STATES, resume / NOTES
@@ -337,7 +333,6 @@ def _loop(config: dict[str, Any], first: bool, report: Callable[[dict[str, float
                     kept.result()
                     packed = pack_state({**epoch.state, "history": history})
                     kept = beside.submit(_keep, resume, epoch.index, packed, epoch.metrics)
-                report(epoch.metrics)
             if kept is not None:
                 kept.result()
         if first:
