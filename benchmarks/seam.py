@@ -31,7 +31,7 @@ CRAFT = ["--train", "data/train", "--classifier", "models/standard"]
 BARE = """
 import json, sys, time, importlib
 from pathlib import Path
-from pipelines import cluster, crafting, jobs, params, place
+from pipelines import cluster, crafting, crew, jobs, params, place
 from pipelines.context import Context
 from pipelines.relay import Emitter
 module = importlib.import_module("pipelines." + sys.argv[1])
@@ -55,7 +55,7 @@ def map_shards(function, tasks, share, done, waiting):
 
 import torch
 torch.set_num_threads(1)
-cluster.train, cluster.map_shards = train, map_shards
+cluster.train, crew.map_shards = train, map_shards
 work = Path(".limpid/bare")
 context = Context(Emitter(), Emitter(), everything.resources, work, lambda *_: None)
 ended = []

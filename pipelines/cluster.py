@@ -1,7 +1,7 @@
-"""Work done by Ray: train a network, and map a function over shards.
+"""Training done by Ray: by one worker or many, on this machine or the nodes of a cluster.
 
-In a job that is on nodes which share no disk (`place`). Nothing that is computed depends on the
-number of workers a map uses; training is bit-equal at an equal number of workers.
+In a job that is on nodes which share no disk (`place`). It is bit-equal at an equal number of
+workers.
 """
 
 import json
@@ -25,21 +25,20 @@ from components.objectives import Objective
 from components.shards import DataError, write_json
 from components.training import Diverged, Training, Validate, fit
 from pipelines import place, session
-from pipelines.params import Share, TrainShare
+from pipelines.crew import MAX_FAILURES, OUT_OF_MEMORY, Crew
+from pipelines.params import TrainShare
 
 # Below a training's folder: the states to go on from, and notes for the stage that waits.
 STATES, NOTES = "states", "notes"
 HISTORY = "history.jsonl"
 FAILURE = "failure.json"
-# A worker that dies is replaced this often; a mistake of the user is not tried again.
-MAX_FAILURES = 3
+# A mistake of the user is not tried again.
 MISTAKES: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "DataError": DataError,
     "Diverged": Diverged,
     "MemoryError": MemoryError,
 }
-OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def train(
             _train(config, share, patience.check)
         elif place.job() and not inside:
             # The node that leads a cluster is for leading.
-            session.apart(lambda: _alone(share, config), patience.check)
+            alone = [{"config": config, "first": True}]
+            session.apart(lambda: Crew(share).map(_loop, alone, _unheard), patience.check)
         else:
             _loop(config, True)
     if place.see(notes / FAILURE):
@@ -109,6 +109,10 @@ def train(
     place.see_folder(out)
     last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
     return last
+
+
+def _unheard(done: int, total: int) -> None:
+    """Hear nothing of pieces where there is one."""
 
 
 def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], None]) -> None:
@@ -139,134 +143,6 @@ def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], No
         if torch.OutOfMemoryError.__name__ in str(error):
             raise MemoryError(OUT_OF_MEMORY) from None
         raise
-
-
-def map_shards(
-    function: Callable[..., Any],
-    tasks: Sequence[Mapping[str, Any]],
-    share: Share,
-    done: Callable[[int, int], None],
-    waiting: Callable[[str], None],
-) -> list[Any]:
-    """Call `function(**task, device=...)` for every task on Ray; return the results in order.
-
-    Without workers here, one after another. `function` must be importable by name; a task is
-    retried when its worker or node dies. `waiting` is told when the cluster has too little left to
-    go on; ConnectionError when that lasts.
-    """
-    if not tasks:
-        return []
-    if not share.workers and not place.job():
-        return _in_turn(function, tasks, share, done)
-    with session.hold(share), session.patience(share, 1, waiting) as patience:
-        # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = session.apart(
-            lambda: _map(function, tasks, share, done), patience.check
-        )
-    return results
-
-
-def _in_turn(
-    function: Callable[..., Any],
-    tasks: Sequence[Mapping[str, Any]],
-    share: Share,
-    done: Callable[[int, int], None],
-) -> list[Any]:
-    results = []
-    for task in tasks:
-        results.append(_call(function, {**task, "device": share.device}))
-        done(len(results), len(tasks))
-    return results
-
-
-def _map(
-    function: Callable[..., Any],
-    tasks: Sequence[Mapping[str, Any]],
-    share: Share,
-    done: Callable[[int, int], None],
-) -> list[Any]:
-    import ray
-
-    waits = list(range(len(tasks)))[::-1]
-    begun: dict[Any, int] = {}
-    doubted: set[Any] = set()
-    results: dict[int, Any] = {}
-    nodes = set(session.nodes())
-    while len(results) < len(tasks):
-        while waits and len(begun) - len(doubted) < max(share.workers, 1):
-            index = waits.pop()
-            if index not in results:
-                begun[_task(share, function, {**tasks[index], "device": share.device})] = index
-        ready, _ = ray.wait(list(begun), num_returns=1, timeout=session.LOOK_S)
-        for reference in ready:
-            doubted.discard(reference)
-            results[begun.pop(reference)] = _result(reference)
-            done(len(results), len(tasks))
-        if not ready and nodes - (nodes := set(session.nodes())):
-            # Of a task on a node that was cut off, Ray hears nothing for many minutes. What may
-            # have been there begins again elsewhere, and whoever is first is heard.
-            waits += [index for reference, index in begun.items() if reference not in doubted]
-            doubted = set(begun)
-    return [results[index] for index in range(len(tasks))]
-
-
-def _alone(share: Share, config: dict[str, Any]) -> None:
-    """Train on some node, by an actor: Ray gives it up as soon as its node is cut off.
-
-    A task it would wait for, and begun twice there would be two who write.
-    """
-    import ray
-
-    class Trainer:
-        def train(self) -> None:
-            _there(_loop, {"config": config, "first": True})
-
-    trainer = ray.remote(
-        max_restarts=MAX_FAILURES,
-        # Until it has another node, which is asked for again and again; restarts are bounded.
-        max_task_retries=-1,
-        **_needs(share),
-    )(Trainer).remote()
-    _result(trainer.train.remote())
-
-
-def _task(share: Share, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Start a call on some node, and return what `ray.get` waits for."""
-    import ray
-
-    remote = ray.remote(name=function.__name__, max_retries=MAX_FAILURES, **_needs(share))(_there)
-    return remote.remote(function, arguments)
-
-
-def _needs(share: Share) -> dict[str, Any]:
-    """Return what Ray must find for one worker, and where it should look."""
-    strategy = "SPREAD" if place.job() else "DEFAULT"
-    return {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": strategy}
-
-
-def _result(reference: Any) -> Any:
-    """Return what a call returned, or raise what it raised, not how Ray brought it here."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.OutOfMemoryError:
-        raise MemoryError(OUT_OF_MEMORY) from None
-
-
-def _there(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Make the call in a worker, with the inputs of the job beside it."""
-    place.localise()
-    return _call(function, arguments)
-
-
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    try:
-        return function(**arguments)
-    except torch.OutOfMemoryError:
-        raise MemoryError(OUT_OF_MEMORY) from None
 
 
 @contextmanager

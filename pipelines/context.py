@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster, session
+from pipelines import crew, session
 from pipelines.params import Resources
 from pipelines.relay import Book, Screen
 
@@ -40,4 +40,4 @@ class Context:
         def shown(done: int, total: int) -> None:
             self.watch.advance(done, total, "pieces")
 
-        return cluster.map_shards(function, tasks, self.resources.shards, shown, self.watch.say)
+        return crew.map_shards(function, tasks, self.resources.shards, shown, self.watch.say)

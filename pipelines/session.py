@@ -24,6 +24,8 @@ import torch
 from pipelines import place
 from pipelines.params import ConfigError, Share, TrainShare
 
+# What is kept for as long as a Ray is held, by what it is for.
+kept: dict[Any, Any] = {}
 # How long a cluster may lack the resources a task needs, as when a node has gone.
 WAIT, WAIT_S = "LIMPID_WAIT_S", 300.0
 LOOK_S = 5.0
@@ -48,8 +50,6 @@ def hold(*shares: Share) -> Iterator[None]:
     if started() or not (place.job() or any(share.most for share in shares)):
         yield
         return
-    import ray
-
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     variables = {name: os.environ.get(name) for name in SET}
@@ -118,6 +118,7 @@ def _end() -> None:
     """Shut Ray down; its autoscaler, which scales nothing here, would take a second to hear it."""
     import ray
 
+    kept.clear()
     for process in psutil.Process().children():
         with suppress(psutil.Error):
             if any(word.endswith("autoscaler/_private/monitor.py") for word in process.cmdline()):

@@ -44,8 +44,9 @@ SCHEMA = 1
 SOURCES = Path(__file__).parent.parent
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
-        "candidates", "cluster", "context", "exits", "launch", "params", "place", "progress",
-        "registry", "relay", "remote", "session", "spool", "stage", "store", "timings", "tracking",
+        "candidates", "cluster", "context", "crew", "exits", "launch", "params", "place",
+        "progress", "registry", "relay", "remote", "session", "spool", "stage", "store", "timings",
+        "tracking",
     )),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.shards import sha256, write_bytes
-from pipelines import cluster, launch, place, session
+from pipelines import cluster, crew, launch, place, session
 from pipelines.params import ConfigError, Share, TrainShare
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
@@ -150,7 +150,7 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
     for workers in (0, 1):
         share = Share(workers=workers, cpus=1, gpus=0)
         with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-            cluster.map_shards(full, [{}], share, lambda *_: None, print)
+            crew.map_shards(full, [{}], share, lambda *_: None, print)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
         cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None, print)
     assert not (tmp_path / "out").exists()

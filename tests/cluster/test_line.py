@@ -176,7 +176,7 @@ def test_a_training_whose_node_dies_goes_on_at_another(there: Stand, reproduced:
     join_spare(there, reproduced)
     process, _ = begin(there, "0", epochs=400, params=of_whole_nodes(0))
     until(lambda: "epoch-000005/state.pt" in stored(there), 120)
-    (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "Trainer"))
+    (holder,) = (n for n in ("worker0", "spare") if below(there.processes[n].pid, "_loop"))
     there.kill(holder)
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0 and resumed(printed) >= 5, printed

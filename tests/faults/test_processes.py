@@ -151,7 +151,6 @@ def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
         "--classifier=models/standard", "--out=pool",
         RAY_memory_usage_threshold=f"{max(used - 0.02, 0.01):.2f}",
         RAY_memory_monitor_refresh_ms="50",
-        RAY_task_oom_retries="1",
     )  # fmt: skip
     assert code == 4, printed
     assert "a worker ran out of memory; lower batch_size" in printed

@@ -1,0 +1,138 @@
+"""Workers that stay: a function is mapped over pieces by processes that do one after another.
+
+Ray would run a piece as a task, and one with a GPU in a process of its own, which imports torch and
+wakes the GPU anew; so the workers are actors. A piece whose worker or node is gone is done again.
+Nothing that is computed depends on the number of workers. In a job they are on nodes which share no
+disk (`place`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipelines import place, session
+from pipelines.params import Share
+
+# A worker that dies is replaced this often for one piece; an error of the piece is not tried again.
+MAX_FAILURES = 3
+OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
+
+Done = Callable[[int, int], None]
+
+
+def map_shards(
+    function: Callable[..., Any],
+    tasks: Sequence[Mapping[str, Any]],
+    share: Share,
+    done: Done,
+    waiting: Callable[[str], None],
+) -> list[Any]:
+    """Call `function(**task, device=...)` for every task on Ray; return the results in order.
+
+    Without workers here, one after another. `function` must be importable by name; a task is
+    retried when its worker or node dies. `waiting` is told when the cluster has too little left to
+    go on; ConnectionError when that lasts.
+    """
+    calls = [{**task, "device": share.device} for task in tasks]
+    if not calls:
+        return []
+    if not share.workers and not place.job():
+        return _in_turn(function, calls, done)
+    with session.hold(share), session.patience(share, 1, waiting) as patience:
+        crew = session.kept.setdefault(share, Crew(share))
+        # Waiting for Ray in the main thread would swallow an interruption.
+        results: list[Any] = session.apart(lambda: crew.map(function, calls, done), patience.check)
+    return results
+
+
+def _in_turn(
+    function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], done: Done
+) -> list[Any]:
+    results = []
+    for arguments in calls:
+        results.append(_call(function, arguments))
+        done(len(results), len(calls))
+    return results
+
+
+class Hand:
+    """One worker, an actor of Ray's."""
+
+    def ready(self) -> None:
+        """Say that it is there: importing this module has imported torch."""
+
+    def do(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Make a call, with the inputs of the job beside it."""
+        place.localise()
+        return _call(function, arguments)
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except torch.OutOfMemoryError:
+        raise MemoryError(OUT_OF_MEMORY) from None
+
+
+class Crew:
+    """The workers of a share, at least one; they come as they are needed, and stay."""
+
+    def __init__(self, share: Share) -> None:
+        self.size = max(share.most, 1)
+        self.needs = {
+            "num_cpus": share.cpus,
+            "num_gpus": share.gpus,
+            "scheduling_strategy": "SPREAD" if place.job() else "DEFAULT",
+        }
+        self.idle: list[Any] = []
+        # Those that are not there yet, each by what is there with it: no call waits for them.
+        self.coming: dict[Any, Any] = {}
+
+    def map(
+        self, function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], done: Done
+    ) -> list[Any]:
+        """Make all calls; return the results in order, or raise what one of them raised."""
+        import ray
+
+        waits = list(range(len(calls)))[::-1]
+        busy: dict[Any, tuple[Any, int]] = {}
+        results: dict[int, Any] = {}
+        lost: Counter[int | None] = Counter()
+        while len(results) < len(calls):
+            while waits and self.idle:
+                hand, index = self.idle.pop(), waits.pop()
+                named = hand.do.options(name=function.__name__)
+                busy[named.remote(function, calls[index])] = hand, index
+            self._hire(min(len(waits), self.size - len(busy)))
+            [reference], _ = ray.wait([*busy, *self.coming], num_returns=1)
+            hand, piece = busy.pop(reference, (self.coming.pop(reference, None), None))
+            try:
+                result = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                lost[piece] += 1
+                if lost[piece] > MAX_FAILURES:
+                    if isinstance(error, ray.exceptions.OutOfMemoryError):
+                        raise MemoryError(OUT_OF_MEMORY) from None
+                    raise
+                # It may only be out of reach, and those who wait may be gone with it.
+                ray.kill(hand)
+                self.idle.clear()
+                waits += [] if piece is None else [piece]
+                continue
+            self.idle.append(hand)
+            if piece is not None:
+                results[piece] = result
+                done(len(results), len(calls))
+        return [results[index] for index in range(len(calls))]
+
+    def _hire(self, wanted: int) -> None:
+        """Have so many on their way."""
+        import ray
+
+        for _ in range(wanted - len(self.coming)):
+            hand = ray.remote(**self.needs)(Hand).remote()
+            self.coming[hand.ready.remote()] = hand
