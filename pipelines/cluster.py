@@ -26,7 +26,7 @@ from components.shards import DataError, write_json
 from components.training import Diverged, Training, Validate, fit
 from pipelines import place, session
 from pipelines.crew import MAX_FAILURES, OUT_OF_MEMORY, Crew
-from pipelines.params import TrainShare
+from pipelines.resources import TrainShare
 
 # Below a training's folder: the states to go on from, and notes for the stage that waits.
 STATES, NOTES = "states", "notes"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import crew, session
-from pipelines.params import Resources
 from pipelines.relay import Book, Screen
+from pipelines.resources import Resources
 
 
 @dataclass

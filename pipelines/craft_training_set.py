@@ -6,6 +6,8 @@ from pipelines.crafting import Order, Subject, craft_all
 from pipelines.params import Pool, ThreatView
 from pipelines.stage import Context, main
 
+MAPS = True
+
 
 class PoolParams(ThreatView):
     """The attack of the pool, and the threat it stays in."""

@@ -10,10 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from pipelines import place, session
-from pipelines.params import Share
+from pipelines.resources import Share
 
 # A worker that dies is replaced this often for one piece; an error of the piece is not tried again.
 MAX_FAILURES = 3
@@ -41,7 +39,7 @@ def map_shards(
     if not share.workers and not place.job():
         return _in_turn(function, calls, done)
     with session.hold(share), session.patience(share, 1, waiting) as patience:
-        crew = session.kept.setdefault(share, Crew(share))
+        crew = of(share)
         # Waiting for Ray in the main thread would swallow an interruption.
         results: list[Any] = session.apart(lambda: crew.map(function, calls, done), patience.check)
     return results
@@ -57,11 +55,18 @@ def _in_turn(
     return results
 
 
+def of(share: Share) -> "Crew":
+    """Return the workers of a share, the same for as long as this Ray is held."""
+    crew: Crew = session.kept.setdefault(share, Crew(share))
+    return crew
+
+
 class Hand:
     """One worker, an actor of Ray's."""
 
     def ready(self) -> None:
-        """Say that it is there: importing this module has imported torch."""
+        """Say that it is there, and has imported what takes long."""
+        import torch  # noqa: F401
 
     def do(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Make a call, with the inputs of the job beside it."""
@@ -70,6 +75,8 @@ class Hand:
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    import torch
+
     try:
         return function(**arguments)
     except torch.OutOfMemoryError:
@@ -105,7 +112,7 @@ class Crew:
                 hand, index = self.idle.pop(), waits.pop()
                 named = hand.do.options(name=function.__name__)
                 busy[named.remote(function, calls[index])] = hand, index
-            self._hire(min(len(waits), self.size - len(busy)))
+            self.hire(min(len(waits), self.size - len(busy)))
             [reference], _ = ray.wait([*busy, *self.coming], num_returns=1)
             hand, piece = busy.pop(reference, (self.coming.pop(reference, None), None))
             try:
@@ -129,8 +136,8 @@ class Crew:
                 done(len(results), len(calls))
         return [results[index] for index in range(len(calls))]
 
-    def _hire(self, wanted: int) -> None:
-        """Have so many on their way."""
+    def hire(self, wanted: int) -> None:
+        """Have so many workers on their way."""
         import ray
 
         for _ in range(wanted - len(self.coming)):

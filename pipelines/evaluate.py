@@ -49,6 +49,8 @@ from pipelines.scoring import (
 )
 from pipelines.stage import Context, main
 
+MAPS = True
+
 # How many images are cleaned to see how long it takes.
 TIMED = 16
 

@@ -8,10 +8,10 @@ import time
 import traceback
 from typing import NoReturn
 
+from components.config import ConfigError
 from components.shards import DataError
 from components.training import Diverged
 from pipelines import PARENT
-from pipelines.params import ConfigError
 from pipelines.place import ROOT
 from pipelines.progress import without_keys
 

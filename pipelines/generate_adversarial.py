@@ -23,6 +23,8 @@ from pipelines.crafting import Order, Subject, craft_all
 from pipelines.params import REPLAYED, CraftingView, Defended, Ladder
 from pipelines.stage import Context, main
 
+MAPS = True
+
 
 class GenerateParams(CraftingView):
     """One defense with its ladder, and all attacks this may name."""

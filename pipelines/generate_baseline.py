@@ -7,6 +7,8 @@ from pipelines.generate_adversarial import generate
 from pipelines.params import CraftingView, Ladder
 from pipelines.stage import Context, main
 
+MAPS = True
+
 
 class BaselineParams(CraftingView):
     """The ladder of one bare classifier, and all attacks it may name."""

@@ -7,6 +7,8 @@ from pipelines.generate_adversarial import generate
 from pipelines.params import Control, CraftingView, Ladder
 from pipelines.stage import Context, main
 
+MAPS = True
+
 
 class ControlsParams(CraftingView):
     """All controls with their ladders, and all attacks these may name."""

@@ -13,15 +13,15 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
-from components.config import Config
+from components.config import Config, ConfigError
 from pipelines import place
 from pipelines.context import Context
 from pipelines.exits import interruptible, leave, outcome
-from pipelines.params import ConfigError, Resources
 from pipelines.place import Spec
 from pipelines.relay import Emitter, Event
+from pipelines.resources import Resources
 from pipelines.store import Listing, Store, remove
 
 
@@ -118,6 +118,11 @@ def _compare(theirs: Mapping[str, str]) -> None:
         raise ConfigError(f"this cluster does not fit who sends it work: {', '.join(odd)}")
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
+    """Do this job, and end the process with its exit code."""
     interruptible()
     leave(perform(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,8 @@ view is made of; a test holds dvc.yaml to it. Mistakes are found before anything
 one sentence with the nearest valid name.
 """
 
-import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -19,13 +18,14 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from components.attacks import AttackConfig, Threat
 from components.classifiers import ClassifierConfig
-from components.config import Config
+from components.config import Config, ConfigError, near
 from components.defense import STAND_INS
 from components.objectives import Atop, ClassifierObjective, Distillation, PurifierObjective
 from components.purifiers import ControlConfig, InferenceConfig, PurifierConfig
 from components.sources import DataConfig
 from components.training import Training
 from pipelines.dials import Dial, get
+from pipelines.resources import Resources
 
 PARAMS = Path("params.yaml")
 Count = Annotated[int, Field(ge=1)]
@@ -42,10 +42,6 @@ SURROGATE = REPLAYED["transfer"]
 # Networks that have a training of their own, and those that map no image to an image.
 OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan": "wgan_gp"}
 GENERATIVE = ("ddpm", "gan")
-
-
-class ConfigError(ValueError):
-    """Parameters that cannot be used: one sentence, said before anything starts."""
 
 
 class Section(Config):
@@ -172,101 +168,6 @@ class Tuning(Config):
 
     run: list[Name]
     studies: dict[Name, Study]
-
-
-class Share(Config):
-    """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own.
-
-    0 works without a Ray, in the stage's own process, one piece after another (in a job of a
-    cluster: one at a time).
-    """
-
-    workers: Annotated[int, Field(ge=0)]
-    cpus: Count
-    gpus: Annotated[float, Field(ge=0)]
-
-    @property
-    def device(self) -> str:
-        """Where tensors live; Ray shows each worker the GPU that is its own."""
-        return "cuda" if self.gpus else "cpu"
-
-    @property
-    def least(self) -> int:
-        """The fewest workers it can do with."""
-        return 1
-
-    @property
-    def most(self) -> int:
-        """The most workers it takes."""
-        return self.workers
-
-
-class TrainShare(Share):
-    """Workers of one training; `cpus` are the threads of each.
-
-    [least, most] takes what is there, and goes on with what is left.
-    """
-
-    workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)]  # type: ignore[assignment]
-
-    @property
-    def least(self) -> int:
-        """The fewest workers it can do with."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def most(self) -> int:
-        """The most workers it takes."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.least > self.most:
-            raise ValueError(f"workers {self.workers} must be [least, most]")
-        return self
-
-
-class TrialShare(Share):
-    """Trials of a search, each a process of its own."""
-
-    workers: Count
-
-
-class Override(Config):
-    """Other resources for one stage."""
-
-    train: TrainShare | None = None
-    shards: Share | None = None
-    trials: TrialShare | None = None
-
-
-class Resources(Config):
-    """What the stages may use; tracked by no stage, since no result depends on it.
-
-    `train` is for one training, `shards` for crafting and scoring, `trials` for those of a search.
-    `stages` says it anew for a stage, as `evaluate`, or for one of its instances, as
-    `train_purifier@student`.
-    """
-
-    train: TrainShare
-    shards: Share
-    trials: TrialShare
-    stages: dict[str, Override]
-
-    def of(self, stage: str) -> "Resources":
-        """Return what one stage may use."""
-        own = self.stages.get(stage) or self.stages.get(stage.partition("@")[0], Override())
-        changes = {name: share for name, share in own if share is not None}
-        return self.model_copy(update={**changes, "stages": {}})
-
-    @model_validator(mode="after")
-    def _stages(self) -> Self:
-        known = [path.stem for path in Path(__file__).parent.glob("*.py")]
-        for name in self.stages:
-            stage = name.partition("@")[0]
-            if stage not in known:
-                raise ValueError(f"stages names {name}, which is no stage{_near(stage, known)}")
-        return self
 
 
 class Trained(Config):
@@ -504,19 +405,14 @@ def explain(error: ValidationError) -> str:
     # Pydantic puts the tag of a union into the path; nobody looks for it there.
     where = ".".join(str(part) for part in first["loc"] if part not in kinds)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where}{_near(str(first['loc'][-1]), fields)}"
+        return f"unknown key {where}{near(str(first['loc'][-1]), fields)}"
     if first["type"] == "missing":
         return f"{where} is missing"
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
     if first["type"] == "union_tag_invalid":
-        message += _near(str(first["ctx"]["tag"]), kinds)
+        message += near(str(first["ctx"]["tag"]), kinds)
     shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(names), 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def _learnable(where: str, model: str, objective: str) -> None:
@@ -553,7 +449,7 @@ def _usable(where: str, defended: Defended, model: PurifierConfig) -> None:
 
 def _known(where: str, name: str, names: Mapping[str, object]) -> None:
     if name not in names:
-        hint = _near(name, names) or f"; there are {', '.join(names) or 'none'}"
+        hint = near(name, names) or f"; there are {', '.join(names) or 'none'}"
         raise ValueError(f"{where} names {name}, which is not there{hint}")
 
 

@@ -8,6 +8,7 @@ in the store.
 """
 
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -18,13 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.config import ConfigError
 from components.shards import DataError
 from pipelines import place, session
 from pipelines.exits import Failed, Interrupted
 from pipelines.launch import Failure, Result, result_of
-from pipelines.params import ConfigError, Resources
 from pipelines.place import Spec
 from pipelines.relay import Listener
+from pipelines.resources import Resources, Share
 from pipelines.store import Store
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -55,12 +57,19 @@ def _inside() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def run(name: str, resources: Resources, sent: Callable[[], Spec], listener: Listener) -> Result:
+def run(
+    name: str,
+    resources: Resources,
+    sent: Callable[[], Spec],
+    listener: Listener,
+    ahead: Share | None = None,
+) -> Result:
     """Have a cluster do a stage, under the name of its key, unless it has been done.
 
     `sent` sends what the stage reads and describes it, and is called only where the cluster can
-    hold the stage and does not do it yet. Raises Failed with the exit code and sentence of the
-    stage, ConnectionError when the cluster is lost, ConfigError where it cannot do it.
+    hold the stage and does not do it yet. Workers of the share `ahead` are sent for before all
+    else. Raises Failed with the exit code and sentence of the stage, ConnectionError when the
+    cluster is lost, ConfigError where it cannot do it.
     """
     store = place.store()
     result = result_of(store, name)
@@ -72,7 +81,7 @@ def run(name: str, resources: Resources, sent: Callable[[], Spec], listener: Lis
         if not known:
             _require_room(address, resources)
             store.write(f"jobs/{name}/spec.json", sent().model_dump_json().encode())
-            _submit(client, name, attempt)
+            _submit(client, name, attempt, ahead)
         status, last = _follow(client, f"{name}-{attempt}", listener)
         result = result_of(store, name)
         if result is None:
@@ -155,7 +164,10 @@ def _newest(client: Any, name: str) -> tuple[int, bool]:
         attempt += 1
 
 
-def _submit(client: Any, name: str, attempt: int) -> None:
+def _submit(client: Any, name: str, attempt: int, ahead: Share | None) -> None:
+    words = ["python", "-m", "pipelines.launch", str(attempt)]
+    if ahead is not None and ahead.workers:
+        words[2:3] = ["pipelines.ahead", ahead.model_dump_json()]
     variables = {n: os.environ[n] for n in session.CARRIED if n in os.environ}
     variables |= {place.JOB: name, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
@@ -163,7 +175,7 @@ def _submit(client: Any, name: str, attempt: int) -> None:
         while True:
             try:
                 client.submit_job(
-                    entrypoint=f"python -m pipelines.launch {attempt}",
+                    entrypoint=shlex.join(words),
                     submission_id=f"{name}-{attempt}",
                     runtime_env={"working_dir": str(folder), "env_vars": variables},
                     entrypoint_num_cpus=0,

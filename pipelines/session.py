@@ -2,7 +2,7 @@
 
 By default a stage with workers starts an embedded Ray (`ray.init(address="local")`), which no other
 Ray on the machine is part of, without dashboard; in a job it joins the cluster that runs the job,
-which may come to have too little for it.
+which may come to have too little for it. A job joins before it has imported torch (`ahead`).
 """
 
 import logging
@@ -19,10 +19,10 @@ from functools import cache
 from typing import Any
 
 import psutil
-import torch
 
+from components.config import ConfigError
 from pipelines import place
-from pipelines.params import ConfigError, Share, TrainShare
+from pipelines.resources import Share, TrainShare
 
 # What is kept for as long as a Ray is held, by what it is for.
 kept: dict[Any, Any] = {}
@@ -44,8 +44,9 @@ CARRIED = (
 def hold(*shares: Share) -> Iterator[None]:
     """Hold a Ray with room for some shares: that of the job, or an embedded one started for it.
 
-    None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
-    that is there serves. ConfigError where this machine or cluster can never hold a share.
+    None is started for no worker, nor where there is one: in a Ray worker, as in a trial of a
+    search, or in a job that joined ahead. ConfigError where this machine or cluster can never hold
+    a share.
     """
     if started() or not (place.job() or any(share.most for share in shares)):
         yield
@@ -57,7 +58,9 @@ def hold(*shares: Share) -> Iterator[None]:
         try:
             with quiet():
                 if place.job():
-                    _join(shares)
+                    join()
+                    if AUTOSCALES not in os.environ:
+                        require_room(shares, nodes().values())
                 else:
                     _embed(shares)
         finally:
@@ -77,19 +80,19 @@ def started() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def _join(shares: Sequence[Share]) -> None:
+def join() -> None:
+    """Join the Ray whose job this is."""
     import ray
 
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
     # Else Ray takes it for a conflict that the job has some of them already.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
-    if AUTOSCALES not in os.environ:
-        require_room(shares, nodes().values())
 
 
 def _embed(shares: Sequence[Share]) -> None:
     import ray
+    import torch
 
     # A token of its own, known to this process and its children alone: left to itself, Ray takes
     # that of a cluster, or writes one that others may read into the home of its user.

@@ -1,11 +1,11 @@
 """The common shape of a stage.
 
 A stage file has a function `run(params, context, *, <dep>: Path, ..., out: Path) -> metrics` and
-ends in `main(__spec__.name)`. Its signature is its command line: every
-keyword-only parameter is an option (`out_train` is `--out-train`), and `name: str` is the foreach
-instance. `main` reads the parameters, names the run by a key, tracks it, and moves outputs into
-place only when they are whole. Where a cluster is named, the stage runs there as a job, and all
-but that stays as it is (`remote`).
+ends in `main(__spec__.name)`. Its signature is its command line: every keyword-only parameter is an
+option (`out_train` is `--out-train`), and `name: str` is the foreach instance. A name `MAPS` in the
+file says that it maps pieces, for whose workers a job sends early. `main` reads the parameters,
+names the run by a key, tracks it, and moves outputs into place only when they are whole. Where a
+cluster is named, the stage runs there as a job, and all but that stays as it is (`remote`).
 """
 
 import argparse
@@ -25,16 +25,18 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 
 from components import shards
+from components.config import ConfigError
 from components.shards import MANIFEST, DataError
 from pipelines import launch, place, remote, timings
 from pipelines import params as parameters
 from pipelines.context import Context
 from pipelines.exits import interruptible, leave, outcome
 from pipelines.launch import is_out
-from pipelines.params import ConfigError, Resources, View
+from pipelines.params import View
 from pipelines.place import ROOT, Spec
 from pipelines.progress import Watch, refuse
 from pipelines.relay import Listener
+from pipelines.resources import Resources
 from pipelines.store import Listing, remove
 from pipelines.tracking import Tracker
 
@@ -44,9 +46,9 @@ SCHEMA = 1
 SOURCES = Path(__file__).parent.parent
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
-        "candidates", "cluster", "context", "crew", "exits", "launch", "params", "place",
-        "progress", "registry", "relay", "remote", "session", "spool", "stage", "store", "timings",
-        "tracking",
+        "ahead", "candidates", "cluster", "context", "crew", "exits", "launch", "params", "place",
+        "progress", "registry", "relay", "remote", "resources", "session", "spool", "stage",
+        "store", "timings", "tracking",
     )),
 }  # fmt: skip
 
@@ -197,7 +199,8 @@ def _away(
         listings = {option: there.push(path) for option, path in call.deps.items()}
         return call.spec(name, listings, parts)
 
-    result = remote.run(name, call.resources, sent, listener)
+    ahead = call.resources.shards if hasattr(call.module, "MAPS") else None
+    result = remote.run(name, call.resources, sent, listener, ahead)
     remote.bring(name, result, parts)
     return result.metrics
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from components import data
 from components.attacks import L2, Attack, Linf, craft
 from components.checkpoints import load, read_card
+from components.config import ConfigError
 from components.data import ImageSet
 from components.defense import Defense, Mode
 from components.evaluation import CLEAN, count_score, summarise, worst
@@ -26,8 +27,6 @@ from pipelines.crafting import Subject
 from pipelines.dials import Value, put
 from pipelines.jobs import Recipe, build_job, recipe_of
 from pipelines.params import (
-    ConfigError,
-    Resources,
     Scoring,
     Student,
     Study,
@@ -35,6 +34,7 @@ from pipelines.params import (
     Trained,
     explain,
 )
+from pipelines.resources import Resources
 
 Figures = dict[str, Any]
 # How many images are cleaned to see how long it takes.

@@ -24,7 +24,6 @@ from pipelines.params import (
     Finetuned,
     Name,
     Purifier,
-    Resources,
     Scoring,
     Student,
     Study,
@@ -32,6 +31,7 @@ from pipelines.params import (
     write_yaml,
 )
 from pipelines.progress import show
+from pipelines.resources import Resources
 from pipelines.stage import Context, main
 from pipelines.standings import Trial
 from pipelines.trial import Task, attempt

@@ -9,8 +9,9 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
+from components.config import ConfigError
 from pipelines import configure, params
-from pipelines.params import ConfigError, Params
+from pipelines.params import Params
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "profiles/digits.yaml").read_text()

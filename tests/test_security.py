@@ -18,8 +18,8 @@ import psutil
 import pytest
 from cluster.stand import free_port
 
+from components.config import ConfigError
 from pipelines.exits import outcome
-from pipelines.params import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ EMBEDDED = """
 import json, os
 import psutil
 from pipelines import session
-from pipelines.params import Share
+from pipelines.resources import Share
 import ray
 from ray._raylet import GcsClient
 

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from components.shards import sha256
 from faults.conftest import STANDARD, below, resumed, states, until
 from pipelines import cluster
-from pipelines.params import TrainShare
+from pipelines.resources import TrainShare
 
 pytestmark = pytest.mark.faults
 
