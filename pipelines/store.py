@@ -12,8 +12,10 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -30,7 +32,7 @@ T = TypeVar("T")
 # Between tries that an endpoint answers with an error; pyarrow has tried by itself before each.
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 GIVE_UP_S = 60.0
-CHUNK = 1 << 22
+CHUNK, AT_ONCE = 1 << 22, 8
 # A wrong name, a missing permission, an unknown bucket: asking again gets the same answer.
 FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE", "HTTP status: 403")
 
@@ -103,9 +105,9 @@ class Store:
         ]  # fmt: skip
         blobs = {_blob(one.sha256): (one, file) for one, file in zip(listed, found, strict=True)}
         there = self._sizes(list(blobs))
-        for name, (one, file) in blobs.items():
-            if there.get(name) != one.size:
-                self._tried(partial(self._upload, name, file))
+        new = {n: file for n, (one, file) in blobs.items() if there.get(n) != one.size}
+        with _side_by_side() as each:
+            list(each(lambda name: self._tried(partial(self._upload, name, new[name])), new))
         return Listing(files=tuple(listed))
 
     def pull(self, listing: Listing, path: Path, cache: Path | None = None) -> None:
@@ -120,13 +122,17 @@ class Store:
         try:
             if all(one.path for one in listing.files):
                 part.mkdir(parents=True)
-            for one in listing.files:
+
+            def bring(one: File) -> None:
                 target = part / one.path if one.path else part
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if cache is None:
                     self._fetch(one, target)
                 else:
                     _link(self._cached(one, cache), target)
+
+            with _side_by_side() as each:
+                list(each(bring, listing.files))
             remove(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             part.replace(path)
@@ -202,7 +208,8 @@ class Store:
     def _cached(self, one: File, cache: Path) -> Path:
         kept = cache / one.sha256[:2] / one.sha256
         if not kept.is_file() or kept.stat().st_size != one.size:
-            part = kept.with_name(f".{kept.name}.{os.getpid()}")
+            # Two files of a listing may be the same bytes.
+            part = kept.with_name(f".{kept.name}.{os.getpid()}.{threading.get_ident()}")
             part.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._fetch(one, part)
@@ -247,6 +254,13 @@ class Store:
                     raise StoreError(f"the store {self.uri} does not answer: {first}") from None
                 time.sleep(pause)
         raise AssertionError
+
+
+@contextlib.contextmanager
+def _side_by_side() -> Iterator[Callable[..., Any]]:
+    """Yield a `map` whose calls wait for the endpoint at the same time, a few at once."""
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        yield pool.map
 
 
 def _blob(digest: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from components.shards import DataError
 from pipelines import store as stores
-from pipelines.store import Listing, Store, StoreError
+from pipelines.store import File, Listing, Store, StoreError
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,16 @@ def test_a_node_fetches_a_file_once(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listing = store.push(folder)
+    fetch = Store._fetch
+
+    def slow(self: Store, one: File, target: Path) -> None:
+        fetch(self, one, target)
+        # So that the two equal ones are on their way at once.
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Store, "_fetch", slow)
     store.pull(listing, tmp_path / "first", tmp_path / "cache")
+    assert content(tmp_path / "first") == content(folder)
 
     def never(*_: object) -> None:
         raise AssertionError("fetched again")
