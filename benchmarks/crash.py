@@ -37,7 +37,7 @@ class Round:
     whole: bool
     stage: str
     same: bool
-    orphans: int
+    orphans: list[str]
     code: int
 
     @property
@@ -66,12 +66,12 @@ def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whol
         if process.poll() is None:
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
-        before = ours(folder)
+        before = {one: " ".join(words(one))[:80] for one in ours(folder)}
         began = time.monotonic()
         again = project.start(folder, *command, to=printed)
         while any(map(project.lives, before)) and time.monotonic() - began < ORPHAN_S:
             time.sleep(0.5)
-        orphans = sum(map(project.lives, before))
+        orphans = [title for process, title in before.items() if project.lives(process)]
         again.wait()
     return Round(moment, whole, stage, digest(folder) == wanted, orphans, again.returncode)
 
@@ -106,16 +106,21 @@ def ours(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def words(process: psutil.Process) -> list[str]:
+    """Return the command line of a process, if it is still there."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def running(folder: Path) -> str:
     """Return the stage that runs."""
     for process in ours(folder):
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        found = [word for word in words if word.startswith("pipelines.")]
+        said = words(process)
+        found = [word for word in said if word.startswith("pipelines.")]
         if found and found != ["pipelines.delivery"]:
-            name = words[words.index("--name") + 1] if "--name" in words else ""
+            name = said[said.index("--name") + 1] if "--name" in said else ""
             return f"{found[0].removeprefix('pipelines.')} {name}".strip()
     return "between stages"
 
@@ -139,8 +144,8 @@ def main() -> int:
         bad += not found.good
         print(
             f"{number + 1}/{given.rounds} killed {'all' if whole else 'dvc'} at {moment:.1f} s in "
-            f"{found.stage}: same {found.same}, orphans {found.orphans}, exit {found.code}"
-            f"{'' if found.good else '  <-- BAD'}",
+            f"{found.stage}: same {found.same}, orphans {len(found.orphans)}, exit {found.code}"
+            f"{'' if found.good else f'  <-- BAD {found.orphans}'}",
             flush=True,
         )
         if found.good:

@@ -83,16 +83,26 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         raise MemoryError(OUT_OF_MEMORY) from None
 
 
+def _last(error: Exception) -> Exception:
+    """Return what to raise where the loss of a worker is not borne any more."""
+    import ray
+
+    memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+    return MemoryError(OUT_OF_MEMORY) if memory else error
+
+
 class Crew:
     """The workers of a share, at least one; they come as they are needed, and stay."""
 
     def __init__(self, share: Share) -> None:
+        import ray
+
         self.size = max(share.most, 1)
-        self.needs = {
-            "num_cpus": share.cpus,
-            "num_gpus": share.gpus,
-            "scheduling_strategy": "SPREAD" if place.job() else "DEFAULT",
-        }
+        self.hand = ray.remote(
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            scheduling_strategy="SPREAD" if place.job() else "DEFAULT",
+        )(Hand)
         self.idle: list[Any] = []
         # Those that are not there yet, each by what is there with it: no call waits for them.
         self.coming: dict[Any, Any] = {}
@@ -120,14 +130,14 @@ class Crew:
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                lost[piece] += 1
-                if lost[piece] > MAX_FAILURES:
-                    if isinstance(error, ray.exceptions.OutOfMemoryError):
-                        raise MemoryError(OUT_OF_MEMORY) from None
-                    raise
-                # It may only be out of reach, and those who wait may be gone with it.
+                # It may only be out of reach. Those who wait may be gone with it, and are asked.
                 ray.kill(hand)
+                self.coming |= {waiting.ready.remote(): waiting for waiting in self.idle}
                 self.idle.clear()
+                lost[piece] += 1
+                # A node that goes takes all with it that were coming there.
+                if lost[piece] > MAX_FAILURES * (self.size if piece is None else 1):
+                    raise _last(error) from None
                 waits += [] if piece is None else [piece]
                 continue
             self.idle.append(hand)
@@ -138,8 +148,6 @@ class Crew:
 
     def hire(self, wanted: int) -> None:
         """Have so many workers on their way."""
-        import ray
-
         for _ in range(wanted - len(self.coming)):
-            hand = ray.remote(**self.needs)(Hand).remote()
+            hand = self.hand.remote()
             self.coming[hand.ready.remote()] = hand

@@ -78,8 +78,9 @@ def of_whole_nodes(workers: int | list[int]) -> dict:
 
 
 def crafting(there: Stand) -> subprocess.Popen[str]:
-    """Start a stage that crafts for a while."""
+    """Start a stage that crafts for a while, by two workers of which each takes a node."""
     params = project.tiny()
+    params["resources"]["shards"] = {"workers": 2, "cpus": 2, "gpus": 0}
     params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 1000}
     project.write_params(there.project, params)
     return project.start(there.project, *CRAFTING, "--out=pool", **there.driver)

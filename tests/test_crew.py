@@ -1,0 +1,40 @@
+"""The workers of a map: they stay, those that die are replaced, and not for ever."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines import crew, session
+from pipelines.resources import Share
+
+
+def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
+    tried = tmp_path / "tried"
+
+    def which(device: str) -> int:
+        return os.getpid()
+
+    def dies(often: int, device: str) -> int:
+        with tried.open("a") as file:
+            file.write("x")
+        if tried.stat().st_size <= often:
+            os._exit(1)
+        return often
+
+    share = Share(workers=2, cpus=1, gpus=0)
+    with session.hold(share):
+        seen = {p for _ in "ab" for p in crew.map_shards(which, [{}] * 6, share, silent, print)}
+        assert 1 <= len(seen) <= 2 and os.getpid() not in seen, "a process for every piece"
+        found = crew.map_shards(dies, [{"often": crew.MAX_FAILURES}] * 2, share, silent, print)
+        assert found == [crew.MAX_FAILURES] * 2
+        tried.unlink()
+        with pytest.raises(Exception, match="died"):
+            crew.map_shards(dies, [{"often": 100}], share, silent, print)
+        assert tried.stat().st_size == 1 + crew.MAX_FAILURES
+        # What is left serves on.
+        assert len(crew.map_shards(which, [{}] * 3, share, silent, print)) == 3
+
+
+def silent(done: int, total: int) -> None:
+    """Hear of pieces."""
