@@ -4,7 +4,8 @@ Importing this package sets defaults that must stand before torch and Ray are im
 nothing else: idle OpenMP threads wait passively (spinning ones make two processes on two cores
 14 times slower, `benchmarks/threads.py`), Ray Train sees within half a second instead of two that
 its workers have ended, an embedded Ray listens on the loopback interface alone and looks for its
-own sockets without sleeping a second in between, and MLflow unpickles nothing.
+own sockets without sleeping a second in between, no call starts a Ray that nobody asked for, and
+MLflow unpickles nothing.
 """
 
 import os
@@ -14,6 +15,7 @@ PARENT = os.getppid()
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "1000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

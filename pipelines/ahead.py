@@ -15,13 +15,16 @@ from pipelines.resources import Share
 def main() -> None:
     """Send for all workers of a share, and do the job."""
     share = Share.model_validate_json(sys.argv.pop(1))
-    # Joining, Ray lays the folder of the code down anew, and who stands in it stands nowhere.
-    os.chdir(place.scratch())
     # What does not work here is said by the stage, which tries it again.
     with suppress(Exception), session.quiet():
-        session.join()
-        workers = crew.of(share)
-        workers.hire(workers.size)
+        # Where two nodes are one machine, Ray may lay the folder of the code down anew, and who
+        # stands in it stands nowhere.
+        os.chdir(place.scratch())
+        session.join_ahead()
+        # A cluster that grows as it is asked is asked for what there is to do alone.
+        if session.AUTOSCALES not in os.environ:
+            workers = crew.of(share)
+            workers.hire(workers.size)
     from pipelines import launch
 
     launch.main()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from components.checkpoints import fingerprint, read_card
-from components.config import ConfigError
 from pipelines import timings
 from pipelines.crafting import Subject
+from pipelines.mistakes import ConfigError
 from pipelines.params import PARAMS, Defended, read_yaml
 from pipelines.registry import Registration, identity
 from pipelines.report import MEANINGS, describe_subject, describe_threat, illusion, not_beaten

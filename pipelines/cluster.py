@@ -90,7 +90,7 @@ def train(
         "threads": share.cpus,
         "device": share.device,
     }
-    inside = session.started()
+    inside = session.held()
     with (
         session.hold(share), _tail(notes / HISTORY, seen, say), session.quiet(),
         session.patience(share, share.least, say) as patience,

@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from components.config import ConfigError
 from components.shards import write_bytes
 from components.sources import DATASETS
 from pipelines.dials import flatten, put
+from pipelines.mistakes import ConfigError
 from pipelines.params import (
     PARAMS,
     Params,

@@ -57,7 +57,9 @@ def _in_turn(
 
 def of(share: Share) -> "Crew":
     """Return the workers of a share, the same for as long as this Ray is held."""
-    crew: Crew = session.kept.setdefault(share, Crew(share))
+    if share not in session.kept:
+        session.kept[share] = Crew(share)
+    crew: Crew = session.kept[share]
     return crew
 
 
@@ -70,8 +72,14 @@ class Hand:
 
     def do(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Make a call, with the inputs of the job beside it."""
+        import torch
+
         place.localise()
-        return _call(function, arguments)
+        try:
+            return _call(function, arguments)
+        finally:
+            # Others share the GPU while this one waits.
+            torch.cuda.empty_cache()
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -83,12 +91,23 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         raise MemoryError(OUT_OF_MEMORY) from None
 
 
-def _last(error: Exception) -> Exception:
-    """Return what to raise where the loss of a worker is not borne any more."""
-    import ray
+def _losses() -> tuple[type[Exception], ...]:
+    """Return the errors by which Ray says that a worker is lost, whatever it was doing."""
+    from ray import exceptions
 
-    memory = isinstance(error, ray.exceptions.OutOfMemoryError)
-    return MemoryError(OUT_OF_MEMORY) if memory else error
+    return (
+        exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError, exceptions.ObjectLostError,
+    )  # fmt: skip
+
+
+def _bear(error: Exception, times: int, most: int) -> None:
+    """Raise what lost a worker where that has been too often."""
+    from ray import exceptions
+
+    if times > most:
+        memory = isinstance(error, exceptions.OutOfMemoryError)
+        raise (MemoryError(OUT_OF_MEMORY) if memory else error) from None
 
 
 class Crew:
@@ -104,8 +123,9 @@ class Crew:
             scheduling_strategy="SPREAD" if place.job() else "DEFAULT",
         )(Hand)
         self.idle: list[Any] = []
-        # Those that are not there yet, each by what is there with it: no call waits for them.
+        # Those that have not said that they are there, each by its answer: no call waits for them.
         self.coming: dict[Any, Any] = {}
+        self.missed = 0
 
     def map(
         self, function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], done: Done
@@ -116,38 +136,60 @@ class Crew:
         waits = list(range(len(calls)))[::-1]
         busy: dict[Any, tuple[Any, int]] = {}
         results: dict[int, Any] = {}
-        lost: Counter[int | None] = Counter()
+        lost: Counter[int] = Counter()
         while len(results) < len(calls):
             while waits and self.idle:
-                hand, index = self.idle.pop(), waits.pop()
+                hand, piece = self.idle.pop(), waits.pop()
                 named = hand.do.options(name=function.__name__)
-                busy[named.remote(function, calls[index])] = hand, index
+                busy[named.remote(function, calls[piece])] = hand, piece
             self.hire(min(len(waits), self.size - len(busy)))
             [reference], _ = ray.wait([*busy, *self.coming], num_returns=1)
-            hand, piece = busy.pop(reference, (self.coming.pop(reference, None), None))
+            if reference in self.coming:
+                self._welcome(reference)
+                continue
+            hand, piece = busy.pop(reference)
             try:
-                result = ray.get(reference)
+                results[piece] = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except ray.exceptions.RayError as error:
-                # It may only be out of reach. Those who wait may be gone with it, and are asked.
-                ray.kill(hand)
-                self.coming |= {waiting.ready.remote(): waiting for waiting in self.idle}
-                self.idle.clear()
+            except _losses() as error:
+                self._lose(hand)
                 lost[piece] += 1
-                # A node that goes takes all with it that were coming there.
-                if lost[piece] > MAX_FAILURES * (self.size if piece is None else 1):
-                    raise _last(error) from None
-                waits += [] if piece is None else [piece]
-                continue
-            self.idle.append(hand)
-            if piece is not None:
-                results[piece] = result
+                _bear(error, lost[piece], MAX_FAILURES)
+                waits.append(piece)
+            else:
+                self.idle.append(hand)
                 done(len(results), len(calls))
-        return [results[index] for index in range(len(calls))]
+        return [results[piece] for piece in range(len(calls))]
 
     def hire(self, wanted: int) -> None:
-        """Have so many workers on their way."""
+        """Have at least so many on their way."""
         for _ in range(wanted - len(self.coming)):
             hand = self.hand.remote()
             self.coming[hand.ready.remote()] = hand
+
+    def _welcome(self, reference: Any) -> None:
+        """Take in one who has come, or bear that it has not."""
+        import ray
+
+        hand = self.coming.pop(reference)
+        try:
+            ray.get(reference)
+        except _losses() as error:
+            self._lose(hand)
+            self.missed += 1
+            # A node that goes takes all with it that were coming there.
+            _bear(error, self.missed, MAX_FAILURES * self.size)
+        else:
+            self.missed = 0
+            self.idle.append(hand)
+
+    def _lose(self, hand: Any) -> None:
+        """Do without one, and ask all who have nothing to do whether they are there."""
+        import ray
+
+        # It may only be out of reach.
+        ray.kill(hand)
+        asked = [*self.idle, *self.coming.values()]
+        self.idle.clear()
+        self.coming = {one.ready.remote(): one for one in asked}

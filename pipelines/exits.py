@@ -8,10 +8,10 @@ import time
 import traceback
 from typing import NoReturn
 
-from components.config import ConfigError
 from components.shards import DataError
 from components.training import Diverged
 from pipelines import PARENT
+from pipelines.mistakes import ConfigError
 from pipelines.place import ROOT
 from pipelines.progress import without_keys
 
@@ -72,8 +72,8 @@ def interruptible() -> None:
 def leave(code: int) -> NoReturn:
     """End this process.
 
-    At once: everything is written and Ray is down by then, and taking torch, Ray and MLflow apart
-    would cost every stage a second.
+    At once: everything is written by then, and taking torch, Ray and MLflow apart would cost every
+    stage a second.
     """
     sys.stdout.flush()
     sys.stderr.flush()

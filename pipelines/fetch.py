@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import ConfigError
 from pipelines import launch, params, place
 from pipelines.exits import Failed, outcome
+from pipelines.mistakes import ConfigError
 from pipelines.progress import Watch, refuse
 from pipelines.relay import Listener
 from pipelines.session import CARRIED

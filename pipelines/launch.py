@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from components.config import Config, ConfigError
+from components.config import Config
 from pipelines import place
 from pipelines.context import Context
 from pipelines.exits import interruptible, leave, outcome
+from pipelines.mistakes import ConfigError
 from pipelines.place import Spec
 from pipelines.relay import Emitter, Event
 from pipelines.resources import Resources

@@ -18,13 +18,14 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from components.attacks import AttackConfig, Threat
 from components.classifiers import ClassifierConfig
-from components.config import Config, ConfigError, near
+from components.config import Config
 from components.defense import STAND_INS
 from components.objectives import Atop, ClassifierObjective, Distillation, PurifierObjective
 from components.purifiers import ControlConfig, InferenceConfig, PurifierConfig
 from components.sources import DataConfig
 from components.training import Training
 from pipelines.dials import Dial, get
+from pipelines.mistakes import ConfigError, near
 from pipelines.resources import Resources
 
 PARAMS = Path("params.yaml")

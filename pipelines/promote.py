@@ -17,9 +17,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from components.config import ConfigError
 from pipelines import registry
 from pipelines.candidates import registrations
+from pipelines.mistakes import ConfigError
 from pipelines.params import Params, load
 from pipelines.progress import refuse, show
 from pipelines.registry import CHAMPION, Version

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from components.checkpoints import build, load, read_card
-from components.config import ConfigError
 from components.purifiers import Inference, Purifier
 from components.purifiers.contract import changed
 from components.shards import DataError, write_bytes
 from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode
 from pipelines import params as parameters
+from pipelines.mistakes import ConfigError
 from pipelines.params import PARAMS
 from pipelines.progress import Watch, refuse
 

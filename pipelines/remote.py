@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.config import ConfigError
 from components.shards import DataError
 from pipelines import place, session
 from pipelines.exits import Failed, Interrupted
 from pipelines.launch import Failure, Result, result_of
+from pipelines.mistakes import ConfigError
 from pipelines.place import Spec
 from pipelines.relay import Listener
 from pipelines.resources import Resources, Share

@@ -8,7 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from components.config import Config, near
+from components.config import Config
+from pipelines.mistakes import near
 
 Count = Annotated[int, Field(ge=1)]
 

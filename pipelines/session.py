@@ -2,7 +2,7 @@
 
 By default a stage with workers starts an embedded Ray (`ray.init(address="local")`), which no other
 Ray on the machine is part of, without dashboard; in a job it joins the cluster that runs the job,
-which may come to have too little for it. A job joins before it has imported torch (`ahead`).
+which may come to have too little for it. A job whose stage maps has joined before (`ahead`).
 """
 
 import logging
@@ -20,12 +20,14 @@ from typing import Any
 
 import psutil
 
-from components.config import ConfigError
 from pipelines import place
+from pipelines.mistakes import ConfigError
 from pipelines.resources import Share, TrainShare
 
 # What is kept for as long as a Ray is held, by what it is for.
 kept: dict[Any, Any] = {}
+# Whether a Ray was joined that nobody holds yet.
+_ahead = False
 # How long a cluster may lack the resources a task needs, as when a node has gone.
 WAIT, WAIT_S = "LIMPID_WAIT_S", 300.0
 LOOK_S = 5.0
@@ -44,13 +46,14 @@ CARRIED = (
 def hold(*shares: Share) -> Iterator[None]:
     """Hold a Ray with room for some shares: that of the job, or an embedded one started for it.
 
-    None is started for no worker, nor where there is one: in a Ray worker, as in a trial of a
-    search, or in a job that joined ahead. ConfigError where this machine or cluster can never hold
-    a share.
+    None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
+    that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
-    if started() or not (place.job() or any(share.most for share in shares)):
+    global _ahead
+    if held() or not (place.job() or any(share.most for share in shares)):
         yield
         return
+    joined, _ahead = _ahead, False
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     variables = {name: os.environ.get(name) for name in SET}
@@ -58,7 +61,8 @@ def hold(*shares: Share) -> Iterator[None]:
         try:
             with quiet():
                 if place.job():
-                    join()
+                    if not joined:
+                        _join()
                     if AUTOSCALES not in os.environ:
                         require_room(shares, nodes().values())
                 else:
@@ -75,12 +79,19 @@ def hold(*shares: Share) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def started() -> bool:
-    """Whether this process has a Ray. Who never imported it has none, and is spared the import."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+def held() -> bool:
+    """Whether a Ray is held here. Who never imported it has none, and is spared the import."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized()) and not _ahead
 
 
-def join() -> None:
+def join_ahead() -> None:
+    """Join the Ray whose job this is, for who holds it first."""
+    global _ahead
+    _join()
+    _ahead = True
+
+
+def _join() -> None:
     """Join the Ray whose job this is."""
     import ray
 

@@ -25,13 +25,13 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 
 from components import shards
-from components.config import ConfigError
 from components.shards import MANIFEST, DataError
 from pipelines import launch, place, remote, timings
 from pipelines import params as parameters
 from pipelines.context import Context
 from pipelines.exits import interruptible, leave, outcome
 from pipelines.launch import is_out
+from pipelines.mistakes import ConfigError
 from pipelines.params import View
 from pipelines.place import ROOT, Spec
 from pipelines.progress import Watch, refuse
@@ -46,9 +46,9 @@ SCHEMA = 1
 SOURCES = Path(__file__).parent.parent
 PLUMBING = {
     "pipelines", *(f"pipelines.{name}" for name in (
-        "ahead", "candidates", "cluster", "context", "crew", "exits", "launch", "params", "place",
-        "progress", "registry", "relay", "remote", "resources", "session", "spool", "stage",
-        "store", "timings", "tracking",
+        "ahead", "candidates", "cluster", "context", "crew", "exits", "launch", "mistakes",
+        "params", "place", "progress", "registry", "relay", "remote", "resources", "session",
+        "spool", "stage", "store", "timings", "tracking",
     )),
 }  # fmt: skip
 
@@ -199,7 +199,7 @@ def _away(
         listings = {option: there.push(path) for option, path in call.deps.items()}
         return call.spec(name, listings, parts)
 
-    ahead = call.resources.shards if hasattr(call.module, "MAPS") else None
+    ahead = call.resources.shards if getattr(call.module, "MAPS", False) else None
     result = remote.run(name, call.resources, sent, listener, ahead)
     remote.bring(name, result, parts)
     return result.metrics

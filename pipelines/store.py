@@ -69,6 +69,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         """Raise ValueError where the URI is none."""
         self.uri = uri.rstrip("/")
+        self._left = threading.Event()
         if "@" in urlsplit(self.uri).netloc:
             raise ValueError(
                 "LIMPID_STORAGE holds a key, which everybody who may list jobs could read; give "
@@ -106,7 +107,7 @@ class Store:
         blobs = {_blob(one.sha256): (one, file) for one, file in zip(listed, found, strict=True)}
         there = self._sizes(list(blobs))
         new = {n: file for n, (one, file) in blobs.items() if there.get(n) != one.size}
-        with _side_by_side() as each:
+        with self._side_by_side() as each:
             list(each(lambda name: self._tried(partial(self._upload, name, new[name])), new))
         return Listing(files=tuple(listed))
 
@@ -131,7 +132,7 @@ class Store:
                 else:
                     _link(self._cached(one, cache), target)
 
-            with _side_by_side() as each:
+            with self._side_by_side() as each:
                 list(each(bring, listing.files))
             remove(path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ class Store:
                 part.unlink(missing_ok=True)
             return
         with file.open("rb") as source, files.open_output_stream(path) as sink:
-            shutil.copyfileobj(source, sink, CHUNK)
+            self._copy(source, sink)
 
     def _cached(self, one: File, cache: Path) -> Path:
         kept = cache / one.sha256[:2] / one.sha256
@@ -225,7 +226,7 @@ class Store:
 
         def get() -> None:
             with files.open_input_stream(path) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, CHUNK)
+                self._copy(source, sink)
 
         try:
             self._tried(get)
@@ -236,6 +237,26 @@ class Store:
                 f"{self.uri}/{_blob(one.sha256)} holds other bytes than its name says: delete it, "
                 "and the stage that made it brings it again"
             )
+
+    @contextlib.contextmanager
+    def _side_by_side(self) -> Iterator[Callable[..., Any]]:
+        """Yield a `map` whose calls wait for the endpoint at the same time, a few at once."""
+        pool = ThreadPoolExecutor(max_workers=AT_ONCE)
+        try:
+            yield pool.map
+        except BaseException as error:
+            # Who is interrupted does not wait for what is on its way.
+            if not isinstance(error, Exception):
+                self._left.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _copy(self, source: Any, sink: Any) -> None:
+        while chunk := source.read(CHUNK):
+            if self._left.is_set():
+                raise StoreError(f"{self.uri} was left")
+            sink.write(chunk)
 
     def _tried(self, action: Callable[[], T]) -> T:
         """Do it, again where the endpoint fails; StoreError when it does so for long."""
@@ -249,18 +270,11 @@ class Store:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise
                 late = time.monotonic() - began > GIVE_UP_S
-                if pause is None or late or any(word in str(error) for word in FINAL):
+                final = any(word in str(error) for word in FINAL)
+                if pause is None or late or final or self._left.wait(pause):
                     first = str(error).strip().splitlines()[0][:300]
                     raise StoreError(f"the store {self.uri} does not answer: {first}") from None
-                time.sleep(pause)
         raise AssertionError
-
-
-@contextlib.contextmanager
-def _side_by_side() -> Iterator[Callable[..., Any]]:
-    """Yield a `map` whose calls wait for the endpoint at the same time, a few at once."""
-    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
-        yield pool.map
 
 
 def _blob(digest: str) -> str:

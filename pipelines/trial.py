@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 from components import data
 from components.attacks import L2, Attack, Linf, craft
 from components.checkpoints import load, read_card
-from components.config import ConfigError
 from components.data import ImageSet
 from components.defense import Defense, Mode
 from components.evaluation import CLEAN, count_score, summarise, worst
@@ -26,6 +25,7 @@ from pipelines.cluster import Job
 from pipelines.crafting import Subject
 from pipelines.dials import Value, put
 from pipelines.jobs import Recipe, build_job, recipe_of
+from pipelines.mistakes import ConfigError
 from pipelines.params import (
     Scoring,
     Student,

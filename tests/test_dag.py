@@ -109,6 +109,20 @@ def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
     assert {path for path in listed - needed if path.endswith(".py")} == set(), "not needed"
 
 
+@pytest.mark.parametrize("name", RAY_STAGES)
+def test_a_stage_says_whether_it_maps(name: str) -> None:
+    """Else a job sends for no workers ahead, or for some that nobody needs."""
+    module = importlib.import_module(f"pipelines.{name}")
+    crafts = Path("pipelines/crafting.py") in code_of(module)
+    # Those of a search are its trials.
+    assert getattr(module, "MAPS", False) == (crafts and name != "tune")
+
+
+def test_a_job_sends_for_workers_before_it_imports_torch() -> None:
+    code = "import sys, pipelines.ahead; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("pipelines.train_classifier")
     view_type = get_type_hints(module.run)["params"]

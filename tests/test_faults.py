@@ -12,9 +12,9 @@ import project
 import pytest
 import torch
 
-from components.config import ConfigError
 from components.shards import sha256, write_bytes
 from pipelines import cluster, crew, launch, place, session
+from pipelines.mistakes import ConfigError
 from pipelines.resources import Share, TrainShare
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]

@@ -9,8 +9,8 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
-from components.config import ConfigError
 from pipelines import configure, params
+from pipelines.mistakes import ConfigError
 from pipelines.params import Params
 
 ROOT = Path(__file__).parent.parent

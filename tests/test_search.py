@@ -15,9 +15,9 @@ import pytest
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from components.config import ConfigError
 from pipelines import standings
 from pipelines.dials import Dial, flatten, get, nest, put
+from pipelines.mistakes import ConfigError
 from pipelines.params import Params, Study, edit_yaml
 from pipelines.standings import Trial
 from pipelines.trial import Task, _rungs

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from cluster.stand import free_port
 
-from components.config import ConfigError
 from pipelines.exits import outcome
+from pipelines.mistakes import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -214,8 +214,12 @@ class Stand:
              "--metrics-export-port", str(free_port())]
         )  # fmt: skip
         covered = [self.project, self.home / "scratch"]
+        if name != "head":
+            # Else the code of a job, which every node lays down for itself, lies in one place.
+            session = (self.home / "r/session_latest").resolve()
+            covered.append(session / "runtime_resources")
         script = "mount --make-rprivate / && " + " && ".join(
-            f"mount -t tmpfs -o mode=700 none {path}" for path in covered
+            f"mkdir -p {path} && mount -t tmpfs -o mode=700 none {path}" for path in covered
         )
         entered = ["ip", "netns", "exec", far.name] if far else []
         script = f"{script} && cd / && exec {ray}"
