@@ -66,7 +66,7 @@ def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whol
         if process.poll() is None:
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
-        before = {one: " ".join(words(one))[:80] for one in ours(folder)}
+        before = {one: " ".join(words(one))[:200] for one in ours(folder)}
         began = time.monotonic()
         again = project.start(folder, *command, to=printed)
         while any(map(project.lives, before)) and time.monotonic() - began < ORPHAN_S:

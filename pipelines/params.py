@@ -26,10 +26,9 @@ from components.sources import DataConfig
 from components.training import Training
 from pipelines.dials import Dial, get
 from pipelines.mistakes import ConfigError, near
-from pipelines.resources import Resources
+from pipelines.resources import Count, Resources
 
 PARAMS = Path("params.yaml")
-Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 Ladder = dict[str, list[Name]]
 
