@@ -64,7 +64,7 @@ def hold(*shares: Share) -> Iterator[None]:
                     if not joined:
                         _join()
                     if AUTOSCALES not in os.environ:
-                        require_room(shares, nodes().values())
+                        require_room(shares, nodes())
                 else:
                     _embed(shares)
         finally:
@@ -200,7 +200,7 @@ class Patience:
 
     def look(self) -> None:
         """Say what living nodes lack now, if anything."""
-        lacking = _lacking(self.share, self.workers, nodes().values())
+        lacking = _lacking(self.share, self.workers, nodes())
         if not lacking:
             self.lacking_since = None
             return
@@ -232,11 +232,11 @@ def patience(share: Share, workers: int, say: Callable[[str], None]) -> Iterator
         stop.set()
 
 
-def nodes() -> dict[str, dict[str, float]]:
-    """Return what every living node has, by its id."""
+def nodes() -> list[dict[str, float]]:
+    """Return what every living node has."""
     import ray
 
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _lacking(share: Share, workers: int, nodes: Collection[Mapping[str, float]]) -> str:

@@ -38,16 +38,16 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
 def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nodes: dict[str, dict[str, float]] = {"one": {"CPU": 1.0}}
+    nodes: list[dict[str, float]] = [{"CPU": 1.0}]
     monkeypatch.setattr(session, "nodes", lambda: nodes)
     said: list[str] = []
     patience = session.Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
     patience.look()
     assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
-    nodes["another"] = {"CPU": 1.0}
+    nodes.append({"CPU": 1.0})
     patience.look()
     assert len(said) == 1 and patience.lacking_since is None
-    del nodes["another"]
+    del nodes[-1]
     patience.look()
     patience.check()
     patience.seconds = -1
