@@ -22,8 +22,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
     # Ray's word for the systems on which this is its default; in a job it would cut off the nodes.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Five times this long a worker that was just starting looks for a Ray that was killed.
-    os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "2")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")

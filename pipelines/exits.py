@@ -16,6 +16,8 @@ from pipelines.place import ROOT
 from pipelines.progress import without_keys
 
 STOPPED = threading.Event()
+# Longer than an interrupted process needs to end, with a job to stop and MLflow to tell.
+STUCK_S = 25
 INTERRUPTED = "interrupted; the same command goes on from where it was"
 
 
@@ -36,8 +38,10 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
     What nobody foresaw leaves its traceback in a file.
     """
-    # Ray's compiled code turns our interruption into an exception of its own.
-    if isinstance(error, Interrupted) or STOPPED.is_set():
+    # Ray's compiled code turns our interruption into an exception of its own, and while Ray starts
+    # it has a handler of its own on SIGTERM.
+    by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
+    if isinstance(error, Interrupted) or by_ray or STOPPED.is_set():
         return 130, INTERRUPTED
     text = without_keys(str(error))
     kinds: tuple[tuple[type[BaseException], int], ...] = (
@@ -61,10 +65,14 @@ def interruptible() -> None:
     """Let Ctrl-C and SIGTERM raise `Interrupted`, once; a second one ends at once.
 
     Under DVC the death of DVC does so too: else the stage would go on, with nobody to take what it
-    makes, beside the next one.
+    makes, beside the next one. Compiled code that never comes back to hear it is ended with all.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
+    threading.Thread(target=_insist, args=(heard,), daemon=True).start()
     if "DVC_STAGE" in os.environ:
         threading.Thread(target=_outlive_nobody, args=(PARENT,), daemon=True).start()
 
@@ -85,6 +93,13 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Interrupted
+
+
+def _insist(heard: int) -> None:
+    while os.read(heard, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    time.sleep(STUCK_S)
+    os._exit(130)
 
 
 def _outlive_nobody(parent: int) -> None:

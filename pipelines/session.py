@@ -10,11 +10,13 @@ import math
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -117,6 +119,7 @@ def _embed(shares: Sequence[Share]) -> None:
                 f"resources in params.yaml ask for {max(share.least, 1)} workers with "
                 f"{share.gpus:g} GPU each, and this machine has {found}; gpus: 0 works on the CPU"
             )
+    _reaper()
     ray.init(
         address="local",
         # Workers beyond the CPUs there are take turns; Ray Train and Tune have one that only waits.
@@ -138,6 +141,16 @@ def _end() -> None:
             if any(word.endswith("autoscaler/_private/monitor.py") for word in process.cmdline()):
                 process.kill()
     ray.shutdown()
+
+
+@cache
+def _reaper() -> subprocess.Popen[bytes]:
+    """Start what ends the rest of Ray, should this process be killed, with all its group or not."""
+    now = datetime.now().strftime("session_%Y-%m-%d_%H-%M-%S")  # As Ray begins its folders' names.
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.reaper", str(os.getpid()), now],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
 
 @cache

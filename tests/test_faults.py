@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import project
+import psutil
 import pytest
 import torch
 
@@ -208,3 +210,49 @@ def test_a_stage_that_is_ending_is_waited_for(
     with place.alone("evaluate"):
         assert time.monotonic() - began > 0.5
     other.wait()
+
+
+KILLED = """
+import os, signal
+import psutil
+from pipelines import session
+from pipelines.resources import Share
+
+with session.hold(Share(workers=1, cpus=1, gpus=0)):
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_of_an_embedded_ray_outlives_who_was_killed(tmp_path: Path) -> None:
+    code, printed = project.run(project.copy_to(tmp_path / "project"), sys.executable, "-c", KILLED)
+    assert code == -signal.SIGKILL, printed
+    started = [int(one) for one in printed.split()]
+    assert len(started) > 5
+    left = [psutil.Process(one) for one in started if psutil.pid_exists(one)]
+    _, alive = psutil.wait_procs(left, timeout=15)
+    assert not alive
+
+
+STUCK = """
+import ctypes, os, sys
+from pipelines import exits
+
+exits.STUCK_S = 0.5
+exits.interruptible()
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+print("stuck", flush=True)
+lock(mutex)
+"""
+
+
+def test_an_interruption_ends_what_is_stuck_in_compiled_code() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "stuck\n"
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(20) == 130

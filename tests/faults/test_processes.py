@@ -94,6 +94,23 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
+@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "ray::"])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_of_a_ray_outlives_its_stage(
+    folder: Path, reproduced: Path, seen: str, sent: int
+) -> None:
+    os.symlink(reproduced / "models", folder / "models")
+    command = ["python", "-m", "pipelines.craft_training_set", "--train=data/train"]
+    process = project.start(folder, *command, "--classifier=models/standard", "--out=out")
+    until(lambda: below(process.pid, seen), 120)
+    children = below(process.pid, "")
+    os.kill(process.pid, sent)
+    printed, _ = process.communicate(timeout=60)
+    # While it starts, there is a moment in which Ray leaves SIGTERM to the system.
+    assert process.returncode in {-sent, 130}, printed
+    until(lambda: not any(project.lives(child) for child in children), 15)
+
+
 def test_a_second_interruption_ends_at_once(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         # After a first one it would wait four seconds for this answer.
