@@ -16,8 +16,8 @@ from pipelines.place import ROOT
 from pipelines.progress import without_keys
 
 STOPPED = threading.Event()
-# Longer than an interrupted process needs to end, with a job to stop and MLflow to tell.
-STUCK_S = 25
+# Before who waits for it gives up (`place.ENDING_S`). Who is still stopping a job loses nothing.
+STUCK_S = 18
 INTERRUPTED = "interrupted; the same command goes on from where it was"
 
 
@@ -99,6 +99,8 @@ def _insist(heard: int) -> None:
     while os.read(heard, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
         pass
     time.sleep(STUCK_S)
+    # Not by `print`, which may wait for what is stuck.
+    os.write(2, f"error: {INTERRUPTED}\n".encode())
     os._exit(130)
 
 

@@ -14,6 +14,8 @@ from contextlib import suppress
 import psutil
 
 LOOK_S = 0.5
+# How long it looks on after each look, since what was just starting may have no log yet.
+AFTER_S = (0.5, 0.5, 1.0, 2.0)
 
 
 def main() -> None:
@@ -21,11 +23,11 @@ def main() -> None:
     stage, since = sys.argv[1:]
     while os.getppid() == int(stage):
         time.sleep(LOOK_S)
-    while left := _left(stage, since):
-        for process in left:
+    for pause in AFTER_S:
+        for process in _left(stage, since):
             with suppress(psutil.Error):
                 process.kill()
-        time.sleep(LOOK_S)
+        time.sleep(pause)
 
 
 def _left(stage: str, since: str) -> list[psutil.Process]:
@@ -36,8 +38,9 @@ def _left(stage: str, since: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            opened = "\n".join(file.path for file in process.open_files())
-            names = re.findall(rf"/(session_[\d_-]+_{stage})/", opened)
+            # Who only reads may be a person.
+            written = "\n".join(file.path for file in process.open_files() if file.mode != "r")
+            names = re.findall(rf"/(session_[\d_-]+_{stage})/", written)
             if any(name > since for name in names):
                 found.append(process)
     return found

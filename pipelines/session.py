@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -71,7 +72,9 @@ def hold(*shares: Share) -> Iterator[None]:
                     _embed(shares)
         finally:
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                # Where it was interrupted meanwhile, the next time ends it at once.
+                if signal.getsignal(number) is not signal.SIG_DFL:
+                    signal.signal(number, handler)
         yield
     finally:
         _end()
@@ -148,8 +151,9 @@ def _reaper() -> subprocess.Popen[bytes]:
     """Start what ends the rest of Ray, should this process be killed, with all its group or not."""
     now = datetime.now().strftime("session_%Y-%m-%d_%H-%M-%S")  # As Ray begins its folders' names.
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.reaper", str(os.getpid()), now],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-P", Path(__file__).with_name("reaper.py"), str(os.getpid()), now],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
-@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "ray::"])
+@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "craft_part"])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_of_a_ray_outlives_its_stage(
     folder: Path, reproduced: Path, seen: str, sent: int
@@ -105,10 +105,12 @@ def test_nothing_of_a_ray_outlives_its_stage(
     until(lambda: below(process.pid, seen), 120)
     children = below(process.pid, "")
     os.kill(process.pid, sent)
-    printed, _ = process.communicate(timeout=60)
-    # While it starts, there is a moment in which Ray leaves SIGTERM to the system.
-    assert process.returncode in {-sent, 130}, printed
+    process.wait(60)
     until(lambda: not any(project.lives(child) for child in children), 15)
+    printed, _ = process.communicate()
+    # While it starts, there is a moment in which Ray leaves SIGTERM to the system.
+    heard = {130} if seen == "craft_part" else {130, -sent}
+    assert process.returncode in ({-sent} if sent == signal.SIGKILL else heard), printed
 
 
 def test_a_second_interruption_ends_at_once(folder: Path) -> None:
