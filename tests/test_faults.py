@@ -13,6 +13,7 @@ import project
 import psutil
 import pytest
 import torch
+from faults.conftest import until
 
 from components.shards import sha256, write_bytes
 from pipelines import cluster, crew, launch, place, session
@@ -229,22 +230,11 @@ def test_nothing_of_an_embedded_ray_outlives_who_was_killed(tmp_path: Path) -> N
     assert code == -signal.SIGKILL, printed
     started = [int(one) for one in printed.split()]
     assert len(started) > 5
-    deadline = time.monotonic() + 15
-    while left := [one for one in started if lives(one)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-def lives(number: int) -> bool:
-    """Whether a process of this number goes on."""
-    try:
-        return project.lives(psutil.Process(number))
-    except psutil.NoSuchProcess:
-        return False
+    until(lambda: not any(p.pid in started and project.lives(p) for p in psutil.process_iter()), 15)
 
 
 STUCK = """
-import ctypes, os, sys
+import ctypes
 from pipelines import exits
 
 exits.STUCK_S = 0.5
@@ -264,4 +254,7 @@ def test_an_interruption_ends_what_is_stuck_in_compiled_code() -> None:
         assert process.stdout and process.stdout.readline() == "stuck\n"
         time.sleep(0.5)
         process.terminate()
-        assert process.wait(20) == 130
+        try:
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
