@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from components.attacks import craft
 from components.attacks.autoattack import STEPS, AutoAttack
-from components.data import ImageSet
-from components.defense import Defense
+from components.data.image_set import ImageSet
+from components.models.defense import Defense
 
 OURS, LIBRARY = "ours (craft)", "torchattacks, 100 steps"
 

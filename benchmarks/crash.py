@@ -85,7 +85,8 @@ def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whol
 def cut_short(folder: Path) -> bool:
     """Ask the doctor whether `dvc.lock` is, which it then says to remove."""
     return (
-        "dvc.lock is cut short" in project.run(folder, sys.executable, "-m", "pipelines.doctor")[1]
+        "dvc.lock is cut short"
+        in project.run(folder, sys.executable, "-m", "pipelines.commands.doctor")[1]
     )
 
 
@@ -132,7 +133,7 @@ def running(folder: Path) -> str:
     for process in ours(folder):
         said = words(process)
         found = [word for word in said if word.startswith("pipelines.")]
-        if found and found != ["pipelines.delivery"]:
+        if found and found != ["pipelines.tracking.uploader"]:
             name = said[said.index("--name") + 1] if "--name" in said else ""
             return f"{found[0].removeprefix('pipelines.')} {name}".strip()
     return "between stages"

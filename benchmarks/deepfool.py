@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from components.attacks import L2, Crafted, Linf, craft
 from components.attacks.deepfool import DeepFool
-from components.classifiers import Classifier, SmallCnn
-from components.data import ImageSet
-from components.defense import Defense
-from components.objectives import Classification, Frozen
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier, SmallCnn
+from components.models.defense import Defense
 from components.sources.digits import Digits
-from components.training import Training, fit
+from components.training.classification import Classification
+from components.training.contract import Frozen
+from components.training.loop import Training, fit
 
 STEPS, OVERSHOOT, IMAGES, ROUNDS = 50, 0.02, 100, 4
 BALL = L2(norm="l2", eps_l2=1.0)  # for its distance alone: DeepFool has no ball

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from components import data
 from components.attacks import Attack, Linf, contract
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Pgd
-from components.data import ImageSet
-from components.defense import Defense, aim
-from components.draws import Draws
-from components.evaluation import count_score
-from pipelines.crafting import Subject
+from components.data import image_set
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.evaluation.counting import count_score
+from components.models.defense import Defense, aim
+from pipelines.tasks.subject import Subject
 
 THREAT = Linf(norm="linf", eps_255=51.0)
 DRAWS = 64
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    images = data.read(Path("data/test"))[torch.arange(given.images)]
+    images = image_set.read(Path("data/test"))[torch.arange(given.images)]
     defense = Subject(Path("models/standard"), Path("models/atop")).defense("cpu")
     for name, attack in attacks().items():
         shares: dict[str, list[float]] = {}

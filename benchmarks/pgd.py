@@ -35,23 +35,16 @@ from torch.nn import functional as F
 
 from components.attacks import Linf, craft, violations
 from components.attacks.gradient import Pgd, ascend
-from components.checkpoints import ModelCard, load, read_card, save
-from components.classifiers import ResNet
-from components.data import ImageSet
-from components.defense import Defense, aim, channels_last
-from components.draws import Draws
-from components.objectives import (
-    AdversarialClassification,
-    Batch,
-    Classification,
-    Frozen,
-    InLoop,
-    Metrics,
-    Objective,
-)
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.checkpoints import ModelCard, load, read_card, save
+from components.models.classifiers import ResNet
+from components.models.defense import Defense, aim, channels_last
 from components.sources import prepare
 from components.sources.parquet import ParquetFiles
-from components.training import Training, fit
+from components.training.classification import AdversarialClassification, Classification
+from components.training.contract import Batch, Frozen, InLoop, Metrics, Objective
+from components.training.loop import Training, fit
 
 Attacker = Callable[[ImageSet], Tensor]
 

@@ -23,9 +23,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from components.draws import Draws
-from components.purifiers import InferenceConfig, Purifier, PurifierConfig
-from components.purifiers.diffusion import Diffusion, linear_alpha_bar
+from components.data.draws import Draws
+from components.models.purifiers import InferenceConfig, Purifier, PurifierConfig
+from components.models.purifiers.diffusion import Diffusion, linear_alpha_bar
 
 SHAPE = (1, 28, 28)
 DENOISER = {"kind": "denoiser", "width": 64}

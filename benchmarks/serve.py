@@ -30,11 +30,11 @@ import mlflow
 import torch
 from pydantic import TypeAdapter
 
-from components.checkpoints import ModelCard, build, save
-from components.purifiers import InferenceConfig
-from pipelines.crafting import Subject
-from pipelines.registry import Registration
-from pipelines.tracking import Tracker
+from components.models.checkpoints import ModelCard, build, save
+from components.models.purifiers import InferenceConfig
+from pipelines.tasks.subject import Subject
+from pipelines.tracking.registry import Registration
+from pipelines.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, SHAPE, NAME = 64, (1, 28, 28), "limpid-benchmark"

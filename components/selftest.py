@@ -17,30 +17,25 @@ from torch import Tensor, nn
 from components.attacks import Attack, Crafted, Linf, craft
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Fgsm, Noise, Pgd
-from components.checkpoints import state_digest
-from components.checks import Finding, probe
-from components.checks.models import convention, leakage, unchanged
 from components.checks.scores import draws_enough, strong_enough, undefended_falls
 from components.checks.sets import agreement, effort, stored_set
-from components.classifiers import Classifier, ResNet, SmallCnn
 from components.config import Config
-from components.data import ImageSet
-from components.defense import Defense
-from components.draws import Draws
-from components.objectives import (
-    AdversarialClassification,
-    Classification,
-    Frozen,
-    InLoop,
-    NormalTeacher,
-    Objective,
-)
-from components.purifiers import Purifier
-from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.controls import BitDepth, GaussianNoise, Identity, Median
-from components.purifiers.transforms import RandomTransform, Rt2
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.checkpoints import state_digest
+from components.models.classifiers import Classifier, ResNet, SmallCnn
+from components.models.defense import Defense
+from components.models.purifiers import Purifier
+from components.models.purifiers.autoencoder import ConvAutoencoder
+from components.models.purifiers.controls import BitDepth, GaussianNoise, Identity, Median
+from components.models.purifiers.transforms import RandomTransform, Rt2
+from components.probes import Finding, probe
+from components.probes.models import convention, leakage, unchanged
 from components.sources.digits import Digits
-from components.training import Training, fit
+from components.training.classification import AdversarialClassification, Classification
+from components.training.contract import Frozen, InLoop, Objective
+from components.training.koo import NormalTeacher
+from components.training.loop import Training, fit
 
 THREAT = Linf(norm="linf", eps_255=51)
 PROBED, TRAINED, BATCH = 48, 900, 48

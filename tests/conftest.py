@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from components.attacks import Linf
-from components.classifiers import Classifier, SmallCnn
-from components.data import ImageSet
-from components.objectives import Classification, Frozen
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier, SmallCnn
 from components.sources.digits import Digits
-from components.training import Training, fit
+from components.training.classification import Classification
+from components.training.contract import Frozen
+from components.training.loop import Training, fit
 
 torch.set_num_threads(1)
 TRAINED = 1300

@@ -174,4 +174,4 @@ def run(folder: Path, *command: str, **environment: str) -> tuple[int, str]:
 def stage(folder: Path, module: str, /, **options: str) -> tuple[int, str]:
     """Run one stage as its DVC command would."""
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    return run(folder, sys.executable, "-m", f"pipelines.{module}", *arguments)
+    return run(folder, sys.executable, "-m", "pipelines", module, *arguments)

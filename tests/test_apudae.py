@@ -8,13 +8,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from components.defense import Defense, aim, margin
-from components.draws import Draws
-from components.objectives import Batch, Denoising, Frozen
-from components.purifiers.apudae import Apudae, Turn
-from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.contract import Purifier
-from components.purifiers.denoiser import Denoiser, DenoisingAutoencoder, RedNet
+from components.data.draws import Draws
+from components.models.defense import Defense, aim, margin
+from components.models.purifiers.apudae import Apudae, Turn
+from components.models.purifiers.autoencoder import ConvAutoencoder
+from components.models.purifiers.contract import Purifier
+from components.models.purifiers.denoiser import Denoiser, DenoisingAutoencoder, RedNet
+from components.training.contract import Batch, Frozen
+from components.training.generative import Denoising
 
 SHAPE = (1, 8, 8)
 BASE: dict[str, Any] = {

@@ -29,11 +29,11 @@ from components.attacks import (
 )
 from components.attacks.apgd import targeted_dlr
 from components.attacks.contract import Outcome, Search, strongest
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Target, aim
-from components.draws import Draws
-from components.purifiers import Purifier
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Target, aim
+from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
 BALL = L2(norm="l2", eps_l2=0.7)

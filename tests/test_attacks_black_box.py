@@ -23,12 +23,12 @@ from components.attacks.flip import Flip
 from components.attacks.gradient import Pgd, RFgsm
 from components.attacks.library import MiFgsm, borrowed
 from components.attacks.square import Square, _area, _bump, _move_mass, _pyramid
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Mode, aim
-from components.draws import Draws
-from components.purifiers import Purifier
-from components.purifiers.controls import Threshold
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Mode, aim
+from components.models.purifiers import Purifier
+from components.models.purifiers.controls import Threshold
 
 LINF = Linf(norm="linf", eps_255=32.0)
 BALL = L2(norm="l2", eps_l2=0.7)

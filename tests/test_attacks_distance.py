@@ -14,11 +14,11 @@ from components.attacks import L2, Attack, Linf, craft
 from components.attacks.cw import CwL2
 from components.attacks.deepfool import DeepFool, onto_nearest
 from components.attacks.elastic_net import ElasticNet, shrink
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Mode, Target, aim, margin
-from components.draws import Draws
-from components.purifiers import Purifier
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Mode, Target, aim, margin
+from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
 BALL = L2(norm="l2", eps_l2=0.7)

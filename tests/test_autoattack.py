@@ -22,10 +22,10 @@ from components.attacks.apgd import ApgdDlr, dlr
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import Outcome, Search
 from components.attacks.fab import FabT, to_plane
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Target, aim
-from components.draws import Draws
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Target, aim
 
 THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 ORDERS = pytest.mark.parametrize("order", [torch.inf, 2.0], ids=["linf", "l2"])

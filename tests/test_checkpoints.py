@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from components.checkpoints import (
+from components.data.draws import Draws
+from components.data.shards import MANIFEST, DataError, sha256
+from components.models.checkpoints import (
     CONFIG,
     WEIGHTS,
     ModelCard,
@@ -25,12 +27,10 @@ from components.checkpoints import (
     save,
     state_digest,
 )
-from components.classifiers import ClassifierConfig
-from components.draws import Draws
-from components.purifiers import PurifierConfig
-from components.purifiers.diffusion import Diffusion
-from components.purifiers.gan import DefenseGan, GenerativePair
-from components.shards import MANIFEST, DataError, sha256
+from components.models.classifiers import ClassifierConfig
+from components.models.purifiers import PurifierConfig
+from components.models.purifiers.diffusion import Diffusion
+from components.models.purifiers.gan import DefenseGan, GenerativePair
 
 DDPM = {
     "kind": "ddpm", "width": 2, "steps": 5, "beta_start": 0.0001, "beta_end": 0.2,

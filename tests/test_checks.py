@@ -10,18 +10,20 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from components import checks
+from components import probes
 from components.attacks import L2, AttackConfig, Linf, craft
 from components.attacks.gradient import Fgsm, Pgd
-from components.checkpoints import state_digest
-from components.checks import Finding, models, scores, sets
-from components.checks.contract import Shares
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Mode
-from components.draws import Draws
-from components.evaluation import Score, count_correct
-from components.purifiers import Purifier
+from components.checks import scores, sets
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.evaluation.counting import Score
+from components.models.accuracy import count_correct
+from components.models.checkpoints import state_digest
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Mode
+from components.models.purifiers import Purifier
+from components.probes import Finding, models
+from components.probes.contract import Shares
 
 THREAT = Linf(norm="linf", eps_255=32.0)
 
@@ -116,7 +118,7 @@ def probe(
     data: ImageSet, classifier: nn.Module, purifier: Purifier | None, modes: tuple[Mode, ...]
 ) -> list[Finding]:
     defense = Defense(classifier, purifier).freeze()
-    return checks.probe(defense, modes, data, THREAT, 0, 128, 4, None)
+    return probes.probe(defense, modes, data, THREAT, 0, 128, 4, None)
 
 
 FULL: tuple[Mode, ...] = ("full",)
@@ -146,10 +148,10 @@ def test_an_honest_defense_raises_no_doubt(
 def test_probing_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> None:
     defense = Defense(classifier, Noisy()).freeze()
     before, stream = state_digest(defense), torch.get_rng_state()
-    first = checks.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None)
+    first = probes.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None)
     assert state_digest(defense) == before and not defense.training
     assert torch.equal(torch.get_rng_state(), stream)
-    assert checks.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None) == first
+    assert probes.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None) == first
 
 
 # Gradients

@@ -7,8 +7,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from components.classifiers import Classifier, ClassifierConfig
-from components.data import ImageSet
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier, ClassifierConfig
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "small_cnn": {"kind": "small_cnn", "width": 4},

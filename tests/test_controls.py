@@ -14,13 +14,13 @@ from torch import Tensor
 
 from components.attacks import Linf, craft
 from components.attacks.gradient import Pgd
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense
-from components.draws import Draws
-from components.purifiers import Purifier
-from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.controls import (
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense
+from components.models.purifiers import Purifier
+from components.models.purifiers.autoencoder import ConvAutoencoder
+from components.models.purifiers.controls import (
     _YCBCR,
     Jpeg,
     RandomNetwork,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import crew, session
-from pipelines.resources import Share
+from pipelines.cluster import session, worker_pool
+from pipelines.config.resources import Share
 
 
 def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
@@ -24,16 +24,20 @@ def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
 
     share = Share(workers=2, cpus=1, gpus=0)
     with session.hold(share):
-        seen = {p for _ in "ab" for p in crew.map_shards(which, [{}] * 6, share, silent, print)}
+        seen = {
+            p for _ in "ab" for p in worker_pool.map_shards(which, [{}] * 6, share, silent, print)
+        }
         assert 1 <= len(seen) <= 2 and os.getpid() not in seen, "a process for every piece"
-        found = crew.map_shards(dies, [{"often": crew.MAX_FAILURES}] * 2, share, silent, print)
-        assert found == [crew.MAX_FAILURES] * 2
+        found = worker_pool.map_shards(
+            dies, [{"often": worker_pool.MAX_FAILURES}] * 2, share, silent, print
+        )
+        assert found == [worker_pool.MAX_FAILURES] * 2
         tried.unlink()
         with pytest.raises(Exception, match="died"):
-            crew.map_shards(dies, [{"often": 100}], share, silent, print)
-        assert tried.stat().st_size == 1 + crew.MAX_FAILURES
+            worker_pool.map_shards(dies, [{"often": 100}], share, silent, print)
+        assert tried.stat().st_size == 1 + worker_pool.MAX_FAILURES
         # What is left serves on.
-        assert len(crew.map_shards(which, [{}] * 3, share, silent, print)) == 3
+        assert len(worker_pool.map_shards(which, [{}] * 3, share, silent, print)) == 3
 
 
 def silent(done: int, total: int) -> None:

@@ -13,9 +13,9 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.dials import get
-from pipelines.params import Params
-from pipelines.stage import code_digests, code_of, stage_key
+from pipelines.config.schema import Params
+from pipelines.config.search_space import get
+from pipelines.runner.provenance import code_digests, code_of, stage_key
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -62,7 +62,7 @@ def test_the_paths_in_a_command_are_its_deps_and_outs(name: str) -> None:
 
 @pytest.mark.parametrize("name", RAY_STAGES)
 def test_a_command_fits_the_signature_it_calls(name: str) -> None:
-    run = importlib.import_module(f"pipelines.{name}").run
+    run = importlib.import_module(f"pipelines.stages.{name}").run
     keywords = {
         parameter.name
         for parameter in inspect.signature(run).parameters.values()
@@ -74,7 +74,7 @@ def test_a_command_fits_the_signature_it_calls(name: str) -> None:
 @pytest.mark.parametrize("name", RAY_STAGES)
 def test_what_a_stage_sees_is_what_its_job_sees(name: str) -> None:
     """As JSON it is named by the key of the stage, and gets to the cluster."""
-    view = get_type_hints(importlib.import_module(f"pipelines.{name}").run)["params"]
+    view = get_type_hints(importlib.import_module(f"pipelines.stages.{name}").run)["params"]
     document = project.tiny()
     section = STAGES[name].get("foreach", "").strip("${}")
     section = {"tuning.run": "tuning.studies"}.get(section, section)
@@ -88,7 +88,7 @@ def test_what_a_stage_sees_is_what_its_job_sees(name: str) -> None:
 
 @pytest.mark.parametrize("name", RAY_STAGES)
 def test_a_stage_tracks_the_params_it_sees(name: str) -> None:
-    run = importlib.import_module(f"pipelines.{name}").run
+    run = importlib.import_module(f"pipelines.stages.{name}").run
     view = get_type_hints(run)["params"]
     instance = "${item}" if "${item}" in definition(name)["cmd"] else "${key}"
     seen = {key.replace("{name}", instance) for key in view.tracks.values()}
@@ -103,7 +103,7 @@ def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
         path = ROOT / dep
         files = path.rglob("*.py") if path.is_dir() else [path]
         listed |= {str(file.relative_to(ROOT)) for file in files}
-    module = importlib.import_module(f"pipelines.{name}")
+    module = importlib.import_module(f"pipelines.stages.{name}")
     needed = {str(path) for path in code_of(module)}
     assert needed - listed == set(), "not tracked"
     assert {path for path in listed - needed if path.endswith(".py")} == set(), "not needed"
@@ -112,7 +112,7 @@ def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
 @pytest.mark.parametrize("name", RAY_STAGES)
 def test_a_stage_says_whether_it_maps(name: str) -> None:
     """Else a job sends for no workers ahead, or for some that nobody needs."""
-    module = importlib.import_module(f"pipelines.{name}")
+    module = importlib.import_module(f"pipelines.stages.{name}")
     crafts = Path("pipelines/crafting.py") in code_of(module)
     # Those of a search are its trials.
     assert getattr(module, "MAPS", False) == (crafts and name != "tune")
@@ -124,7 +124,7 @@ def test_a_job_sends_for_workers_before_it_imports_torch() -> None:
 
 
 def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pipelines.train_classifier")
+    module = importlib.import_module("pipelines.stages.train_classifier")
     view_type = get_type_hints(module.run)["params"]
 
     def key(inputs: str = "a", **changes: object) -> str:
@@ -140,7 +140,7 @@ def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     digests = code_digests(module)
     changed = {**digests, next(iter(digests)): "0"}
-    monkeypatch.setattr("pipelines.stage.code_digests", lambda _: changed)
+    monkeypatch.setattr("pipelines.runner.stage.code_digests", lambda _: changed)
     keys.add(key())
     assert len(keys) == 5
 

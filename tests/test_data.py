@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from components import data, shards
-from components.data import ImageSet, stratified
-from components.shards import DataError
+from components.data import image_set, shards
+from components.data.image_set import ImageSet, stratified
+from components.data.shards import DataError
 
 
 def make(count: int = 25) -> ImageSet:
@@ -21,24 +21,24 @@ def make(count: int = 25) -> ImageSet:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    data.write(tmp_path / "set", make(), rows_per_part=10)
+    image_set.write(tmp_path / "set", make(), rows_per_part=10)
     return tmp_path / "set"
 
 
 def test_reading_gives_back_what_was_written(folder: Path) -> None:
-    written, read = make(), data.read(folder)
+    written, read = make(), image_set.read(folder)
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
-    parts = data.read_by_part(folder)
+    parts = image_set.read_by_part(folder)
     assert [len(part) for part in parts] == [10, 10, 5]
-    (second,) = data.read_by_part(folder, 1)
+    (second,) = image_set.read_by_part(folder, 1)
     assert torch.equal(second.ids, parts[1].ids) and torch.equal(second.images, parts[1].images)
     assert read.pixels().max() <= 1
 
 
 def test_the_same_images_are_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    data.write(tmp_path / "again", make(), rows_per_part=10)
+    image_set.write(tmp_path / "again", make(), rows_per_part=10)
     assert shards.fingerprint(folder) == shards.fingerprint(tmp_path / "again")
     for part in folder.iterdir():
         assert part.read_bytes() == (tmp_path / "again" / part.name).read_bytes()
@@ -46,8 +46,8 @@ def test_the_same_images_are_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 def test_a_subset_is_written_as_itself(tmp_path: Path) -> None:
     chosen = make()[torch.tensor([4, 2])]
-    data.write(tmp_path / "set", chosen, rows_per_part=10)
-    assert torch.equal(data.read(tmp_path / "set").images, chosen.images)
+    image_set.write(tmp_path / "set", chosen, rows_per_part=10)
+    assert torch.equal(image_set.read(tmp_path / "set").images, chosen.images)
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:
@@ -58,9 +58,9 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         damaged[place // 8] ^= 1 << (place % 8)
         part.write_bytes(damaged)
         with pytest.raises(DataError, match=r"part-00001\.parquet was altered"):
-            data.read(folder)
+            image_set.read(folder)
     part.write_bytes(content)
-    assert len(data.read(folder)) == 25
+    assert len(image_set.read(folder)) == 25
 
 
 def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
@@ -71,7 +71,7 @@ def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
     part.write_bytes(content)
     shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="cannot be read as Parquet"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
@@ -79,19 +79,19 @@ def test_a_truncated_part_is_refused(folder: Path, length: int) -> None:
     part = folder / shards.part_name(2)
     part.write_bytes(part.read_bytes()[:length])
     with pytest.raises(DataError, match=r"part-00002\.parquet"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_a_missing_part_is_refused(folder: Path) -> None:
     (folder / shards.part_name(0)).unlink()
     with pytest.raises(DataError, match=r"disagree about part-00000\.parquet"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_an_extra_part_is_refused(folder: Path) -> None:
     shutil.copy(folder / shards.part_name(0), folder / shards.part_name(9))
     with pytest.raises(DataError, match=r"disagree about part-00009\.parquet"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_a_part_replaced_with_size_and_time_kept_is_refused(folder: Path) -> None:
@@ -103,13 +103,13 @@ def test_a_part_replaced_with_size_and_time_kept_is_refused(folder: Path) -> Non
     os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (part.stat().st_size, part.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(DataError, match="was altered"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_an_unfinished_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / shards.MANIFEST).unlink()
     with pytest.raises(DataError, match="never finished"):
-        data.read(folder)
+        image_set.read(folder)
     with pytest.raises(DataError, match="missing"):
         shards.fingerprint(tmp_path / "nowhere")
 
@@ -118,19 +118,19 @@ def test_an_unfinished_folder_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / shards.MANIFEST).write_text(text)
     with pytest.raises(DataError):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_another_schema_is_refused(folder: Path) -> None:
     shards.finish(folder, {"shape": [3, 4, 6], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="is needed"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_labels_outside_the_classes_are_refused(folder: Path) -> None:
     shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b"]})
     with pytest.raises(DataError, match=r"labels outside 0\.\.1"):
-        data.read(folder)
+        image_set.read(folder)
 
 
 def test_an_interrupted_write_leaves_the_old_file(

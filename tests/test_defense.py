@@ -9,11 +9,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.classifiers import Classifier, ClassifierConfig
-from components.data import ImageSet
-from components.defense import Defense, Mode, aim, fold, margin
-from components.draws import Draws
-from components.purifiers import Purifier, PurifierConfig
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier, ClassifierConfig
+from components.models.defense import Defense, Mode, aim, fold, margin
+from components.models.purifiers import Purifier, PurifierConfig
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",

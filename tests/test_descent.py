@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from components.purifiers.descent import State, adam, descend, slope
+from components.models.purifiers.descent import State, adam, descend, slope
 
 TARGET = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
 

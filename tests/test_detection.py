@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.defense import Defense
-from components.detection import (
+from components.data.draws import Draws
+from components.evaluation.counting import Score
+from components.evaluation.detection import (
     Watched,
     auc,
     black_and_white,
@@ -20,9 +21,8 @@ from components.detection import (
     watch,
     withstood,
 )
-from components.draws import Draws
-from components.evaluation import Score
-from components.purifiers.contract import Purifier
+from components.models.defense import Defense
+from components.models.purifiers.contract import Purifier
 
 
 def floats(*values: float) -> np.ndarray:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from components.attacks import Linf, craft
 from components.attacks.detector_aware import DetectorAware
 from components.attacks.gradient import Pgd
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, aim
-from components.draws import Draws
-from components.purifiers.contract import Purifier
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, aim
+from components.models.purifiers.contract import Purifier
 
 LINF = Linf(norm="linf", eps_255=51.0)
 

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.draws import Draws
-from components.purifiers import descent, diffdefense, diffusion
-from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.contract import Purifier
-from components.purifiers.descent import State, Step
-from components.purifiers.diffdefense import DiffDefense, UntrainedDiffusion, released_rate
-from components.purifiers.diffpure import DiffPure
-from components.purifiers.diffusion import (
+from components.data.draws import Draws
+from components.models.purifiers import descent, diffdefense, diffusion
+from components.models.purifiers.autoencoder import ConvAutoencoder
+from components.models.purifiers.contract import Purifier
+from components.models.purifiers.descent import State, Step
+from components.models.purifiers.diffdefense import DiffDefense, UntrainedDiffusion, released_rate
+from components.models.purifiers.diffpure import DiffPure
+from components.models.purifiers.diffusion import (
     Ddpm,
     Diffusion,
     ancestral,

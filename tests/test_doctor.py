@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from components.shards import sha256
-from pipelines import doctor, place
+from components.data.shards import sha256
+from pipelines.commands import doctor
+from pipelines.storage import locks
 
-HEALTHY = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: python -m pipelines.prepare_data\n"
+HEALTHY = (
+    "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: python -m pipelines.stages.prepare_data\n"
+)
 
 
 @pytest.fixture
@@ -59,9 +62,12 @@ def test_it_says_what_runs_and_what_is_kept(
     work = folder / ".limpid/work/train_classifier-standard-0123456789ab/states"
     work.mkdir(parents=True)
     (work / "state.pt").write_bytes(b"0" * 2_000_000)
-    with place.alone("evaluate"):
+    with locks.alone("evaluate"):
         done = subprocess.run(
-            [sys.executable, "-m", "pipelines.doctor"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "pipelines.commands.doctor"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     assert "evaluate is being run by process" in done.stdout
     assert "standard-0123456789ab holds 2.0 MB of a stage, from which" in done.stdout

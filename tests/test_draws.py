@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.draws import Draws, Role, fresh
+from components.data.draws import Draws, Role, fresh
 
 IDS = torch.arange(1000) * 13 + 5
 SHAPE = (2, 3, 4)

@@ -11,25 +11,15 @@ from test_attacks import LINF, SAMPLES, VARIANTS, make
 from torch import Tensor, nn
 
 from components.attacks import craft
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense
-from components.draws import Draws
-from components.evaluation import (
-    Effort,
-    Score,
-    count_correct,
-    holm,
-    majority_of,
-    more_fooled,
-    per_class,
-    summarise,
-    wilson,
-    worst,
-    worst_of,
-)
-from components.purifiers import Purifier
-from components.purifiers.controls import GaussianNoise
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.evaluation.counting import Effort, Score, majority_of, per_class, worst, worst_of
+from components.models.accuracy import count_correct
+from components.models.classifiers import Classifier
+from components.models.defense import Defense
+from components.models.purifiers import Purifier
+from components.models.purifiers.controls import GaussianNoise
+from components.probes.statistics import holm, more_fooled, summarise, wilson
 
 
 class Along(nn.Module):

@@ -15,10 +15,12 @@ import pytest
 import torch
 from faults.conftest import until
 
-from components.shards import sha256, write_bytes
-from pipelines import cluster, crew, launch, place, session
-from pipelines.mistakes import ConfigError
-from pipelines.resources import Share, TrainShare
+from components.data.shards import sha256, write_bytes
+from pipelines.cluster import capacity, session, trainer, worker_pool
+from pipelines.config.resources import Share, TrainShare
+from pipelines.errors import ConfigError
+from pipelines.runner import job
+from pipelines.storage import job_files, jobs, locks
 
 TRAIN = ["--name=standard", "--train=data/train", "--val=data/val", "--out=out"]
 
@@ -31,7 +33,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
     params = project.tiny()
     params["resources"]["train"] = {"workers": 1, "cpus": 1, "gpus": 1}
     project.write_params(folder, params)
-    command = [sys.executable, "-m", "pipelines.train_classifier", *TRAIN]
+    command = [sys.executable, "-m", "pipelines.stages.train_classifier", *TRAIN]
     code, printed = project.run(folder, *command, CUDA_VISIBLE_DEVICES="")
     assert code == 2, printed
     assert "ask for 1 workers with 1 GPU each, and this machine has 0" in printed
@@ -44,7 +46,7 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     nodes: list[dict[str, float]] = [{"CPU": 1.0}]
     monkeypatch.setattr(session, "nodes", lambda: nodes)
     said: list[str] = []
-    patience = session.Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
+    patience = capacity.Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
     patience.look()
     assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
     nodes.append({"CPU": 1.0})
@@ -55,47 +57,47 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     patience.check()
     patience.seconds = -1
     # A cluster that grows as it is asked may have it yet.
-    monkeypatch.setenv(session.AUTOSCALES, "1")
+    monkeypatch.setenv(capacity.AUTOSCALES, "1")
     patience.look()
     patience.check()
-    monkeypatch.delenv(session.AUTOSCALES)
+    monkeypatch.delenv(capacity.AUTOSCALES)
     patience.look()
     with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
         patience.check()
     assert len(said) == 3
-    monkeypatch.setenv(session.WAIT, "5m")
+    monkeypatch.setenv(capacity.WAIT, "5m")
     with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
-        session.Patience(patience.share, 1, said.append)
+        capacity.Patience(patience.share, 1, said.append)
 
 
 def test_who_was_given_up_removes_nothing_of_who_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(place.STORAGE, f"file://{tmp_path}/store")
-    monkeypatch.setenv(place.SCRATCH, str(tmp_path / "scratch"))
-    monkeypatch.setenv(place.JOB, "training")
-    monkeypatch.setattr(place, "_shared", {})
-    states = place.home() / ".limpid/work/training/states"
+    monkeypatch.setenv(jobs.STORAGE, f"file://{tmp_path}/store")
+    monkeypatch.setenv(jobs.SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv(jobs.JOB, "training")
+    monkeypatch.setattr(job_files, "_shared", {})
+    states = jobs.home() / ".limpid/work/training/states"
     write_bytes(states / "30", b"mine")
-    place.share(states)
-    there, name = place.store(), "kept/work/training/states"
+    job_files.share(states)
+    there, name = jobs.store(), "kept/work/training/states"
     there.write(f"{name}/60", b"of another")
     (states / "30").unlink()
     write_bytes(states / "31", b"mine, and late")
-    place.share(states)
+    job_files.share(states)
     assert sorted(there.names(name)) == [f"{name}/31", f"{name}/60"]
     # Who goes on from what is there has it for its own.
-    place.see_folder(states)
+    job_files.see_folder(states)
     (states / "31").unlink()
-    place.share(states)
+    job_files.share(states)
     assert there.names(name) == [f"{name}/60"]
 
 
 def test_a_cluster_of_other_versions_is_refused() -> None:
-    ours = launch.versions()
-    launch._compare(ours)
+    ours = job.versions()
+    job._compare(ours)
     with pytest.raises(ConfigError, match=r"ray 1\.0 there and \d"):
-        launch._compare({**ours, "ray": "1.0"})
+        job._compare({**ours, "ray": "1.0"})
 
 
 def test_an_unknown_stage_among_resources_is_named(tmp_path: Path) -> None:
@@ -113,7 +115,10 @@ def test_a_place_of_any_name_and_no_home(reproduced: Path, tmp_path: Path) -> No
     folder = project.copy_to(tmp_path / "dätä ü (1) 数据")
     prepared = [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
     bare = {"HOME": "", "LC_ALL": "C", "TZ": "Pacific/Chatham"}
-    for command in (["pipelines.prepare_data", *prepared], ["pipelines.train_classifier", *TRAIN]):
+    for command in (
+        ["pipelines.prepare_data", *prepared],
+        ["pipelines.stages.train_classifier", *TRAIN],
+    ):
         code, printed = project.run(folder, sys.executable, "-m", *command, **bare)
         assert code == 0, printed
     for made, known in (("out", "models/standard"), ("data/train", "data/train")):
@@ -133,7 +138,9 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
     folder = project.copy_to(tmp_path / "project")
     os.symlink(reproduced / "data", folder / "data")
     (folder / "sitecustomize.py").write_text(BACKWARDS)
-    code, printed = project.run(folder, sys.executable, "-m", "pipelines.train_classifier", *TRAIN)
+    code, printed = project.run(
+        folder, sys.executable, "-m", "pipelines.stages.train_classifier", *TRAIN
+    )
     assert code == 0, printed
     weights = "weights.safetensors"
     assert sha256(folder / "out" / weights) == sha256(reproduced / "models/standard" / weights)
@@ -147,16 +154,16 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
 def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
     before = os.environ.get("RAY_AUTH_TOKEN")
 
-    def full(device: str) -> cluster.Job:
+    def full(device: str) -> trainer.Job:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
     train = TrainShare(workers=0, cpus=1, gpus=0)
     for workers in (0, 1):
         share = Share(workers=workers, cpus=1, gpus=0)
         with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-            crew.map_shards(full, [{}], share, lambda *_: None, print)
+            worker_pool.map_shards(full, [{}], share, lambda *_: None, print)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None, print)
+        trainer.train(full, {}, tmp_path / "out", tmp_path / "work", train, lambda *_: None, print)
     assert not (tmp_path / "out").exists()
     # Nor has the Ray of this process left its token in the environment.
     assert os.environ.get("RAY_AUTH_TOKEN") == before
@@ -165,7 +172,7 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pipelines import place
-with place.alone("evaluate"):
+with locks.alone("evaluate"):
     print("held", flush=True)
     time.sleep(float(sys.argv[1]))
 """
@@ -185,20 +192,20 @@ def test_a_stage_that_runs_is_not_run_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(place, "ENDING_S", 0.5)
+    monkeypatch.setattr(job_files, "ENDING_S", 0.5)
     other = hold(60)
     with (
         pytest.raises(
             BlockingIOError, match=f"evaluate is being run already, by process {other.pid}"
         ),
-        place.alone("evaluate"),
+        locks.alone("evaluate"),
     ):
         pass
-    with place.alone("prepare_data"):
+    with locks.alone("prepare_data"):
         pass
     other.kill()
     other.wait()
-    with place.alone("evaluate"):
+    with locks.alone("evaluate"):
         pass
 
 
@@ -208,7 +215,7 @@ def test_a_stage_that_is_ending_is_waited_for(
     monkeypatch.chdir(tmp_path)
     other = hold(1)
     began = time.monotonic()
-    with place.alone("evaluate"):
+    with locks.alone("evaluate"):
         assert time.monotonic() - began > 0.5
     other.wait()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources import formats
 from components.sources.formats import read_idx, read_tar, unpickle
 

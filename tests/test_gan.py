@@ -9,10 +9,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from components.draws import Draws
-from components.purifiers import gan
-from components.purifiers.contract import Purifier
-from components.purifiers.gan import DefenseGan, Gan, GenerativePair, critic_loss, generator_loss
+from components.data.draws import Draws
+from components.models.purifiers import gan
+from components.models.purifiers.contract import Purifier
+from components.models.purifiers.gan import (
+    DefenseGan,
+    Gan,
+    GenerativePair,
+    critic_loss,
+    generator_loss,
+)
 
 SHAPES = [(1, 8, 8), (3, 12, 16), (1, 28, 28), (3, 32, 32), (2, 9, 15)]
 SMALL = (1, 8, 8)

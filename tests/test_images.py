@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile
 from pydantic import ValidationError
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.folder import ImageFolder
 from components.sources.images import Pixels, decode
 from components.sources.raw import RawData

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.purifiers.magnet import MagNet, MagNetPurifier
+from components.models.purifiers.magnet import MagNet, MagNetPurifier
 
 SMALL = (1, 8, 8)
 IMAGES = 12

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense
-from components.draws import Draws
-from components.evaluation import count_correct
-from components.purifiers.controls import GaussianNoise
-from pipelines.microscope import Panel, look
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.accuracy import count_correct
+from components.models.classifiers import Classifier
+from components.models.defense import Defense
+from components.models.purifiers.controls import GaussianNoise
+from pipelines.tasks.panels import Panel, look
 
 NOISE = GaussianNoise(kind="gaussian_noise", sigma=0.3)
 

@@ -14,25 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.attacks import L2, Linf, violations
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.draws import Draws
-from components.objectives import (
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.purifiers import Purifier, PurifierConfig
+from components.models.purifiers.diffusion import Diffusion
+from components.training.atop import Atop
+from components.training.contract import (
     SEEN_ATTACKED,
     SEEN_CLEAN,
     Adversary,
-    Atop,
     Batch,
-    ClassifierObjective,
-    Distillation,
     Frozen,
     Objective,
-    PurifierObjective,
-    distance,
-    relativistic,
 )
-from components.purifiers import Purifier, PurifierConfig
-from components.purifiers.diffusion import Diffusion
+from components.training.koo import Distillation, distance, relativistic
+from components.training.objectives import ClassifierObjective, PurifierObjective
 
 THREAT = Linf(norm="linf", eps_255=32.0)
 INNER = {

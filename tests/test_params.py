@@ -9,9 +9,11 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import configure, params
-from pipelines.mistakes import ConfigError
-from pipelines.params import Params
+from pipelines.commands import configure
+from pipelines.config import schema
+from pipelines.config.resources import Resources
+from pipelines.config.schema import Params
+from pipelines.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "profiles/digits.yaml").read_text()
@@ -21,7 +23,7 @@ def refused(tmp_path: Path, text: str) -> str:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        params.load(path)
+        schema.load(path)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -30,7 +32,7 @@ def refused(tmp_path: Path, text: str) -> str:
 
 def test_the_default_parameters_are_the_digits_profile() -> None:
     assert (ROOT / "params.yaml").read_text() == TEXT
-    assert params.load(ROOT / "params.yaml").threat.eps == 0.2
+    assert schema.load(ROOT / "params.yaml").threat.eps == 0.2
 
 
 @pytest.mark.parametrize(
@@ -113,10 +115,10 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str
 
 
 def test_resources_of_an_instance_come_before_those_of_its_stage() -> None:
-    resources = params.load().resources
+    resources = schema.load().resources
     alone, other = ({"workers": n, "cpus": 1, "gpus": 0.0} for n in (0, 5))
     stages = {"generate_baseline": {"shards": alone}, "generate_baseline@b": {"shards": other}}
-    known = params.Resources.model_validate({**resources.model_dump(), "stages": stages})
+    known = Resources.model_validate({**resources.model_dump(), "stages": stages})
     names = ("generate_baseline@a", "generate_baseline@b", "evaluate")
     assert [known.of(name).shards.workers for name in names] == [0, 5, resources.shards.workers]
 
@@ -124,7 +126,7 @@ def test_resources_of_an_instance_come_before_those_of_its_stage() -> None:
 def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(TEXT.replace("learning_rate: 0.003", "learning_rate: 3e-3", 1))
-    assert params.load(path).classifiers["standard"].training.learning_rate == 0.003
+    assert schema.load(path).classifiers["standard"].training.learning_rate == 0.003
 
 
 def test_a_mistake_is_said_before_anything_starts(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     before = (folder / "params.yaml").read_bytes()
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.configure", "digits", "threat.eps_25=8"],
+        [sys.executable, "-m", "pipelines.commands.configure", "digits", "threat.eps_25=8"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -221,10 +223,10 @@ def test_a_network_and_its_use_are_checked_before_it_is_trained(tmp_path: Path) 
                 {**value, "defenses": {**value["defenses"], "diffpure": changed}}, file
             )
         with pytest.raises(ConfigError, match=said):
-            params.load(path)
+            schema.load(path)
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
         bare = {**value["defenses"]["diffpure"], "inference": None}
         YAML(typ="safe").dump({**value, "defenses": {"bare": bare}}, file)
     with pytest.raises(ConfigError, match="a ddpm is no purifier by itself: say its inference"):
-        params.load(path)
+        schema.load(path)

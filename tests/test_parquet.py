@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.parquet import ParquetFiles
 from components.sources.raw import RawData
 

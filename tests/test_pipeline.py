@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from components import data
-from components.adversarial import read_crafted
-from components.checkpoints import load, read_card, save
-from components.purifiers.apudae import Apudae
-from components.shards import sha256
+from components.attacks.sets import read_crafted
+from components.data import image_set
+from components.data.shards import sha256
+from components.models.checkpoints import load, read_card, save
+from components.models.purifiers.apudae import Apudae
 
 TRAIN = {"train": "data/train", "val": "data/val"}
 EVALUATE = {
@@ -73,7 +73,7 @@ def test_the_scores_are_what_the_metrics_count(reproduced: Path, metrics: dict) 
 
 
 def test_stored_examples_hold_the_threat_when_read_back(reproduced: Path) -> None:
-    clean = data.read(reproduced / "data/test").pixels().double()
+    clean = image_set.read(reproduced / "data/test").pixels().double()
     eps = project.tiny()["threat"]["eps_255"] / 255
     seen = 0
     for folder in (reproduced / "adversarial").glob("*/*/*"):
@@ -175,7 +175,13 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
     )
     assert code == 0, printed
     arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
-    command = [sys.executable, "-m", "pipelines.train_classifier", "--name=standard", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.stages.train_classifier",
+        "--name=standard",
+        *arguments,
+    ]
     process = project.start(trained, *command, "--out=killed")
     _wait_for(trained, "epoch-000005")
     os.killpg(process.pid, signal.SIGKILL)
@@ -203,7 +209,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
 def test_an_interrupted_training_says_so_and_leaves_nothing_half_made(trained: Path) -> None:
     arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
     process = project.start(
-        trained, sys.executable, "-m", "pipelines.train_classifier", "--name=standard",
+        trained, sys.executable, "-m", "pipelines.stages.train_classifier", "--name=standard",
         *arguments, "--out=out",
     )  # fmt: skip
     _wait_for(trained, "epoch-000003")
@@ -233,7 +239,7 @@ def test_an_interruption_in_the_middle_of_a_long_piece_is_heard(
     params["defenses"]["atop"]["ladder"] = {"full": ["pgd"]}
     project.write_params(folder, params)
     process = project.start(
-        folder, sys.executable, "-m", "pipelines.generate_adversarial", "--name=atop",
+        folder, sys.executable, "-m", "pipelines.stages.generate_adversarial", "--name=atop",
         "--test=data/test", "--classifier=models/standard", "--purifier=models/atop", "--out=out",
     )  # fmt: skip
     deadline = time.monotonic() + 90
@@ -266,7 +272,7 @@ def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int)
     if workers == 1:
         name = "weights.safetensors"
         assert sha256(made / name) == sha256(known / name)
-    test = data.read(reproduced / "data/test")
+    test = image_set.read(reproduced / "data/test")
     right = (load(made)(test.pixels()).argmax(1) == test.labels).float().mean().item()
     assert right > 0.6
     assert read_card(made).provenance["validation"]["n"] == 60
@@ -306,7 +312,7 @@ print(json.dumps([sorted(tags), tags["student_grey"].description,
 
 def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path: Path) -> None:
     code, printed = project.run(
-        reproduced, sys.executable, "-m", "pipelines.train_classifier", "--name=standard",
+        reproduced, sys.executable, "-m", "pipelines.stages.train_classifier", "--name=standard",
         "--train=data/train", "--val=data/val", f"--out={tmp_path / 'out'}",
         MLFLOW_TRACKING_URI="http://127.0.0.1:9",
     )  # fmt: skip
@@ -422,7 +428,7 @@ def test_purifiers_that_descend_are_scored_through_their_stand_ins(
 
 def test_a_denoiser_knows_how_clean_images_look(reproduced: Path) -> None:
     denoiser = load(reproduced / "models/denoiser")
-    clean = data.read(reproduced / "data/train").pixels()
+    clean = image_set.read(reproduced / "data/train").pixels()
     with torch.no_grad():
         errors = denoiser.error(clean)
     assert torch.allclose(denoiser.clean_mean, errors.mean(), rtol=1e-4)

@@ -13,9 +13,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_report import EVIL, PROBES, RIGHT, N, World
 
-from components.evaluation import Effort
-from pipelines.plots import write_headlines, write_plots
-from pipelines.report import drawn, first_panels, trained
+from components.evaluation.counting import Effort
+from pipelines.reporting.dvc_plots import write_headlines, write_plots
+from pipelines.reporting.networks import trained
+from pipelines.reporting.report import drawn, first_panels
 
 PLAIN = [name for name in RIGHT if name != EVIL]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from components.data import ImageSet
-from components.shards import DataError
+from components.data.image_set import ImageSet
+from components.data.shards import DataError
 from components.sources import DataConfig, Prepared, prepare
 from components.sources.raw import (
     Progress,

@@ -9,10 +9,12 @@ import mlflow
 import project
 import pytest
 
-from pipelines import candidates, promote, registry
-from pipelines.params import load
-from pipelines.registry import Version
-from pipelines.report import MEANINGS
+from pipelines.commands import promote
+from pipelines.config.schema import load
+from pipelines.reporting import registration
+from pipelines.reporting.wording import MEANINGS
+from pipelines.tracking import registry
+from pipelines.tracking.registry import Version
 
 MODEL = "limpid-digits"
 
@@ -125,7 +127,7 @@ def test_a_failed_check_is_told_to_the_registry(store: Path) -> None:
     metrics = json.loads((store / "reports/metrics.json").read_text())
     metrics["defenses"]["atop"]["checks"]["blocking_failed"] = ["planted"]
     metrics["defenses"]["atop"]["headline"]["upper_bound"] = True
-    told = candidates.registrations(load().defenses, metrics, Path("models"), "digits")
+    told = registration.registrations(load().defenses, metrics, Path("models"), "digits")
     atop = next(one for one in told if one.name == "atop")
     assert atop.tags["blocking_failed"] == "planted"
     assert atop.tags["limpid.candidate"] == "no"

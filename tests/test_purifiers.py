@@ -9,9 +9,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from components.draws import Draws
-from components.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
-from components.purifiers.transforms import Rt1, Rt2
+from components.data.draws import Draws
+from components.models.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
+from components.models.purifiers.transforms import Rt1, Rt2
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",

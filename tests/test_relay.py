@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import timings
-from pipelines.relay import Emitter, Listener
+from pipelines.cluster.job_events import Emitter, Listener
+from pipelines.storage import timings
 
 
 class Ears:

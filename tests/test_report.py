@@ -12,29 +12,36 @@ import numpy as np
 import pytest
 import torch
 
-from components import checks, data
-from components.adversarial import read_crafted, seal, write_crafted
 from components.attacks import Crafted, Linf
 from components.attacks.cw import CwL2
 from components.attacks.gradient import Pgd
-from components.checkpoints import ModelCard, build, fingerprint, save
-from components.checks import Finding
-from components.classifiers import SmallCnn
+from components.attacks.ladder import MODES
+from components.attacks.sets import read_crafted, seal, write_crafted
 from components.config import Config
-from components.data import ImageSet
-from components.defense import STAND_INS
-from components.detection import CURVE, Watched
-from components.evaluation import Effort, Score, wilson
-from components.purifiers.apudae import Apudae
-from components.purifiers.autoencoder import ConvAutoencoder
-from components.purifiers.controls import BitDepth, GaussianNoise
-from components.shards import part_name, write_json
-from pipelines import report, scores, scoring, verdict
-from pipelines.crafting import Subject
-from pipelines.microscope import look
-from pipelines.params import MODES, Scoring
-from pipelines.report import BLIND, MEANINGS, describe_subject, settings, trained, write_report
-from pipelines.scoring import Entry, Plan, Result, summary
+from components.data import image_set
+from components.data.image_set import ImageSet
+from components.data.shards import part_name, write_json
+from components.evaluation.counting import Effort, Score
+from components.evaluation.detection import CURVE, Watched
+from components.models.checkpoints import ModelCard, build, fingerprint, save
+from components.models.classifiers import SmallCnn
+from components.models.defense import STAND_INS
+from components.models.purifiers.apudae import Apudae
+from components.models.purifiers.autoencoder import ConvAutoencoder
+from components.models.purifiers.controls import BitDepth, GaussianNoise
+from components.probes import Finding
+from components.probes.statistics import wilson
+from pipelines.commands import scores
+from pipelines.config.schema import Scoring
+from pipelines.reporting import report
+from pipelines.reporting.networks import trained
+from pipelines.reporting.report import write_report
+from pipelines.reporting.wording import BLIND, MEANINGS, describe_subject, settings
+from pipelines.stages import verdict
+from pipelines.tasks import scoring
+from pipelines.tasks.panels import look
+from pipelines.tasks.scoring import Entry, Plan, Result, summary
+from pipelines.tasks.subject import Subject
 
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
 EVIL = "<script>alert(1)</script>"
@@ -117,7 +124,7 @@ class World:
         with torch.no_grad():
             labels = standard.defense()(images / 255).argmax(1)
         self.test = ImageSet(images, labels, torch.arange(N), CLASSES)
-        data.write(root / "test", self.test, 5)
+        image_set.write(root / "test", self.test, 5)
         self.plan = Plan(
             threat=THREAT,
             attacks={"pgd": PGD, "cw": CW},
@@ -564,7 +571,11 @@ def test_nothing_to_show_is_said(world: World) -> None:
 
 
 def test_every_check_has_a_meaning() -> None:
-    files = [*Path(checks.__file__).parent.glob("*.py"), Path(scoring.__file__)]
+    files = [
+        *Path("components/probes").glob("*.py"),
+        *Path("components/checks").glob("*.py"),
+        Path(scoring.__file__),
+    ]
     source = "".join(file.read_text() for file in files)
     named = set(re.findall(r'name=f?"(\w+)[/"]', source)) | {"unbounded", "unbounded_by_gradient"}
     assert named == set(MEANINGS)

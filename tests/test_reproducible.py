@@ -7,11 +7,11 @@ import torch
 from pydantic import TypeAdapter
 
 from components.attacks import AttackConfig, Crafted, Linf, craft
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, margin
-from components.draws import Draws
-from components.purifiers.controls import GaussianNoise
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, margin
+from components.models.purifiers.controls import GaussianNoise
 
 THREAT = Linf(norm="linf", eps_255=25.5)
 ATTACKS: dict[str, dict[str, Any]] = {

@@ -15,12 +15,13 @@ import pytest
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from pipelines import standings
-from pipelines.dials import Dial, flatten, get, nest, put
-from pipelines.mistakes import ConfigError
-from pipelines.params import Params, Study, edit_yaml
-from pipelines.standings import Trial
-from pipelines.trial import Task, _rungs
+from pipelines.config.schema import Params, Study
+from pipelines.config.search_space import Dial, flatten, get, nest, put
+from pipelines.config.yaml_files import edit_yaml
+from pipelines.errors import ConfigError
+from pipelines.reporting import leaderboard
+from pipelines.reporting.leaderboard import Trial
+from pipelines.tasks.trial import Task, _rungs
 
 STUDENT = "students.student_adaptive"
 
@@ -158,14 +159,14 @@ def study(goal: str) -> Study:
 def test_the_best_comes_first_and_what_chance_could_explain_is_tied() -> None:
     stopped = Trial("stopped", {"a": 1.0}, {"robust": 0.99, "clean": 1.0}, 2, None)
     given = [trial("far", 0.4, 1.0), stopped, trial("near", 0.795, 0.9), trial("best", 0.8, 0.9)]
-    ranked = standings.rank(given, study("robust"))
+    ranked = leaderboard.rank(given, study("robust"))
     assert [t.name for t in ranked] == ["best", "near", "far", "stopped"]
     assert [t.tied for t in ranked] == [True, True, False, False]
     assert not any(t.front for t in ranked)
 
 
 def test_equal_robust_accuracy_is_decided_by_clean() -> None:
-    ranked = standings.rank([trial("b", 0.5, 0.8), trial("a", 0.5, 0.9)], study("robust"))
+    ranked = leaderboard.rank([trial("b", 0.5, 0.8), trial("a", 0.5, 0.9)], study("robust"))
     assert [t.name for t in ranked] == ["a", "b"]
 
 
@@ -173,7 +174,7 @@ def test_the_front_is_what_nothing_betters_in_everything() -> None:
     figures = {"robust": (0.8, 0.7, 1.0), "clean": (0.5, 0.9, 1.0), "quick": (0.5, 0.7, 0.1)}
     figures |= {"beaten": (0.5, 0.7, 1.0), "twin": (0.8, 0.7, 1.0)}
     given = [trial(name, *values) for name, values in figures.items()]
-    ranked = standings.rank(given, study("pareto"))
+    ranked = leaderboard.rank(given, study("pareto"))
     assert {t.name for t in ranked if t.front} == {"robust", "clean", "quick", "twin"}
 
 
@@ -239,7 +240,7 @@ def ended(folder: Path) -> set[str]:
 
 def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: Path) -> None:
     folder = project_without_test
-    command = [sys.executable, "-m", "pipelines.tune", "student"]
+    command = [sys.executable, "-m", "pipelines.stages.tune", "student"]
     first = project.start(folder, *command)
     until = time.monotonic() + 300
     while not ended(folder):
@@ -272,7 +273,12 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
     runs = client.search_runs([experiment])
     assert names <= {run.info.run_name for run in runs if "mlflow.parentRunId" in run.data.tags}
     code, printed = project.run(
-        folder, sys.executable, "-m", "pipelines.configure", "--from", str(out / "best.yaml")
+        folder,
+        sys.executable,
+        "-m",
+        "pipelines.commands.configure",
+        "--from",
+        str(out / "best.yaml"),
     )
     assert code == 0, printed
     adopted = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
@@ -283,7 +289,7 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
 def test_an_unknown_study_is_one_sentence(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "none")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.tune", "nobody"],
+        [sys.executable, "-m", "pipelines.stages.tune", "nobody"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

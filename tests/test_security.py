@@ -18,8 +18,8 @@ import psutil
 import pytest
 from cluster.stand import free_port
 
-from pipelines.exits import outcome
-from pipelines.mistakes import ConfigError
+from pipelines.errors import ConfigError
+from pipelines.runner.exit_codes import outcome
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,7 +107,7 @@ THERE = f"http://somebody:{project.CANARY}@127.0.0.1:9"
 
 def test_no_password_of_a_server_that_is_away_is_shown_or_kept(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
-    command = [sys.executable, "-m", "pipelines.prepare_data"]
+    command = [sys.executable, "-m", "pipelines.stages.prepare_data"]
     command += [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
     code, printed = project.run(folder, *command, MLFLOW_TRACKING_URI=THERE)
     assert code == 0 and "MLflow at http://127.0.0.1:9 was not reached" in printed

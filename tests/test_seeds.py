@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import seeds
+from pipelines.commands import seeds
 
 
 def run(tmp_path: Path, name: str, headline: float, **changes: Any) -> str:

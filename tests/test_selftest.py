@@ -3,9 +3,9 @@
 import pytest
 
 from components import selftest
-from components.checks import Finding
+from components.probes import Finding
 from components.selftest import HONEST, LIES, Toy
-from pipelines import selftest as command
+from pipelines.stages import selftest as command
 
 
 @pytest.fixture(scope="module")

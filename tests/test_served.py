@@ -22,16 +22,16 @@ from mlflow.pyfunc.scoring_server import predictions_to_json
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from components.answers import answer
-from components.checkpoints import ModelCard, build, fingerprint, save
-from components.defense import Defense
-from components.draws import Draws
-from components.purifiers import InferenceConfig, Purifier
-from pipelines import registry
-from pipelines.crafting import Subject
-from pipelines.registry import Registration
-from pipelines.served import BATCH, MOST, ServedDefense, ServingError, read_request
-from pipelines.tracking import Tracker
+from components.data.draws import Draws
+from components.models.checkpoints import ModelCard, build, fingerprint, save
+from components.models.defense import Defense
+from components.models.purifiers import InferenceConfig, Purifier
+from components.serving import answer
+from pipelines.tasks.subject import Subject
+from pipelines.tracking import registry
+from pipelines.tracking.registry import Registration
+from pipelines.tracking.served_model import BATCH, MOST, ServedDefense, ServingError, read_request
+from pipelines.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
 SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]

@@ -21,15 +21,12 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from components import data
-from components.data import ImageSet
-from components.shards import DataError
+from components.data import image_set
+from components.data.image_set import ImageSet
+from components.data.shards import DataError
 from components.sources import DATASETS, DataConfig, prepare
 from components.sources.downloads import Archive, fetch
-from components.sources.raw import (
-    SourceConfig,
-    silent,
-)
+from components.sources.raw import SourceConfig, silent
 
 COMMON = {"val": 20, "test": 0, "train_limit": None, "test_limit": None, "max_reject_fraction": 0.0}
 
@@ -237,8 +234,8 @@ def test_every_dataset_keeps_the_contract(
         assert np.array_equal(split.images.numpy(), source[split.ids.numpy()])
         assert np.array_equal(split.labels.numpy(), labels[split.ids.numpy()])
         assert split.labels.dtype == split.ids.dtype == torch.int64
-        data.write(tmp_path / str(number), split, 64)
-        assert torch.equal(data.read(tmp_path / str(number)).images, split.images)
+        image_set.write(tmp_path / str(number), split, 64)
+        assert torch.equal(image_set.read(tmp_path / str(number)).images, split.images)
     assert len(set(raw.class_names)) == len(set(prepared.train.labels.tolist()))
     assert prepared.rejects == ()
     again = prepare(config, 0, tmp_path / "scratch")

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from components.attacks import L2, Linf, craft
 from components.attacks import stadv as module
 from components.attacks.stadv import StAdv, displace, roughness
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, aim
-from components.draws import Draws
-from components.purifiers import Purifier
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, aim
+from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
 ATTACK = StAdv(kind="stadv", bound=0.3, steps=15, step=0.2, smoothness=0.01, eot=2)

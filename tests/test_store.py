@@ -15,9 +15,9 @@ import pytest
 from cluster import stand
 from pydantic import ValidationError
 
-from components.shards import DataError
-from pipelines import store as stores
-from pipelines.store import File, Listing, Store, StoreError
+from components.data.shards import DataError
+from pipelines.storage import object_store as stores
+from pipelines.storage.object_store import File, Listing, Store, StoreError
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from faults.conftest import until
 
-from components.shards import sha256
-from pipelines.tracking import Tracker
+from components.data.shards import sha256
+from pipelines.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
 KILLED = """
@@ -59,7 +59,7 @@ def killed(folder: Path, **environment: str) -> None:
 
 def deliver(folder: Path, events: str = "") -> None:
     """Run the process beside a stage once, by itself."""
-    command = [sys.executable, "-m", "pipelines.delivery"]
+    command = [sys.executable, "-m", "pipelines.tracking.uploader"]
     subprocess.run(command, cwd=folder, env=plain(), input=events, text=True, check=True)
 
 

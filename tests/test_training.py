@@ -15,22 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from components.attacks import Linf
-from components.checkpoints import KEPT, latest_state, pack_state, save_state, state_digest
-from components.classifiers import SmallCnn
-from components.data import ImageSet
-from components.draws import Draws
-from components.objectives import (
-    AdversarialClassification,
-    Batch,
-    Classification,
-    Frozen,
-    InLoop,
-    Metrics,
-    NormalTeacher,
-    Objective,
-)
-from components.purifiers import PurifierConfig
-from components.training import Diverged, Epoch, Training, fit
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.checkpoints import KEPT, latest_state, pack_state, save_state, state_digest
+from components.models.classifiers import SmallCnn
+from components.models.purifiers import PurifierConfig
+from components.training.classification import AdversarialClassification, Classification
+from components.training.contract import Batch, Frozen, InLoop, Metrics, Objective
+from components.training.koo import NormalTeacher
+from components.training.loop import Diverged, Epoch, Training, fit
 
 THREAT = Linf(norm="linf", eps_255=32.0)
 CONFIG = Training(

@@ -9,14 +9,14 @@ from torch import Tensor
 from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Noise, Pgd
-from components.checks import gradients, trials
-from components.checks.trials import Bench
-from components.classifiers import Classifier
-from components.data import ImageSet
-from components.defense import Defense, Mode
-from components.draws import Draws
-from components.purifiers import Purifier
-from components.purifiers.controls import BitDepth, GaussianNoise
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Mode
+from components.models.purifiers import Purifier
+from components.models.purifiers.controls import BitDepth, GaussianNoise
+from components.probes import gradients, trials
+from components.probes.trials import Bench
 
 THREAT = Linf(norm="linf", eps_255=25.5)
 APGD = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=1)

@@ -25,9 +25,9 @@ from components.attacks.gradient import Bim, Fgsm, Noise, Pgd, RFgsm
 from components.attacks.library import MiFgsm
 from components.attacks.square import Square
 from components.attacks.stadv import StAdv
-from components.data import ImageSet
-from components.defense import Defense, Mode, aim, fold
-from components.draws import Draws
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.defense import Defense, Mode, aim, fold
 
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv

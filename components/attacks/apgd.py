@@ -16,8 +16,8 @@ from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
 from components.attacks.gradient import cross_entropy
-from components.defense import Loss, Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Loss, Target, margin
 
 LossOf = Callable[[Tensor], Loss]  # rows of the batch -> the loss of exactly these rows
 MOMENTUM = 0.75

@@ -15,8 +15,8 @@ from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
 from components.attacks.contract import L2, Attack, Linf, Outcome, strongest
 from components.attacks.fab import FabT
 from components.attacks.square import Square
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 STEPS = 100
 TARGETS = 9

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from components.config import Config
-from components.defense import Evaluation, Loss, Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Evaluation, Loss, Target, margin
 
 Positive = Annotated[int, Field(ge=1)]
 

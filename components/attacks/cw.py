@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.defense import Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target, margin
 
 # tanh reaches neither 0 nor 1: pixels are pulled in by this much so that they can move at all.
 INSIDE = 1 - 1e-6

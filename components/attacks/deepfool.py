@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 
 class DeepFool(Attack):

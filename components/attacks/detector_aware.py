@@ -18,8 +18,8 @@ from torch import Tensor
 
 from components.attacks.contract import ASKED, L2, Attack, Linf, Outcome, Positive
 from components.attacks.gradient import Factor, cross_entropy
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 
 class DetectorAware(Attack):

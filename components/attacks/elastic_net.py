@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.defense import Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target, margin
 
 
 class ElasticNet(Attack):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from components.attacks.apgd import direction, runners_up
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
-from components.defense import Evaluation, Loss, Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Evaluation, Loss, Target
 
 # The paper's: largest bias, overshoot, backward step, and steps of the final search.
 ALPHA_MAX = 0.1

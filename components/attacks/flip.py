@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
 from components.attacks.square import margins
-from components.defense import Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target, margin
 
 
 class Flip(Attack):

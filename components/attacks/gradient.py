@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 Factor = Annotated[float, Field(gt=0)]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
 from components.attacks.square import margins
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 
 class MiFgsm(Attack):

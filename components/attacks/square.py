@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.defense import Target
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target
 
 AREA = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

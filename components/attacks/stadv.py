@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
-from components.defense import Target, margin
-from components.draws import Draws
+from components.data.draws import Draws
+from components.models.defense import Target, margin
 
 
 class StAdv(Attack):

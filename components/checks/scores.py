@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.attacks import L2, Attack, Linf
-from components.checks.contract import SIGNIFICANT, Finding, Shares
-from components.evaluation import holm, more_fooled
+from components.probes.contract import SIGNIFICANT, Finding, Shares
+from components.probes.statistics import holm, more_fooled
 
 # The order of strength of attack kinds: none may be beaten by one of a lower tier.
 # Under noise APGD's choice of steps gains nothing on fixed ones (Lee and Kim 2023): there all that

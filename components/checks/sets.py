@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, Attack, Crafted, Linf, violations
-from components.checks.contract import Finding
-from components.data import ImageSet
+from components.data.image_set import ImageSet
+from components.probes.contract import Finding
 
 
 def stored_set(

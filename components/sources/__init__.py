@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.data import ImageSet, stratified
-from components.shards import DataError
+from components.data.image_set import ImageSet, stratified
+from components.data.shards import DataError
 from components.sources.archives import Cifar10, Cifar100, Kmnist, Mnist
 from components.sources.digits import Digits
 from components.sources.folder import ImageFolder

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.downloads import Archive, fetch, local
 from components.sources.formats import Bytes, read_idx, read_tar, unpickle
 from components.sources.raw import Progress, RawData, RawSplit, SourceConfig, complete, silent

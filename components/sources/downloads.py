@@ -10,7 +10,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.raw import Progress
 
 ROUNDS = 3

@@ -7,7 +7,7 @@ in it. Hidden files are passed over; everything else is listed among the rejects
 from pathlib import Path
 from typing import Literal
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.images import MAX_BYTES, EncodedSource, Gathering
 from components.sources.raw import Progress, RawData, RawSplit, silent
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from components.shards import DataError
+from components.data.shards import DataError
 
 # The largest archive read here unpacks to 187 MB: one that claims more than this is another.
 MAX_UNPACKED = 200_000_000

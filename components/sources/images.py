@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.raw import RawSplit, Reject, SourceConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources import pages
 from components.sources.images import MAX_BYTES, EncodedSource, Gathering
 from components.sources.raw import Progress, RawData, silent

@@ -15,11 +15,11 @@ from faults.conftest import below, resumed, until
 from cluster import stand
 from cluster.stand import Stand
 from cluster.test_small import begin, jobs, long_training, run, stored
-from components.shards import sha256
+from components.data.shards import sha256
 
 pytestmark = pytest.mark.faults
 CRAFTING = [
-    sys.executable, "-m", "pipelines.craft_training_set", "--train=data/train",
+    sys.executable, "-m", "pipelines.stages.craft_training_set", "--train=data/train",
     "--classifier=models/standard",
 ]  # fmt: skip
 
@@ -241,7 +241,13 @@ def test_a_search_there_tries_what_it_tries_here(there: Stand, reproduced: Path)
     out = there.project / "reports/tuning/atop"
     found = []
     for environment in (there.driver, {}):
-        command = ["-m", "pipelines.tune", "--name=atop", *folders, "--out=reports/tuning/atop"]
+        command = [
+            "-m",
+            "pipelines.stages.tune",
+            "--name=atop",
+            *folders,
+            "--out=reports/tuning/atop",
+        ]
         code, printed = project.run(there.project, sys.executable, *command, **environment)
         assert code == 0, printed
         found.append(json.loads((out / "trials.json").read_text()))

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from ruamel.yaml import YAML
 
-from components.shards import sha256
+from components.data.shards import sha256
 from faults.conftest import STANDARD, below, resumed, states, until
-from pipelines import cluster
-from pipelines.resources import TrainShare
+from pipelines.cluster import trainer
+from pipelines.config.resources import TrainShare
 
 pytestmark = pytest.mark.faults
 
@@ -43,7 +43,7 @@ def test_a_training_worker_that_is_killed_is_replaced(folder: Path, undisturbed:
 
 def test_a_crafting_worker_that_is_killed_is_replaced(folder: Path, reproduced: Path) -> None:
     os.symlink(reproduced / "models", folder / "models")
-    command = ["python", "-m", "pipelines.craft_training_set", "--train=data/train"]
+    command = ["python", "-m", "pipelines.stages.craft_training_set", "--train=data/train"]
     params = project.tiny()
     params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 400}
     change(folder, pool=params["pool"])
@@ -67,7 +67,7 @@ def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
     command = ["dvc", "repro", "-s", "train_classifier@standard"]
     process = project.start(folder, *command)
     until(lambda: len(states(folder)) >= 2, 120)
-    stages = below(process.pid, "pipelines.train_classifier")
+    stages = below(process.pid, "pipelines.stages.train_classifier")
     assert stages
     os.kill(process.pid, sent)
     process.wait()
@@ -100,7 +100,7 @@ def test_nothing_of_a_ray_outlives_its_stage(
     folder: Path, reproduced: Path, seen: str, sent: int
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
-    command = ["python", "-m", "pipelines.craft_training_set", "--train=data/train"]
+    command = ["python", "-m", "pipelines.stages.craft_training_set", "--train=data/train"]
     process = project.start(folder, *command, "--classifier=models/standard", "--out=out")
     until(lambda: below(process.pid, seen), 120)
     children = below(process.pid, "")
@@ -166,7 +166,7 @@ def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
     os.symlink(reproduced / "models", folder / "models")
     used = psutil.virtual_memory().percent / 100
     code, printed = project.run(
-        folder, "python", "-m", "pipelines.craft_training_set", "--train=data/train",
+        folder, "python", "-m", "pipelines.stages.craft_training_set", "--train=data/train",
         "--classifier=models/standard", "--out=pool",
         RAY_memory_usage_threshold=f"{max(used - 0.02, 0.01):.2f}",
         RAY_memory_monitor_refresh_ms="50",
@@ -181,13 +181,13 @@ def test_a_training_worker_without_memory_does_not_leave_the_others_waiting(
 ) -> None:
     """The error of a full GPU, raised in one of two workers while the other waits for it."""
 
-    def full(device: str) -> cluster.Job:
+    def full(device: str) -> trainer.Job:
         if dist.get_rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         dist.barrier()
         raise AssertionError("nobody was waited for")
 
-    monkeypatch.setattr(cluster, "MAX_FAILURES", 0)
+    monkeypatch.setattr(trainer, "MAX_FAILURES", 0)
     share = TrainShare(workers=2, cpus=1, gpus=0)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-        cluster.train(full, {}, tmp_path / "out", tmp_path / "work", share, lambda *_: None, print)
+        trainer.train(full, {}, tmp_path / "out", tmp_path / "work", share, lambda *_: None, print)

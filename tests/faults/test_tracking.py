@@ -16,7 +16,7 @@ import project
 import pytest
 from cluster.stand import BIN, free_port
 
-from components.shards import sha256
+from components.data.shards import sha256
 from faults.conftest import STANDARD, states, until
 
 pytestmark = pytest.mark.faults

@@ -1,0 +1,67 @@
+"""Adversarial sets on disk: parts with a manifest, images in float32 since rounding moves them.
+
+Columns: `id`, `label`, `image` (fixed-size binary: float32, C x H x W), `success`, `iterations`,
+`forward`, `backward`. The manifest says what was attacked, how, and by what.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from components.attacks import Crafted
+from components.data.image_set import Shape, fixed_size_column
+from components.data.shards import finish, read_manifest, read_parts, write_part
+
+COUNTS = ("iterations", "forward", "backward")
+
+
+def schema(shape: Shape) -> pa.Schema:
+    """Return the Parquet schema of adversarial images of this shape."""
+    size = 4 * int(np.prod(shape))
+    columns = [("id", pa.int64()), ("label", pa.int64()), ("image", pa.binary(size))]
+    columns += [("success", pa.bool_()), *((name, pa.int64()) for name in COUNTS)]
+    return pa.schema(columns)
+
+
+def write_crafted(path: Path, crafted: Crafted) -> None:
+    """Write one part."""
+    flat = np.ascontiguousarray(crafted.images.numpy()).reshape(len(crafted.ids), -1)
+    channels, height, width = crafted.images.shape[1:]
+    image = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
+    )
+    columns = [crafted.ids, crafted.labels, image, crafted.success]
+    columns += [getattr(crafted, name) for name in COUNTS]
+    arrays = [c if isinstance(c, pa.Array) else pa.array(c.numpy()) for c in columns]
+    write_part(path, pa.table(arrays, schema=schema((channels, height, width))))
+
+
+def seal(folder: Path, shape: Shape, facts: Mapping[str, Any]) -> None:
+    """Finish a set: the manifest over its parts, with `facts` about how it was made."""
+    finish(folder, {"shape": list(shape), **facts})
+
+
+def read_crafted(folder: Path) -> Crafted:
+    """Return a set, verified against its manifest; DataError if a byte is not as written."""
+    channels, height, width = read_manifest(folder)["shape"]
+    shape = (channels, height, width)
+    table = pa.concat_tables(read_parts(folder, schema(shape)))
+    flat = fixed_size_column(table, "image", np.dtype(np.float32))
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(table[name].to_numpy().copy())
+
+    return Crafted(
+        ids=column("id"),
+        labels=column("label"),
+        images=torch.from_numpy(flat.reshape(-1, *shape)),
+        success=column("success"),
+        iterations=column("iterations"),
+        forward=column("forward"),
+        backward=column("backward"),
+    )

@@ -1,0 +1,158 @@
+"""Labelled images and the form they are prepared in.
+
+`ImageSet` is what everything downstream takes: resident uint8 images, labels and ids. On disk it
+is a folder of Parquet parts (`components.shards`) with columns `id` (int64, unique over all
+splits), `image` (fixed-size binary: uint8, C x H x W) and `label` (int64).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from components.data.shards import (
+    DataError,
+    finish,
+    part_name,
+    read_manifest,
+    read_parts,
+    write_part,
+)
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N,C,H,W) uint8, labels (N,) int64, ids (N,) int64, and the names of the classes."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor) -> "ImageSet":
+        return ImageSet(self.images[rows], self.labels[rows], self.ids[rows], self.class_names)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels, height and width of every image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def pixels(self) -> Tensor:
+        """Return the images as float32 (N,C,H,W) in [0,1]."""
+        return self.images.float() / 255
+
+
+def schema(shape: Shape) -> pa.Schema:
+    """Return the Parquet schema of prepared images of this shape."""
+    size = int(np.prod(shape))
+    return pa.schema([("id", pa.int64()), ("image", pa.binary(size)), ("label", pa.int64())])
+
+
+def write(folder: Path, data: ImageSet, rows_per_part: int) -> None:
+    """Write a split as parts of `rows_per_part` rows, manifest last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, start in enumerate(range(0, len(data), rows_per_part)):
+        rows = torch.arange(start, min(start + rows_per_part, len(data)))
+        write_part(folder / part_name(index), _table(data[rows]))
+    finish(folder, {"shape": list(data.shape), "class_names": list(data.class_names)})
+
+
+def read(folder: Path) -> ImageSet:
+    """Return a prepared split, verified; raise DataError if a byte is not as it was written."""
+    return _concatenate(read_by_part(folder))
+
+
+def read_by_part(folder: Path, only: int | None = None) -> list[ImageSet]:
+    """Return a prepared split part by part, or `only` one: a part is the unit of sharded work."""
+    manifest = read_manifest(folder)
+    try:
+        channels, height, width = manifest["shape"]
+        names = tuple(str(name) for name in manifest["class_names"])
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{folder}/manifest.json does not give shape and class_names") from None
+    shape = (channels, height, width)
+    parts = [_images(table, shape, names) for table in read_parts(folder, schema(shape), only)]
+    if not parts:
+        raise DataError(f"{folder} holds no images")
+    for part in parts:
+        if part.labels.min() < 0 or part.labels.max() >= len(names):
+            raise DataError(f"{folder} has labels outside 0..{len(names) - 1}")
+    return parts
+
+
+def stratified(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Choose `count` rows, each class in proportion (largest remainder); True marks the chosen.
+
+    Depends only on labels, count and seed. Raises ValueError when `count` exceeds the rows.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"{count} rows asked of a set of {len(labels)}")
+    classes, sizes = np.unique(labels, return_counts=True)
+    quotas = sizes * (count / max(len(labels), 1))
+    shares = np.floor(quotas).astype(np.int64)
+    for index in np.argsort(-(quotas - shares), kind="stable")[: count - int(shares.sum())]:
+        shares[index] += 1
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for name, share in zip(classes, shares, strict=True):
+        chosen[rng.permutation(np.flatnonzero(labels == name))[:share]] = True
+    return chosen
+
+
+def _table(data: ImageSet) -> pa.Table:
+    flat = np.ascontiguousarray(data.images.numpy()).reshape(len(data), -1)
+    image = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
+    )
+    return pa.table(
+        [pa.array(data.ids.numpy()), image, pa.array(data.labels.numpy())],
+        schema=schema(data.shape),
+    )
+
+
+def _images(table: pa.Table, shape: Shape, class_names: tuple[str, ...]) -> ImageSet:
+    flat = fixed_size_column(table, "image", np.dtype(np.uint8))
+    return ImageSet(
+        torch.from_numpy(flat.reshape(-1, *shape)),
+        torch.from_numpy(table["label"].to_numpy().copy()),
+        torch.from_numpy(table["id"].to_numpy().copy()),
+        class_names,
+    )
+
+
+def fixed_size_column(table: pa.Table, name: str, dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
+    """Return a fixed-size binary column as an array (rows, values) that owns its memory."""
+    column = table[name].combine_chunks()
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    width = table.schema.field(name).type.byte_width
+    arrays = [
+        np.frombuffer(
+            chunk.buffers()[1],
+            dtype=np.uint8,
+            count=len(chunk) * width,
+            offset=chunk.offset * width,
+        )
+        for chunk in chunks
+    ]
+    return np.concatenate(arrays).reshape(table.num_rows, width).view(dtype)
+
+
+def _concatenate(parts: Sequence[ImageSet]) -> ImageSet:
+    return ImageSet(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.ids for part in parts]),
+        parts[0].class_names,
+    )

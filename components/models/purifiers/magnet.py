@@ -1,0 +1,95 @@
+"""MagNet (Meng and Chen 2017): two small autoencoders that reform and detect.
+
+AE-I halves the resolution once, AE-II keeps it (the authors' nets for MNIST, sigmoid throughout).
+The reformed image is AE-I(x); both reconstruction errors detect. They are trained to restore
+clean images from noisy ones; that noise and the loss belong to the objective.
+
+Deviations: the paper has a threshold for each detector, at a drop rate on clean images, and an
+image is attacked where either is passed; here one score, the larger of the two errors in deviations
+of clean training images, so that a curve exists. The detectors by divergence of the classifier's
+softmax are left out: a purifier sees images only. The authors count a detected image as correct;
+what `purify` alone is worth is the stricter number.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from components.config import Config
+from components.data.draws import Draws
+from components.data.image_set import Shape
+from components.models.purifiers.contract import Purifier
+
+
+class MagNet(Config):
+    """Autoencoders of `width` channels; the paper's width is 3."""
+
+    kind: Literal["magnet"]
+    width: Annotated[int, Field(ge=1)]
+
+    def build(self, shape: Shape) -> "MagNetPurifier":
+        """Make the untrained network; raise ValueError for sides that 2 does not divide."""
+        if shape[1] % 2 or shape[2] % 2:
+            raise ValueError(
+                f"magnet halves once, which {shape[1]} x {shape[2]} images do not allow"
+            )
+        return MagNetPurifier(shape[0], self.width)
+
+
+class MagNetPurifier(Purifier):
+    """AE-I and AE-II, and how far clean images lie from their reconstructions.
+
+    `error_mean` and `error_std` (2,) describe the errors of clean training images; they are part
+    of the weights.
+    """
+
+    error_mean: Tensor
+    error_std: Tensor
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.halving = nn.Sequential(
+            *_layer(channels, width), nn.AvgPool2d(2), *_layer(width, width),
+            *_layer(width, width), nn.Upsample(scale_factor=2), *_layer(width, width),
+            *_layer(width, channels),
+        )  # fmt: skip
+        self.keeping = nn.Sequential(
+            *_layer(channels, width), *_layer(width, width), *_layer(width, channels)
+        )
+        self.register_buffer("error_mean", torch.zeros(2))
+        self.register_buffer("error_std", torch.ones(2))
+
+    def autoencode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return AE-I(x) and AE-II(x), both like `x` (N,C,H,W) in [0,1]."""
+        return self.halving(x), self.keeping(x)
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """Return AE-I(x)."""
+        reformed: Tensor = self.halving(x)
+        return reformed
+
+    def errors(self, x: Tensor) -> Tensor:
+        """Return mean |x - AE-I(x)|^2 and mean |x - AE-II(x)| of every image (N,2)."""
+        first, second = self.autoencode(x)
+        squared, absolute = (x - first).square(), (x - second).abs()
+        return torch.stack([squared.flatten(1).mean(1), absolute.flatten(1).mean(1)], 1)
+
+    def calibrate(self, clean: Tensor, batch: int) -> None:
+        """Take the statistics of both errors from clean training images (M,C,H,W)."""
+        device = self.error_mean.device
+        with torch.no_grad():
+            parts = torch.split(clean, batch)
+            errors = torch.cat([self.errors(part.to(device)) for part in parts])
+        self.error_mean.copy_(errors.mean(0))
+        self.error_std.copy_(errors.std(0, correction=0).clamp_min(1e-6))
+
+    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+        """Return the larger error, each in deviations of clean images from their mean (N,)."""
+        # One score; the paper has a threshold for each error.
+        return ((self.errors(x) - self.error_mean) / self.error_std).amax(1)
+
+
+def _layer(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, 3, 1, 1), nn.Sigmoid()

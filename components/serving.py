@@ -1,0 +1,50 @@
+"""What a defense answers when it is served: everything about an image from one purification.
+
+No label is known here and nothing is counted. Shapes: N images, C channels, H W, K classes.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from components.data.draws import Draws, fresh
+from components.models.defense import Defense
+from components.models.purifiers.contract import changed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers an image (N,).
+
+    `error` is the mean squared change of its pixels, `suspicion` how odd it looks to the purifier,
+    in the purifier's own units.
+    """
+
+    purified: Tensor
+    logits: Tensor
+    error: Tensor
+    suspicion: Tensor
+
+
+def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
+    """Answer images (N,C,H,W) in [0,1], `batch` at a time.
+
+    Without a seed noise is fresh. With one, image k has the noise of id k in role `score`: equal
+    requests get equal answers.
+    """
+    parts = []
+    with torch.no_grad():
+        for rows in torch.arange(len(x), device=x.device).split(batch):  # type: ignore[no-untyped-call]
+            draws = fresh(len(rows), x.device) if seed is None else Draws(seed, "score", rows)
+            parts.append(_answered(defense, x[rows], draws))
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(Answer))
+    return Answer(*(torch.cat(column) for column in columns))
+
+
+def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:
+    purifier = defense.purifier
+    assert purifier is not None
+    purified = defense.purify(x, draws)
+    suspicion = purifier.suspicion(x, draws, purified)
+    return Answer(purified, defense.classifier(purified), changed(x, purified), suspicion)

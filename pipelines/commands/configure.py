@@ -1,0 +1,154 @@
+"""Write params.yaml anew: profiles/digits.yaml, an overlay, and overrides from the command line.
+
+`python -m pipelines.commands.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
+writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
+`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published`,
+`tuning` and any mapping whose `kind` changes are taken whole; all else is merged. `data` with
+another `kind` keeps what both kinds know: how the splits are cut. Other images than the profile's
+lose the figures published for those; what Parquet files and folders hold, nobody can tell.
+
+`python -m pipelines.commands.configure --from reports/tuning/NAME/best.yaml` puts what a search found into
+params.yaml, and leaves everything else there as it is written.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Collection, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from components.data.shards import write_bytes
+from components.sources import DATASETS
+from pipelines.config.schema import PARAMS, Params, explain
+from pipelines.config.search_space import flatten, put
+from pipelines.config.yaml_files import edit_yaml, read_yaml, write_yaml
+from pipelines.errors import ConfigError
+from pipelines.runner.console import refuse
+
+PROFILES = Path("profiles")
+BASE = "digits"
+# Kinds of data that may be any data set.
+ANY = ("parquet", "image_folder")
+REPLACED = {
+    "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
+    "published", "tuning",
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run the command; 2 for a profile, key or value that is not allowed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("profile", nargs="?", help="a file in profiles/, without .yaml")
+    parser.add_argument("override", nargs="*", help="section.key=value, as in YAML")
+    parser.add_argument(
+        "--from", dest="found", type=Path, help="values to adopt, as a search found"
+    )
+    options = parser.parse_args()
+    before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
+    try:
+        if bool(options.profile) == bool(options.found):
+            raise ConfigError("say a profile, or --from a file of values, and not both")
+        if options.found:
+            text, now = adopt(before, options.found), f"what it was, with {options.found}"
+        else:
+            text = compose(options.profile, options.override)
+            now = f"profile {options.profile}"
+    except ConfigError as error:
+        return refuse(str(error))
+    sys.stdout.writelines(
+        difflib.unified_diff(
+            before.splitlines(keepends=True),
+            text.splitlines(keepends=True),
+            "before",
+            "params.yaml",
+        )
+    )
+    write_bytes(PARAMS, text.encode())
+    print(f"params.yaml is now {now}; `dvc repro` runs it")
+    return 0
+
+
+def adopt(text: str, file: Path) -> str:
+    """Return the YAML `text` with the values of a file in it, all else as a person wrote it.
+
+    ConfigError for places that are not there, and where the whole is not valid then.
+    """
+    values = dict(flatten(read_yaml(file)))
+    try:
+        Params.model_validate(put(read_yaml(PARAMS), values))
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {explain(error)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return edit_yaml(text, values)
+
+
+def compose(profile: str, overrides: list[str]) -> str:
+    """Return the YAML text of a profile with overrides, checked whole; ConfigError if not valid."""
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if profile not in known:
+        raise ConfigError(f"there is no profile {profile}; there are {', '.join(known)}")
+    value = read_yaml(PROFILES / f"{BASE}.yaml")
+    changes = [_parse(override) for override in overrides]
+    if profile == BASE and not overrides:
+        # As it lies, so that its comments stay.
+        return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
+    if profile != BASE or any("kind" in (change.get("data") or {}) for change in changes):
+        # What keeps the demo short is not for other images.
+        value["resources"]["stages"] = {}
+        value["data"]["test_limit"] = None
+    if profile != BASE:
+        value = merge(value, read_yaml(PROFILES / f"{profile}.yaml"), REPLACED)
+    kind = value["data"]["kind"]
+    for change in changes:
+        value = merge(value, change)
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"profile {profile}: {explain(error)}") from None
+    if value["data"]["kind"] not in (kind, *ANY) and not any("published" in c for c in changes):
+        value["published"] = {}
+    return write_yaml(value)
+
+
+def merge(
+    base: Mapping[str, Any], over: Mapping[str, Any], replaced: Collection[str] = (), path: str = ""
+) -> dict[str, Any]:
+    """Return `base` with `over` laid on it; the sections in `replaced` are taken whole from it."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            whole = not path and key in replaced
+            if not whole and value.get("kind", old.get("kind")) == old.get("kind"):
+                merged[key] = merge(old, value, replaced, f"{path}{key}.")
+            elif key == "data" and not path and value["kind"] in DATASETS:
+                fields = DATASETS[value["kind"]].model_fields
+                merged[key] = {k: v for k, v in {**old, **value}.items() if k in fields}
+    return merged
+
+
+def _parse(override: str) -> dict[str, Any]:
+    """Turn `a.b=value` into a nested mapping."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override} is not of the form section.key=value")
+    try:
+        value: Any = YAML(typ="safe", pure=True).load(StringIO(text))
+    except YAMLError:
+        raise ConfigError(f"the value of {override} is not readable as YAML") from None
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""Clean image files: python -m pipelines.commands.purify --model FOLDER in.png [dir/] --out DIR.
+
+Images are read as training reads them (`components/sources/images.py`) and written as 8-bit PNG of
+the same stem, each by itself and whole or not at all. Exit codes: 0, 2 a command that cannot be
+carried out, 3 a model or images that cannot be used (all other images are cleaned), 4 a folder that
+cannot be read or written, 130 interrupted.
+"""
+
+import argparse
+import io
+import signal
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from components.data.shards import DataError, write_bytes
+from components.models.checkpoints import build, load, read_card
+from components.models.purifiers import Inference, Purifier
+from components.models.purifiers.contract import changed
+from components.sources.folder import SUFFIXES
+from components.sources.images import MAX_BYTES, decode
+from pipelines.config import schema as parameters
+from pipelines.config.schema import PARAMS
+from pipelines.errors import ConfigError
+from pipelines.runner.console import Watch, refuse
+
+MODELS = Path("models")
+SIDE_BY_SIDE = "side-by-side"
+GAP = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="FOLDER", help="a purifier's model folder")
+    which.add_argument(
+        "--defense", metavar="NAME", help=f"a defense of {PARAMS}: its model and inference"
+    )
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of such")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--side-by-side", action="store_true",
+        help=f"also write every image beside its purified one, to DIR/{SIDE_BY_SIDE}",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    try:
+        folder, inference = options.model, None
+        if options.defense is not None:
+            folder, inference = _of_params(options.defense)
+        model = _Model(folder, inference)
+        targets = _targets(_files(options.images), options.out)
+        return _clean_all(model, targets, options.out if options.side_by_side else None)
+    except DataError as error:
+        return refuse(str(error), 3)
+    except ValueError as error:
+        return refuse(str(error), 2)
+    except OSError as error:
+        return refuse(f"{type(error).__name__}: {error}", 4)
+    except KeyboardInterrupt:
+        return refuse(f"interrupted; every file in {options.out} is whole", 130)
+
+
+class _Model:
+    """A trained purifier, made anew for the size of an image where its weights allow that."""
+
+    def __init__(self, folder: Path, inference: Inference | None) -> None:
+        self.inference, self.card = inference, read_card(folder)
+        network, kind = load(folder), self.card.model["kind"]
+        if inference is not None:
+            inference.wrap(network)  # to hear now that it does not fit
+        elif not isinstance(network, Purifier):
+            raise DataError(
+                f"{folder} holds a {kind}, which is no purifier by itself; --defense NAME takes a "
+                f"network with its inference from {PARAMS}"
+            )
+        self.weights, self.channels = network.state_dict(), self.card.shape[0]
+        if self.channels not in (1, 3):
+            raise DataError(f"{folder} takes {self.channels} channels, image files have 1 or 3")
+        # Images of one folder are mostly of one size.
+        self.fitted = lru_cache(maxsize=4)(self._fitted)
+
+    def _fitted(self, height: int, width: int) -> Purifier:
+        """Return the purifier of images of a size; raise DataError where it takes none such."""
+        given, taken = f"{height} x {width}", " x ".join(map(str, self.card.shape[1:]))
+        kind = self.card.model["kind"]
+        try:
+            network = build(self.card.model_copy(update={"shape": [self.channels, height, width]}))
+            network.load_state_dict(self.weights)
+        except ValueError as error:
+            raise DataError(f"is {given}, but {error}") from None
+        except RuntimeError:  # Torch's word for weights of another shape.
+            raise DataError(f"is {given}, but this {kind} takes {taken} alone") from None
+        purifier = network if self.inference is None else self.inference.wrap(network)
+        assert isinstance(purifier, Purifier)
+        return purifier.eval().requires_grad_(False)
+
+
+def _of_params(name: str) -> tuple[Path, Inference | None]:
+    """Return the model folder and the inference of a defense in params.yaml."""
+    defenses = parameters.load().defenses
+    if name not in defenses:
+        raise ConfigError(
+            f"{PARAMS} has no defense {name}; there are {', '.join(defenses) or 'none'}"
+        )
+    return MODELS / defenses[name].model, defenses[name].inference
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    """Return the files to clean, each once; of a folder, the images that lie directly in it."""
+    files: dict[Path, Path] = {}
+    for path in given:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."
+            )
+            if not inside:
+                raise ValueError(f"{path} holds no file named {', '.join(SUFFIXES)}")
+        for file in inside:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the file that is cleaned into each target; raise ValueError where one is lost."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder")
+    if {out.resolve(), (out / SIDE_BY_SIDE).resolve()} & {file.resolve().parent for file in files}:
+        raise ValueError(f"--out {out} holds images that are to be cleaned: give another folder")
+    targets: dict[Path, Path] = {}
+    for file in files:
+        target = out / f"{file.stem}.png"
+        if target in targets:
+            raise ValueError(
+                f"{targets[target]} and {file} would both become {target}: "
+                "clean them into two folders"
+            )
+        targets[target] = file
+    return targets
+
+
+def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> int:
+    """Clean every file; with `out`, pictures side by side go there."""
+    watch = Watch("purify")
+    errors: list[float] = []
+    failed: dict[Path, str] = {}
+    try:
+        for target, file in targets.items():
+            try:
+                x, purified = _clean(model, file)
+            except DataError as error:
+                failed[file] = str(error)
+            else:
+                write_bytes(target, _png(purified))
+                if out is not None:
+                    gap = torch.ones(*x.shape[:2], GAP)
+                    picture = _png(torch.cat([x, gap, purified], dim=2))
+                    write_bytes(out / SIDE_BY_SIDE / target.name, picture)
+                errors.append(changed(x[None], purified[None]).item())
+            watch.advance(len(errors) + len(failed), len(targets), "images")
+    finally:
+        watch.close()
+    if errors:
+        mean = sum(errors) / len(errors)
+        print(f"{len(errors)} images cleaned, mean reconstruction error {mean:.3g}")
+    if failed:
+        listed = "".join(f"\n  {file} {reason}" for file, reason in failed.items())
+        return refuse(f"{len(failed)} of {len(targets)} images could not be cleaned:{listed}", 3)
+    return 0
+
+
+def _clean(model: _Model, file: Path) -> tuple[Tensor, Tensor]:
+    """Return an image and its purified one (C,H,W) in [0,1]; raise DataError with the reason."""
+    if not file.is_file():
+        raise DataError("is not a file" if file.exists() else "does not exist")
+    try:
+        with file.open("rb") as content:
+            pixels = decode(content.read(MAX_BYTES + 1), model.channels, None)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    if isinstance(pixels, str):
+        raise DataError(pixels)
+    x = torch.tensor(pixels).float() / 255
+    purifier = model.fitted(*x.shape[1:])
+    try:
+        with torch.no_grad():
+            purified: Tensor = purifier(x[None])[0]
+    except RuntimeError as error:  # Torch's word for too little memory, too.
+        reason = str(error).splitlines()[0]
+        raise DataError(f"is {x.shape[1]} x {x.shape[2]}, which failed: {reason}") from None
+    if not purified.isfinite().all():
+        raise DataError("becomes an image with values that are no numbers")
+    return x, purified
+
+
+def _png(image: Tensor) -> bytes:
+    """Return an image (C,H,W) in [0,1] as 8-bit PNG."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    raise SystemExit(main())

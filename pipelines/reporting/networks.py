@@ -1,0 +1,96 @@
+"""Carved out of pipelines/report.py."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.data.shards import DataError
+from components.models.checkpoints import ModelCard, fingerprint, read_card
+from pipelines.tasks.scoring import Entry, Plan
+
+SHORT = 12
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Metrics over epochs, on one axis from 0 to `top`."""
+
+    title: str
+    top: float
+    series: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network that plays a part in the scores, and what it was made from."""
+
+    name: str
+    mark: str
+    card: ModelCard
+    made_from: list[str]
+    history: list[dict[str, float]]
+    plots: list[Plot]
+    terms: dict[str, float]
+
+
+def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:
+    """Yield the models behind the scores and, by their fingerprints, those they were made from.
+
+    What merely lies in the folder is passed over.
+    """
+    known: dict[str, Path] = {}
+    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
+        try:
+            known[fingerprint(folder)] = folder
+        except DataError:
+            continue
+    subjects = [entry.subject for entry in entries]
+    folders = [plan.unseen, *(s.classifier for s in subjects), *(s.purifier for s in subjects)]
+    waiting = [folder for folder in folders if folder is not None]
+    found: dict[str, Model] = {}
+    while waiting:
+        folder = waiting.pop()
+        if folder.name not in found:
+            model = found[folder.name] = _model(folder, known)
+            waiting += [known[mark] for mark in _made_from(model.card).values() if mark in known]
+    yield from sorted(found.values(), key=lambda model: (model.card.family, model.name))
+
+
+def _made_from(card: ModelCard) -> dict[str, str]:
+    made_from: dict[str, str] = card.provenance.get("made_from", {})
+    return made_from
+
+
+def _model(folder: Path, known: Mapping[str, Path]) -> Model:
+    card = read_card(folder)
+    path = folder / "history.json"
+    history: list[dict[str, float]] = json.loads(path.read_bytes()) if path.is_file() else []
+    curves = {name: [epoch[name] for epoch in history] for name in (history or [{}])[0]}
+    shares = {name: curves.pop(name) for name in sorted(curves) if "accuracy" in name}
+    loss = {"loss": curves.pop("loss")} if "loss" in curves else {}
+    plots = [
+        Plot("loss", _rounded_up(max(max(line) for line in loss.values())) if loss else 1.0, loss),
+        Plot("accuracy, %", 100.0, {n: [100 * v for v in line] for n, line in shares.items()}),
+    ]
+    return Model(
+        name=folder.name,
+        mark=fingerprint(folder)[:SHORT],
+        card=card,
+        made_from=[
+            f"{role}: {known[mark].name if mark in known else 'no longer there'} {mark[:SHORT]}"
+            for role, mark in _made_from(card).items()
+        ],
+        history=history,
+        plots=[plot for plot in plots if plot.series],
+        terms={name: line[-1] for name, line in curves.items()},
+    )
+
+
+def _rounded_up(value: float) -> float:
+    """Return the least of 1, 2, 5 times a power of ten that is not below `value`."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(float(f"{m * power:.6g}") for m in (1, 2, 5, 10) if m * power >= value * 0.999999)

@@ -1,0 +1,141 @@
+"""What the registry is told of every scored defense: figures, tags, words and files.
+
+All of it is read from the metrics of an evaluation and the model folders it scored, so that it can
+be told again, to another store, without scoring anything again.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from components.models.checkpoints import fingerprint, read_card
+from pipelines.config.schema import PARAMS, Defended
+from pipelines.config.yaml_files import read_yaml
+from pipelines.errors import ConfigError
+from pipelines.reporting.wording import (
+    MEANINGS,
+    describe_subject,
+    describe_threat,
+    illusion,
+    not_beaten,
+)
+from pipelines.storage import timings
+from pipelines.tasks.subject import Subject
+from pipelines.tracking.registry import Registration, identity
+
+LOCK, REPORT = Path("dvc.lock"), Path("reports/report.html")
+PICTURES = Path("reports/plots/pictures")
+
+
+def registrations(
+    defenses: Mapping[str, Defended], metrics: Mapping[str, Any], models: Path, dataset: str
+) -> list[Registration]:
+    """Describe every trained defense; the best without a failed blocking check is the candidate."""
+    found = {name: metrics["defenses"][name] for name in defenses}
+    sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}
+    best = max(sound, key=lambda name: float(sound[name]["headline"]["low"]), default=None)
+    threat = metrics["threat_model"]
+    return [
+        _registration(name, defended, found[name], threat, models, dataset, name == best)
+        for name, defended in defenses.items()
+    ]
+
+
+def _registration(
+    name: str, defended: Defended, found: Mapping[str, Any], threat: Mapping[str, Any],
+    models: Path, dataset: str, best: bool,
+) -> Registration:  # fmt: skip
+    folders = {"classifier": models / "standard", "purifier": models / defended.model}
+    inference = defended.inference.model_dump(mode="json") if defended.inference else None
+    failed = found["checks"]["blocking_failed"]
+    subject = Subject(folders["classifier"], folders["purifier"], inference=defended.inference)
+    return Registration(
+        name=name,
+        version_of=f"limpid-{dataset}",
+        fingerprint=identity([fingerprint(folder) for folder in folders.values()], inference),
+        folders=folders,
+        inference=inference,
+        params={
+            "defense": defended.model_dump(mode="json", by_alias=True),
+            "network": read_card(folders["purifier"]).model,
+        },
+        metrics=_figures(name, found),
+        tags={
+            "defense": name,
+            "worst_case": _short(found["headline"]),
+            "clean": _short(found["clean"]),
+            "blocking_failed": ", ".join(failed),
+            "warnings": ", ".join(found["checks"]["warnings"])[:4000],
+            "threat": json.dumps(threat),
+            "limpid.candidate": "yes" if best else "no",
+            **{f"dvc.lock.{path}": md5 for path, md5 in _locked(folders.values()).items()},
+        },
+        description=describe(name, describe_subject(subject), found, threat),
+        artifacts=[REPORT, PARAMS, PICTURES / f"{name}.png"],
+        files={"scores.json": json.dumps(found, indent=1)},
+    )
+
+
+def describe(name: str, what: str, found: Mapping[str, Any], threat: Mapping[str, Any]) -> str:
+    """Say of one defense what it is worth, for somebody who never saw the code."""
+    head, clean = found["headline"], found["clean"]
+    said = [
+        f"**{name}**: {what}, in front of a standard-trained classifier.",
+        f"{clean['accuracy']:.1%} of {clean['n']} clean test images are right, and "
+        f"{head['accuracy']:.1%} (95 % interval {head['low']:.1%} to {head['high']:.1%}) under the "
+        f"worst of {len(found['attacks'])} attacks, chosen image by image. The attacker: "
+        f"{describe_threat(threat)}.",
+    ]
+    if head["upper_bound"]:
+        said.append("**A blocking check failed: this is an upper bound and no result.**")
+    said += [
+        f"- {check}: {MEANINGS.get(check.partition('/')[0], '')}"
+        for check in found["checks"]["blocking_failed"]
+    ]
+    rungs = [f"{rung} {score['accuracy']:.1%}" for rung, score in found["rungs"].items()]
+    said.append(f"By what the attacker knows: {', '.join(rungs)}.")
+    said += [sentence for sentence in (illusion(name, found),) if sentence]
+    rivals = not_beaten(found)
+    if rivals:
+        said.append(f"It {rivals}.")
+    return "\n\n".join(said)
+
+
+def _short(score: Mapping[str, Any]) -> str:
+    low, high = 100 * score["low"], 100 * score["high"]
+    bound = "at most " if score.get("upper_bound") else ""
+    return f"{bound}{100 * score['accuracy']:.1f} % ({low:.1f} to {high:.1f}), n = {score['n']}"
+
+
+def _figures(name: str, found: Mapping[str, Any]) -> dict[str, float]:
+    head, clean = found["headline"], found["clean"]
+    figures = {
+        "headline": head["accuracy"],
+        "headline_low": head["low"],
+        "headline_high": head["high"],
+        "clean": clean["accuracy"],
+        "clean_low": clean["low"],
+        "clean_high": clean["high"],
+        "n": head["n"],
+        "blocking_failed_count": len(found["checks"]["blocking_failed"]),
+        **{f"rung_{rung}": score["accuracy"] for rung, score in found["rungs"].items()},
+    }
+    seconds = timings.known(image_of(name))
+    return figures if seconds is None else {**figures, "ms_per_image": 1000 * seconds}
+
+
+def image_of(name: str) -> str:
+    """Return under which title the time of one image of a defense is kept."""
+    return f"one image of {name}"
+
+
+def _locked(folders: Iterable[Path]) -> dict[str, str]:
+    """Return the md5 by which DVC locked each of these outs; nothing where it has not yet."""
+    try:
+        stages = read_yaml(LOCK)["stages"]
+    except (ConfigError, KeyError):
+        return {}
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    return {name: outs[name] for name in names if name in outs}

@@ -1,0 +1,155 @@
+"""what scores and checks mean, in sentences"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from components.attacks.ladder import MODES
+from pipelines.tasks.subject import Subject
+
+ROLES = ("baseline", "defense", "control")
+BLIND = {
+    "transfer": "has only another classifier",
+    "classifier": "ignores the purifier",
+    "bpda": "takes the purifier for the identity in the backward pass (BPDA)",
+}
+MEANINGS = {
+    "input_convention": "Attacks are given pixels in [0, 1]; normalisation is the classifier's.",
+    "logits": "Answers are finite, no softmax, and not the same for every image.",
+    "randomness_declared": "The defense answers at random exactly if it is declared stochastic.",
+    "batch_independence": "An image is answered alike in any company.",
+    "labels_unseen": "The defense answers by the picture, not by whose picture it is.",
+    "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
+    "gradient_correct": "The gradient says what differences measure, in halves and whole.",
+    "loss_alive": "The cross-entropy has a gradient where the margin has one.",
+    "eot_agreement": "Two estimates of the gradient over the noise point one way.",
+    "unbounded": "With every image allowed, one of another class is not taken for the true one.",
+    "unbounded_by_gradient": "With every image allowed, following the gradient fools the defense.",
+    "radius_pays": "A larger radius never protects.",
+    "converged": "More steps fool no more of the images that stood.",
+    "planted": "The attack finds adversarial examples that are known to exist.",
+    "repeatable": "The same seed gives the same bytes; other seeds give about the same accuracy.",
+    "chance": "Little of the accuracy is owed to noise the attacker cannot foresee.",
+    "eot_enough": "Twice the draws per gradient fool no more images.",
+    "state_unchanged": "Scoring and probing changed no weight; everything was in eval mode.",
+    "recorded_accuracy": "The bare classifier is as accurate as on the day it was trained.",
+    "leakage": "No test image was learnt from.",
+    "accounting": "Every test image is in the set exactly once, with its own label.",
+    "threat_model": "The stored bytes are in [0, 1] and, where the attack is bounded, in the ball.",
+    "provenance": "The set was crafted as params.yaml says, against what it is scored on.",
+    "effort": "Images that withstood were attacked for as long as the attack's name promises.",
+    "quantisation": "Rounded to 8 bits, the worst examples fool as many.",
+    "order_of_strength": "No attack fools what all stronger attacks together leave standing.",
+    "white_is_strongest": "Without gradients next to nothing more is fooled.",
+    "full_is_strongest": "No weaker rung fools what attacks that see through leave standing.",
+    "full_rung": "At least one attack follows the gradient of the defense or of a stand-in.",
+    "stand_ins": "What iterates or rounds is attacked through something easier in its place, too.",
+    "strong_attack": "At least one attack that sees through has the steps and the reach.",
+    "scoring_draws": "A random defense is judged by many draws.",
+    "selection": "No single attack does better than the worst of all, chosen image by image.",
+    "undefended_falls": "A classifier without a defense is fooled on nearly every image.",
+}
+
+
+def percent(share: float) -> str:
+    """Return a share as per cent with one digit: 0.942 is `94.2 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(score: Mapping[str, Any]) -> str:
+    """Return the interval of a score in per cent."""
+    return f"{100 * score['low']:.1f}\N{EN DASH}{100 * score['high']:.1f}"
+
+
+def settings(value: Mapping[str, Any]) -> str:
+    """Return nested settings on one line, the kind first: `pgd, steps 40, random_start yes`."""
+
+    def text(part: Any) -> str:
+        if isinstance(part, Mapping):
+            return f"({settings(part)})"
+        if part is None:
+            return "none"
+        return ("no", "yes")[part] if isinstance(part, bool) else str(part)
+
+    kind = [str(value["kind"])] if "kind" in value else []
+    return ", ".join([*kind, *(f"{key} {text(value[key])}" for key in value if key != "kind")])
+
+
+def describe_threat(threat: Mapping[str, Any]) -> str:
+    """Say what the attacker may change; the radius in [0,1] and in 255ths."""
+    radius = describe_radius(threat)
+    if threat["norm"] == "linf":
+        return f"L-infinity, radius {radius}: no pixel changes by more"
+    return f"L2, radius {radius}: no image moves further, in Euclidean distance over all its pixels"
+
+
+def describe_radius(threat: Mapping[str, Any]) -> str:
+    """Return the radius in 255ths and in [0,1]."""
+    if threat["norm"] == "linf":
+        eps = float(threat["eps_255"])
+        return f"{eps:g}/255 = {eps / 255:.4g}"
+    eps = float(threat["eps_l2"])
+    return f"{255 * eps:g}/255 = {eps:g}"
+
+
+def illusion(name: str, found: Mapping[str, Any]) -> str:
+    """Say what is left of the rungs that show robustness where there is none; "" if none does."""
+    rungs = found["rungs"]
+    blind = [text.partition(":")[0] for text in found["illusions"]]
+    if not blind:
+        return ""
+    seen = ", ".join(
+        f"{percent(rungs[rung]['accuracy'])} when the attacker {BLIND[rung]}" for rung in blind
+    )
+    which = ("number is", "two numbers are", "three numbers are")[len(blind) - 1]
+    left = percent(found["white_box"]["accuracy"])
+    return (
+        f"{name} shows {seen}, and {left} when the attacker differentiates through it: "
+        f"the first {which} no robustness."
+    )
+
+
+def not_beaten(found: Mapping[str, Any]) -> str:
+    """Say which controls and bare classifiers a defense does not beat; "" if it beats them all."""
+    rivals = found.get("not_better_than", {})
+    said = [
+        f"{name} ({100 * rival['difference']:+.1f} points, p = {rival['p']:.2g})"
+        for name, rival in rivals.items()
+    ]
+    return f"does not beat {', '.join(said)}" if said else ""
+
+
+def no_better(name: str, found: Mapping[str, Any]) -> str:
+    """Say on how many sets a detector is no better than the control; "" if it mostly is better.
+
+    Sets of a void rung are passed over: there the attack had nothing to follow.
+    """
+    if found["detection"] is None:
+        return ""
+    void = void_rungs(found)
+    sets = [
+        each
+        for attack, each in found["detection"]["attacks"].items()
+        if attack.partition("/")[0] not in void
+    ]
+    as_well = sum(each["control_auc"] >= each["auc"] for each in sets)
+    if 2 * as_well <= len(sets):
+        return ""
+    return f"{name} on {as_well} of {len(sets)} sets"
+
+
+def void_rungs(found: Mapping[str, Any]) -> list[str]:
+    """Return the rungs without a usable gradient: what was run there proves nothing."""
+    failed = {*found["checks"]["blocking_failed"], *found["checks"]["warnings"]}
+    return [mode for mode in MODES if f"gradient_present/{mode}" in failed]
+
+
+def describe_subject(subject: Subject) -> str:
+    """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
+    if subject.control is not None:
+        return settings(subject.control.model_dump(mode="json"))
+    if subject.purifier is None:
+        return f"bare classifier {subject.classifier.name}"
+    if subject.inference is None:
+        return f"purifier {subject.purifier.name}"
+    used = settings(subject.inference.model_dump(mode="json"))
+    return f"purifier {subject.purifier.name} used as {used}"

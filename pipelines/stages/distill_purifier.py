@@ -1,0 +1,50 @@
+"""Reads data/{train,val}, the classifier, the pool and two teachers, writes the student."""
+
+from pathlib import Path
+
+from pipelines.config.schema import Student
+from pipelines.config.views import ThreatView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks import training
+
+
+class StudentParams(ThreatView):
+    """One entry of `students`, and the threat it is trained against."""
+
+    student: Student
+    tracks = {**ThreatView.tracks, "student": "students.{name}"}
+
+
+def run(
+    params: StudentParams,
+    context: Context,
+    *,
+    name: str,
+    train: Path,
+    val: Path,
+    classifier: Path,
+    pool: Path,
+    adversarial_teacher: Path,
+    normal_teacher: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Distil the student called `name` from its two teachers."""
+    section = params.student
+    return training.train(
+        "purifier",
+        section.model,
+        section,
+        params,
+        context,
+        out,
+        train=train,
+        val=val,
+        classifier=classifier,
+        pool=pool,
+        teachers=(adversarial_teacher, normal_teacher),
+    )
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

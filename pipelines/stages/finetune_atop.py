@@ -1,0 +1,54 @@
+"""Reads data/{train,val}, the classifier, the pool and a purifier, writes it fine-tuned by AToP."""
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from components.models.checkpoints import read_card
+from components.models.purifiers import PurifierConfig
+from pipelines.config.schema import Finetuned
+from pipelines.config.views import ThreatView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks import training
+
+
+class AtopParams(ThreatView):
+    """One entry of `atop`, and the threat it is trained against."""
+
+    atop: Finetuned
+    tracks = {**ThreatView.tracks, "atop": "atop.{name}"}
+
+
+def run(
+    params: AtopParams,
+    context: Context,
+    *,
+    name: str,
+    train: Path,
+    val: Path,
+    classifier: Path,
+    pool: Path,
+    base: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Fine-tune the purifier `base` through the frozen classifier."""
+    section = params.atop
+    model = TypeAdapter(PurifierConfig).validate_python(read_card(base).model)
+    return training.train(
+        "purifier",
+        model,
+        section,
+        params,
+        context,
+        out,
+        train=train,
+        val=val,
+        classifier=classifier,
+        pool=pool,
+        base=base,
+    )
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

@@ -1,0 +1,39 @@
+"""Reads data/test, a classifier and a purifier, writes adversarial/<defense>: sets and probes.
+
+`<mode>/<attack>/` are the sets of the defense's ladder, crafted through it; the mode `classifier`
+is not crafted here, since it replays what was crafted against the bare classifier. `checks.json`
+holds the probes that need gradients.
+"""
+
+from pathlib import Path
+
+from pipelines.config.schema import Defended
+from pipelines.config.views import CraftingView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks.ladders import generate
+from pipelines.tasks.subject import Subject
+
+MAPS = True
+
+
+class GenerateParams(CraftingView):
+    """One defense with its ladder, and all attacks this may name."""
+
+    defended: Defended
+    tracks = {**CraftingView.tracks, "defended": "defenses.{name}"}
+
+
+def run(
+    params: GenerateParams, context: Context, *, name: str, test: Path, classifier: Path,
+    purifier: Path, out: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Craft the sets of the defense called `name` and probe it."""
+    defended = params.defended
+    subject = Subject(classifier.absolute(), purifier.absolute(), inference=defended.inference)
+    generate({out: (subject, defended.ladder)}, params, test, context)
+    return {}
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

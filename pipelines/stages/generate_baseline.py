@@ -1,0 +1,32 @@
+"""Reads data/test and a classifier, writes adversarial/<baseline>: sets and probes, no purifier."""
+
+from pathlib import Path
+
+from pipelines.config.schema import Ladder
+from pipelines.config.views import CraftingView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks.ladders import generate
+from pipelines.tasks.subject import Subject
+
+MAPS = True
+
+
+class BaselineParams(CraftingView):
+    """The ladder of one bare classifier, and all attacks it may name."""
+
+    ladder: Ladder
+    tracks = {**CraftingView.tracks, "ladder": "baselines.{name}.ladder"}
+
+
+def run(
+    params: BaselineParams, context: Context, *, name: str, test: Path, classifier: Path, out: Path
+) -> dict[str, float]:
+    """Craft the sets of the bare classifier called `name` and probe it."""
+    subject = Subject(classifier.absolute())
+    generate({out: (subject, params.ladder)}, params, test, context)
+    return {}
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

@@ -1,0 +1,36 @@
+"""Reads data/test and the classifier, writes adversarial/controls: the sets of all controls."""
+
+from pathlib import Path
+
+from pipelines.config.schema import Control, Ladder
+from pipelines.config.views import CraftingView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks.ladders import generate
+from pipelines.tasks.subject import Subject
+
+MAPS = True
+
+
+class ControlsParams(CraftingView):
+    """All controls with their ladders, and all attacks these may name."""
+
+    controls: dict[str, Control]
+    tracks = {**CraftingView.tracks, "controls": "controls"}
+
+
+def run(
+    params: ControlsParams, context: Context, *, test: Path, classifier: Path, out: Path
+) -> dict[str, float]:
+    """Craft the sets of every control and probe it."""
+    subjects: dict[Path, tuple[Subject, Ladder]] = {
+        out / name: (Subject(classifier.absolute(), control=control.purifier), control.ladder)
+        for name, control in params.controls.items()
+    }
+    out.mkdir()  # Also where there is none.
+    generate(subjects, params, test, context)
+    return {}
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

@@ -1,0 +1,37 @@
+"""Reads data/{train,val}, writes a classifier as a model folder."""
+
+from pathlib import Path
+
+from pipelines.config.schema import Classifier
+from pipelines.config.views import ThreatView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks import training
+
+
+class ClassifierParams(ThreatView):
+    """One entry of `classifiers`, and the threat adversarial training holds against."""
+
+    classifier: Classifier
+    tracks = {**ThreatView.tracks, "classifier": "classifiers.{name}"}
+
+
+def run(
+    params: ClassifierParams, context: Context, *, name: str, train: Path, val: Path, out: Path
+) -> dict[str, float]:
+    """Train the classifier called `name`."""
+    section = params.classifier
+    return training.train(
+        "classifier",
+        section.model,
+        section,
+        params,
+        context,
+        out,
+        train=train,
+        val=val,
+    )
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

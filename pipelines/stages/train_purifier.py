@@ -1,0 +1,47 @@
+"""Reads data/{train,val}, the classifier and the pool, writes a purifier as a model folder."""
+
+from pathlib import Path
+
+from pipelines.config.schema import Purifier
+from pipelines.config.views import ThreatView
+from pipelines.runner.context import Context
+from pipelines.runner.stage import main
+from pipelines.tasks import training
+
+
+class PurifierParams(ThreatView):
+    """One entry of `purifiers`, and the threat it is trained against."""
+
+    purifier: Purifier
+    tracks = {**ThreatView.tracks, "purifier": "purifiers.{name}"}
+
+
+def run(
+    params: PurifierParams,
+    context: Context,
+    *,
+    name: str,
+    train: Path,
+    val: Path,
+    classifier: Path,
+    pool: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Train the purifier called `name` in front of the frozen classifier."""
+    section = params.purifier
+    return training.train(
+        "purifier",
+        section.model,
+        section,
+        params,
+        context,
+        out,
+        train=train,
+        val=val,
+        classifier=classifier,
+        pool=pool,
+    )
+
+
+if __name__ == "__main__":
+    main(__spec__.name)

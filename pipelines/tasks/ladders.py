@@ -1,0 +1,84 @@
+"""Carved out of pipelines/generate_adversarial.py."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from components.attacks.ladder import REPLAYED
+from components.attacks.sets import read_crafted
+from components.data import image_set
+from components.data.shards import write_json
+from components.models.checkpoints import state_digest
+from components.models.defense import STAND_INS, Mode
+from components.probes import Finding, probe
+from components.probes.models import unchanged
+from pipelines.config.schema import Ladder
+from pipelines.config.views import CraftingView
+from pipelines.runner.context import Context
+from pipelines.tasks.crafting import Order, craft_all
+from pipelines.tasks.subject import Subject
+
+
+def generate(
+    subjects: Mapping[Path, tuple[Subject, Ladder]], params: CraftingView, test: Path,
+    context: Context,
+) -> None:  # fmt: skip
+    """Craft the ladders of some subjects, each into its folder, and write their probes."""
+    orders = [
+        Order(
+            subject, cast(Mode, mode), params.attacks[attack], test.absolute(), params.threat,
+            params.seed, params.batch, out / mode / attack,
+        )
+        for out, (subject, ladder) in subjects.items()
+        for mode, attacks in ladder.items()
+        if mode not in REPLAYED
+        for attack in attacks
+    ]  # fmt: skip
+    images = image_set.read(test)
+    for out, (subject, ladder) in subjects.items():
+        subject.require_fit(images)
+        known = subject.stand_ins()
+        lacking = [mode for mode in ladder if mode in STAND_INS and mode not in known]
+        if lacking:
+            raise ValueError(
+                f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
+                f"{', '.join(known) or 'none'}"
+            )
+    with context.session():
+        craft_all(orders, context)
+        tasks = [
+            {
+                "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
+                "stored": _stored(out, ladder, params) if params.checks.thorough else None,
+            }
+            for out, (subject, ladder) in subjects.items()
+        ]  # fmt: skip
+        found = context.map(probe_subject, tasks)
+    for out, findings in zip(subjects, found, strict=True):
+        write_json(out / "checks.json", [finding.model_dump() for finding in findings])
+
+
+def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Tensor]:
+    """Return what was crafted with the exact gradient within the threat, by attack."""
+    bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
+    return [read_crafted(out / "full" / attack).images for attack in bounded]
+
+
+def probe_subject(
+    subject: Subject, ladder: Ladder, test: Path, params: CraftingView,
+    stored: Sequence[Tensor] | None, device: str,
+) -> list[Finding]:  # fmt: skip
+    """Probe one subject in the modes of its ladder; runs in a worker."""
+    torch.set_num_threads(1)
+    defense = subject.defense(device)
+    before = state_digest(defense)
+    full = ladder.get("full", [])
+    findings = probe(
+        defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], image_set.read(test),
+        params.threat, params.seed, params.checks.images,
+        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), stored,
+    )  # fmt: skip
+    return [*findings, unchanged(before, state_digest(defense), defense.training)]

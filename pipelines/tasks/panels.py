@@ -1,0 +1,117 @@
+"""Pictures of a defense at work: what an attack changed, and what the purifier made of it.
+
+Only pictures and what is answered to them live here; the report lays them out. They are made where
+a defense is scored, of the very bytes and under the very noise that are scored.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.defense import Defense
+
+# Side of a picture on the page in CSS pixels, met as nearly as whole magnification allows.
+TILE_PX = 76
+
+# What is said under a picture, and whether that is right (None: nothing to be right about).
+Words = list[tuple[str, bool | None]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures of one set, all in one PNG (`sprite`, a data URI): `rows` of len(labels) each.
+
+    `side` is width and height of a picture on the page, `labels` are true classes.
+    """
+
+    sprite: str
+    side: tuple[int, int]
+    labels: list[str]
+    rows: dict[str, Words]
+
+
+def look(
+    defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], seed: int, batch: int
+) -> dict[str, Panel]:
+    """Picture `images` and what every set (S,C,H,W) made of them; no panels of no images.
+
+    Words under a picture are what the bare classifier says of that very picture: under a purified
+    one that is the answer of the defense. It is purified under its first draw of role `score`.
+    """
+    if not sets or not len(images):
+        return {}
+    clean = images.pixels()
+    purified = _purified(defense, images, list(sets.values()), seed, batch)
+    said = _say(defense, clean, images)
+    height, width = images.shape[1:]
+    scale = max(1, round(TILE_PX / max(height, width)))
+    panels = {}
+    for (name, attacked), restored in zip(sets.items(), purified, strict=True):
+        change = (attacked - clean).abs()
+        gain = max(1, math.floor(1 / max(float(change.max()), 1e-6)))
+        rows = {"clean": said, "adversarial": _say(defense, attacked, images)}
+        pictures = [clean, attacked]
+        if defense.purifier is not None:
+            rows["purified"] = _say(defense, restored, images)
+            pictures.append(restored)
+        lengths: Words = [(f"L2 {float(part.norm()):.2f}", None) for part in change]
+        panels[name] = Panel(
+            sprite=_sprite([*pictures, gain * change]),
+            side=(scale * width, scale * height),
+            labels=[images.class_names[int(label)] for label in images.labels],
+            rows={**rows, f"|difference|, {gain} times": lengths},
+        )
+    return panels
+
+
+def enlarged(panel: Panel) -> bytes:
+    """Return the pictures of a panel as a PNG of the size in which the page shows them."""
+    small = Image.open(io.BytesIO(base64.b64decode(panel.sprite.partition(",")[2])))
+    width, height = len(panel.labels) * panel.side[0], len(panel.rows) * panel.side[1]
+    file = io.BytesIO()
+    small.resize((width, height), Image.Resampling.NEAREST).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _purified(
+    defense: Defense, images: ImageSet, sets: Sequence[Tensor], seed: int, batch: int
+) -> Sequence[Tensor]:
+    """Purify all sets together: a purifier that iterates takes hardly longer for many images."""
+    device = next(defense.classifier.parameters()).device
+    attacked, ids = torch.cat(list(sets)), images.ids.repeat(len(sets))
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(attacked), batch):
+            rows = slice(start, start + batch)
+            draws = Draws(seed, "score", ids[rows].to(device))
+            parts.append(defense.purify(attacked[rows].to(device), draws).cpu())
+    return torch.cat(parts).chunk(len(sets))
+
+
+def _say(defense: Defense, x: Tensor, images: ImageSet) -> Words:
+    """Return what the bare classifier says of every picture, and whether it is right."""
+    device = next(defense.classifier.parameters()).device
+    with torch.no_grad():
+        confidence, answers = defense.classifier(x.to(device)).softmax(1).max(1)
+    return [
+        (f"{images.class_names[int(answer)]} ({100 * float(sure):.0f} %)", bool(answer == label))
+        for answer, sure, label in zip(answers.cpu(), confidence.cpu(), images.labels, strict=True)
+    ]
+
+
+def _sprite(rows: Sequence[Tensor]) -> str:
+    """Return a PNG of rows of images (S,C,H,W) in [0,1], as a data URI."""
+    whole = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    pixels = (whole.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    image.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

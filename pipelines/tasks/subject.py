@@ -1,0 +1,79 @@
+"""Carved out of pipelines/crafting.py."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from components.config import Config
+from components.data.image_set import ImageSet
+from components.models.checkpoints import fingerprint, load, load_purifier, read_card, require_fit
+from components.models.defense import Defense
+from components.models.purifiers import Inference, Purifier
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is attacked: a classifier folder, and a purifier folder, a control or nothing.
+
+    `inference` says how the network of a purifier folder is used.
+    """
+
+    classifier: Path
+    purifier: Path | None = None
+    control: Config | None = None
+    inference: Inference | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is no purifier at all."""
+        return self.purifier is None and self.control is None
+
+    def require_fit(self, images: ImageSet) -> None:
+        """Raise ValueError where a model was made for other images or classes."""
+        for folder in (self.classifier, self.purifier):
+            if folder is not None:
+                require_fit(folder, images)
+
+    def defense(self, device: str = "cpu") -> Defense:
+        """Load it, frozen."""
+        classifier = load(self.classifier, device)
+        purifier: Purifier | None = None
+        if self.purifier is not None:
+            purifier = load_purifier(self.purifier, device, self.inference)
+        elif self.control is not None:
+            shape = read_card(self.classifier).shape
+            purifier = self.control.build(tuple(shape))  # type: ignore[attr-defined]
+        return Defense(classifier, purifier).freeze().to(device)
+
+    def stand_ins(self) -> Sequence[str]:
+        """Return the names of the purifier's stand-ins."""
+        return self._traits[0]
+
+    def differentiable(self) -> bool:
+        """Say whether the exact gradient is usable."""
+        return self._traits[1]
+
+    @cached_property
+    def _traits(self) -> tuple[Sequence[str], bool]:
+        """Load the networks once to ask; a bare classifier needs no asking."""
+        if self.bare:
+            return (), True
+        defense = self.defense()
+        assert defense.purifier is not None
+        return defense.purifier.stand_ins, defense.differentiable
+
+    def facts(self) -> dict[str, str]:
+        """Return the fingerprints that say which models these are."""
+        purifier = "none"
+        if self.purifier is not None:
+            purifier = fingerprint(self.purifier)
+        elif self.control is not None:
+            purifier = hashlib.sha256(self.control.model_dump_json().encode()).hexdigest()
+        inference = "none" if self.inference is None else self.inference.model_dump_json()
+        return {
+            "classifier": fingerprint(self.classifier),
+            "purifier": purifier,
+            "inference": inference,
+        }

@@ -1,0 +1,181 @@
+"""What every training stage does alike: read the folders, bind the objective, describe the result.
+
+Stages differ in the networks they start from and look through; `Recipe` says which, and `build`
+turns it into a `trainer.Job` inside each training worker.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from components.attacks import L2, Linf
+from components.attacks.sets import read_crafted
+from components.config import Config
+from components.data import image_set
+from components.data.image_set import ImageSet
+from components.data.shards import DataError
+from components.models.accuracy import count_correct
+from components.models.checkpoints import (
+    ModelCard,
+    build,
+    fingerprint,
+    load,
+    load_purifier,
+    require_fit,
+)
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, channels_last
+from components.models.purifiers import Purifier
+from components.training.contract import Frozen
+from components.training.loop import Training
+from pipelines.cluster import trainer
+from pipelines.cluster.trainer import Job
+from pipelines.config.schema import Section
+from pipelines.config.views import ThreatView
+from pipelines.runner.context import Context
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training: what to build, on which folders, and what stays frozen beside it."""
+
+    family: Literal["classifier", "purifier"]
+    model: Config
+    objective: Any
+    training: Training
+    threat: Linf | L2
+    seed: int
+    batch: int
+    train: Path
+    val: Path
+    classifier: Path | None = None
+    pool: Path | None = None
+    teachers: tuple[Path, ...] = ()
+    base: Path | None = None
+
+
+def train(
+    family: Literal["classifier", "purifier"],
+    model: Config,
+    section: Section,
+    shared: ThreatView,
+    context: Context,
+    out: Path,
+    *,
+    teachers: Sequence[Path] = (),
+    **folders: Path,
+) -> dict[str, float]:
+    """Train one network into `out`; `folders` are those of `Recipe`."""
+    recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
+    return trainer.train(
+        build_job, {"recipe": recipe}, out, context.work, context.resources.train,
+        context.epoch(section.training.epochs), context.watch.say,
+    )  # fmt: skip
+
+
+def recipe_of(
+    family: Literal["classifier", "purifier"],
+    model: Config,
+    section: Section,
+    shared: ThreatView,
+    *,
+    teachers: Sequence[Path] = (),
+    **folders: Path,
+) -> Recipe:
+    """Return the recipe of one network, for workers in other folders than this one."""
+    return Recipe(
+        family=family,
+        model=model,
+        objective=section.objective,
+        training=section.training,
+        threat=shared.threat,
+        seed=shared.seed,
+        batch=shared.batch,
+        teachers=tuple(teacher.absolute() for teacher in teachers),
+        **{name: folder.absolute() for name, folder in folders.items()},
+    )
+
+
+def build_job(recipe: Recipe, device: str) -> Job:
+    """Build the job of a recipe on a device; ValueError where folders do not fit together."""
+    train, val = image_set.read(recipe.train), image_set.read(recipe.val)
+    for folder in (recipe.classifier, recipe.base, *recipe.teachers):
+        if folder is not None:
+            require_fit(folder, train)
+    torch.manual_seed(recipe.seed)
+    blank = _card(recipe, train, {})
+    model = load(recipe.base).requires_grad_(True) if recipe.base else build(blank)
+    if isinstance(model, Classifier):
+        model.normalise_by(train.pixels())
+    classifier = load(recipe.classifier, device) if recipe.classifier else None
+    teachers = [load_purifier(folder, device) for folder in recipe.teachers]
+    model.to(device)
+    for network in (model, classifier, *teachers):
+        if network is not None:
+            channels_last(network)
+    objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
+
+    def right(network: Any) -> int:
+        defense = Defense(classifier, network) if classifier else Defense(network, None)
+        counts = count_correct(
+            defense, val.pixels(), val.labels, val.ids, recipe.seed, "train", 1, recipe.batch
+        )
+        return int(counts.sum())
+
+    # A generative network answers nothing by itself: its defenses are scored, not it.
+    answers = isinstance(model, Classifier | Purifier)
+
+    def facts(network: Any) -> dict[str, Any]:
+        return {"validation": {"correct": right(network), "n": len(val)}} if answers else {}
+
+    def validate(network: Any, epoch: int) -> dict[str, float]:
+        return {"val_accuracy": right(network) / len(val)} if answers else {}
+
+    def finish(network: Any) -> None:
+        if isinstance(network, Purifier):
+            network.calibrate(train.pixels(), recipe.batch)
+
+    return Job(
+        model=model,
+        objective=objective,
+        data=train,
+        attacked=_pool(recipe.pool, train),
+        training=recipe.training,
+        seed=recipe.seed,
+        validate=validate,
+        finish=finish,
+        card=lambda network: _card(recipe, train, facts(network)),
+    )
+
+
+def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCard:
+    folders = {"classifier": recipe.classifier, "base": recipe.base}
+    folders |= {f"teacher {index}": folder for index, folder in enumerate(recipe.teachers)}
+    made_from = {name: fingerprint(folder) for name, folder in folders.items() if folder}
+    return ModelCard(
+        format=1,
+        family=recipe.family,
+        model=recipe.model.model_dump(mode="json"),
+        shape=list(train.shape),
+        class_names=list(train.class_names),
+        provenance={
+            "objective": recipe.objective.model_dump(mode="json", by_alias=True),
+            "training": recipe.training.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "made_from": made_from,
+            **facts,
+        },
+    )
+
+
+def _pool(folder: Path | None, train: ImageSet) -> Tensor | None:
+    if folder is None:
+        return None
+    crafted = read_crafted(folder)
+    if not torch.equal(crafted.ids, train.ids):
+        raise DataError(f"{folder} was not crafted on these training images")
+    return crafted.images

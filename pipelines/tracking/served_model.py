@@ -1,0 +1,182 @@
+"""A registered defense as MLflow loads it: from code and model folders, nothing unpickled.
+
+A request is images, alone or as {"images", "white", "seed"}; docs/serving.md is its manual. MLflow
+casts, drops and adds nothing, because no signature is registered: with one, whole numbers would
+become floats before anybody could see which scale they are in, and unknown params would vanish.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import numpy.typing as npt
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from components.models.checkpoints import load, load_purifier, read_card
+from components.models.defense import Defense
+from components.models.purifiers import InferenceConfig
+from components.serving import answer
+
+# Images of one request, and those that are purified at once: no profile scores larger batches, so
+# a batch as it was scored is a batch here.
+MOST = 10_000
+BATCH = 250
+KEYS = ("images", "white", "seed")
+
+_log = logging.getLogger(__name__)
+
+
+class ServingError(MlflowException):  # type: ignore[misc]
+    """One sentence, and all that a caller gets to see.
+
+    The scoring server puts the whole request before the message of other errors.
+    """
+
+    def serialize_as_json(self) -> str:
+        """Return the body of the HTTP answer."""
+        return json.dumps({"error_code": self.error_code, "message": self.args[0]})
+
+
+class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Pixels to purified pixels and an answer about them: the code path that was attacked."""
+
+    # MLflow would take type hints for a schema of its own kinds, and warns where there are none
+    # past every filter.
+    _skip_type_hint_validation = True
+
+    def load_context(self, context: Any) -> None:
+        """Load the model folders that were registered."""
+        folder = Path(context.artifacts["classifier"])
+        card = read_card(folder)
+        self.shape, self.class_names = tuple(card.shape), card.class_names
+        inference = (context.model_config or {}).get("inference")
+        purifier = load_purifier(
+            Path(context.artifacts["purifier"]),
+            inference=TypeAdapter(InferenceConfig).validate_python(inference)
+            if inference
+            else None,
+        )
+        self.defense = Defense(load(folder), purifier).freeze()
+
+    def predict(self, context, model_input):  # type: ignore[no-untyped-def]
+        """Return arrays over the images: `purified` (N,C,H,W), `logits` (N,K), `label` (N,) names,
+        `reconstruction_error` (N,) and `attack_score` (N,).
+
+        What is no finite number is None, and so is its label. Raises ServingError for a request
+        that cannot be answered. Without type hints, since MLflow would take them for a schema.
+        """
+        x, seed = read_request(model_input, self.shape)
+        try:
+            found = answer(self.defense, x, seed, BATCH)
+        except Exception as error:
+            # The server would call it a bad request, and send the traceback along.
+            _log.exception("the defense failed")
+            kind = type(error).__name__
+            raise ServingError(f"the defense failed on this request ({kind})") from None
+        names = np.array([*self.class_names, None], dtype=object)
+        best = torch.where(found.logits.isfinite().all(1), found.logits.argmax(1), -1)
+        return {
+            "purified": _plain(found.purified),
+            "logits": _plain(found.logits),
+            "label": names[best.numpy()],
+            "reconstruction_error": _plain(found.error),
+            "attack_score": _plain(found.suspicion),
+        }
+
+
+def read_request(request: Any, shape: tuple[int, ...]) -> tuple[Tensor, int | None]:
+    """Return the pixels (N,*shape) float32 in [0,1] of a request, and its seed if it has one.
+
+    Raises ServingError, in one sentence, for what is no request.
+    """
+    parts = request if isinstance(request, dict) else {"images": request}
+    unknown = [str(key) for key in parts if key not in KEYS]
+    if unknown or "images" not in parts:
+        wrong = f"has {', '.join(unknown)}" if unknown else "lacks images"
+        raise _refusal(
+            f"a request is images, with {' and '.join(KEYS[1:])} as needed; this {wrong}"
+        )
+    images = _numbers("images", parts["images"])
+    if images.shape[1:] != shape or not 1 <= len(images) <= MOST:
+        wanted = ", ".join(map(str, shape))
+        raise _refusal(
+            f"images must be of shape (N, {wanted}) with N from 1 to {MOST}, not {images.shape}"
+        )
+    white = _white(images, parts.get("white"))
+    low, high = images.min(), images.max()
+    # Written so that nan is refused as well.
+    if not (low >= 0 and high <= white):
+        raise _refusal(
+            f"these pixels go from {low} to {high}, but fractions must lie in [0, 1] and whole "
+            "numbers in [0, 255]"
+        )
+    pixels = torch.from_numpy(images.astype(np.float32))
+    return pixels / white, _seed(parts.get("seed"))
+
+
+def _white(images: npt.NDArray[Any], declared: Any) -> int:
+    """Return the value of a white pixel: as declared, else what the numbers leave no doubt about.
+
+    JSON has no types. Fractions reach to 1 and bytes to 255; only whole numbers none of which is
+    beyond 1 could be either.
+    """
+    if declared is not None:
+        white = _numbers("white", declared)
+        if white.ndim or white not in (1, 255):
+            raise _refusal(f"white is the value of a white pixel, 1 or 255, not {declared}")
+        return int(white)
+    if images.dtype == np.uint8:
+        return 255
+    if images.dtype.kind == "f":
+        return 1
+    if images.max() > 1:
+        return 255
+    raise _refusal(
+        'whole numbers none of which is over 1 may be fractions or bytes: say "white": 1 or '
+        '"white": 255 beside the images'
+    )
+
+
+def _seed(given: Any) -> int | None:
+    if given is None:
+        return None
+    seed = _numbers("seed", given)
+    if seed.ndim or seed.dtype.kind not in "iu" or seed < 0:
+        raise _refusal(f"seed must be one whole number from 0, not {given}")
+    return int(seed)
+
+
+def _numbers(name: str, given: Any) -> npt.NDArray[Any]:
+    """Return an array of integers or floats."""
+    try:
+        array = np.asarray(given)
+    except ValueError:
+        raise _refusal(f"{name} must be even: all lists in it of equal length") from None
+    if array.dtype.kind not in "fiu":
+        raise _refusal(f"{name} must be numbers and nothing else, such as text, null or true")
+    return array
+
+
+def _refusal(sentence: str) -> ServingError:
+    refusal: ServingError = ServingError.invalid_parameter_value(sentence)
+    return refusal
+
+
+def _plain(values: Tensor) -> npt.NDArray[Any]:
+    """Return an array that is valid JSON: it has no word for nan, but for nothing."""
+    array: npt.NDArray[Any] = values.numpy()
+    finite = np.isfinite(array)
+    if not finite.all():
+        array = array.astype(object)
+        array[~finite] = None
+    return array
+
+
+set_model(ServedDefense())
