@@ -21,7 +21,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from components.attacks import L2, Crafted, Linf, craft
-from components.attacks.deepfool import DeepFool
+from components.attacks.distance.deepfool import DeepFool
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, SmallCnn
 from components.models.defense import Defense

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from components.data.draws import Draws
 from components.models.purifiers import InferenceConfig, Purifier, PurifierConfig
-from components.models.purifiers.diffusion import Diffusion, linear_alpha_bar
+from components.models.purifiers.diffusion.ddpm import Diffusion, linear_alpha_bar
 
 SHAPE = (1, 28, 28)
 DENOISER = {"kind": "denoiser", "width": 64}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from project import ROOT
 
 
 @pytest.mark.parametrize(

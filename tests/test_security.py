@@ -21,7 +21,7 @@ from cluster.stand import free_port
 from pipelines.errors import ConfigError
 from pipelines.runner.exit_codes import outcome
 
-ROOT = Path(__file__).parent.parent
+ROOT = project.ROOT
 
 # The embedded Ray
 

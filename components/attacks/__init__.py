@@ -15,11 +15,11 @@ from torch import Tensor
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import L2, Attack, Linf, Threat
-from components.attacks.cw import CwL2
-from components.attacks.deepfool import DeepFool
 from components.attacks.detector_aware import DetectorAware
-from components.attacks.elastic_net import ElasticNet
-from components.attacks.fab import FabT
+from components.attacks.distance.cw import CwL2
+from components.attacks.distance.deepfool import DeepFool
+from components.attacks.distance.elastic_net import ElasticNet
+from components.attacks.distance.fab import FabT
 from components.attacks.flip import Flip
 from components.attacks.gradient import Bim, Fgsm, Noise, Pgd, RFgsm
 from components.attacks.library import MiFgsm

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
 from components.attacks.contract import L2, Attack, Linf, Outcome, strongest
-from components.attacks.fab import FabT
+from components.attacks.distance.fab import FabT
 from components.attacks.square import Square
 from components.data.draws import Draws
 from components.models.defense import Target

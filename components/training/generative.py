@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from components.config import Config
 from components.data.draws import Draws
-from components.models.purifiers.diffusion import Diffusion
+from components.models.purifiers.diffusion.ddpm import Diffusion
 from components.models.purifiers.gan import GenerativePair, critic_loss, generator_loss
 from components.models.purifiers.magnet import MagNetPurifier
 from components.training.contract import Batch, Frozen, Metrics, Objective

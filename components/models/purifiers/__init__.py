@@ -21,9 +21,9 @@ from components.models.purifiers.controls import (
     Threshold,
 )
 from components.models.purifiers.denoiser import Denoiser, RedNet
-from components.models.purifiers.diffdefense import DiffDefense, UntrainedDiffusion
-from components.models.purifiers.diffpure import DiffPure
-from components.models.purifiers.diffusion import Ddpm
+from components.models.purifiers.diffusion.ddpm import Ddpm
+from components.models.purifiers.diffusion.diffdefense import DiffDefense, UntrainedDiffusion
+from components.models.purifiers.diffusion.diffpure import DiffPure
 from components.models.purifiers.gan import DefenseGan, Gan
 from components.models.purifiers.magnet import MagNet
 from components.models.purifiers.transforms import RandomTransform

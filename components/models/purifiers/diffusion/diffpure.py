@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from components.config import Config
 from components.data.draws import Draws
 from components.models.purifiers.contract import Inference, Purifier, StandIn
-from components.models.purifiers.diffusion import (
+from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
     Way,

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from components.attacks import L2, Attack, Linf, craft
-from components.attacks.cw import CwL2
-from components.attacks.deepfool import DeepFool, onto_nearest
-from components.attacks.elastic_net import ElasticNet, shrink
+from components.attacks.distance.cw import CwL2
+from components.attacks.distance.deepfool import DeepFool, onto_nearest
+from components.attacks.distance.elastic_net import ElasticNet, shrink
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier

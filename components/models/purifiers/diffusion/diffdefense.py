@@ -34,7 +34,7 @@ from components.data.draws import Draws
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Inference, Purifier, StandIn
 from components.models.purifiers.descent import State, adam, descend, slope
-from components.models.purifiers.diffusion import (
+from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
     Noise,

@@ -17,7 +17,7 @@ from pipelines.config.schema import Params
 from pipelines.config.search_space import get
 from pipelines.runner.provenance import code_digests, code_of, stage_key
 
-ROOT = Path(__file__).parent.parent
+ROOT = project.ROOT
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 RAY_STAGES = [name for name in STAGES if name not in ("verdict", "selftest")]
 TRAINING = [

@@ -29,7 +29,7 @@ from components.models.checkpoints import (
 )
 from components.models.classifiers import ClassifierConfig
 from components.models.purifiers import PurifierConfig
-from components.models.purifiers.diffusion import Diffusion
+from components.models.purifiers.diffusion.ddpm import Diffusion
 from components.models.purifiers.gan import DefenseGan, GenerativePair
 
 DDPM = {
@@ -400,7 +400,7 @@ print("served")
 def test_a_purifier_is_served_without_ray_dvc_or_mlflow(name: str, tmp_path: Path) -> None:
     save(tmp_path / "model", trained(name), card_of(name))
     command = [sys.executable, "-c", SERVING, str(tmp_path / "model")]
-    repository = Path(__file__).parent.parent
+    repository = project.ROOT
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "served"

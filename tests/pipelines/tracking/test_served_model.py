@@ -33,7 +33,7 @@ from pipelines.tracking.registry import Registration
 from pipelines.tracking.served_model import BATCH, MOST, ServedDefense, ServingError, read_request
 from pipelines.tracking.tracker import Tracker
 
-ROOT = Path(__file__).parent.parent
+from project import ROOT
 SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]
 NAME, SEED = "limpid-tiny", 7
 AUTOENCODER = {

@@ -16,7 +16,7 @@ from faults.conftest import until
 from components.data.shards import sha256
 from pipelines.tracking.tracker import Tracker
 
-ROOT = Path(__file__).parent.parent
+ROOT = project.ROOT
 KILLED = """
 import time
 from pipelines.tracking import Tracker

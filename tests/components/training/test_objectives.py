@@ -18,7 +18,7 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.purifiers import Purifier, PurifierConfig
-from components.models.purifiers.diffusion import Diffusion
+from components.models.purifiers.diffusion.ddpm import Diffusion
 from components.training.atop import Atop
 from components.training.contract import (
     SEEN_ATTACKED,

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.data.draws import Draws
-from components.models.purifiers import descent, diffdefense, diffusion
+from components.models.purifiers import descent
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.contract import Purifier
 from components.models.purifiers.descent import State, Step
-from components.models.purifiers.diffdefense import DiffDefense, UntrainedDiffusion, released_rate
-from components.models.purifiers.diffpure import DiffPure
-from components.models.purifiers.diffusion import (
+from components.models.purifiers.diffusion import ddpm, diffdefense
+from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
     ancestral,
@@ -30,6 +29,12 @@ from components.models.purifiers.diffusion import (
     respaced,
     trained_way,
 )
+from components.models.purifiers.diffusion.diffdefense import (
+    DiffDefense,
+    UntrainedDiffusion,
+    released_rate,
+)
+from components.models.purifiers.diffusion.diffpure import DiffPure
 
 SHAPE = (1, 8, 8)
 DDPM: dict[str, Any] = {
@@ -137,7 +142,7 @@ def test_noising_keeps_the_share_it_says() -> None:
     assert variance == pytest.approx(bar * 0.25 + 1 - bar, rel=0.03)
 
 
-def variance_at_the_end(move: diffusion.Move, random: bool, monkeypatch: Any) -> float:
+def variance_at_the_end(move: ddpm.Move, random: bool, monkeypatch: Any) -> float:
     """Sample with the best predictor there is for images of N(0, 1/4), known in closed form."""
     network = net(steps=200, beta_end=0.05)
 
@@ -157,7 +162,7 @@ def variance_at_the_end(move: diffusion.Move, random: bool, monkeypatch: Any) ->
 
 @pytest.mark.parametrize(("move", "random"), [(ancestral, True), (ddim, True), (ddim, False)])
 def test_samples_have_the_variance_of_the_images(
-    move: diffusion.Move, random: bool, monkeypatch: pytest.MonkeyPatch
+    move: ddpm.Move, random: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert variance_at_the_end(move, random, monkeypatch) == pytest.approx(0.25, rel=0.06)
 
@@ -168,7 +173,7 @@ def test_a_step_that_forgot_its_noise_would_be_noticed(monkeypatch: pytest.Monke
         assert abs(variance_at_the_end(forgetful, True, monkeypatch) - 0.25) > 0.05
 
 
-def _forgetful(move: diffusion.Move) -> diffusion.Move:
+def _forgetful(move: ddpm.Move) -> ddpm.Move:
     return lambda z, eps, bar, before, noise: move(
         z, eps, bar, before, None if noise is None else 0 * noise
     )
@@ -402,7 +407,7 @@ def test_replayed_gradients_are_those_of_the_whole_graph(
         return purified.detach(), found
 
     value, replayed = gradient()
-    for module in (diffusion, diffdefense):
+    for module in (ddpm, diffdefense):
         monkeypatch.setattr(module, "descend", _whole)
     same, whole = gradient()
     assert torch.allclose(value, same, rtol=0, atol=1e-10)

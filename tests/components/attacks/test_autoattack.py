@@ -17,11 +17,12 @@ from test_attacks import linear_task as roomy_task
 from torch import Tensor, nn
 from torch.nn import functional
 
-from components.attacks import L2, Attack, Crafted, Linf, autoattack, craft, fab
+from components.attacks import L2, Attack, Crafted, Linf, autoattack, craft
 from components.attacks.apgd import ApgdDlr, dlr
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import Outcome, Search
-from components.attacks.fab import FabT, to_plane
+from components.attacks.distance import fab
+from components.attacks.distance.fab import FabT, to_plane
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier

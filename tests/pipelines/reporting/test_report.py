@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.attacks import Crafted, Linf
-from components.attacks.cw import CwL2
+from components.attacks.distance.cw import CwL2
 from components.attacks.gradient import Pgd
 from components.attacks.ladder import MODES
 from components.attacks.sets import read_crafted, seal, write_crafted

@@ -15,7 +15,7 @@ from pipelines.config.resources import Resources
 from pipelines.config.schema import Params
 from pipelines.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = project.ROOT
 TEXT = (ROOT / "profiles/digits.yaml").read_text()
 
 

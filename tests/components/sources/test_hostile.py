@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from project import ROOT
 GIGABYTES = 1_500_000_000
 # Enough to be seen, and soon made.
 MUCH = 400_000_000
