@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test faults lint ui audit lock clean
 
 demo: $(VENV)/.installed
-	@dvc repro; status=$$?; python -m pipelines.scores && exit $$status
+	@dvc repro; status=$$?; limpid scores && exit $$status
 
 # A file's tests stay together, and in order: those that wait for the line come last.
 test: lint

@@ -86,7 +86,7 @@ def cut_short(folder: Path) -> bool:
     """Ask the doctor whether `dvc.lock` is, which it then says to remove."""
     return (
         "dvc.lock is cut short"
-        in project.run(folder, sys.executable, "-m", "pipelines.commands.doctor")[1]
+        in project.run(folder, sys.executable, "-m", "pipelines", "doctor")[1]
     )
 
 

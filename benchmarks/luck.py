@@ -19,7 +19,7 @@ from components.data import image_set
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.evaluation.counting import count_score
-from components.models.defense import Defense, aim
+from components.models.defense import Defense, bind
 from pipelines.tasks.subject import Subject
 
 THREAT = Linf(norm="linf", eps_255=51.0)
@@ -52,7 +52,7 @@ def found_by(attack: Attack, defense: Defense, images: ImageSet, seed: int) -> d
 
     contract.Search.outcome = listen  # type: ignore[method-assign]
     draws = Draws(seed, "attack", images.ids)
-    target = aim(defense, "full", draws, getattr(attack, "eot", 1))
+    target = bind(defense, "full", draws, getattr(attack, "eot", 1))
     try:
         outcome = attack.run(target, images.pixels(), images.labels, THREAT, draws)
     finally:
@@ -75,7 +75,7 @@ def main() -> None:
                 score = count_score(
                     defense, x, images.labels, images.ids, seed, "score", DRAWS, DRAWS, len(images)
                 )
-                shares.setdefault(which, []).append(float(score.share().mean()))
+                shares.setdefault(which, []).append(float(score.accuracy().mean()))
         line = "  ".join(f"{w} {100 * sum(s) / len(s):.1f}" for w, s in shares.items())
         print(f"{name}: right {line}", flush=True)
 

@@ -39,7 +39,7 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.checkpoints import ModelCard, load, read_card, save
 from components.models.classifiers import ResNet
-from components.models.defense import Defense, aim, channels_last
+from components.models.defense import Defense, bind, channels_last
 from components.sources import prepare
 from components.sources.parquet import ParquetFiles
 from components.training.classification import AdversarialClassification, Classification
@@ -136,7 +136,7 @@ def ours(classifier: nn.Module) -> dict[str, Attacker]:
 
     def same_settings(data: ImageSet) -> Tensor:
         draws, images = Draws(SEED, "attack", data.ids), data.pixels()
-        target, start = aim(unfolded, "full", draws, 1), THREAT.start(images, draws, "start")
+        target, start = bind(unfolded, "full", draws, 1), THREAT.start(images, draws, "start")
         return ascend(target, start, images, data.labels, THREAT, STEPS, STEP)
 
     return {

@@ -5,7 +5,7 @@
 Registers defenses of untrained networks for 28 x 28 (profile mnist's sizes; time does not hang on
 weights) in a store of its own. Loading: fresh processes that have imported torch and mlflow load
 the folder, as the server's process does, or by its name in the registry. Answering: batches of 64
-on one thread, in turns within one round: the bare logits by a direct call, logits and suspicion by
+on one thread, in turns within one round: the bare logits by a direct call, logits and detector score by
 direct calls, `predict` of the loaded model, and a request to a running server. Printed are CPU
 seconds (wall, where a server or a disk has a part), medians over the rounds, and the medians and
 ranges of the ratios, direct over served.
@@ -151,11 +151,11 @@ def answering(uri: str, subject: Subject, rounds: int) -> dict[str, list[float]]
     array, body = x.numpy(), json.dumps({"inputs": x.tolist()}).encode()
     defense, served = subject.defense(), mlflow.pyfunc.load_model(uri)
     assert defense.purifier is not None
-    suspect = defense.purifier.suspicion
+    suspect = defense.purifier.detector_score
     process, address = serve(uri)
     ways: dict[str, Callable[[], Any]] = {
         "direct": lambda: defense(x),
-        "with suspicion": lambda: (defense(x), suspect(x)),
+        "with detector score": lambda: (defense(x), suspect(x)),
         "served": lambda: served.predict(array),
         "http, wall": lambda: request(address, body),
     }

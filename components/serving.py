@@ -17,14 +17,14 @@ from components.models.purifiers.contract import changed
 class Answer:
     """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers an image (N,).
 
-    `error` is the mean squared change of its pixels, `suspicion` how odd it looks to the purifier,
+    `error` is the mean squared change of its pixels, `detector_score` how odd it looks to the purifier,
     in the purifier's own units.
     """
 
     purified: Tensor
     logits: Tensor
     error: Tensor
-    suspicion: Tensor
+    detector_score: Tensor
 
 
 def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
@@ -46,5 +46,5 @@ def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:
     purifier = defense.purifier
     assert purifier is not None
     purified = defense.purify(x, draws)
-    suspicion = purifier.suspicion(x, draws, purified)
-    return Answer(purified, defense.classifier(purified), changed(x, purified), suspicion)
+    detector_score = purifier.detector_score(x, draws, purified)
+    return Answer(purified, defense.classifier(purified), changed(x, purified), detector_score)

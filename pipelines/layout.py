@@ -1,41 +1,46 @@
-"""Where everything lies: what options of stages are where a command does not say otherwise."""
+"""Where everything lies in a project: the one table of paths.
+
+The options of a stage default to it, and a test holds it to the deps and outs in dvc.yaml. `{name}`
+is the instance of a stage that dvc.yaml repeats (`foreach`). An option that is missing here has no
+default: only the command can say which model it means.
+"""
 
 from pathlib import Path
 
 ROOT = Path(".limpid")
+PARAMS, PROFILES = Path("params.yaml"), Path("profiles")
+DVC_LOCK = Path("dvc.lock")
+MODELS = Path("models")
+METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
+PICTURES = Path("reports/plots/pictures")
+TIMINGS = Path("reports/timings.json")
 
-PATHS = {
-    "train": "data/train",
-    "val": "data/val",
-    "test": "data/test",
-    "classifier": "models/standard",
-    "pool": "pool",
-    "models": "models",
-    "adversarial": "adversarial",
-    "selftest": "reports/selftest.json",
-    "out_train": "data/train",
-    "out_val": "data/val",
-    "out_test": "data/test",
-    "out_metrics": "reports/metrics.json",
-    "out_headlines": "reports/headlines",
-    "out_scores": "reports/scores.parquet",
-    "out_plots": "reports/plots",
-    "out_report": "reports/report.html",
-}
-MODEL, SETS = "models/{name}", "adversarial/{name}"
-OUTS = {
-    "train_classifier": MODEL,
-    "train_purifier": MODEL,
-    "distill_purifier": MODEL,
-    "finetune_atop": MODEL,
-    "craft_training_set": "pool",
-    "generate_baseline": SETS,
-    "generate_adversarial": SETS,
-    "generate_controls": "adversarial/controls",
-    "tune": "reports/tuning/{name}",
-}
+TRAIN, VAL, TEST = "data/train", "data/val", "data/test"
+STANDARD, POOL, MODEL, SETS = "models/standard", "pool", "models/{name}", "adversarial/{name}"
+LEARNING = {"train": TRAIN, "val": VAL, "classifier": STANDARD, "pool": POOL, "out": MODEL}
 
-
-def default(stage: str, option: str) -> str | None:
-    """Return where a stage reads or writes what this option names; None where only it can say."""
-    return OUTS.get(stage) if option == "out" else PATHS.get(option)
+# In the order in which data travels.
+STAGES: dict[str, dict[str, str]] = {
+    "prepare_data": {"out_train": TRAIN, "out_val": VAL, "out_test": TEST},
+    "train_classifier": {"train": TRAIN, "val": VAL, "out": MODEL},
+    "craft_training_set": {"train": TRAIN, "classifier": STANDARD, "out": POOL},
+    "train_purifier": LEARNING,
+    "distill_purifier": LEARNING,
+    "finetune_atop": LEARNING,
+    "generate_baseline": {"test": TEST, "out": SETS},
+    "generate_adversarial": {"test": TEST, "classifier": STANDARD, "out": SETS},
+    "generate_controls": {"test": TEST, "classifier": STANDARD, "out": "adversarial/controls"},
+    "selftest": {"out": "reports/selftest.json"},
+    "tune": {
+        "train": TRAIN, "val": VAL, "models": str(MODELS), "pool": POOL,
+        "out": "reports/tuning/{name}",
+    },
+    "evaluate": {
+        "train": TRAIN, "val": VAL, "test": TEST, "models": str(MODELS),
+        "adversarial": "adversarial", "selftest": "reports/selftest.json",
+        "out_metrics": str(METRICS), "out_headlines": "reports/headlines",
+        "out_scores": "reports/scores.parquet", "out_plots": "reports/plots",
+        "out_report": str(REPORT),
+    },
+    "verdict": {"metrics": str(METRICS)},
+}  # fmt: skip

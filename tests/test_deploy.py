@@ -14,9 +14,9 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from project import ROOT
 from ruamel.yaml import YAML
 
-from project import ROOT
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = dict(

@@ -29,14 +29,14 @@ EMBEDDED = """
 import json, os
 import psutil
 from pipelines import session
-from pipelines.resources import Share
+from pipelines.resources import Workers
 import ray
 from ray._raylet import GcsClient
 
 def there():
     return os.environ["RAY_AUTH_MODE"]
 
-with session.hold(Share(workers=1, cpus=1, gpus=0)):
+with session.hold(Workers(workers=1, cpus=1, gpus=0)):
     me = psutil.Process()
     family = [me, *me.children(recursive=True)]
     token = os.environ["RAY_AUTH_TOKEN"]
@@ -107,7 +107,7 @@ THERE = f"http://somebody:{project.CANARY}@127.0.0.1:9"
 
 def test_no_password_of_a_server_that_is_away_is_shown_or_kept(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
-    command = [sys.executable, "-m", "pipelines.stages.prepare_data"]
+    command = [sys.executable, "-m", "pipelines", "prepare_data"]
     command += [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
     code, printed = project.run(folder, *command, MLFLOW_TRACKING_URI=THERE)
     assert code == 0 and "MLflow at http://127.0.0.1:9 was not reached" in printed

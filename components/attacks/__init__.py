@@ -27,7 +27,7 @@ from components.attacks.square import Square
 from components.attacks.stadv import StAdv
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
-from components.models.defense import Defense, Mode, aim, fold
+from components.models.defense import Defense, Mode, bind, fold
 
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
@@ -92,7 +92,7 @@ def _craft(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     clean, labels = data.pixels().to(device), data.labels.to(device)
     draws = Draws(seed, "attack", data.ids.to(device))
-    target = aim(folded, mode, draws, getattr(attack, "eot", 1))
+    target = bind(folded, mode, draws, getattr(attack, "eot", 1))
     outcome = attack.run(target, clean, labels, threat, draws)
     images = outcome.images.detach().float()
     if attack.bounded:

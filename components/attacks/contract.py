@@ -118,7 +118,7 @@ class Attack(Config):
 
     `bounded` attacks stay inside the primary threat; the others minimise a distance instead.
     `stopping` ones are made to leave an image alone once it is fooled; the others go on: for a
-    smaller distance, for less suspicion, or by their number of steps.
+    smaller distance, for less detector_score, or by their number of steps.
     """
 
     bounded: ClassVar[bool] = True
@@ -171,7 +171,7 @@ class Search:
         self.margin = torch.full((len(images),), torch.inf, device=images.device)
         self.iterations = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         self.rows = torch.arange(len(images), device=images.device)
-        self.look(images)
+        self.query(images)
         self.restart()
 
     @property
@@ -184,9 +184,9 @@ class Search:
         rows = torch.arange(len(self.images), device=self.images.device)
         self.rows = rows[self.margin > 0] if self.drop else rows
 
-    def look(self, x: Tensor) -> Tensor:
+    def query(self, x: Tensor) -> Tensor:
         """Evaluate `x` without gradient, keep what is better, return the margins."""
-        margin = self.target[self.rows].look(x, self.labels[self.rows], self.looks)
+        margin = self.target[self.rows].margins(x, self.labels[self.rows], self.looks)
         self._keep(x, margin)
         return margin
 

@@ -1,9 +1,9 @@
 """An attack that knows the detector: fool the classifier without looking attacked.
 
-It climbs cross-entropy less `weight` times the suspicion of the purifier, once for every weight,
-and keeps what fools with the least suspicion. Where it `sees` the classifier alone, this is
+It climbs cross-entropy less `weight` times the detector score of the purifier, once for every weight,
+and keeps what fools with the least detector_score. Where it `sees` the classifier alone, this is
 APuDAE's counter-attack B (Kalaria et al., equation 15), made blind to the purification; where it
-sees the defense, purification is in its gradient too. The suspicion is in the purifier's own
+sees the defense, purification is in its gradient too. The detector score is in the purifier's own
 units, so a weight says nothing across purifiers: give them a wide range. Without a purifier this
 is plain PGD.
 """
@@ -39,7 +39,7 @@ class DetectorAware(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return per image what fools with the least suspicion, else what has the least margin."""
+        """Return per image what fools with the least detector_score, else what has the least margin."""
         looks = count()
         # All are compared under the same noise, which no gradient has seen: else the luckiest wins.
         gradients = self.effort() * (1 if self.sees == "classifier" else 2)
@@ -51,15 +51,17 @@ class DetectorAware(Attack):
 
         def keep(x: Tensor) -> None:
             # NaN logits classify nothing, and count as fooled rather than as robust.
-            margin = torch.stack([target.look(x, labels, k) for k in first]).mean(0)
+            margin = torch.stack([target.margins(x, labels, k) for k in first]).mean(0)
             margin = margin.float().nan_to_num(-torch.inf)
-            suspicion = torch.stack([target.suspicion(x, k) for k in second]).mean(0).float()
+            detector_score = (
+                torch.stack([target.detector_score(x, k) for k in second]).mean(0).float()
+            )
             fools, fooled = margin <= 0, margins <= 0
-            either = torch.where(fooled, suspicion < odd, True)
+            either = torch.where(fooled, detector_score < odd, True)
             better = torch.where(fools, either, ~fooled & (margin < margins))
             best[better], odd[better], margins[better] = (
                 x[better],
-                suspicion[better],
+                detector_score[better],
                 margin[better],
             )
 

@@ -33,7 +33,7 @@ class Noise(Attack):
         """Return the try with the lowest margin."""
         search = Search(target, images, labels, drop=False)
         for attempt in range(self.tries):
-            search.look(threat.start(images, draws.redraw(attempt), "noise"))
+            search.query(threat.start(images, draws.redraw(attempt), "noise"))
         return search.outcome()
 
 
@@ -76,7 +76,7 @@ class Pgd(Attack):
         if not self.early_stop and not target.stochastic:
             start = threat.start(images, draws, "start") if self.random_start else images
             last = ascend(target, start, images, labels, threat, self.steps, self.step)
-            margins = target.look(last, labels, self.steps)
+            margins = target.margins(last, labels, self.steps)
             return Outcome(last, margins, torch.full_like(labels, self.steps))
         starts = (
             threat.start(images, draws.redraw(restart), "start") if self.random_start else images
@@ -102,7 +102,7 @@ def _pursue(
             ascended = threat.ascend(x[alive], gradient[alive], step * threat.eps)
             x = threat.project(ascended, search.origin)
         if len(search.rows):
-            search.look(x)
+            search.query(x)
     return search.outcome()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from components.attacks import Crafted
 from components.data.image_set import Shape, fixed_size_column
-from components.data.shards import finish, read_manifest, read_parts, write_part
+from components.data.shards import finish, read_manifest, read_parts, write_shard
 
 COUNTS = ("iterations", "forward", "backward")
 
@@ -38,7 +38,7 @@ def write_crafted(path: Path, crafted: Crafted) -> None:
     columns = [crafted.ids, crafted.labels, image, crafted.success]
     columns += [getattr(crafted, name) for name in COUNTS]
     arrays = [c if isinstance(c, pa.Array) else pa.array(c.numpy()) for c in columns]
-    write_part(path, pa.table(arrays, schema=schema((channels, height, width))))
+    write_shard(path, pa.table(arrays, schema=schema((channels, height, width))))
 
 
 def seal(folder: Path, shape: Shape, facts: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def margins(target: Target, x: Tensor, labels: Tensor, look: int) -> Tensor:
     """Return the margins (N,) of look number `look`, minus infinity for logits that are NaN: they
     classify nothing.
     """
-    return target.look(x, labels, look).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    return target.margins(x, labels, look).nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def _area(query: int, queries: int) -> float:

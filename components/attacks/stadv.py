@@ -66,7 +66,7 @@ class StAdv(Attack):
             flow = flow.detach() - self.step * self.bound * slope.sign()
             flow = flow.clamp(-self.bound, self.bound)[search.alive()]
         if len(search.rows):
-            search.look(displace(search.origin, flow))
+            search.query(displace(search.origin, flow))
         return search.outcome()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.attacks import L2, Attack, Linf
-from components.probes.contract import SIGNIFICANT, Finding, Shares
+from components.probes.contract import SIGNIFICANT, Accuracies, Finding
 from components.probes.statistics import holm, more_fooled
 
 # The order of strength of attack kinds: none may be beaten by one of a lower tier.
@@ -21,7 +21,9 @@ BLIND = ("square", "flip")
 LEAST_DRAWS = 10
 
 
-def order_of_strength(full: Mapping[str, tuple[str, Shares]], stochastic: bool) -> list[Finding]:
+def order_of_strength(
+    full: Mapping[str, tuple[str, Accuracies]], stochastic: bool
+) -> list[Finding]:
     """Check 12: on the full rung no attack is beaten by one of a lower tier.
 
     `full` maps a name to (kind, shares correct per image); compared with the union of all that is
@@ -49,7 +51,7 @@ def order_of_strength(full: Mapping[str, tuple[str, Shares]], stochastic: bool) 
     ]
 
 
-def full_is_strongest(full: Shares, others: Mapping[str, Shares]) -> list[Finding]:
+def full_is_strongest(full: Accuracies, others: Mapping[str, Accuracies]) -> list[Finding]:
     """Checks 17 and 18: no weaker rung beats the union of the white rungs.
 
     White are the full gradient and, where a purifier has them, its stand-ins.
@@ -75,7 +77,7 @@ class Illusion:
     left: float
 
 
-def illusions(rungs: Mapping[str, Shares], white: Shares) -> list[Illusion]:
+def illusions(rungs: Mapping[str, Accuracies], white: Accuracies) -> list[Illusion]:
     """Return the rungs that show at least 10 points more than white-box attacks leave."""
     left = float(white.mean())
     return [
@@ -85,7 +87,7 @@ def illusions(rungs: Mapping[str, Shares], white: Shares) -> list[Illusion]:
     ]
 
 
-def white_is_strongest(full: Mapping[str, tuple[str, Shares]]) -> list[Finding]:
+def white_is_strongest(full: Mapping[str, tuple[str, Accuracies]]) -> list[Finding]:
     """Check 16: on the full rung, attacks that see answers only find next to nothing more.
 
     `full` as in `order_of_strength`. An honest small network lets Square fool a few images that
@@ -113,7 +115,7 @@ def white_is_strongest(full: Mapping[str, tuple[str, Shares]]) -> list[Finding]:
 
 
 def stand_ins_tried(
-    known: Sequence[str], stand_ins: Mapping[str, Shares], full: Shares | None
+    known: Sequence[str], stand_ins: Mapping[str, Accuracies], full: Accuracies | None
 ) -> list[Finding]:
     """Check 19: a purifier that iterates or rounds is attacked through all its stand-ins too.
 
@@ -166,7 +168,7 @@ def draws_enough(stochastic: bool, select: int, score: int) -> Finding:
     return Finding(name="scoring_draws", level="block", passed=passed, detail=what)
 
 
-def selection(headline: Shares, singles: Mapping[str, Shares]) -> Finding:
+def selection(headline: Accuracies, singles: Mapping[str, Accuracies]) -> Finding:
     """Say whether a single attack, on every image, does better than the worst chosen per image.
 
     Only noise can make it so: what selects is not what scores, and among many equal attacks the
@@ -197,7 +199,9 @@ def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
     )
 
 
-def not_beaten(shares: Shares, rivals: Mapping[str, Shares]) -> dict[str, tuple[float, float]]:
+def not_beaten(
+    shares: Accuracies, rivals: Mapping[str, Accuracies]
+) -> dict[str, tuple[float, float]]:
     """Return the rivals that `shares` does not beat: (difference of means, p that it is chance).
 
     All are shares correct per image under the worst examples (N,); exact paired tests, Holm.

@@ -19,10 +19,10 @@ from torch import Tensor
 from components.data.shards import (
     DataError,
     finish,
-    part_name,
     read_manifest,
     read_parts,
-    write_part,
+    shard_name,
+    write_shard,
 )
 
 Shape = tuple[int, int, int]
@@ -65,16 +65,16 @@ def write(folder: Path, data: ImageSet, rows_per_part: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, start in enumerate(range(0, len(data), rows_per_part)):
         rows = torch.arange(start, min(start + rows_per_part, len(data)))
-        write_part(folder / part_name(index), _table(data[rows]))
+        write_shard(folder / shard_name(index), _table(data[rows]))
     finish(folder, {"shape": list(data.shape), "class_names": list(data.class_names)})
 
 
 def read(folder: Path) -> ImageSet:
     """Return a prepared split, verified; raise DataError if a byte is not as it was written."""
-    return _concatenate(read_by_part(folder))
+    return _concatenate(read_by_shard(folder))
 
 
-def read_by_part(folder: Path, only: int | None = None) -> list[ImageSet]:
+def read_by_shard(folder: Path, only: int | None = None) -> list[ImageSet]:
     """Return a prepared split part by part, or `only` one: a part is the unit of sharded work."""
     manifest = read_manifest(folder)
     try:

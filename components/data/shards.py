@@ -22,7 +22,7 @@ class DataError(ValueError):
     """Data that must not be used: damaged, incomplete, or not of the declared form."""
 
 
-def part_name(index: int) -> str:
+def shard_name(index: int) -> str:
     """Return the file name of part number `index`."""
     return f"part-{index:05d}.parquet"
 
@@ -53,7 +53,7 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, text.encode() + b"\n")
 
 
-def write_part(path: Path, table: pa.Table) -> None:
+def write_shard(path: Path, table: pa.Table) -> None:
     """Write one part, whole or not at all, the same bytes for the same table."""
     sink = pa.BufferOutputStream()
     pq.write_table(

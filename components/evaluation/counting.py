@@ -35,7 +35,7 @@ class Score:
     select: Counts
     score: Counts
 
-    def share(self) -> npt.NDArray[np.float64]:
+    def accuracy(self) -> npt.NDArray[np.float64]:
         """Return the share of right answers per image, under the scoring noise."""
         return self.score / self.draws
 

@@ -1,6 +1,6 @@
-"""A purifier as a detector: how well its suspicion tells attacked images from clean ones.
+"""A purifier as a detector: how well its detector score tells attacked images from clean ones.
 
-Positive means attacked; an image is rejected when its suspicion exceeds a threshold. Thresholds
+Positive means attacked; an image is rejected when its detector score exceeds a threshold. Thresholds
 are fixed on clean validation images, all else is counted on test images. Beside the purifier
 stands a control that knows nothing: how far an image is from black and white, which any change of
 grey levels raises.
@@ -20,7 +20,7 @@ from components.evaluation.counting import CLEAN, Score
 from components.models.defense import Defense
 from components.probes.statistics import summarise
 
-Suspicion = npt.NDArray[np.float64]
+DetectorScores = npt.NDArray[np.float64]
 # Clean images that may be rejected, as shares.
 RATES = {"1": 0.01, "5": 0.05}
 ROC = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -35,18 +35,18 @@ class Watched:
     other noise. `control` are those of the detector that knows nothing.
     """
 
-    suspicion: Mapping[str, Suspicion]
-    foreseen: Mapping[str, Suspicion]
-    control: Mapping[str, Suspicion]
-    validation: Suspicion
+    detector_score: Mapping[str, DetectorScores]
+    foreseen: Mapping[str, DetectorScores]
+    control: Mapping[str, DetectorScores]
+    validation: DetectorScores
 
     def inside(self, within: Mapping[str, npt.NDArray[np.bool_]]) -> "Watched":
         """Return it as the headline sees it: outside the ball an example counts as clean."""
         seen, foreseen = (
             {name: np.where(within[name], values, each[CLEAN]) for name, values in each.items()}
-            for each in (self.suspicion, self.foreseen)
+            for each in (self.detector_score, self.foreseen)
         )
-        return replace(self, suspicion=seen, foreseen=foreseen)
+        return replace(self, detector_score=seen, foreseen=foreseen)
 
 
 def watch(
@@ -59,15 +59,22 @@ def watch(
     """
     if defense.purifier is None:
         return None
-    suspicion = {n: _suspicion(defense, x, ids, seed, "score", batch) for n, x in sets.items()}
-    if not any(values.any() for values in suspicion.values()):
+    detector_score = {
+        n: _detector_score(defense, x, ids, seed, "score", batch) for n, x in sets.items()
+    }
+    if not any(values.any() for values in detector_score.values()):
         return None
-    foreseen = suspicion
+    foreseen = detector_score
     if defense.stochastic:
-        foreseen = {n: _suspicion(defense, x, ids, seed, "select", batch) for n, x in sets.items()}
+        foreseen = {
+            n: _detector_score(defense, x, ids, seed, "select", batch) for n, x in sets.items()
+        }
     control = {name: black_and_white(x) for name, x in sets.items()}
     return Watched(
-        suspicion, foreseen, control, _suspicion(defense, val, val_ids, seed, "clean", batch)
+        detector_score,
+        foreseen,
+        control,
+        _detector_score(defense, val, val_ids, seed, "clean", batch),
     )
 
 
@@ -77,7 +84,10 @@ def merge(parts: Sequence[Watched | None]) -> Watched | None:
     if len(seen) < len(parts):
         return None
     return Watched(
-        {n: np.concatenate([part.suspicion[n] for part in seen]) for n in seen[0].suspicion},
+        {
+            n: np.concatenate([part.detector_score[n] for part in seen])
+            for n in seen[0].detector_score
+        },
         {n: np.concatenate([part.foreseen[n] for part in seen]) for n in seen[0].foreseen},
         {n: np.concatenate([part.control[n] for part in seen]) for n in seen[0].control},
         np.concatenate([part.validation for part in seen]),
@@ -96,7 +106,7 @@ def detection(
     chooses the set anew.
     """
     limits = {name: threshold(watched.validation, rate) for name, rate in RATES.items()}
-    ours, clean = watched.inside(within), watched.suspicion[CLEAN]
+    ours, clean = watched.inside(within), watched.detector_score[CLEAN]
     thresholds = [threshold(watched.validation, rate) for rate in CURVE]
     return {
         "validation": len(watched.validation),
@@ -111,7 +121,7 @@ def detection(
                 **{f"tpr_{rate}": float(rejected(seen, x).mean()) for rate, x in limits.items()},
                 "roc": roc(clean, seen),
             }
-            for name, seen in watched.suspicion.items()
+            for name, seen in watched.detector_score.items()
             if name != CLEAN
         },
         "detect_or_correct": {
@@ -124,7 +134,7 @@ def detection(
     }
 
 
-def auc(clean: Suspicion, attacked: Suspicion) -> float:
+def auc(clean: DetectorScores, attacked: DetectorScores) -> float:
     """Return the area under the ROC curve: the chance that an attacked image looks odder.
 
     Ties count half (Mann and Whitney 1947). What is not a number is the oddest.
@@ -135,7 +145,7 @@ def auc(clean: Suspicion, attacked: Suspicion) -> float:
     return float((below + upto).mean() / (2 * len(ordered)))
 
 
-def roc(clean: Suspicion, attacked: Suspicion) -> list[tuple[float, float]]:
+def roc(clean: DetectorScores, attacked: DetectorScores) -> list[tuple[float, float]]:
     """Return points of the ROC curve: shares of clean and of attacked images rejected.
 
     At thresholds on these clean images for the shares of `ROC`, strictest first.
@@ -145,15 +155,15 @@ def roc(clean: Suspicion, attacked: Suspicion) -> list[tuple[float, float]]:
     return [*((float(false), float(true)) for false, true in found), (1.0, 1.0)]
 
 
-def threshold(clean: Suspicion, rate: float) -> float:
-    """Return the suspicion that at most a share `rate` of these clean images exceed."""
+def threshold(clean: DetectorScores, rate: float) -> float:
+    """Return the detector score that at most a share `rate` of these clean images exceed."""
     ordered = np.sort(_numbers(clean))
     return float(ordered[max(0, len(ordered) - 1 - int(rate * len(ordered)))])
 
 
-def rejected(suspicion: Suspicion, limit: float) -> npt.NDArray[np.bool_]:
+def rejected(detector_score: DetectorScores, limit: float) -> npt.NDArray[np.bool_]:
     """Return which images (N,) are rejected."""
-    return np.asarray(_numbers(suspicion) > limit)
+    return np.asarray(_numbers(detector_score) > limit)
 
 
 def withstood(
@@ -166,24 +176,24 @@ def withstood(
     """
     names = list(counted)
 
-    def right(seen: Mapping[str, Suspicion], of: str) -> npt.NDArray[np.float64]:
+    def right(seen: Mapping[str, DetectorScores], of: str) -> npt.NDArray[np.float64]:
         shares = {name: getattr(counted[name], of) / counted[name].draws for name in names}
         return np.stack([np.where(rejected(seen[n], limit), 1.0, shares[n]) for n in names])
 
-    select, score = right(watched.foreseen, "select"), right(watched.suspicion, "score")
+    select, score = right(watched.foreseen, "select"), right(watched.detector_score, "score")
     found: npt.NDArray[np.float64] = score[select.argmin(0), np.arange(score.shape[1])]
     return found
 
 
-def black_and_white(x: Tensor) -> Suspicion:
+def black_and_white(x: Tensor) -> DetectorScores:
     """Return the control score of images (N,C,H,W): |x - 1[x > 0.5]|^2 (N,)."""
     nearest = (x > 0.5).to(x.dtype)
     return np.asarray((x - nearest).square().flatten(1).sum(1).double().numpy())
 
 
-def _suspicion(
+def _detector_score(
     defense: Defense, x: Tensor, ids: Tensor, seed: int, role: Role, batch: int
-) -> Suspicion:
+) -> DetectorScores:
     assert defense.purifier is not None
     device = next(defense.classifier.parameters()).device
     parts = [torch.empty(0)]
@@ -191,9 +201,9 @@ def _suspicion(
         for rows in torch.arange(len(x)).split(batch):  # type: ignore[no-untyped-call]
             # Under a draw on which no answer is counted.
             draws = Draws(seed, role, ids[rows].to(device), draw=-1)
-            parts.append(defense.purifier.suspicion(x[rows].to(device), draws).cpu())
+            parts.append(defense.purifier.detector_score(x[rows].to(device), draws).cpu())
     return np.asarray(torch.cat(parts).double().numpy())
 
 
-def _numbers(suspicion: Suspicion) -> Suspicion:
-    return np.where(np.isnan(suspicion), np.inf, suspicion)
+def _numbers(detector_score: DetectorScores) -> DetectorScores:
+    return np.where(np.isnan(detector_score), np.inf, detector_score)

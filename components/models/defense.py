@@ -186,28 +186,28 @@ class Target:
         through: Tensor = self.defense.classifier(_straight(approximate, purified))
         return through
 
-    def look(self, x: Tensor, labels: Tensor, draw: int) -> Tensor:
+    def margins(self, x: Tensor, labels: Tensor, draw: int) -> Tensor:
         """Return the margins (N,) averaged over the EOT draws of look number `draw`."""
         with torch.no_grad():
             margins = [margin(self(x, draw * self.eot + k), labels) for k in range(self.eot)]
         return torch.stack(margins).mean(0)
 
-    def suspicion(self, x: Tensor, draw: int) -> Tensor:
+    def detector_score(self, x: Tensor, draw: int) -> Tensor:
         """Return how odd the images look to the purifier (N,), averaged over a look's EOT draws.
 
         Without a purifier nobody is suspicious: zero.
         """
         with torch.no_grad():
-            seen = [self._suspicion(x, draw * self.eot + k) for k in range(self.eot)]
+            seen = [self._detector_score(x, draw * self.eot + k) for k in range(self.eot)]
         return torch.stack(seen).mean(0)
 
     def suspect(self, x: Tensor, draw: int) -> Tensor:
-        """Return the input gradient of the suspicion (N,C,H,W), averaged over the EOT draws."""
+        """Return the input gradient of the detector score (N,C,H,W), averaged over the EOT draws."""
         gradients = []
         for k in range(self.eot):
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                value = self._suspicion(point, draw * self.eot + k)
+                value = self._detector_score(point, draw * self.eot + k)
             gradients.append(_gradient(value, point))
         return torch.stack(gradients).mean(0)
 
@@ -260,17 +260,17 @@ class Target:
             torch.stack(slopes).mean(0),
         )
 
-    def _suspicion(self, x: Tensor, draw: int) -> Tensor:
+    def _detector_score(self, x: Tensor, draw: int) -> Tensor:
         if self.defense.purifier is None:
             return torch.zeros(len(x), dtype=x.dtype, device=x.device)
         self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        return self.defense.purifier.suspicion(x, self._drawn(draw))
+        return self.defense.purifier.detector_score(x, self._drawn(draw))
 
     def _drawn(self, draw: int) -> Draws:
         return self.draws.redraw(0 if self.mode == "fixed_noise" else draw)
 
 
-def aim(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
+def bind(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
     """Bind a defense to a gradient mode and to noise, for an attack on len(draws) images."""
     zeros = torch.zeros(len(draws), dtype=torch.int64, device=draws.ids.device)
     rows = torch.arange(len(draws), device=draws.ids.device)

@@ -10,7 +10,7 @@ from components.config import Config
 # Exact paired tests raise a check below this, after Holm's correction.
 SIGNIFICANT = 0.01
 
-Shares = npt.NDArray[np.float64]
+Accuracies = npt.NDArray[np.float64]
 
 
 class Finding(Config):

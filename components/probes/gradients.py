@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from components.attacks.gradient import cross_entropy
 from components.data.draws import Draws
-from components.models.defense import Defense, Mode, aim, margin
+from components.models.defense import Defense, Mode, bind, margin
 from components.probes.contract import Finding
 
 MEASURED = 8
@@ -104,7 +104,7 @@ def gradient_correct(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) 
 def eot_agreement(defense: Defense, x: Tensor, labels: Tensor, draws: Draws, eot: int) -> Finding:
     """Check 21: two independent estimates of the gradient, of `eot` draws each, point one way."""
     rows, most = _first(x), max(*EOT_SIZES, eot)
-    target = aim(defense, "full", draws[rows], 1)
+    target = bind(defense, "full", draws[rows], 1)
     # An estimate is the mean over its draws, so the large ones hold the small ones.
     singles = [
         target.evaluate(x[rows], labels[rows], margin, draw).gradient for draw in range(2 * most)
@@ -133,7 +133,7 @@ def _input_gradient(
     defense: Defense, mode: Mode, x: Tensor, labels: Tensor, draws: Draws,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    return aim(defense, mode, draws, 1).evaluate(x, labels, loss, 0).gradient
+    return bind(defense, mode, draws, 1).evaluate(x, labels, loss, 0).gradient
 
 
 def _unusable(gradient: Tensor) -> float:

@@ -17,8 +17,8 @@ from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
 from components.data.draws import Draws, Role
 from components.models.accuracy import count_correct
-from components.models.defense import Defense, Mode, Target, aim, fold
-from components.probes.contract import SIGNIFICANT, Finding, Shares
+from components.models.defense import Defense, Mode, Target, bind, fold
+from components.probes.contract import SIGNIFICANT, Accuracies, Finding
 from components.probes.statistics import holm, more_fooled
 
 UNBOUNDED = 64
@@ -52,10 +52,10 @@ class Bench:
     def run(self, attack: Attack, mode: Mode, threat: Linf | L2, seed: int) -> Tensor:
         """Return what `attack` makes of the images."""
         draws = Draws(seed, "attack", self.ids)
-        target = aim(fold(self.defense), mode, draws, getattr(attack, "eot", 1))
+        target = bind(fold(self.defense), mode, draws, getattr(attack, "eot", 1))
         return attack.run(target, self.x, self.labels, threat, draws).images
 
-    def shares(self, images: Tensor, role: Role = "select") -> Shares:
+    def accuracies(self, images: Tensor, role: Role = "select") -> Accuracies:
         """Return the shares of right answers under noise that no attack has seen (N,)."""
         counts = count_correct(
             self.defense, images, self.labels, self.ids, self.seed, role, ANSWERS, len(images)
@@ -83,7 +83,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
     allowed = max(0.01 * len(x), 2)
     left = {"from itself": [], "from another class": []}  # type: dict[str, list[int]]
     for mode in modes:
-        target = aim(bench.defense, mode, bench.draws, EOT)
+        target = bind(bench.defense, mode, bench.draws, EOT)
         attack = Pgd(
             kind="pgd", steps=20, step=0.1, restarts=1, random_start=True, early_stop=True, eot=EOT
         )
@@ -91,7 +91,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
         left["from itself"].append(int((margins > 0).sum()))
         search = Search(target, x, labels, drop=True)
         search.rows = torch.arange(len(x), device=x.device)
-        search.look(_of_another_class(target, x, labels))
+        search.query(_of_another_class(target, x, labels))
         left["from another class"].append(int((search.margin > 0).sum()))
         # One mode that gets there is enough, and the next may be dear.
         if all(min(counts) <= allowed for counts in left.values()):
@@ -113,7 +113,7 @@ def _of_another_class(target: Target, x: Tensor, labels: Tensor) -> Tensor:
 
     Known are those the defense answers right; where there is no other, an image's negative.
     """
-    known, others = target.look(x, labels, 0) > 0, 1 - x
+    known, others = target.margins(x, labels, 0) > 0, 1 - x
     for row in range(len(x)):
         differing = ((labels != labels[row]) & known).nonzero().flatten()
         if len(differing):
@@ -126,10 +126,10 @@ def radii(bench: Bench) -> Finding:
 
     Compared pairwise by exact tests after Holm: no radius fools what twice as much leaves.
     """
-    curve = {0.0: bench.shares(bench.x)}
+    curve = {0.0: bench.accuracies(bench.x)}
     for factor in RADII:
         images = bench.run(bench.pgd(20), "full", bench.threat.scaled(factor), bench.seed)
-        curve[factor] = bench.shares(images)
+        curve[factor] = bench.accuracies(images)
     values = holm([more_fooled(curve[near], curve[far]) for near, far in pairwise(curve)])
     figures = {f"{factor:g}": float(shares.mean()) for factor, shares in curve.items()}
     return Finding(
@@ -167,11 +167,11 @@ def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
     )
 
 
-def _worst(bench: Bench, sets: Sequence[Tensor]) -> Shares:
+def _worst(bench: Bench, sets: Sequence[Tensor]) -> Accuracies:
     """Return the shares right (N,) on the worst of `sets`, chosen by one noise, scored by other."""
-    chosen = np.stack([bench.shares(images, "select") for images in sets]).argmin(0)
-    scored = np.stack([bench.shares(images, "score") for images in sets])
-    worst: Shares = scored[chosen, np.arange(len(chosen))]
+    chosen = np.stack([bench.accuracies(images, "select") for images in sets]).argmin(0)
+    scored = np.stack([bench.accuracies(images, "score") for images in sets])
+    worst: Accuracies = scored[chosen, np.arange(len(chosen))]
     return worst
 
 
@@ -184,7 +184,7 @@ def fixed_noise(bench: Bench) -> Finding:
     known = bench.run(bench.pgd(20), "fixed_noise", bench.threat, bench.seed)
     with torch.no_grad():
         right = bench.defense(known, bench.draws.redraw(0)).argmax(1) == bench.labels
-    fresh = bench.shares(bench.run(bench.pgd(20), "full", bench.threat, bench.seed))
+    fresh = bench.accuracies(bench.run(bench.pgd(20), "full", bench.threat, bench.seed))
     gap = float(fresh.mean()) - float(right.double().mean())
     return Finding(
         name="chance",
@@ -199,7 +199,7 @@ def fixed_noise(bench: Bench) -> Finding:
 def eot_enough(bench: Bench, eot: int) -> Finding:
     """Check 21: twice the draws per gradient fool no more images (exact paired test)."""
     some, twice = (
-        bench.shares(bench.run(bench.pgd(20, size), "full", bench.threat, bench.seed))
+        bench.accuracies(bench.run(bench.pgd(20, size), "full", bench.threat, bench.seed))
         for size in (eot, 2 * eot)
     )
     p = more_fooled(twice, some)
@@ -217,8 +217,8 @@ def repeatable(bench: Bench) -> Finding:
     state = torch.random.get_rng_state()
     first, again = (bench.run(bench.pgd(10), "full", bench.threat, bench.seed) for _ in range(2))
     same = torch.equal(first, again) and torch.equal(state, torch.random.get_rng_state())
-    seeds = [bench.shares(first)] + [
-        bench.shares(bench.run(bench.pgd(10), "full", bench.threat, bench.seed + shift))
+    seeds = [bench.accuracies(first)] + [
+        bench.accuracies(bench.run(bench.pgd(10), "full", bench.threat, bench.seed + shift))
         for shift in (1, 2)
     ]
     means = np.array([shares.mean() for shares in seeds])
@@ -247,7 +247,7 @@ def planted(bench: Bench, attack: Attack) -> Finding:
             continue
         sound += 1
         defense = Defense(nn.Sequential(one.defense.classifier, head), one.defense.purifier)
-        target = aim(defense.freeze(), "fixed_noise", one.draws, 1)
+        target = bind(defense.freeze(), "fixed_noise", one.draws, 1)
         zero = torch.zeros_like(one.labels)
         outcome = attack.run(target, one.x, zero, one.threat, one.draws)
         found += int(outcome.margin.item() <= 0)

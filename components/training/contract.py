@@ -13,7 +13,7 @@ from components.attacks import L2, Linf
 from components.attacks.gradient import ascend
 from components.config import Config
 from components.data.draws import Draws
-from components.models.defense import Defense, aim
+from components.models.defense import Defense, bind
 from components.models.purifiers import Purifier
 
 # Draws of the noise under which x' and x are learnt from; the attack uses 0, 1, 2, ...
@@ -82,7 +82,7 @@ class InLoop(Config):
         radius = threat.scaled(min(1.0, progress / self.ramp)) if self.ramp else threat
         images, labels = batch.images, batch.labels
         start = radius.start(images, draws, "start") if self.random_start else images
-        target = aim(defense, "full", draws, 1)
+        target = bind(defense, "full", draws, 1)
         model.eval()
         attacked = ascend(target, start, images, labels, radius, self.steps, self.step)
         model.train()

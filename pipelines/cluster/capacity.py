@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from pipelines.config.resources import Share
+from pipelines.config.resources import Workers
 from pipelines.errors import ConfigError
 from pipelines.storage import jobs
 
@@ -17,10 +17,10 @@ LOOK_S = 5.0
 AUTOSCALES = "LIMPID_AUTOSCALES"
 
 
-class Patience:
+class CapacityWatch:
     """Looks, while something waits for nodes of a cluster, whether they can come to hold it."""
 
-    def __init__(self, share: Share, workers: int, say: Callable[[str], None]) -> None:
+    def __init__(self, share: Workers, workers: int, say: Callable[[str], None]) -> None:
         self.share, self.workers, self.say = share, max(workers, 1), say
         self.lacking_since: float | None = None
         self.given_up = ""
@@ -51,9 +51,11 @@ class Patience:
 
 
 @contextmanager
-def patience(share: Share, workers: int, say: Callable[[str], None]) -> Iterator[Patience]:
+def watch_capacity(
+    share: Workers, workers: int, say: Callable[[str], None]
+) -> Iterator[CapacityWatch]:
     """Look now and then, in a job, whose nodes may go; beside what waits: a look may take long."""
-    one, stop = Patience(share, workers, say), threading.Event()
+    one, stop = CapacityWatch(share, workers, say), threading.Event()
 
     def watch() -> None:
         while not one.given_up and not stop.wait(LOOK_S):
@@ -76,7 +78,7 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _lacking(share: Share, workers: int, nodes: Collection[Mapping[str, float]]) -> str:
+def _lacking(share: Workers, workers: int, nodes: Collection[Mapping[str, float]]) -> str:
     """Say what nodes lack that could ever hold so many workers at once; nothing where they can."""
     room = sum(
         min(
@@ -92,7 +94,7 @@ def _lacking(share: Share, workers: int, nodes: Collection[Mapping[str, float]])
     return f"{workers} x {each} needed, and there are {len(nodes)} nodes ({has or 'nothing'})"
 
 
-def require_room(shares: Sequence[Share], nodes: Collection[Mapping[str, float]]) -> None:
+def require_room(shares: Sequence[Workers], nodes: Collection[Mapping[str, float]]) -> None:
     """Raise ConfigError where nodes of these resources can never hold what is asked for."""
     for share in shares:
         lacking = _lacking(share, max(share.least, 1), nodes)

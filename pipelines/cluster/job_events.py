@@ -18,7 +18,7 @@ MARK = "@limpid "
 OWN = ("error: ", "Running entrypoint for job")
 
 
-class Screen(Protocol):
+class Progress(Protocol):
     """Who shows progress."""
 
     def advance(
@@ -30,7 +30,7 @@ class Screen(Protocol):
         """Print one line that stays."""
 
 
-class Book(Protocol):
+class MetricLogger(Protocol):
     """Who keeps figures."""
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -43,7 +43,7 @@ class Book(Protocol):
 
 
 class Emitter:
-    """Screen and book of a stage in a job: all that is said becomes an event."""
+    """Progress and book of a stage in a job: all that is said becomes an event."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -83,7 +83,7 @@ class Emitter:
 class Listener:
     """Says again what a job said; what comes twice is said once."""
 
-    def __init__(self, screen: Screen, book: Book, other: Callable[[str], None]) -> None:
+    def __init__(self, screen: Progress, book: MetricLogger, other: Callable[[str], None]) -> None:
         """`other` is told every line of a log that is no event."""
         self.screen, self.book, self.other = screen, book, other
         self.heard = 0

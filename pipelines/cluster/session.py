@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from pipelines.cluster.capacity import AUTOSCALES, WAIT, nodes, require_room
-from pipelines.config.resources import Share, TrainShare
+from pipelines.config.resources import TrainingWorkers, Workers
 from pipelines.errors import ConfigError
 from pipelines.storage import jobs
 
@@ -41,7 +41,7 @@ CARRIED = (
 
 
 @contextmanager
-def hold(*shares: Share) -> Iterator[None]:
+def hold(*shares: Workers) -> Iterator[None]:
     """Hold a Ray with room for some shares: that of the job, or an embedded one started for it.
 
     None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
@@ -101,7 +101,7 @@ def _join() -> None:
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
 
 
-def _embed(shares: Sequence[Share]) -> None:
+def _embed(shares: Sequence[Workers]) -> None:
     import ray
     import torch
 
@@ -110,7 +110,7 @@ def _embed(shares: Sequence[Share]) -> None:
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN"] = _token()
     found = torch.cuda.device_count()
-    waits = any(isinstance(share, TrainShare) for share in shares)
+    waits = any(isinstance(share, TrainingWorkers) for share in shares)
     for share in shares:
         if max(share.least, 1) * share.gpus > found:
             raise ConfigError(
@@ -168,7 +168,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def apart(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
+def run_in_thread(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
     """Call in a thread: in the main one Ray Train and Tune would take over Ctrl-C, and exit with 0.
 
     `meanwhile` is called again and again in this one.

@@ -8,6 +8,7 @@ in the store.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 from components.data.shards import DataError
 from pipelines.cluster import capacity, session
 from pipelines.cluster.job_events import Listener
-from pipelines.config.resources import Resources, Share
+from pipelines.config.resources import Resources, Workers
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.storage import jobs
 from pipelines.storage.jobs import Failure, Result, Spec, result_of
@@ -52,6 +53,19 @@ def by_hand() -> bool:
     return _inside() and jobs.job() is None
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that must be the same on both sides of the seam."""
+    import ray
+    import torch
+
+    return {
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "ray": ray.__version__,
+        # How it was built differs by machine.
+        "torch": torch.__version__.partition("+")[0],
+    }
+
+
 def _inside() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
@@ -61,7 +75,7 @@ def run(
     resources: Resources,
     sent: Callable[[], Spec],
     listener: Listener,
-    ahead: Share | None = None,
+    ahead: Workers | None = None,
 ) -> Result:
     """Have a cluster do a stage, under the name of its key, unless it has been done.
 
@@ -163,7 +177,7 @@ def _newest(client: Any, name: str) -> tuple[int, bool]:
         attempt += 1
 
 
-def _submit(client: Any, name: str, attempt: int, ahead: Share | None) -> None:
+def _submit(client: Any, name: str, attempt: int, ahead: Workers | None) -> None:
     words = ["python", "-m", "pipelines.runner.job", str(attempt)]
     if ahead is not None and ahead.workers:
         words[2:3] = ["pipelines.runner.job_entrypoint", ahead.model_dump_json()]

@@ -26,7 +26,7 @@ from components.training.contract import Objective
 from components.training.loop import Diverged, Training, Validate, fit
 from pipelines.cluster import capacity, session
 from pipelines.cluster.worker_pool import MAX_FAILURES, OUT_OF_MEMORY, Crew
-from pipelines.config.resources import TrainShare
+from pipelines.config.resources import TrainingWorkers
 from pipelines.storage import job_files, jobs
 
 # Below a training's folder: the states to go on from, and notes for the stage that waits.
@@ -43,7 +43,7 @@ MISTAKES: dict[str, type[Exception]] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingTask:
     """All that a worker needs to train one network.
 
     `finish` is called once with what was trained, then `card` describes it.
@@ -64,11 +64,11 @@ EpochSeen = Callable[[int, Mapping[str, float]], None]
 
 
 def train(
-    setup: Callable[..., Job],
+    setup: Callable[..., TrainingTask],
     arguments: Mapping[str, Any],
     out: Path,
     resume: Path,
-    share: TrainShare,
+    share: TrainingWorkers,
     seen: EpochSeen,
     say: Callable[[str], None],
 ) -> dict[str, float]:
@@ -81,7 +81,7 @@ def train(
     metrics of the last epoch. Raises ConnectionError when a cluster has too little left for long.
     """
     notes = resume.absolute() / NOTES
-    job_files.forget(notes)
+    job_files.remove(notes)
     notes.mkdir(parents=True)
     config = {
         "setup": setup,
@@ -94,20 +94,20 @@ def train(
     inside = session.held()
     with (
         session.hold(share), _tail(notes / HISTORY, seen, say), session.quiet(),
-        capacity.patience(share, share.least, say) as patience,
+        capacity.watch_capacity(share, share.least, say) as patience,
     ):  # fmt: skip
         if share.most > 0:
             _train(config, share, patience.check)
         elif jobs.job() and not inside:
             # The node that leads a cluster is for leading.
             alone = [{"config": config, "first": True}]
-            session.apart(lambda: Crew(share).map(_loop, alone, _unheard), patience.check)
+            session.run_in_thread(lambda: Crew(share).map(_loop, alone, _unheard), patience.check)
         else:
             _loop(config, True)
-    if job_files.see(notes / FAILURE):
+    if job_files.download(notes / FAILURE):
         failure = json.loads((notes / FAILURE).read_text())
         raise MISTAKES[failure["kind"]](failure["message"])
-    job_files.see_folder(out)
+    job_files.download_folder(out)
     last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
     return last
 
@@ -116,7 +116,7 @@ def _unheard(done: int, total: int) -> None:
     """Hear nothing of pieces where there is one."""
 
 
-def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], None]) -> None:
+def _train(config: dict[str, Any], share: TrainingWorkers, meanwhile: Callable[[], None]) -> None:
     """Let Ray Train call `_worker` in as many processes."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -139,7 +139,7 @@ def _train(config: dict[str, Any], share: TrainShare, meanwhile: Callable[[], No
         ),
     )
     try:
-        session.apart(trainer.fit, meanwhile)
+        session.run_in_thread(trainer.fit, meanwhile)
     except Exception as error:
         if torch.OutOfMemoryError.__name__ in str(error):
             raise MemoryError(OUT_OF_MEMORY) from None
@@ -156,7 +156,7 @@ def _tail(path: Path, seen: EpochSeen, say: Callable[[str], None]) -> Iterator[N
         known: set[str] = set()
         while True:
             ending = stop.is_set()
-            lines = path.read_text().splitlines(keepends=True) if job_files.see(path) else []
+            lines = path.read_text().splitlines(keepends=True) if job_files.download(path) else []
             for line in lines:
                 if line.endswith("\n") and line not in known:
                     known.add(line)
@@ -192,7 +192,7 @@ def _loop(config: dict[str, Any], first: bool) -> None:
     states, notes = resume / STATES, resume / NOTES
     torch.set_num_threads(config["threads"])
     try:
-        job: Job = config["setup"](**config["arguments"], device=config["device"])
+        job: TrainingTask = config["setup"](**config["arguments"], device=config["device"])
         damaged: list[Path] = []
         state = _resumable(states, first, damaged.append)
         history: list[dict[str, float]] = list(state["history"]) if state else []
@@ -217,7 +217,7 @@ def _loop(config: dict[str, Any], first: bool) -> None:
             job.finish(job.model)
             save(out, job.model, job.card(job.model))
             write_json(out / "history.json", history)
-            job_files.share(out)
+            job_files.upload(out)
     except tuple(MISTAKES.values()) as error:
         kind = next((n for n, m in MISTAKES.items() if type(error) is m), "ValueError")
         _fail(notes, kind, str(error))
@@ -233,10 +233,10 @@ def _resumable(
 ) -> dict[str, Any] | None:
     """Return the newest whole state; the first worker, which writes them, has them all here."""
     if first or not jobs.job():
-        job_files.see_folder(states)
+        job_files.download_folder(states)
         return latest_state(states, passed_over)
     with tempfile.TemporaryDirectory() as folder:
-        job_files.see_folder(states, Path(folder))
+        job_files.download_folder(states, Path(folder))
         return latest_state(Path(folder), passed_over)
 
 
@@ -250,7 +250,7 @@ def _resumed(damaged: Sequence[Path], done: int) -> Iterator[dict[str, str]]:
 
 def _keep(resume: Path, index: int, packed: bytes, metrics: Mapping[str, float]) -> None:
     save_state(resume / STATES, index, packed)
-    job_files.share(resume / STATES)
+    job_files.upload(resume / STATES)
     _note(resume / NOTES, _epochs([metrics], index))
 
 
@@ -263,9 +263,9 @@ def _note(notes: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     with (notes / HISTORY).open("a") as file:
         for entry in entries:
             file.write(json.dumps(entry) + "\n")
-    job_files.share(notes)
+    job_files.upload(notes)
 
 
 def _fail(notes: Path, kind: str, message: str) -> None:
     write_json(notes / FAILURE, {"kind": kind, "message": message})
-    job_files.share(notes)
+    job_files.upload(notes)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.cluster import capacity, session
-from pipelines.config.resources import Share
+from pipelines.config.resources import Workers
 from pipelines.storage import job_files, jobs
 
 # A worker that dies is replaced this often for one piece; an error of the piece is not tried again.
@@ -24,7 +24,7 @@ Done = Callable[[int, int], None]
 def map_shards(
     function: Callable[..., Any],
     tasks: Sequence[Mapping[str, Any]],
-    share: Share,
+    share: Workers,
     done: Done,
     waiting: Callable[[str], None],
 ) -> list[Any]:
@@ -39,10 +39,12 @@ def map_shards(
         return []
     if not share.workers and not jobs.job():
         return _in_turn(function, calls, done)
-    with session.hold(share), capacity.patience(share, 1, waiting) as patience:
+    with session.hold(share), capacity.watch_capacity(share, 1, waiting) as patience:
         crew = of(share)
         # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = session.apart(lambda: crew.map(function, calls, done), patience.check)
+        results: list[Any] = session.run_in_thread(
+            lambda: crew.map(function, calls, done), patience.check
+        )
     return results
 
 
@@ -56,7 +58,7 @@ def _in_turn(
     return results
 
 
-def of(share: Share) -> "Crew":
+def of(share: Workers) -> "Crew":
     """Return the workers of a share, the same for as long as this Ray is held."""
     if share not in session.kept:
         session.kept[share] = Crew(share)
@@ -114,7 +116,7 @@ def _bear(error: Exception, times: int, most: int) -> None:
 class Crew:
     """The workers of a share, at least one; they come as they are needed, and stay."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Workers) -> None:
         import ray
 
         self.size = max(share.most, 1)

@@ -1,13 +1,13 @@
 """Write params.yaml anew: profiles/digits.yaml, an overlay, and overrides from the command line.
 
-`python -m pipelines.commands.configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
+`limpid configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
 writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
 `purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published`,
 `tuning` and any mapping whose `kind` changes are taken whole; all else is merged. `data` with
 another `kind` keeps what both kinds know: how the splits are cut. Other images than the profile's
 lose the figures published for those; what Parquet files and folders hold, nobody can tell.
 
-`python -m pipelines.commands.configure --from reports/tuning/NAME/best.yaml` puts what a search found into
+`limpid configure --from reports/tuning/NAME/best.yaml` puts what a search found into
 params.yaml, and leaves everything else there as it is written.
 """
 
@@ -148,7 +148,3 @@ def _parse(override: str) -> dict[str, Any]:
         value = {key: value}
     assert isinstance(value, dict)
     return value
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -80,7 +80,7 @@ def _database() -> Iterator[str]:
     if said != "ok":
         yield (
             f"{DATABASE} is damaged ({said}): move it away; scores are in reports/, and "
-            "`python -m pipelines.commands.promote --sync` registers the defenses again"
+            "`limpid promote --sync` registers the defenses again"
         )
 
 
@@ -126,6 +126,3 @@ def _megabytes(folder: Path) -> str:
 
 FAULTS: tuple[Callable[[], Iterator[str]], ...] = (_dvc_lock, _rwlock, _database, _room)
 NOTES: tuple[Callable[[], Iterator[str]], ...] = (_running, _kept)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""`python -m pipelines.commands.fetch STAGE` brings home what a job that was submitted by hand has made.
+"""`limpid fetch STAGE` brings home what a job that was submitted by hand has made.
 
 `--send` goes the other way: it brings the inputs of a stage to the store, and says how to submit
 it. A stage that `dvc repro` sends to a cluster needs neither.
@@ -98,7 +98,3 @@ def _retell(label: str, job: str) -> None:
     problem = tracker.finish("FINISHED")
     if problem:
         watch.say(problem)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

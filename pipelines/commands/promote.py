@@ -1,4 +1,4 @@
-"""List the registered defenses, and make one the champion: python -m pipelines.commands.promote.
+"""List the registered defenses, and make one the champion: limpid promote.
 
 Without arguments it lists what is registered, best headline first. `promote atop --reason TEXT`, or
 a version number in place of the name, makes one the champion; `promote --by worst --min-clean 0.9`
@@ -140,7 +140,3 @@ def _print(found: Sequence[Version], name: str) -> None:
             ", ".join(one.aliases), style="dim" if one.failed else "",
         )  # fmt: skip
     show(table)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

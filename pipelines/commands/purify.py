@@ -1,4 +1,4 @@
-"""Clean image files: python -m pipelines.commands.purify --model FOLDER in.png [dir/] --out DIR.
+"""Clean image files: limpid purify --model FOLDER in.png [dir/] --out DIR.
 
 Images are read as training reads them (`components/sources/images.py`) and written as 8-bit PNG of
 the same stem, each by itself and whole or not at all. Exit codes: 0, 2 a command that cannot be
@@ -8,7 +8,6 @@ cannot be read or written, 130 interrupted.
 
 import argparse
 import io
-import signal
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -206,9 +205,3 @@ def _png(image: Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
     return file.getvalue()
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    raise SystemExit(main())

@@ -110,7 +110,3 @@ def _rung(found: Mapping[str, Any], mode: str) -> Text:
 
 def _number(score: Mapping[str, Any]) -> str:
     return f"{100 * score['accuracy']:.1f}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

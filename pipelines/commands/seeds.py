@@ -1,4 +1,4 @@
-"""Print mean and spread of several runs that differ in their seed: python -m pipelines.commands.seeds FILES.
+"""Print mean and spread of several runs that differ in their seed: limpid seeds FILES.
 
 Each file is the reports/metrics.json of one run. A Wilson interval says what other test images
 would change; the spread over seeds says what another training and another attack would.
@@ -84,7 +84,3 @@ def spread(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def _over(shares: Sequence[float]) -> str:
     return f"{100 * mean(shares):.1f} \N{PLUS-MINUS SIGN} {100 * stdev(shares):.1f}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

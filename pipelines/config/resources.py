@@ -14,7 +14,7 @@ from pipelines.errors import near
 Count = Annotated[int, Field(ge=1)]
 
 
-class Share(Config):
+class Workers(Config):
     """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own.
 
     0 works without a Ray, in the stage's own process, one piece after another (in a job of a
@@ -41,7 +41,7 @@ class Share(Config):
         return self.workers
 
 
-class TrainShare(Share):
+class TrainingWorkers(Workers):
     """Workers of one training; `cpus` are the threads of each.
 
     [least, most] takes what is there, and goes on with what is left.
@@ -66,7 +66,7 @@ class TrainShare(Share):
         return self
 
 
-class TrialShare(Share):
+class TrialWorkers(Workers):
     """Trials of a search, each a process of its own."""
 
     workers: Count
@@ -75,9 +75,9 @@ class TrialShare(Share):
 class Override(Config):
     """Other resources for one stage."""
 
-    train: TrainShare | None = None
-    shards: Share | None = None
-    trials: TrialShare | None = None
+    train: TrainingWorkers | None = None
+    shards: Workers | None = None
+    trials: TrialWorkers | None = None
 
 
 class Resources(Config):
@@ -88,9 +88,9 @@ class Resources(Config):
     `train_purifier@student`.
     """
 
-    train: TrainShare
-    shards: Share
-    trials: TrialShare
+    train: TrainingWorkers
+    shards: Workers
+    trials: TrialWorkers
     stages: dict[str, Override]
 
     def of(self, stage: str) -> "Resources":

@@ -24,7 +24,7 @@ from components.training.koo import Distillation
 from components.training.loop import Training
 from components.training.objectives import ClassifierObjective, PurifierObjective
 from pipelines.config.resources import Count, Resources
-from pipelines.config.search_space import Dial, get
+from pipelines.config.search_space import Domain, get
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError, near
 
@@ -120,7 +120,7 @@ class Scoring(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        # Shares over either are compared in whole counts.
+        # Accuracies over either are compared in whole counts.
         if self.score_draws % self.select_draws:
             raise ValueError(
                 f"score_draws {self.score_draws} must be a multiple of select_draws "
@@ -147,7 +147,7 @@ class Study(Config):
 
     defense: Name
     goal: Literal["robust", "pareto"]
-    space: Annotated[dict[str, Dial], Field(min_length=1)]
+    space: Annotated[dict[str, Domain], Field(min_length=1)]
     ladder: Ladder
     images: Annotated[int, Field(ge=16)]
     trials: Count

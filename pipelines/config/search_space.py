@@ -1,6 +1,6 @@
 """What a search may turn: values to choose among, and how they get into parameters.
 
-A dial is named by its place in params.yaml, as `section.key`: `students.mine.objective.beta`.
+A domain is named by its place in params.yaml, as `section.key`: `students.mine.objective.beta`.
 Parameters are plain nested mappings here, as YAML gives them.
 """
 
@@ -16,7 +16,7 @@ Value = bool | int | float | str
 
 
 class Range(Config):
-    """Base of the dials with two ends, both of them allowed."""
+    """Base of the domains with two ends, both of them allowed."""
 
     low: float
     high: float
@@ -27,12 +27,12 @@ class Range(Config):
             raise ValueError(f"low {self.low} must be below high {self.high}")
         return self
 
-    def ends(self) -> tuple[Value, ...]:
+    def bounds(self) -> tuple[Value, ...]:
         """Return the values to try before anything starts."""
         return self.low, self.high
 
-    def holds(self, value: Value) -> bool:
-        """Say whether `value` is one this dial may take."""
+    def contains(self, value: Value) -> bool:
+        """Say whether `value` is one this domain may take."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.low <= float(value) <= self.high
 
@@ -64,16 +64,16 @@ class Choice(Config):
     kind: Literal["choice"]
     values: Annotated[list[Value], Field(min_length=2)]
 
-    def ends(self) -> tuple[Value, ...]:
+    def bounds(self) -> tuple[Value, ...]:
         """Return all values."""
         return tuple(self.values)
 
-    def holds(self, value: Value) -> bool:
+    def contains(self, value: Value) -> bool:
         """Say whether `value` is one of them."""
         return value in self.values
 
 
-Dial = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="kind")]
+Domain = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="kind")]
 
 
 def get(document: Mapping[str, Any], place: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cluster import session, worker_pool
-from pipelines.cluster.job_events import Book, Screen
+from pipelines.cluster.job_events import MetricLogger, Progress
 from pipelines.config.resources import Resources
 
 
@@ -15,8 +15,8 @@ from pipelines.config.resources import Resources
 class Context:
     """Who listens, what may be used, and where work in progress lies."""
 
-    watch: Screen
-    tracker: Book
+    watch: Progress
+    tracker: MetricLogger
     resources: Resources
     work: Path
     took: Callable[[str, float], None]

@@ -8,13 +8,13 @@ said in `failure-ATTEMPT.json`, with the exit code this would have had beside it
 import importlib
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from pipelines.cluster import submission
 from pipelines.cluster.job_events import Emitter
 from pipelines.config.resources import Resources
 from pipelines.errors import ConfigError
@@ -23,19 +23,6 @@ from pipelines.runner.exit_codes import interruptible, leave, outcome
 from pipelines.storage import job_files, jobs
 from pipelines.storage.jobs import Failure, Result, Spec
 from pipelines.storage.object_store import remove
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that must be the same on both sides of the seam."""
-    import ray
-    import torch
-
-    return {
-        "Python": ".".join(platform.python_version_tuple()[:2]),
-        "ray": ray.__version__,
-        # How it was built differs by machine.
-        "torch": torch.__version__.partition("+")[0],
-    }
 
 
 def perform(attempt: str) -> int:
@@ -55,7 +42,7 @@ def perform(attempt: str) -> int:
     for name in store.names(folder):
         if name != f"{folder}/result.json":
             store.drop(name)
-    job_files.forget(Path(spec.work).absolute())
+    job_files.remove(Path(spec.work).absolute())
     shutil.rmtree(jobs.home(), ignore_errors=True)
     return 0
 
@@ -90,7 +77,7 @@ def is_out(option: str) -> bool:
 
 
 def _compare(theirs: Mapping[str, str]) -> None:
-    ours = versions()
+    ours = submission.versions()
     odd = [f"{n} {theirs[n]} there and {ours[n]} here" for n in ours if theirs.get(n) != ours[n]]
     if odd:
         raise ConfigError(f"this cluster does not fit who sends it work: {', '.join(odd)}")

@@ -9,13 +9,13 @@ import sys
 from contextlib import suppress
 
 from pipelines.cluster import capacity, session, worker_pool
-from pipelines.config.resources import Share
+from pipelines.config.resources import Workers
 from pipelines.storage import jobs
 
 
 def main() -> None:
     """Send for all workers of a share, and do the job."""
-    share = Share.model_validate_json(sys.argv.pop(1))
+    share = Workers.model_validate_json(sys.argv.pop(1))
     # What does not work here is said by the stage, which tries it again.
     with suppress(Exception), session.quiet():
         # Where two nodes are one machine, Ray may lay the folder of the code down anew, and who

@@ -1,4 +1,4 @@
-"""what a result depends on: code closure, inputs, the key"""
+"""What a result depends on: parameters, inputs and code, and the key made of them."""
 
 import ast
 import hashlib
@@ -45,21 +45,22 @@ def code_digests(module: Any) -> dict[str, str]:
 def code_of(module: Any) -> list[Path]:
     """Return the files a result depends on: the stage's own and all it imports of this project.
 
-    The plumbing is left out on purpose: moving it must not retrain anything.
+    Of `components` these are whole packages: a tagged union may reach any file of its package
+    through parameters, which no import shows. The plumbing is left out on purpose: changing it must
+    not retrain anything.
     """
-    seen: dict[Path, None] = {}
+    seen: set[Path] = set()
     waiting = [Path(module.__file__)]
     while waiting:
         path = waiting.pop()
         if path not in seen:
-            seen[path] = None
-            waiting += _imported(path, SOURCES)
-    whole = {p for path in seen if SOURCES / "components" in path.parents for p in _package(path)}
-    return sorted(path.relative_to(SOURCES) for path in whole | set(seen))
+            seen.add(path)
+            waiting += [*_imported(path), *_package(path)]
+    return sorted(path.relative_to(SOURCES) for path in seen)
 
 
-def _imported(path: Path, root: Path) -> Iterator[Path]:
-    """Yield the project files that a file imports, packages with their `__init__`."""
+def _imported(path: Path) -> Iterator[Path]:
+    """Yield the project files that a file imports, but for the plumbing."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -67,22 +68,22 @@ def _imported(path: Path, root: Path) -> Iterator[Path]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            if parts[0] not in ("components", "pipelines") or name.startswith(PLUMBING):
-                continue
-            for depth in range(1, len(parts) + 1):
-                base = root.joinpath(*parts[:depth])
-                for candidate in (base / "__init__.py", base.with_suffix(".py")):
-                    if (
-                        candidate.is_file()
-                        and candidate.name != "__init__.py"
-                        or "components" in parts
-                        and candidate.is_file()
-                    ):
-                        yield candidate
+            if name.startswith(("components.", "pipelines.")) and not name.startswith(PLUMBING):
+                base = SOURCES.joinpath(*name.split("."))
+                # A package of pipelines has nothing but a docstring in its `__init__`.
+                inits = [base / "__init__.py"] if name.startswith("components.") else []
+                yield from filter(Path.is_file, [base.with_suffix(".py"), *inits])
 
 
-def _content(folder: Path) -> str:
+def _package(path: Path) -> list[Path]:
+    """Return all files of the package of `components` that a file is in, sub-packages too."""
+    inner = path.relative_to(SOURCES).parts
+    if inner[0] != "components" or len(inner) < 3:
+        return []
+    return sorted(SOURCES.joinpath(*inner[:2]).rglob("*.py"))
+
+
+def input_digest(folder: Path) -> str:
     """Fingerprint an input: by its manifest where it has one, else by its files."""
     if not folder.exists():
         raise DataError(f"{folder} is missing: the stage that makes it has not run")
@@ -91,9 +92,3 @@ def _content(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listing = [f"{path.relative_to(folder)} {shards.sha256(path)}" for path in files]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-
-
-def _package(path: Path) -> list[Path]:
-    """Return all files of the package that a file of `components` is in; a union may reach any."""
-    inner = path.relative_to(SOURCES / "components").parts
-    return sorted((SOURCES / "components" / inner[0]).rglob("*.py")) if len(inner) > 1 else [path]

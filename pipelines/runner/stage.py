@@ -1,9 +1,10 @@
 """The common shape of a stage.
 
 A stage file has a function `run(params, context, *, <dep>: Path, ..., out: Path) -> metrics` and
-ends in `main(__spec__.name)`. Its signature is its command line: every keyword-only parameter is an
+its paths in `pipelines/layout.py`. Its signature is its command line: every keyword-only parameter is an
 option (`out_train` is `--out-train`), and `name: str` is the foreach instance. A name `MAPS` in the
-file says that it maps pieces, for whose workers a job sends early. `main` reads the parameters,
+file says that it maps pieces, for whose workers a job sends early, a name `LOCAL` that it is about
+this machine and runs here whatever cluster is named. `main` reads the parameters,
 names the run by a key, tracks it, and moves outputs into place only when they are whole. Where a
 cluster is named, the stage runs there as a job, and all but that stays as it is (`remote`).
 """
@@ -14,6 +15,7 @@ import importlib
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,19 +35,16 @@ from pipelines.runner.console import Watch, refuse
 from pipelines.runner.context import Context
 from pipelines.runner.exit_codes import interruptible, leave, outcome
 from pipelines.runner.job import is_out
-from pipelines.runner.provenance import _content, stage_key
+from pipelines.runner.provenance import input_digest, stage_key
 from pipelines.storage import jobs, locks, timings
 from pipelines.storage.jobs import Spec
 from pipelines.storage.object_store import Listing, remove
 from pipelines.tracking.tracker import Tracker
 
 
-def main(module_name: str, argv: Sequence[str] | None = None, *, here: bool = False) -> NoReturn:
-    """Run a stage from the command line, and end the process with its exit code.
-
-    A stage that is about this machine runs `here`, whatever cluster is named.
-    """
-    leave(_run(module_name, argv, here))
+def main(module_name: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a stage from the command line, and end the process with its exit code."""
+    leave(_run(module_name, argv))
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,11 @@ class Call:
             view=self.view.model_dump(mode="json", by_alias=True),
             resources=self.resources.model_dump(mode="json"),
             work=str(ROOT / "work" / name),
-            versions=job.versions(),
+            versions=submission.versions(),
         )
 
 
-def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
+def _run(module_name: str, argv: Sequence[str] | None) -> int:
     # Imported by name, so that Ray's workers can import what the stage hands them.
     module = importlib.import_module(module_name)
     given = _parse(module, argv)
@@ -127,8 +126,8 @@ def _run(module_name: str, argv: Sequence[str] | None, here: bool) -> int:
         call = Call(module, options, parameters.load())
         if submission.by_hand():
             return _in_job(call, {k for k, v in given.items() if v and "://" in v})
-        away = not here and submission.named()
-        key = stage_key(module, call.view, {k: _content(path) for k, path in call.deps.items()})
+        away = not getattr(module, "LOCAL", False) and submission.named()
+        key = stage_key(module, call.view, {k: input_digest(path) for k, path in call.deps.items()})
         with locks.alone(call.label):
             _execute(call, key, away)
     except BaseException as error:
@@ -196,7 +195,7 @@ def _in_job(call: Call, uris: set[str]) -> int:
     """Run a stage that was submitted by hand; `uris` are the options that were given as such.
 
     They have names in the store; another input has come with the code. Outputs are for
-    `python -m pipelines.commands.fetch`.
+    `limpid fetch`.
     """
     if jobs.STORAGE not in os.environ:
         raise ConfigError(f"a stage in a job needs {jobs.STORAGE}, for what it reads and makes")
@@ -218,16 +217,28 @@ def _in_job(call: Call, uris: set[str]) -> int:
     if code == 0 and result is not None:
         for option, path in call.outs.items():
             jobs.publish(path, result.outs[option], name)
-        print(f"{call.label}: done; python -m pipelines.commands.fetch {call.label} brings it home")
+        print(f"{call.label}: done; limpid fetch {call.label} brings it home")
     return code
 
 
 def _parse(module: Any, argv: Sequence[str] | None) -> dict[str, Any]:
-    stage = module.__name__.rpartition(".")[2]
+    """Read the command line: an option is what it says, else where the table of paths has it.
+
+    The instance may be said first, without `--name`.
+    """
+    usual = layout.STAGES[module.__name__.rpartition(".")[2]]
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = [
+        name
+        for name, parameter in inspect.signature(module.run).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    if "name" in options and words and not words[0].startswith("-"):
+        words.insert(0, "--name")
     parser = argparse.ArgumentParser(description=(module.__doc__ or "").splitlines()[0])
-    for name, parameter in inspect.signature(module.run).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            usual = layout.default(stage, name)
-            parser.add_argument(f"--{name.replace('_', '-')}", required=not usual, default=usual)
-    given = vars(parser.parse_args(argv))
+    for name in options:
+        default = usual.get(name)
+        told = {"help": f"by default {default}"} if default else {"required": True}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **told)
+    given = vars(parser.parse_args(words))
     return {k: v.format(name=given.get("name")) for k, v in given.items()}

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Pool
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks.crafting import Order, craft_all
 from pipelines.tasks.subject import Subject
 
@@ -29,7 +28,3 @@ def run(
     )  # fmt: skip
     craft_all([order], context)
     return {}
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Student
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks import training
 
 
@@ -44,7 +43,3 @@ def run(
         pool=pool,
         teachers=(adversarial_teacher, normal_teacher),
     )
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

@@ -18,7 +18,7 @@ import torch
 from components.attacks.ladder import MODES, REPLAYED, SURROGATE
 from components.checks.scores import not_beaten
 from components.data import image_set
-from components.data.shards import write_json, write_part
+from components.data.shards import write_json, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
 from pipelines.config.schema import Baseline, Control, Defended, Ladder, Published, Scoring
@@ -28,9 +28,8 @@ from pipelines.reporting.networks import trained
 from pipelines.reporting.registration import image_of, registrations
 from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks import speed
-from pipelines.tasks.scoring import Entry, Plan, Result, headline, merge, score_part, summary
+from pipelines.tasks.scoring import Entry, Plan, Result, headline, merge, score_shard, summary
 from pipelines.tasks.subject import Subject
 from pipelines.tracking.registry import Registration
 
@@ -90,10 +89,10 @@ def run(
         entry.subject.require_fit(images)
     learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
     leaked = leakage(images.images, learnt)
-    parts = range(len(image_set.read_by_part(test)))
+    parts = range(len(image_set.read_by_shard(test)))
     tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
     with context.session():
-        pieces = context.map(score_part, tasks)
+        pieces = context.map(score_shard, tasks)
         subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
         # All in one task, one after the other: they would slow each other down.
         (seconds,) = context.map(time_all, [{"subjects": subjects, "test": test.absolute()}])
@@ -122,7 +121,7 @@ def run(
     efforts = {e.name: drawn(e, scored[e.name], r) for e, r in zip(entries, results, strict=True)}
     write_json(out_metrics, metrics)
     write_headlines(out_headlines, metrics)
-    write_part(out_scores, _score_table(entries, results, images.ids.numpy()))
+    write_shard(out_scores, _score_table(entries, results, images.ids.numpy()))
     panels = first_panels(entries, results, scored, plan)
     write_plots(out_plots, metrics, efforts, behind, panels)
     write_report(out_report, metrics, entries, results, plan, behind)
@@ -198,7 +197,7 @@ def registered(
 
 def _compare(entries: Sequence[Entry], results: Sequence[Result], scored: dict[str, Any]) -> None:
     """Say of every defense which controls and bare classifiers it does not beat."""
-    shares = {e.name: headline(r)[1].share() for e, r in zip(entries, results, strict=True)}
+    shares = {e.name: headline(r)[1].accuracy() for e, r in zip(entries, results, strict=True)}
     rivals = {entry.name: shares[entry.name] for entry in entries if entry.role != "defense"}
     for entry in entries:
         if entry.role == "defense":
@@ -228,7 +227,3 @@ def _score_table(
                 }
                 tables.append(pa.table(columns))
     return pa.concat_tables(tables)
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

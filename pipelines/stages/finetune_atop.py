@@ -9,7 +9,6 @@ from components.models.purifiers import PurifierConfig
 from pipelines.config.schema import Finetuned
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks import training
 
 
@@ -48,7 +47,3 @@ def run(
         pool=pool,
         base=base,
     )
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

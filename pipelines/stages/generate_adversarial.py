@@ -10,7 +10,6 @@ from pathlib import Path
 from pipelines.config.schema import Defended
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
@@ -33,7 +32,3 @@ def run(
     subject = Subject(classifier.absolute(), purifier.absolute(), inference=defended.inference)
     generate({out: (subject, defended.ladder)}, params, test, context)
     return {}
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

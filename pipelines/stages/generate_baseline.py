@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
@@ -26,7 +25,3 @@ def run(
     subject = Subject(classifier.absolute())
     generate({out: (subject, params.ladder)}, params, test, context)
     return {}
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Control, Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
@@ -30,7 +29,3 @@ def run(
     out.mkdir()  # Also where there is none.
     generate(subjects, params, test, context)
     return {}
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

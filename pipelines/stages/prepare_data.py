@@ -10,7 +10,9 @@ from components.sources import DataConfig, prepare
 from pipelines.config.views import View
 from pipelines.layout import ROOT
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
+
+# The source lies on this machine, whatever cluster is named.
+LOCAL = True
 
 
 class PrepareParams(View):
@@ -48,7 +50,3 @@ def run(
         "test": len(prepared.test),
         "rejected": len(prepared.rejects),
     }
-
-
-if __name__ == "__main__":
-    main(__spec__.name, here=True)

@@ -48,7 +48,3 @@ def _table(results: Sequence[Result]) -> Table:
             result.case, result.expected or "nothing", ", ".join(result.raised) or "-", verdict
         )
     return table
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Classifier
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks import training
 
 
@@ -31,7 +30,3 @@ def run(
         train=train,
         val=val,
     )
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

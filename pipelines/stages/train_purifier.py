@@ -5,7 +5,6 @@ from pathlib import Path
 from pipelines.config.schema import Purifier
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.tasks import training
 
 
@@ -41,7 +40,3 @@ def run(
         classifier=classifier,
         pool=pool,
     )
-
-
-if __name__ == "__main__":
-    main(__spec__.name)

@@ -1,8 +1,8 @@
 """Reads data/{train,val}, all models and the pool, writes reports/tuning/<study>.
 
-`python -m pipelines.stages.tune NAME` searches what `tuning.studies.NAME` of params.yaml says, by Ray Tune
+`limpid tune NAME` searches what `tuning.studies.NAME` of params.yaml says, by Ray Tune
 with Optuna, and ASHA where trials train; killed, the same command goes on where it was. It changes
-no parameters: `python -m pipelines.commands.configure --from reports/tuning/NAME/best.yaml` adopts what it
+no parameters: `limpid configure --from reports/tuning/NAME/best.yaml` adopts what it
 found. The test split is out of its reach: what is found here is measured by `dvc repro`.
 """
 
@@ -20,14 +20,13 @@ from components.data.shards import write_bytes, write_json
 from pipelines.cluster import session
 from pipelines.config.resources import Resources
 from pipelines.config.schema import Defended, Finetuned, Name, Purifier, Scoring, Student, Study
-from pipelines.config.search_space import Choice, Dial, Integer, LogUniform, Value, get, nest
+from pipelines.config.search_space import Choice, Domain, Integer, LogUniform, Value, get, nest
 from pipelines.config.views import ThreatView
 from pipelines.config.yaml_files import write_yaml
 from pipelines.reporting import leaderboard
 from pipelines.reporting.leaderboard import Trial
 from pipelines.runner.console import show
 from pipelines.runner.context import Context
-from pipelines.runner.stage import main
 from pipelines.storage import job_files, jobs
 from pipelines.tasks.trial import Task, attempt
 
@@ -73,8 +72,8 @@ def run(
         params.study, document, params, params.attacks, params.scoring, _resources(context),
         *(folder.absolute() for folder in (train, val, models, pool)),
     )  # fmt: skip
-    for turned, dial in params.study.space.items():
-        for end in dial.ends():
+    for turned, domain in params.study.space.items():
+        for end in domain.bounds():
             task.sections({turned: end})
     trials = _search(task, context)
     ranked = leaderboard.rank(trials, params.study)
@@ -116,7 +115,7 @@ def _search(task: Task, context: Context) -> list[Trial]:
                 )
             else:
                 tuner = _tuner(task, trainable, folder)
-            results = session.apart(tuner.fit, board.look)
+            results = session.run_in_thread(tuner.fit, board.look)
         reasons = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
     trials = board.trials()
     if not any(trial.right for trial in trials):
@@ -154,9 +153,9 @@ def _tuner(task: Task, trainable: Any, folder: str) -> Any:
     metric: Any = "robust" if alone else list(GOALS)
     mode: Any = "max" if alone else list(GOALS.values())
     now = {place: get(task.document, place) for place in study.space}
-    standing = all(dial.holds(now[place]) for place, dial in study.space.items())
+    standing = all(domain.contains(now[place]) for place, domain in study.space.items())
     search = OptunaSearch(
-        {place: _distribution(dial) for place, dial in study.space.items()},
+        {place: _distribution(domain) for place, domain in study.space.items()},
         metric=metric, mode=mode, seed=task.shared.seed,
         points_to_evaluate=[now] if standing else None,
     )  # fmt: skip
@@ -182,14 +181,14 @@ def _tuner(task: Task, trainable: Any, folder: str) -> Any:
     )
 
 
-def _distribution(dial: Dial) -> Any:
+def _distribution(domain: Domain) -> Any:
     import optuna.distributions as known
 
-    if isinstance(dial, Choice):
-        return known.CategoricalDistribution(dial.values)
-    if isinstance(dial, Integer):
-        return known.IntDistribution(dial.low, dial.high)
-    return known.FloatDistribution(dial.low, dial.high, log=isinstance(dial, LogUniform))
+    if isinstance(domain, Choice):
+        return known.CategoricalDistribution(domain.values)
+    if isinstance(domain, Integer):
+        return known.IntDistribution(domain.low, domain.high)
+    return known.FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
 
 
 def _trial(config: dict[str, Value], task: Task, work: str) -> None:
@@ -274,7 +273,3 @@ def _command(argv: Sequence[str]) -> list[str]:
         folders["out"] = f"reports/tuning/{argv[0]}"
         return ["--name", argv[0], *(w for k, v in folders.items() for w in (f"--{k}", v))]
     return list(argv)
-
-
-if __name__ == "__main__":
-    main(__spec__.name, _command(sys.argv[1:]))

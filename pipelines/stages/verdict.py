@@ -38,7 +38,3 @@ def judge(path: Path) -> tuple[int, Mapping[str, Sequence[str]]]:
         if found["role"] != "control"
     }
     return len(failures), {name: checks for name, checks in failures.items() if checks}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

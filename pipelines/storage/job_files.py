@@ -34,7 +34,7 @@ def localise() -> None:
             store().pull(listing, home() / path, cache=scratch() / "cas")
 
 
-def share(path: Path) -> None:
+def upload(path: Path) -> None:
     """Bring a file or folder of this job's to the store; what left the folder leaves the store.
 
     That is what this process brought there, or found there: another may work there too, where this
@@ -61,7 +61,7 @@ def _mark(file: Path) -> tuple[int, int]:
     return state.st_mtime_ns, state.st_size
 
 
-def see(path: Path) -> bool:
+def download(path: Path) -> bool:
     """Bring a file that a process of this job shared to this node; say whether there is one."""
     if job() is None:
         return path.exists()
@@ -71,7 +71,7 @@ def see(path: Path) -> bool:
     return content is not None
 
 
-def see_folder(path: Path, into: Path | None = None) -> None:
+def download_folder(path: Path, into: Path | None = None) -> None:
     """Bring a folder that a process of this job shared, in place of what is here, or elsewhere."""
     if job() is None:
         return
@@ -86,7 +86,7 @@ def see_folder(path: Path, into: Path | None = None) -> None:
                 _shared[file] = _mark(file)
 
 
-def forget(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder, here and where it was shared."""
     shutil.rmtree(path, ignore_errors=True)
     if job() is not None:
@@ -94,7 +94,7 @@ def forget(path: Path) -> None:
             store().drop(name)
 
 
-def shared(paths: list[Path]) -> list[bool]:
+def available(paths: list[Path]) -> list[bool]:
     """Say which of these files are there already, here or in the store."""
     if job() is None:
         return [path.exists() for path in paths]

@@ -104,7 +104,7 @@ def published(path: Path) -> Published:
     if content is None:
         raise DataError(
             f"{os.environ[STORAGE]} holds no {path}: the job that makes it has not ended, or "
-            "python -m pipelines.commands.fetch --send has not brought it there"
+            "limpid fetch --send has not brought it there"
         )
     return Published.model_validate_json(content)
 

@@ -19,7 +19,7 @@ import torch
 from components.attacks import L2, Attack, Linf, craft
 from components.attacks.sets import seal, write_crafted
 from components.data import image_set, shards
-from components.data.shards import part_name
+from components.data.shards import shard_name
 from components.models.defense import Mode
 from pipelines.layout import ROOT
 from pipelines.runner.context import Context
@@ -61,33 +61,33 @@ def craft_all(orders: Sequence[Order], context: Context) -> None:
     code = code_digests(sys.modules[__name__])
     facts = [order.facts() for order in orders]
     kept = [ROOT / "sets" / _key(one, code) for one in facts]
-    images = image_set.read_by_part(orders[0].images)
+    images = image_set.read_by_shard(orders[0].images)
     tasks: list[dict[str, Any]] = [
-        {"order": order, "part": part, "path": (folder / part_name(part)).absolute()}
+        {"order": order, "part": part, "path": (folder / shard_name(part)).absolute()}
         for part in range(len(images))
         for order, folder in zip(orders, kept, strict=True)
     ]
-    there = job_files.shared([task["path"] for task in tasks])
+    there = job_files.available([task["path"] for task in tasks])
     missing = [task for task, done in zip(tasks, there, strict=True) if not done]
-    context.map(craft_part, missing)
+    context.map(craft_shard, missing)
     for order, folder, fact in zip(orders, kept, facts, strict=True):
         order.out.mkdir(parents=True, exist_ok=True)
         for part in range(len(images)):
-            job_files.see(folder.absolute() / part_name(part))
-            shutil.copyfile(folder / part_name(part), order.out / part_name(part))
+            job_files.download(folder.absolute() / shard_name(part))
+            shutil.copyfile(folder / shard_name(part), order.out / shard_name(part))
         seal(order.out, images[0].shape, fact)
 
 
-def craft_part(order: Order, part: int, path: Path, device: str) -> None:
+def craft_shard(order: Order, part: int, path: Path, device: str) -> None:
     """Craft one part of one set; runs in a worker."""
     torch.set_num_threads(1)
-    (images,) = image_set.read_by_part(order.images, part)
+    (images,) = image_set.read_by_shard(order.images, part)
     crafted = craft(
         order.attack, order.subject.defense(device), order.mode, images, order.threat, order.seed,
         order.batch,
     )  # fmt: skip
     write_crafted(path, crafted)
-    job_files.share(path)
+    job_files.upload(path)
 
 
 def _key(facts: Mapping[str, Any], code: Mapping[str, str]) -> str:

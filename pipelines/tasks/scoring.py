@@ -50,7 +50,7 @@ from components.models.accuracy import Counts, count_correct
 from components.models.checkpoints import load, read_card, state_digest
 from components.models.defense import STAND_INS, Defense
 from components.probes import Finding
-from components.probes.contract import Shares
+from components.probes.contract import Accuracies
 from components.probes.models import recorded_accuracy, unchanged
 from components.probes.statistics import summarise
 from pipelines.config.schema import Scoring
@@ -117,7 +117,7 @@ class Result:
     efforts: Mapping[str, Effort]
 
 
-def score_part(entry: Entry, plan: Plan, part: int, device: str) -> Result:
+def score_shard(entry: Entry, plan: Plan, part: int, device: str) -> Result:
     """Score one entry on one part of the test set, and check its sets whole; runs in a worker."""
     torch.set_num_threads(1)
     defense = entry.subject.defense(device)
@@ -258,15 +258,15 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[
     return {
         "role": entry.role,
         "stochastic": bool(clean.draws > 1),
-        "clean": summarise(clean.share()),
-        "headline": {**summarise(carried.share()), "upper_bound": bool(failed)},
-        "per_class": per_class(carried.share(), images.labels.numpy(), images.class_names),
+        "clean": summarise(clean.accuracy()),
+        "headline": {**summarise(carried.accuracy()), "upper_bound": bool(failed)},
+        "per_class": per_class(carried.accuracy(), images.labels.numpy(), images.class_names),
         "carried_by": {n: chosen.count(n) for n in dict.fromkeys(chosen)},
-        "rungs": {mode: summarise(score.share()) for mode, score in rungs.items()},
+        "rungs": {mode: summarise(score.accuracy()) for mode, score in rungs.items()},
         "white_box": None if white_box is None else summarise(white_box),
         "attacks": {
             name: {
-                **summarise(score.share()),
+                **summarise(score.accuracy()),
                 "bounded": plan.bounded(name),
                 "median_l2": float(np.median(result.distance[name])),
                 "inside": float(result.inside[name].mean()),
@@ -282,8 +282,8 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> dict[
             "clean_majority_of_10": summarise(majority_of(clean, TRIES)),
         },
         "unseen_classifier": {
-            "clean": summarise(result.unseen[0].share()),
-            "worst_examples": summarise(result.unseen[1].share()),
+            "clean": summarise(result.unseen[0].accuracy()),
+            "worst_examples": summarise(result.unseen[1].accuracy()),
         },
         "illusions": [
             f"{illusion.rung}: {illusion.seen:.1%}, {illusion.left:.1%} in white box"
@@ -345,20 +345,20 @@ def _judged(
     plan: Plan,
 ) -> list[Finding]:
     full = {
-        name: (plan.attack(name).kind, score.share())
+        name: (plan.attack(name).kind, score.accuracy())
         for name, score in counted.items()
         if name.startswith("full/") and plan.bounded(name)
     }
     white, seeing = _white(entry), _white_box(entry, counted)
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
-    stored, rounded = (round(float(s.share().sum())) for s in (carried, result.rounded))
+    stored, rounded = (round(float(s.accuracy().sum())) for s in (carried, result.rounded))
     findings.append(rounding(stored, rounded, len(carried.score)))
-    singles = {name: score.share() for name, score in counted.items()}
-    findings.append(selection(carried.share(), singles))
+    singles = {name: score.accuracy() for name, score in counted.items()}
+    findings.append(selection(carried.accuracy(), singles))
     draws = plan.scoring
     findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
-    shares: dict[str, Shares] = {mode: score.share() for mode, score in rungs.items()}
+    shares: dict[str, Accuracies] = {mode: score.accuracy() for mode, score in rungs.items()}
     ours = {str(mode): share for mode, share in shares.items() if mode in STAND_INS}
     known = entry.subject.stand_ins()
     findings += stand_ins_tried(known, ours, shares.get("full"))
@@ -374,7 +374,7 @@ def _judged(
         detail = "no attack followed the gradient of this defense, or a stand-in for it"
         findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
     if entry.subject.bare and _standard_trained(entry.subject.classifier):
-        findings.append(undefended_falls(float(carried.share().mean()), plan.threat))
+        findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
     return findings
 
 
@@ -392,21 +392,21 @@ def _standard_trained(classifier: Path) -> bool:
     return objective["kind"] == "classification"
 
 
-def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Shares | None:
+def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Accuracies | None:
     """Return the shares right under the worst of all sets that see through the purifier (N,).
 
     As in the headline, what selects the worst of an image does not score it.
     """
     white = _white(entry)
     seeing = {n: s for n, s in counted.items() if n == CLEAN or n.partition("/")[0] in white}
-    return worst(seeing, list(seeing))[1].share() if len(seeing) > 1 else None
+    return worst(seeing, list(seeing))[1].accuracy() if len(seeing) > 1 else None
 
 
-def _illusions(entry: Entry, rungs: Mapping[str, Score], left: Shares | None) -> list[Illusion]:
+def _illusions(entry: Entry, rungs: Mapping[str, Score], left: Accuracies | None) -> list[Illusion]:
     if left is None:
         return []
     blind = [m for m in ("transfer", "classifier", "bpda") if m not in _white(entry)]
-    return illusions({m: rungs[m].share() for m in blind if m in rungs}, left)
+    return illusions({m: rungs[m].accuracy() for m in blind if m in rungs}, left)
 
 
 def _recorded(entry: Entry, plan: Plan) -> list[Finding]:

@@ -1,7 +1,7 @@
 """What every training stage does alike: read the folders, bind the objective, describe the result.
 
 Stages differ in the networks they start from and look through; `Recipe` says which, and `build`
-turns it into a `trainer.Job` inside each training worker.
+turns it into a `trainer.TrainingTask` inside each training worker.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from components.models.purifiers import Purifier
 from components.training.contract import Frozen
 from components.training.loop import Training
 from pipelines.cluster import trainer
-from pipelines.cluster.trainer import Job
+from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.schema import Section
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
@@ -72,7 +72,7 @@ def train(
     """Train one network into `out`; `folders` are those of `Recipe`."""
     recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
     return trainer.train(
-        build_job, {"recipe": recipe}, out, context.work, context.resources.train,
+        build_task, {"recipe": recipe}, out, context.work, context.resources.train,
         context.epoch(section.training.epochs), context.watch.say,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def recipe_of(
     )
 
 
-def build_job(recipe: Recipe, device: str) -> Job:
+def build_task(recipe: Recipe, device: str) -> TrainingTask:
     """Build the job of a recipe on a device; ValueError where folders do not fit together."""
     train, val = image_set.read(recipe.train), image_set.read(recipe.val)
     for folder in (recipe.classifier, recipe.base, *recipe.teachers):
@@ -139,7 +139,7 @@ def build_job(recipe: Recipe, device: str) -> Job:
         if isinstance(network, Purifier):
             network.calibrate(train.pixels(), recipe.batch)
 
-    return Job(
+    return TrainingTask(
         model=model,
         objective=objective,
         data=train,

@@ -22,7 +22,7 @@ from components.models.defense import Defense, Mode
 from components.models.purifiers import Inference, PurifierConfig
 from components.probes.statistics import summarise
 from pipelines.cluster import trainer
-from pipelines.cluster.trainer import Job
+from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.resources import Resources
 from pipelines.config.schema import Scoring, Student, Study, Trained, explain
 from pipelines.config.search_space import Value, put
@@ -30,7 +30,7 @@ from pipelines.config.views import ThreatView
 from pipelines.errors import ConfigError
 from pipelines.tasks import speed
 from pipelines.tasks.subject import Subject
-from pipelines.tasks.training import Recipe, build_job, recipe_of
+from pipelines.tasks.training import Recipe, build_task, recipe_of
 
 Figures = dict[str, Any]
 # How many images are cleaned to see how long it takes.
@@ -64,7 +64,7 @@ class Task:
             raise ConfigError(f"a trial with {tried} is none: {explain(error)}") from None
 
     def retrained(self, sections: Trained) -> list[str]:
-        """Return the networks that the study's dials touch, in the order of training."""
+        """Return the networks that the study's domains touch, in the order of training."""
         touched: list[str] = []
         for name in sections.lineage(sections.defenses[self.study.defense].model):
             start = f"{sections.section_of(name)}.{name}."
@@ -137,13 +137,13 @@ class Judge:
             )
             for name, x in sets.items()
         }  # fmt: skip
-        right = worst(scores, list(scores))[1].share()
+        right = worst(scores, list(scores))[1].accuracy()
         found = summarise(right)
         return {
             "robust": found["accuracy"],
             "robust_low": found["low"],
             "robust_high": found["high"],
-            "clean": float(scores[CLEAN].share().mean()),
+            "clean": float(scores[CLEAN].accuracy().mean()),
             "right": right.tolist(),
         }
 
@@ -181,7 +181,7 @@ def attempt(
 
         part = folders[name].with_name(f".{name}.part")
         trainer.train(
-            build_watched, {"recipe": recipe, "judge": judge, "rungs": rungs}, part,
+            build_judged_task, {"recipe": recipe, "judge": judge, "rungs": rungs}, part,
             work / "training" / name, task.resources.train, seen, lambda _: None,
         )  # fmt: skip
         part.rename(folders[name])
@@ -192,9 +192,11 @@ def attempt(
     report({"epoch": epochs, **judge.figures(defense), "seconds_per_image": seconds})
 
 
-def build_watched(recipe: Recipe, judge: Judge, rungs: frozenset[int], device: str) -> Job:
+def build_judged_task(
+    recipe: Recipe, judge: Judge, rungs: frozenset[int], device: str
+) -> TrainingTask:
     """Build the job of a recipe whose network is judged after the epochs in `rungs`, too."""
-    job = build_job(recipe, device)
+    job = build_task(recipe, device)
     classifier = load(judge.classifier, device)
 
     def validate(network: Any, epoch: int) -> dict[str, float]:
@@ -208,7 +210,7 @@ def build_watched(recipe: Recipe, judge: Judge, rungs: frozenset[int], device: s
             seen |= {name: figures[name] for name in ("robust", "clean")}
         return seen
 
-    return Job(**{**vars(job), "validate": validate})
+    return TrainingTask(**{**vars(job), "validate": validate})
 
 
 def _recipe(task: Task, sections: Trained, name: str, folders: Mapping[str, Path]) -> Recipe:

@@ -87,7 +87,7 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             "logits": _plain(found.logits),
             "label": names[best.numpy()],
             "reconstruction_error": _plain(found.error),
-            "attack_score": _plain(found.suspicion),
+            "attack_score": _plain(found.detector_score),
         }
 
 

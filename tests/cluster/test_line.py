@@ -19,7 +19,7 @@ from components.data.shards import sha256
 
 pytestmark = pytest.mark.faults
 CRAFTING = [
-    sys.executable, "-m", "pipelines.stages.craft_training_set", "--train=data/train",
+    sys.executable, "-m", "pipelines", "craft_training_set", "--train=data/train",
     "--classifier=models/standard",
 ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def made(folder: Path) -> dict[str, str]:
 def test_a_node_that_dies_is_done_without(there: Stand, reproduced: Path) -> None:
     join_spare(there, reproduced)
     process = crafting(there)
-    until(lambda: below(there.processes["worker0"].pid, "craft_part"), 120)
+    until(lambda: below(there.processes["worker0"].pid, "craft_shard"), 120)
     there.kill("worker0")
     printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
@@ -148,7 +148,7 @@ def test_a_node_that_is_cut_off_is_done_without_and_not_believed_later(
 ) -> None:
     join_spare(cabled, reproduced)
     process = crafting(cabled)
-    until(lambda: below(cabled.processes["worker0"].pid, "craft_part"), 120)
+    until(lambda: below(cabled.processes["worker0"].pid, "craft_shard"), 120)
     pull(cabled)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
@@ -243,7 +243,8 @@ def test_a_search_there_tries_what_it_tries_here(there: Stand, reproduced: Path)
     for environment in (there.driver, {}):
         command = [
             "-m",
-            "pipelines.stages.tune",
+            "pipelines",
+            "tune",
             "--name=atop",
             *folders,
             "--out=reports/tuning/atop",

@@ -238,14 +238,14 @@ def test_a_stage_submitted_by_hand_and_fetched(there: Stand, reproduced: Path) -
     for name in ("dvc.lock", "models/unseen"):
         subprocess.run(["rm", "-rf", str(folder / name)], check=True)
     code, printed = project.run(
-        folder, sys.executable, "-m", "pipelines.commands.fetch", "--send", "train_classifier@unseen",
+        folder, sys.executable, "-m", "pipelines", "fetch", "--send", "train_classifier@unseen",
         **there.driver,
     )  # fmt: skip
     assert code == 0, printed
     line = next(line for line in printed.splitlines() if line.startswith("ray job submit"))
     code, printed = project.run(folder, "sh", "-c", line, **there.driver)
     assert code == 0, printed
-    command = ["python", "-m", "pipelines.commands.fetch", "train_classifier@unseen"]
+    command = ["python", "-m", "pipelines", "fetch", "train_classifier@unseen"]
     code, printed = project.run(folder, *command, **there.driver)
     assert code == 0, printed
     weights = "models/unseen/weights.safetensors"

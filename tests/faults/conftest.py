@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 TRAIN = ["--train=data/train", "--val=data/val"]
-STANDARD = [sys.executable, "-m", "pipelines.stages.train_classifier", "--name=standard", *TRAIN]
+STANDARD = [sys.executable, "-m", "pipelines", "train_classifier", "--name=standard", *TRAIN]
 
 
 def until(true: Callable[[], object], seconds: float = 60) -> None:

@@ -34,7 +34,7 @@ def test_a_disk_that_fills_up_under_crafting_leaves_whole_parts_alone(
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
     small_disk(folder / ".limpid/sets", "40k")
-    command = [sys.executable, "-m", "pipelines.stages.craft_training_set", "--train=data/train"]
+    command = [sys.executable, "-m", "pipelines", "craft_training_set", "--train=data/train"]
     command += ["--classifier=models/standard", "--out=pool"]
     code, printed = project.run(folder, *command)
     assert code == 4 and "No space left" in printed, printed
@@ -98,7 +98,7 @@ def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
         lock.write_text(text[: text.index("- path:", len(text) // 3) + 4])
         code, printed = project.run(reproduced, "dvc", "status")
         assert code != 0 and "dvc.lock" in printed, printed
-        code, printed = project.run(reproduced, sys.executable, "-m", "pipelines.commands.doctor")
+        code, printed = project.run(reproduced, sys.executable, "-m", "pipelines", "doctor")
         assert code == 4 and "dvc.lock is cut short" in printed, printed
     finally:
         lock.write_text(text)
@@ -106,7 +106,7 @@ def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
     running.write_text("")
     code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")
     assert code != 0 and "rwlock" in printed.lower(), printed
-    code, printed = project.run(reproduced, sys.executable, "-m", "pipelines.commands.doctor")
+    code, printed = project.run(reproduced, sys.executable, "-m", "pipelines", "doctor")
     assert code == 4 and "rwlock is cut short: remove it" in printed, printed
     running.unlink()
     code, printed = project.run(reproduced, "dvc", "repro", "-s", "prepare_data")

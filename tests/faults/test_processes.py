@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from components.data.shards import sha256
 from faults.conftest import STANDARD, below, resumed, states, until
 from pipelines.cluster import trainer
-from pipelines.config.resources import TrainShare
+from pipelines.config.resources import TrainingWorkers
 
 pytestmark = pytest.mark.faults
 
@@ -43,13 +43,13 @@ def test_a_training_worker_that_is_killed_is_replaced(folder: Path, undisturbed:
 
 def test_a_crafting_worker_that_is_killed_is_replaced(folder: Path, reproduced: Path) -> None:
     os.symlink(reproduced / "models", folder / "models")
-    command = ["python", "-m", "pipelines.stages.craft_training_set", "--train=data/train"]
+    command = ["python", "-m", "pipelines", "craft_training_set", "--train=data/train"]
     params = project.tiny()
     params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 400}
     change(folder, pool=params["pool"])
     process = project.start(folder, *command, "--classifier=models/standard", "--out=first")
-    until(lambda: below(process.pid, "craft_part"), 120)
-    below(process.pid, "craft_part")[0].kill()
+    until(lambda: below(process.pid, "craft_shard"), 120)
+    below(process.pid, "craft_shard")[0].kill()
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     made = {path.name: sha256(path) for path in (folder / "first").iterdir()}
@@ -67,7 +67,7 @@ def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
     command = ["dvc", "repro", "-s", "train_classifier@standard"]
     process = project.start(folder, *command)
     until(lambda: len(states(folder)) >= 2, 120)
-    stages = below(process.pid, "pipelines.stages.train_classifier")
+    stages = below(process.pid, "train_classifier")
     assert stages
     os.kill(process.pid, sent)
     process.wait()
@@ -94,13 +94,13 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
-@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "craft_part"])
+@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "craft_shard"])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_of_a_ray_outlives_its_stage(
     folder: Path, reproduced: Path, seen: str, sent: int
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
-    command = ["python", "-m", "pipelines.stages.craft_training_set", "--train=data/train"]
+    command = ["python", "-m", "pipelines", "craft_training_set", "--train=data/train"]
     process = project.start(folder, *command, "--classifier=models/standard", "--out=out")
     until(lambda: below(process.pid, seen), 120)
     children = below(process.pid, "")
@@ -109,7 +109,7 @@ def test_nothing_of_a_ray_outlives_its_stage(
     until(lambda: not any(project.lives(child) for child in children), 15)
     printed, _ = process.communicate()
     # While it starts, there is a moment in which Ray leaves SIGTERM to the system.
-    heard = {130} if seen == "craft_part" else {130, -sent}
+    heard = {130} if seen == "craft_shard" else {130, -sent}
     assert process.returncode in ({-sent} if sent == signal.SIGKILL else heard), printed
 
 
@@ -166,7 +166,7 @@ def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
     os.symlink(reproduced / "models", folder / "models")
     used = psutil.virtual_memory().percent / 100
     code, printed = project.run(
-        folder, "python", "-m", "pipelines.stages.craft_training_set", "--train=data/train",
+        folder, "python", "-m", "pipelines", "craft_training_set", "--train=data/train",
         "--classifier=models/standard", "--out=pool",
         RAY_memory_usage_threshold=f"{max(used - 0.02, 0.01):.2f}",
         RAY_memory_monitor_refresh_ms="50",
@@ -181,13 +181,13 @@ def test_a_training_worker_without_memory_does_not_leave_the_others_waiting(
 ) -> None:
     """The error of a full GPU, raised in one of two workers while the other waits for it."""
 
-    def full(device: str) -> trainer.Job:
+    def full(device: str) -> trainer.TrainingTask:
         if dist.get_rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         dist.barrier()
         raise AssertionError("nobody was waited for")
 
     monkeypatch.setattr(trainer, "MAX_FAILURES", 0)
-    share = TrainShare(workers=2, cpus=1, gpus=0)
+    share = TrainingWorkers(workers=2, cpus=1, gpus=0)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
         trainer.train(full, {}, tmp_path / "out", tmp_path / "work", share, lambda *_: None, print)

@@ -40,7 +40,7 @@ class CwL2(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the nearest fooling image found, or the clean one where there was none."""
-        found = _Found(images, target.look(images, labels, 0))
+        found = _Found(images, target.margins(images, labels, 0))
         looks = 1
         c = torch.full((len(images),), self.c, device=images.device)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)

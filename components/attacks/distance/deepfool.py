@@ -57,7 +57,7 @@ class DeepFool(Attack):
             gaps, slopes = search.jacobian(x, rivals)
             x = (x + onto_nearest(gaps, slopes)).clamp(0, 1)
             stretched = search.origin + (1 + self.overshoot) * (x - search.origin)
-            search.look(stretched.clamp(0, 1))
+            search.query(stretched.clamp(0, 1))
             x = x[search.alive()]
         found = search.outcome()
         if target.stochastic:

@@ -45,7 +45,9 @@ class ElasticNet(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the nearest fooling image found, or the clean one where there was none."""
-        clean = target.look(images, labels, 0).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        clean = (
+            target.margins(images, labels, 0).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        )
         # What is wrong already has nothing nearer; but one look at random answers settles nothing.
         work = (clean > 0) | target.stochastic
         found = _Nearest(images[work], clean[work])
@@ -87,7 +89,7 @@ class ElasticNet(Attack):
             previous, x = x, shrink(y - rate * slope, origin, self.beta)
             # Clipped, unlike the paper's: a target is promised pixels in [0,1].
             y = (x + k / (k + 3) * (x - previous)).clamp(0, 1)
-            margins = target.look(x, labels, look + 2 * k + 1)
+            margins = target.margins(x, labels, look + 2 * k + 1)
             # `not (margin > -confidence)`, so that NaN counts as fooled.
             fools = ~(margins > -self.confidence)
             found.update(x, self._distance(x - origin), margins, fools)

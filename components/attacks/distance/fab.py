@@ -118,7 +118,7 @@ def _follow(search: _Inside, start: Tensor, aims: Tensor, steps: int) -> _Crossi
             break
         seen = search.evaluate(x, _lead(aims[search.rows]))
         x = _step(x, search.origin, seen, torch.inf if isinstance(search.threat, Linf) else 2.0)
-        margin = search.look(x)
+        margin = search.query(x)
         # `not (margin > 0)`, so that NaN counts as fooled.
         crossed = ~(margin > 0)
         distance = search.threat.distance(x, search.origin)
@@ -194,7 +194,7 @@ def _refine(search: _Inside, crossing: _Crossing, clean: Tensor) -> None:
         share = (above / (above - below)).nan_to_num(0.5)
         share += PAST * (1 - share)
         x = torch.lerp(near, far, share[:, None, None, None]).clamp(0, 1)
-        margin = search.look(x).float()
+        margin = search.query(x).float()
         crossed = ~(margin > 0)
         inner = crossed[:, None, None, None]
         near, far = torch.where(inner, near, x), torch.where(inner, x, far)

@@ -99,8 +99,8 @@ class _Apudae(Purifier):
             return passed
         return self._descended(x, draws, kind)
 
-    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-        return self.denoiser.suspicion(x)
+    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+        return self.denoiser.detector_score(x)
 
     def _turned(self, x: Tensor, draws: Draws | None) -> Tensor:
         if self.config.transform is None:
@@ -131,14 +131,14 @@ class _Apudae(Purifier):
     def _loss(self, image: Tensor) -> Tensor:
         if self.config.target == "minimum":
             return self.denoiser.error(image)
-        beyond = self.denoiser.suspicion(image)
+        beyond = self.denoiser.detector_score(image)
         # E: what is reconstructed at least as well as a clean image is left alone.
         return (beyond if self.config.target == "distribution" else beyond.clamp_min(0)).square()
 
     def _rate(self, image: Tensor) -> Tensor | float:
         if not self.config.scaled:
             return self.config.rate
-        share = torch.sigmoid(self.denoiser.suspicion(image))
+        share = torch.sigmoid(self.denoiser.detector_score(image))
         return self.config.rate * share[:, None, None, None]
 
     def _noisy(self, image: Tensor, draws: Draws | None, index: int) -> Tensor:
@@ -146,7 +146,7 @@ class _Apudae(Purifier):
             return image
         assert draws is not None
         # The odder the image, the more noise; the factors are those of the authors' code.
-        beyond = self.denoiser.suspicion(image)
+        beyond = self.denoiser.detector_score(image)
         size = (beyond / 2).square().clamp(0, 4) * self.config.noise_255 / 255
         noise = 2 * draws.uniform(tuple(image.shape[1:]), f"step {index}").to(image.dtype) - 1
         return image + size[:, None, None, None] * noise

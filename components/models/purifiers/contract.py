@@ -42,14 +42,14 @@ class Purifier(nn.Module):
         """Return the purified images (N,C,H,W) in [0,1]; without `draws`, noise is fresh."""
         return self.purify(x, self._drawn(x, draws))
 
-    def suspicion(
+    def detector_score(
         self, x: Tensor, draws: Draws | None = None, purified: Tensor | None = None
     ) -> Tensor:
         """Return how odd each image looks to this purifier (N,): larger means rather attacked.
 
         `purified`, where the caller has it, is what it made of `x` under the same draws.
         """
-        return self.oddity(x, self._drawn(x, draws), purified)
+        return self.raw_detector_score(x, self._drawn(x, draws), purified)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Clean `x`; `draws` is given whenever the purifier is stochastic."""
@@ -59,7 +59,7 @@ class Purifier(nn.Module):
         """Clean `x` by the stand-in `kind`, one of `stand_ins`."""
         raise NotImplementedError(kind)
 
-    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the detection score (N,): by default the mean squared change to the image.
 
         What is `purified` already need not be so again.

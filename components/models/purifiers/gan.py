@@ -142,7 +142,7 @@ class DefenseGan(Inference):
 
 
 class _DefenseGan(Purifier):
-    """Its `oddity`, the mean squared change, is the best start's error: the paper's detector."""
+    """Its `raw_detector_score`, the mean squared change, is the best start's error: the paper's detector."""
 
     stochastic = True
 

@@ -32,7 +32,7 @@ from components.attacks.contract import Outcome, Search, strongest
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, Target, aim
+from components.models.defense import Defense, Target, bind
 from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
@@ -387,11 +387,11 @@ def test_luck_is_not_strength(test_set: ImageSet) -> None:
 
     for eot in (1, 4):
         draws = Draws(0, "attack", torch.arange(60))
-        target = aim(Defense(Told(), Lottery()).freeze(), "full", draws, eot)
+        target = bind(Defense(Told(), Lottery()).freeze(), "full", draws, eot)
         search = Search(target, weak, torch.zeros(60, dtype=torch.int64), drop=True)
         for _ in range(60):
-            search.look(weak)
-        search.look(strong)
+            search.query(weak)
+        search.query(strong)
         lucky = (search.best == weak).flatten(1).all(1)
         assert lucky.float().mean() > 0.8, "no luck was needed"
         found = search.outcome()

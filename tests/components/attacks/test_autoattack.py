@@ -26,7 +26,7 @@ from components.attacks.distance.fab import FabT, to_plane
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, Target, aim
+from components.models.defense import Defense, Target, bind
 
 THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 ORDERS = pytest.mark.parametrize("order", [torch.inf, 2.0], ids=["linf", "l2"])
@@ -616,7 +616,7 @@ def test_an_empty_batch_is_attacked_in_no_time(
     attack, none = SMALL[name], torch.zeros(0, 1, 8, 8)
     rows = torch.zeros(0).long()
     draws = Draws(0, "attack", rows)
-    target = aim(defense_for(name, classifier), "full", draws, 2)
+    target = bind(defense_for(name, classifier), "full", draws, 2)
     outcome = attack.run(target, none, rows, LINF, draws)
     assert outcome.images.shape == none.shape and len(outcome.margin) == 0
     assert len(outcome.iterations) == 0

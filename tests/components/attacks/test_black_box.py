@@ -26,7 +26,7 @@ from components.attacks.square import Square, _area, _bump, _move_mass, _pyramid
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, Mode, aim
+from components.models.defense import Defense, Mode, bind
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import Threshold
 
@@ -164,7 +164,7 @@ def test_an_attack_leaves_no_trace(
     test_set: ImageSet,
 ) -> None:  # fmt: skip
     data, model = some(test_set, 8), deepcopy(classifier).requires_grad_(True)
-    target = aim(
+    target = bind(
         Defense(model, Noisy() if noisy else None).eval(), mode, Draws(0, "attack", data.ids), 2
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -225,7 +225,7 @@ def test_one_image_and_layouts_of_all_kinds_are_attacked(
         weight = torch.randn(4, math.prod(shape), generator=generator)
         data = grey(3, shape, 4)
         model = Function(lambda x, w=weight: x.contiguous().flatten(1) @ w.T)
-        target = aim(
+        target = bind(
             Defense(model, Noisy() if noisy else None), "full", Draws(0, "attack", data.ids), 2
         )
         pixels = data.pixels().to(memory_format=torch.channels_last)
@@ -685,7 +685,7 @@ def test_the_traps_of_a_borrowed_attack_cannot_bite(
 
     data, model = some(test_set, 30), deepcopy(classifier).requires_grad_(True)
     draws = Draws(0, "attack", data.ids)
-    target = aim(Defense(model, None).eval(), "full", draws, 1)
+    target = bind(Defense(model, None).eval(), "full", draws, 1)
     stream = torch.get_rng_state()
     outcome = borrowed(Trap, "trap", 1, target, data.pixels(), data.labels, LINF)
     assert torch.equal(torch.get_rng_state(), stream)
@@ -742,7 +742,7 @@ def test_no_two_looks_share_their_noise(
             return super().purify(x, draws)
 
     data = some(test_set, 6)
-    target = aim(Defense(classifier, Listening()), "full", Draws(0, "attack", data.ids), 2)
+    target = bind(Defense(classifier, Listening()), "full", Draws(0, "attack", data.ids), 2)
     attack.run(target, data.pixels(), data.labels, threat, target.draws)
     # Five images beside each other at the end of a search are asked under the same noise.
     looks = [draw for draw, _ in groupby(seen)]

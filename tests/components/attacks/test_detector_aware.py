@@ -12,7 +12,7 @@ from components.attacks.gradient import Pgd
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, aim
+from components.models.defense import Defense, bind
 from components.models.purifiers.contract import Purifier
 
 LINF = Linf(norm="linf", eps_255=51.0)
@@ -24,7 +24,7 @@ class Watchful(Purifier):
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return x
 
-    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         return x[:, 0, 0].square().sum(1)
 
 
@@ -45,7 +45,7 @@ def test_it_fools_as_many_and_looks_less_odd(classifier: Classifier, test_set: I
     aware = craft(attack(), defense, "full", data, LINF, 0, 64)
     assert aware.success.sum() >= blind.success.sum() - 1
     watchful = Watchful()
-    odd = watchful.suspicion(blind.images), watchful.suspicion(aware.images)
+    odd = watchful.detector_score(blind.images), watchful.detector_score(aware.images)
     # As far down as the radius lets the first row go.
     assert odd[1].mean() < 0.65 * odd[0].mean() and (odd[1] <= odd[0] + 1e-6).all()
     assert (aware.backward == 40).all() and (aware.forward > 80).all()
@@ -69,7 +69,7 @@ def test_the_suspicion_enters_with_the_sign_that_lowers_it() -> None:
         network[1].weight.copy_(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]]))
     defense = Defense(network, Watchful()).freeze()
     x = torch.full((1, 1, 2, 2), 0.5)
-    target = aim(defense, "full", Draws(0, "attack", torch.tensor([0])), 1)
+    target = bind(defense, "full", Draws(0, "attack", torch.tensor([0])), 1)
     labels = torch.tensor([1])
     found = attack(weights=[100.0], steps=1, step=1.0).run(target, x, labels, LINF, target.draws)
     assert (found.images[0, 0, 0] < 0.5).all(), "less odd"
@@ -87,7 +87,7 @@ def test_what_it_sees_is_what_its_gradient_goes_through() -> None:
     defense, x = Defense(network, Flip()).freeze(), torch.full((1, 1, 2, 2), 0.5)
     ends = {}
     for sees in ("classifier", "defense"):
-        target = aim(defense, "full", Draws(0, "attack", torch.tensor([0])), 1)
+        target = bind(defense, "full", Draws(0, "attack", torch.tensor([0])), 1)
         one = attack(weights=[0.0], steps=1, step=1.0, sees=sees)
         ends[sees] = one.run(target, x, torch.tensor([0]), LINF, target.draws).images
     # The first goes the wrong way, and what it found there is worse than the image itself.
@@ -104,8 +104,10 @@ def test_small_differences_in_suspicion_count(classifier: Classifier, test_set: 
     """The order of the weights is no matter, however small the numbers of the detector are."""
 
     class Faint(Watchful):
-        def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-            return 1e-6 * super().oddity(x, draws, purified)
+        def raw_detector_score(
+            self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        ) -> Tensor:
+            return 1e-6 * super().raw_detector_score(x, draws, purified)
 
     data = test_set[torch.arange(48)]
     defense = Defense(classifier, Faint()).freeze()
@@ -115,5 +117,5 @@ def test_small_differences_in_suspicion_count(classifier: Classifier, test_set: 
     )
     both = there.success & back.success
     assert both.sum() > 20
-    odd = [Faint().suspicion(found.images[both]) for found in (there, back)]
+    odd = [Faint().detector_score(found.images[both]) for found in (there, back)]
     assert torch.allclose(odd[0], odd[1])

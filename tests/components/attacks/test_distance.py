@@ -17,7 +17,7 @@ from components.attacks.distance.elastic_net import ElasticNet, shrink
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, Mode, Target, aim, margin
+from components.models.defense import Defense, Mode, Target, bind, margin
 from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
@@ -135,7 +135,7 @@ def some(data: ImageSet, count: int = 24) -> ImageSet:
 def run(attack: Attack, defense: Defense, data: ImageSet, images: Tensor | None = None) -> Any:
     """Run an attack without `craft`; return target and outcome."""
     draws = Draws(0, "attack", data.ids)
-    target = aim(defense.freeze(), "full", draws, getattr(attack, "eot", 1))
+    target = bind(defense.freeze(), "full", draws, getattr(attack, "eot", 1))
     pixels = data.pixels() if images is None else images
     return target, attack.run(target, pixels, data.labels, LINF, draws)
 
@@ -152,7 +152,7 @@ def test_a_jacobian_is_what_many_evaluations_say(
     x, y, draws = data.pixels(), data.labels, Draws(0, "attack", data.ids)
     others = (y[:, None] + torch.tensor([4, 1, 7])) % 10
     defense = Defense(classifier, purifier).freeze()
-    target = aim(defense, mode, draws, 3)
+    target = bind(defense, mode, draws, 3)
     margins, gaps, slopes = target.jacobian(x, y, others, 5)
     eot = 3 if isinstance(purifier, Noisy) else 1
     assert target.passes.forward.tolist() == [eot] * 6
@@ -162,7 +162,7 @@ def test_a_jacobian_is_what_many_evaluations_say(
         def gap(logits: Tensor, labels: Tensor, k: int = k) -> Tensor:
             return (logits.gather(1, others[:, [k]]) - logits.gather(1, labels[:, None]))[:, 0]
 
-        seen = aim(defense, mode, draws, 3).evaluate(x, y, gap, 5)
+        seen = bind(defense, mode, draws, 3).evaluate(x, y, gap, 5)
         assert torch.allclose(gaps[:, k], seen.loss, atol=1e-6)
         assert torch.allclose(slopes[:, k], seen.gradient, atol=1e-5)
         assert torch.equal(margins, seen.margin)
@@ -173,7 +173,7 @@ def test_a_jacobian_is_what_many_evaluations_say(
 
 def test_rows_of_a_target_count_the_passes_of_their_jacobians() -> None:
     model, data = linear_task(4, 5)
-    target = aim(Defense(model, None).freeze(), "full", Draws(0, "attack", data.ids), 1)
+    target = bind(Defense(model, None).freeze(), "full", Draws(0, "attack", data.ids), 1)
     rows = torch.tensor([3, 1])
     classes = torch.tensor([[0, 1], [2, 3]])
     _, gaps, slopes = target[rows].jacobian(data.pixels()[rows], data.labels[rows], classes, 0)

@@ -15,7 +15,7 @@ from components.attacks.stadv import StAdv, displace, roughness
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, aim
+from components.models.defense import Defense, bind
 from components.models.purifiers import Purifier
 
 LINF = Linf(norm="linf", eps_255=32.0)
@@ -222,7 +222,7 @@ def test_an_image_is_attacked_on_its_own(
 def test_it_leaves_no_trace(mode: str, classifier: Classifier, test_set: ImageSet) -> None:
     data, model = some(test_set, 8), deepcopy(classifier).requires_grad_(True)
     draws, stream = Draws(0, "attack", data.ids), torch.get_rng_state()
-    target = aim(Defense(model, Noisy()).eval(), mode, draws, 2)  # type: ignore[arg-type]
+    target = bind(Defense(model, Noisy()).eval(), mode, draws, 2)  # type: ignore[arg-type]
     pixels = data.pixels().to(memory_format=torch.channels_last)
     outcome = ATTACK.run(target, pixels, data.labels, LINF, draws)
     assert torch.equal(torch.get_rng_state(), stream) and torch.equal(pixels, data.pixels())

@@ -23,7 +23,7 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
 from components.models.purifiers import Purifier
 from components.probes import Finding, models
-from components.probes.contract import Shares
+from components.probes.contract import Accuracies
 
 THREAT = Linf(norm="linf", eps_255=32.0)
 
@@ -385,54 +385,54 @@ def test_scoring_that_changes_the_model_is_found(
 # Orders
 
 
-def shares(n: int, wrong: int, start: int = 0) -> Shares:
+def accuracies(n: int, wrong: int, start: int = 0) -> Accuracies:
     """Return shares of `n` images, of which `wrong` from `start` on are fooled."""
     values = np.ones(n)
     values[start : start + wrong] = 0
     return values
 
 
-def order(kinds: Mapping[str, tuple[str, Shares]], stochastic: bool = False) -> list[str]:
+def order(kinds: Mapping[str, tuple[str, Accuracies]], stochastic: bool = False) -> list[str]:
     return failed(scores.order_of_strength(kinds, stochastic))
 
 
 def test_a_weak_attack_that_beats_all_stronger_ones_is_found() -> None:
     honest = {
-        "full/noise": ("noise", shares(200, 10)),
-        "full/fgsm": ("fgsm", shares(200, 40)),
-        "full/pgd": ("pgd", shares(200, 60)),
-        "full/apgd": ("apgd_ce", shares(200, 62)),
+        "full/noise": ("noise", accuracies(200, 10)),
+        "full/fgsm": ("fgsm", accuracies(200, 40)),
+        "full/pgd": ("pgd", accuracies(200, 60)),
+        "full/apgd": ("apgd_ce", accuracies(200, 62)),
     }
     assert order(honest) == []
-    assert order({**honest, "full/fgsm": ("fgsm", shares(200, 75))}) == [
+    assert order({**honest, "full/fgsm": ("fgsm", accuracies(200, 75))}) == [
         "order_of_strength/full/fgsm"
     ]
-    elsewhere = {**honest, "full/noise": ("noise", shares(200, 15, start=100))}
+    elsewhere = {**honest, "full/noise": ("noise", accuracies(200, 15, start=100))}
     assert order(elsewhere) == [], "it fools others, but fewer: the union is stronger"
-    chance = {**honest, "full/fgsm": ("fgsm", shares(200, 3, start=62))}
+    chance = {**honest, "full/fgsm": ("fgsm", accuracies(200, 3, start=62))}
     assert order(chance) == [], "three images are chance"
 
 
 def test_strong_attacks_are_judged_together() -> None:
     """PGD fools what APGD-CE misses, but APGD-T does not miss it."""
     both = {
-        "full/pgd": ("pgd", shares(200, 80)),
-        "full/apgd_ce": ("apgd_ce", shares(200, 50)),
-        "full/apgd_t": ("apgd_t", shares(200, 60, start=40)),
+        "full/pgd": ("pgd", accuracies(200, 80)),
+        "full/apgd_ce": ("apgd_ce", accuracies(200, 50)),
+        "full/apgd_t": ("apgd_t", accuracies(200, 60, start=40)),
     }
     assert order(both) == []
     two = {k: v for k, v in both.items() if k != "full/apgd_t"}
     assert order(two) == ["order_of_strength/full/pgd"]
     assert order(two, stochastic=True) == [], "under noise, steps of one's own choice gain nothing"
-    weak = {**two, "full/fgsm": ("fgsm", shares(200, 120))}
+    weak = {**two, "full/fgsm": ("fgsm", accuracies(200, 120))}
     assert order(weak, stochastic=True) == ["order_of_strength/full/fgsm"]
 
 
 def test_attacks_of_no_tier_are_judged_by_nobody() -> None:
     odd = {
-        "full/square": ("square", shares(200, 150)),
-        "full/cw": ("cw_l2", shares(200, 200)),
-        "full/pgd": ("pgd", shares(200, 20)),
+        "full/square": ("square", accuracies(200, 150)),
+        "full/cw": ("cw_l2", accuracies(200, 200)),
+        "full/pgd": ("pgd", accuracies(200, 20)),
     }
     assert order(odd) == [] and order({}) == []
     for stochastic in (False, True):
@@ -440,39 +440,39 @@ def test_attacks_of_no_tier_are_judged_by_nobody() -> None:
 
 
 def test_a_single_attack_below_the_headline_is_found() -> None:
-    singles = {"full/pgd": shares(200, 100), "full/apgd": shares(200, 120)}
-    assert scores.selection(shares(200, 130), singles).passed
-    assert scores.selection(shares(200, 119), singles).passed, "half a point is noise"
-    found = scores.selection(shares(200, 110), singles)
+    singles = {"full/pgd": accuracies(200, 100), "full/apgd": accuracies(200, 120)}
+    assert scores.selection(accuracies(200, 130), singles).passed
+    assert scores.selection(accuracies(200, 119), singles).passed, "half a point is noise"
+    found = scores.selection(accuracies(200, 110), singles)
     assert not found.passed and found.level == "warn" and "full/apgd" in found.detail
 
 
 def test_a_weaker_rung_that_beats_the_full_gradient_is_found() -> None:
-    full = shares(300, 100)
-    rungs = {"classifier": shares(300, 60), "bpda": shares(300, 100)}
+    full = accuracies(300, 100)
+    rungs = {"classifier": accuracies(300, 60), "bpda": accuracies(300, 100)}
     assert failed(scores.full_is_strongest(full, rungs)) == []
-    rungs["bpda"] = shares(300, 130)
+    rungs["bpda"] = accuracies(300, 130)
     findings = scores.full_is_strongest(full, rungs)
     assert failed(findings) == ["full_is_strongest/bpda"]
     assert [f.name for f in findings] == ["full_is_strongest/classifier", "full_is_strongest/bpda"]
-    assert failed(scores.full_is_strongest(full, {"bpda": shares(300, 150, start=150)})) != []
-    assert failed(scores.full_is_strongest(full, {"bpda": shares(300, 103)})) == [], "chance"
+    assert failed(scores.full_is_strongest(full, {"bpda": accuracies(300, 150, start=150)})) != []
+    assert failed(scores.full_is_strongest(full, {"bpda": accuracies(300, 103)})) == [], "chance"
 
 
 def test_many_rungs_do_not_make_chance_a_finding() -> None:
     """p = 1/128 for seven images fooled by one rung alone: a finding for one, not for twenty."""
-    full, rung = shares(300, 0), shares(300, 7)
+    full, rung = accuracies(300, 0), accuracies(300, 7)
     assert failed(scores.full_is_strongest(full, {"bpda": rung})) == ["full_is_strongest/bpda"]
     many = {f"rung {k}": rung for k in range(20)}
     assert failed(scores.full_is_strongest(full, many)) == []
 
 
 def test_accuracy_that_the_full_gradient_takes_away_is_called_an_illusion() -> None:
-    full = shares(200, 150)
-    rungs = {"classifier": shares(200, 20), "bpda": shares(200, 135)}
+    full = accuracies(200, 150)
+    rungs = {"classifier": accuracies(200, 20), "bpda": accuracies(200, 135)}
     (found,) = scores.illusions(rungs, full)
     assert (found.rung, found.seen, found.left) == ("classifier", 0.9, 0.25)
-    assert scores.illusions({"bpda": shares(200, 150)}, full) == []
+    assert scores.illusions({"bpda": accuracies(200, 150)}, full) == []
 
 
 # The same, found by real attacks on real defenses
@@ -480,14 +480,14 @@ def test_accuracy_that_the_full_gradient_takes_away_is_called_an_illusion() -> N
 
 def attack_shares(
     defense: Defense, mode: Mode, data: ImageSet, **changes: Any
-) -> tuple[str, Shares]:
+) -> tuple[str, Accuracies]:
     settings: dict[str, Any] = {
         "kind": "pgd", "steps": 10, "step": 0.25, "restarts": 1, "random_start": True,
         "early_stop": True, "eot": 1, **changes,
     }  # fmt: skip
     crafted = craft(Pgd(**settings), defense, mode, data, THREAT, 0, 250)
     counts = count_correct(defense, crafted.images, data.labels, data.ids, 0, "score", 1, 250)
-    return "pgd", Score(1, counts, counts).share()
+    return "pgd", Score(1, counts, counts).accuracy()
 
 
 def test_bpda_beats_the_full_gradient_of_a_masked_defense_only(

@@ -30,9 +30,9 @@ def test_reading_gives_back_what_was_written(folder: Path) -> None:
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
-    parts = image_set.read_by_part(folder)
+    parts = image_set.read_by_shard(folder)
     assert [len(part) for part in parts] == [10, 10, 5]
-    (second,) = image_set.read_by_part(folder, 1)
+    (second,) = image_set.read_by_shard(folder, 1)
     assert torch.equal(second.ids, parts[1].ids) and torch.equal(second.images, parts[1].images)
     assert read.pixels().max() <= 1
 
@@ -51,7 +51,7 @@ def test_a_subset_is_written_as_itself(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:
-    part = folder / shards.part_name(1)
+    part = folder / shards.shard_name(1)
     content = part.read_bytes()
     for place in np.random.default_rng(0).integers(len(content) * 8, size=50):
         damaged = bytearray(content)
@@ -65,7 +65,7 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
 
 def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
     """A bit that flips after the manifest was written over it is found by Parquet itself."""
-    part = folder / shards.part_name(0)
+    part = folder / shards.shard_name(0)
     content = bytearray(part.read_bytes())
     content[content.index(make().images[3].numpy().tobytes()[:16])] ^= 1
     part.write_bytes(content)
@@ -76,26 +76,26 @@ def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
 def test_a_truncated_part_is_refused(folder: Path, length: int) -> None:
-    part = folder / shards.part_name(2)
+    part = folder / shards.shard_name(2)
     part.write_bytes(part.read_bytes()[:length])
     with pytest.raises(DataError, match=r"part-00002\.parquet"):
         image_set.read(folder)
 
 
 def test_a_missing_part_is_refused(folder: Path) -> None:
-    (folder / shards.part_name(0)).unlink()
+    (folder / shards.shard_name(0)).unlink()
     with pytest.raises(DataError, match=r"disagree about part-00000\.parquet"):
         image_set.read(folder)
 
 
 def test_an_extra_part_is_refused(folder: Path) -> None:
-    shutil.copy(folder / shards.part_name(0), folder / shards.part_name(9))
+    shutil.copy(folder / shards.shard_name(0), folder / shards.shard_name(9))
     with pytest.raises(DataError, match=r"disagree about part-00009\.parquet"):
         image_set.read(folder)
 
 
 def test_a_part_replaced_with_size_and_time_kept_is_refused(folder: Path) -> None:
-    part = folder / shards.part_name(0)
+    part = folder / shards.shard_name(0)
     before = part.stat()
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 255

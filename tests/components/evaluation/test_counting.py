@@ -132,7 +132,7 @@ def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
     assert chosen == ["apgd", "clean", "apgd", "clean"]
     assert found.score.tolist() == [3, 3, 4, 4], "the score of what was chosen, not the least"
     assert found.select.tolist() == [0, 4, 1, 0] and found.draws == 4
-    assert found.share().tolist() == [0.75, 0.75, 1.0, 1.0]
+    assert found.accuracy().tolist() == [0.75, 0.75, 1.0, 1.0]
 
 
 def test_ties_go_to_the_first_in_order() -> None:
@@ -283,12 +283,12 @@ def test_the_headline_of_a_noisy_defense_is_its_closed_form() -> None:
     attacked, chance_attacked = counted(0.02, "score")
     for found, chance in ((clean, chance_clean), (attacked, chance_attacked)):
         deviation = (chance * (1 - chance)).sum().sqrt().item() / count / sqrt(32)
-        assert abs(found.share().mean() - chance.mean().item()) < 3 * deviation
+        assert abs(found.accuracy().mean() - chance.mean().item()) < 3 * deviation
     chosen, headline = worst({"clean": clean, "attack": attacked}, ["clean", "attack"])
     picked = torch.tensor([name == "attack" for name in chosen])
     expected = torch.where(picked, chance_attacked, chance_clean)
     deviation = (expected * (1 - expected)).sum().sqrt().item() / count / sqrt(32)
-    assert abs(headline.share().mean() - expected.mean().item()) < 3 * deviation
+    assert abs(headline.accuracy().mean() - expected.mean().item()) < 3 * deviation
     assert picked[means < 0.52].all(), "where both are often wrong, the attack is worse"
 
 
@@ -301,7 +301,7 @@ def test_noise_that_selects_does_not_score() -> None:
     scores = {n: Score(32, rng.binomial(32, 0.6, 2000), rng.binomial(32, 0.6, 2000)) for n in names}
     chosen, headline = worst(scores, names)
     assert set(chosen) == set(names)
-    assert abs(headline.share().mean() - 0.6) < 4 * sqrt(0.24 / 2000 / 32)
+    assert abs(headline.accuracy().mean() - 0.6) < 4 * sqrt(0.24 / 2000 / 32)
     assert (headline.select / 32).mean() < 0.5
 
 

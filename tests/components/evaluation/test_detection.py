@@ -108,7 +108,7 @@ def test_outside_the_ball_an_example_counts_as_clean() -> None:
     seen = {"clean": floats(1, 2), "full/cw": floats(8, 9)}
     watched = Watched(seen, {"clean": floats(3, 4), "full/cw": floats(6, 7)}, {}, floats(0))
     within = {"clean": np.array([True, True]), "full/cw": np.array([True, False])}
-    assert watched.inside(within).suspicion["full/cw"].tolist() == [8, 2]
+    assert watched.inside(within).detector_score["full/cw"].tolist() == [8, 2]
     assert watched.inside(within).foreseen["full/cw"].tolist() == [6, 4]
 
 
@@ -140,17 +140,19 @@ def test_watching_a_defense() -> None:
 
     whole = seen(Halve(), 5)
     assert whole is not None
-    assert np.allclose(whole.suspicion["clean"], (x / 2).square().flatten(1).mean(1))
-    assert np.allclose(whole.validation, whole.suspicion["clean"][:3])
+    assert np.allclose(whole.detector_score["clean"], (x / 2).square().flatten(1).mean(1))
+    assert np.allclose(whole.validation, whole.detector_score["clean"][:3])
     apart = seen(Halve(), 2)
     assert apart is not None and np.allclose(
-        apart.suspicion["full/pgd"], whole.suspicion["full/pgd"]
+        apart.detector_score["full/pgd"], whole.detector_score["full/pgd"]
     )
     assert seen(None, 5) is None and seen(Nothing(), 5) is None
     assert merge([whole, None]) is None
-    assert whole.foreseen is whole.suspicion
+    assert whole.foreseen is whole.detector_score
     noisy = seen(Noisy(), 5)
-    assert noisy is not None and not np.allclose(noisy.foreseen["clean"], noisy.suspicion["clean"])
+    assert noisy is not None and not np.allclose(
+        noisy.foreseen["clean"], noisy.detector_score["clean"]
+    )
     both = merge([whole, whole])
     assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
 
@@ -161,9 +163,9 @@ def test_the_control_is_the_distance_from_black_and_white() -> None:
 
 
 def test_a_detector_summed_up() -> None:
-    suspicion = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
-    watched = Watched(suspicion, suspicion, suspicion, floats(*range(100)))
-    within = {name: np.ones(4, dtype=bool) for name in suspicion}
+    detector_score = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
+    watched = Watched(detector_score, detector_score, detector_score, floats(*range(100)))
+    within = {name: np.ones(4, dtype=bool) for name in detector_score}
     counted = {"clean": score(1, 1, 1, 1), "full/pgd": score(0, 0, 0, 1)}
     found = detection(watched, within, counted)
     row = found["attacks"]["full/pgd"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import project
 import pytest
 import torch
 from torch import nn

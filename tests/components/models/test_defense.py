@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ClassifierConfig
-from components.models.defense import Defense, Mode, aim, fold, margin
+from components.models.defense import Defense, Mode, bind, fold, margin
 from components.models.purifiers import Purifier, PurifierConfig
 
 AUTOENCODER = {
@@ -98,8 +98,8 @@ def test_bpda_and_full_answer_alike_to_the_bit(
     purifier = None if name == "none" else purifier_of(name)
     defense = Defense(classifier, purifier).freeze()
     for draw in (0, 3):
-        full = aim(defense, "full", draws, 1)(x, draw)
-        assert torch.equal(aim(defense, "bpda", draws, 1)(x, draw), full)
+        full = bind(defense, "full", draws, 1)(x, draw)
+        assert torch.equal(bind(defense, "bpda", draws, 1)(x, draw), full)
         assert torch.equal(defense(x, draws.redraw(draw)), full)
 
 
@@ -109,14 +109,14 @@ def test_bpda_gives_the_gradient_of_the_classifier_at_the_purified_image(
     x, labels, draws = batch(test_set)
     for purifier in (purifier_of("autoencoder"), Rounded(), Detached(), Noisy()):
         defense = Defense(classifier, purifier).freeze()
-        seen = aim(defense, "bpda", draws, 1).evaluate(x, labels, margin, 2)
+        seen = bind(defense, "bpda", draws, 1).evaluate(x, labels, margin, 2)
         purified = defense.purify(x, draws.redraw(2)).detach().requires_grad_()
         with torch.enable_grad():
             margins = margin(classifier(purified), labels)
         (expected,) = torch.autograd.grad(margins.sum(), purified)
         assert torch.equal(seen.gradient, expected) and expected.abs().max() > 0
         assert torch.equal(seen.margin, margins.detach())
-        full = aim(defense, "full", draws, 1).evaluate(x, labels, margin, 2).gradient
+        full = bind(defense, "full", draws, 1).evaluate(x, labels, margin, 2).gradient
         assert not torch.allclose(full, expected)
 
 
@@ -137,7 +137,7 @@ def test_the_full_gradient_is_that_of_central_differences(
     def each(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
 
-    target = aim(defense, "full", draws, 1)
+    target = bind(defense, "full", draws, 1)
     gradient = target.evaluate(x, labels, each, 1).gradient.flatten(1)
     assert gradient.dtype == torch.float64
     generator = torch.Generator().manual_seed(0)
@@ -169,9 +169,9 @@ def test_every_pass_is_counted_per_image(
 ) -> None:
     x, labels, draws = batch(test_set, 6)
     purifier = Noisy() if stochastic else None
-    target = aim(Defense(classifier, purifier).freeze(), mode, draws, 3)
+    target = bind(Defense(classifier, purifier).freeze(), mode, draws, 3)
     eot = 3 if stochastic else 1  # a deterministic defense needs one draw and takes one
-    target.look(x, labels, 0)
+    target.margins(x, labels, 0)
     assert target.passes.forward.tolist() == [eot] * 6 and not target.passes.backward.any()
     target.evaluate(x, labels, margin, 1)
     assert target.passes.forward.tolist() == [2 * eot] * 6
@@ -185,7 +185,7 @@ def test_every_pass_is_counted_per_image(
 
 def test_rows_of_a_target_carry_their_noise(classifier: Classifier, test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
-    target = aim(Defense(classifier, Noisy()).freeze(), "full", draws, 2)
+    target = bind(Defense(classifier, Noisy()).freeze(), "full", draws, 2)
     whole = target.evaluate(x, labels, margin, 5)
     rows = torch.tensor([9, 30, 2])
     some = target[rows].evaluate(x[rows], labels[rows], margin, 5)
@@ -200,17 +200,17 @@ def test_eot_is_the_mean_over_draws_that_no_other_look_shares(
 ) -> None:
     x, labels, draws = batch(test_set, 8)
     defense = Defense(classifier, Noisy()).freeze()
-    three = aim(defense, "full", draws, 3)
+    three = bind(defense, "full", draws, 3)
     for look in (0, 1, 4):
         seen = three.evaluate(x, labels, margin, look)
         alone = [
-            aim(defense, "full", draws, 1).evaluate(x, labels, margin, 3 * look + k)
+            bind(defense, "full", draws, 1).evaluate(x, labels, margin, 3 * look + k)
             for k in range(3)
         ]
         assert torch.allclose(seen.gradient, sum(a.gradient for a in alone) / 3, atol=1e-6)
         assert torch.allclose(seen.margin, sum(a.margin for a in alone) / 3, atol=1e-5)
         assert torch.allclose(seen.loss, sum(a.loss for a in alone) / 3, atol=1e-5)
-        assert torch.allclose(three.look(x, labels, look), seen.margin, atol=1e-5)
+        assert torch.allclose(three.margins(x, labels, look), seen.margin, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -233,7 +233,7 @@ def test_a_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
     defense = Defense(classifier_of("resnet"), purifier_of("autoencoder")).freeze()
     gradients = [
-        aim(one, "full", draws, 1).evaluate(x, labels, margin, 0).gradient.flatten(1)
+        bind(one, "full", draws, 1).evaluate(x, labels, margin, 0).gradient.flatten(1)
         for one in (defense, fold(defense))
     ]
     assert F.cosine_similarity(*gradients).min() > 1 - 1e-5
@@ -255,7 +255,7 @@ def test_a_cut_graph_gives_a_gradient_of_zero(
     build: Callable[[], Purifier], classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set)
-    target = aim(Defense(classifier, build()).freeze(), "full", draws, 1)
+    target = bind(Defense(classifier, build()).freeze(), "full", draws, 1)
     seen = target.evaluate(x, labels, margin, 0)
     assert seen.gradient.shape == x.shape and not seen.gradient.any()
     assert target.passes.backward.tolist() == [1] * len(x)
@@ -266,7 +266,7 @@ def test_looking_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> 
     defense = Defense(deepcopy(classifier), purifier_of("random")).freeze()
     before, stream = deepcopy(defense.state_dict()), torch.get_rng_state()
     pixels = x.clone()
-    seen = aim(defense, "full", draws, 2).evaluate(x, labels, margin, 0)
+    seen = bind(defense, "full", draws, 2).evaluate(x, labels, margin, 0)
     assert all(torch.equal(before[key], value) for key, value in defense.state_dict().items())
     assert torch.equal(x, pixels) and not x.requires_grad
     assert not seen.loss.requires_grad and not seen.margin.requires_grad

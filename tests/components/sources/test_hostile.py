@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
 from project import ROOT
+
 GIGABYTES = 1_500_000_000
 # Enough to be seen, and soon made.
 MUCH = 400_000_000

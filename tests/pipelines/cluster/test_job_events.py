@@ -11,7 +11,7 @@ from pipelines.storage import timings
 
 
 class Ears:
-    """Screen and book that remember what they are told."""
+    """Progress and book that remember what they are told."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []

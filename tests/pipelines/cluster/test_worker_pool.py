@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster import session, worker_pool
-from pipelines.config.resources import Share
+from pipelines.config.resources import Workers
 
 
 def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
             os._exit(1)
         return often
 
-    share = Share(workers=2, cpus=1, gpus=0)
+    share = Workers(workers=2, cpus=1, gpus=0)
     with session.hold(share):
         seen = {
             p for _ in "ab" for p in worker_pool.map_shards(which, [{}] * 6, share, silent, print)

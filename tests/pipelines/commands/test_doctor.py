@@ -12,9 +12,7 @@ from components.data.shards import sha256
 from pipelines.commands import doctor
 from pipelines.storage import locks
 
-HEALTHY = (
-    "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: python -m pipelines.stages.prepare_data\n"
-)
+HEALTHY = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: limpid prepare_data\n"
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ def test_it_says_what_runs_and_what_is_kept(
     (work / "state.pt").write_bytes(b"0" * 2_000_000)
     with locks.alone("evaluate"):
         done = subprocess.run(
-            [sys.executable, "-m", "pipelines.commands.doctor"],
+            [sys.executable, "-m", "pipelines", "doctor"],
             capture_output=True,
             text=True,
             check=True,

@@ -231,7 +231,7 @@ def test_an_image_too_large_for_the_memory_is_named(tmp_path: Path) -> None:
     Image.new("L", (4000, 4000), 90).save(tmp_path / "huge.png")
     draw(tmp_path / "small.png")
     command = [
-        sys.executable, "-m", "pipelines.commands.purify", "--model", str(wide),
+        sys.executable, "-m", "pipelines", "purify", "--model", str(wide),
         str(tmp_path / "huge.png"), str(tmp_path / "small.png"), "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     limited = 'ulimit -v 16000000 && exec "$0" "$@"'
@@ -248,7 +248,7 @@ def test_an_interruption_leaves_whole_files_only(
     for index in range(3000):
         draw(tmp_path / f"in/{index}.png", 32, 32)
     process = project.start(
-        project.ROOT, sys.executable, "-m", "pipelines.commands.purify", "--model", str(model),
+        project.ROOT, sys.executable, "-m", "pipelines", "purify", "--model", str(model),
         str(tmp_path / "in"), "--out", str(tmp_path / "out"),
     )  # fmt: skip
     deadline = time.monotonic() + 60

@@ -199,7 +199,7 @@ def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     before = (folder / "params.yaml").read_bytes()
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.commands.configure", "digits", "threat.eps_25=8"],
+        [sys.executable, "-m", "pipelines", "configure", "digits", "threat.eps_25=8"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -20,7 +20,7 @@ from components.attacks.sets import read_crafted, seal, write_crafted
 from components.config import Config
 from components.data import image_set
 from components.data.image_set import ImageSet
-from components.data.shards import part_name, write_json
+from components.data.shards import shard_name, write_json
 from components.evaluation.counting import Effort, Score
 from components.evaluation.detection import CURVE, Watched
 from components.models.checkpoints import ModelCard, build, fingerprint, save
@@ -65,7 +65,7 @@ RIGHT = {
 }
 # Four images fall after 1, 10, 10 and 100 passes, eight stand after 200.
 EFFORT = Effort(np.array([1, 10, 10, 100] + [200] * 8), np.arange(N) < 4)
-# Shares right at multiples of the radius, of the entries that were probed.
+# Accuracies right at multiples of the radius, of the entries that were probed.
 PROBES = {
     "none": {"0": 1.0, "0.25": 0.5, "1": 0.0, "4": 0.0},
     "noisy": {"0": 1.0, "0.25": 0.875, "1": 0.25, "4": 0.0},
@@ -198,7 +198,7 @@ class World:
         moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
         ones = torch.ones(N, dtype=torch.int64)
         crafted = Crafted(self.test.ids, self.test.labels, moved, ones.bool(), ones, ones, ones)
-        write_crafted(folder / part_name(0), crafted)
+        write_crafted(folder / shard_name(0), crafted)
         seal(folder, SHAPE, {})
 
     def _result(self, entry: Entry) -> Result:

@@ -16,8 +16,8 @@ import torch
 from faults.conftest import until
 
 from components.data.shards import sha256, write_bytes
-from pipelines.cluster import capacity, session, trainer, worker_pool
-from pipelines.config.resources import Share, TrainShare
+from pipelines.cluster import capacity, trainer, worker_pool
+from pipelines.config.resources import TrainingWorkers, Workers
 from pipelines.errors import ConfigError
 from pipelines.runner import job
 from pipelines.storage import job_files, jobs, locks
@@ -33,7 +33,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
     params = project.tiny()
     params["resources"]["train"] = {"workers": 1, "cpus": 1, "gpus": 1}
     project.write_params(folder, params)
-    command = [sys.executable, "-m", "pipelines.stages.train_classifier", *TRAIN]
+    command = [sys.executable, "-m", "pipelines", "train_classifier", *TRAIN]
     code, printed = project.run(folder, *command, CUDA_VISIBLE_DEVICES="")
     assert code == 2, printed
     assert "ask for 1 workers with 1 GPU each, and this machine has 0" in printed
@@ -44,9 +44,11 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes: list[dict[str, float]] = [{"CPU": 1.0}]
-    monkeypatch.setattr(session, "nodes", lambda: nodes)
+    monkeypatch.setattr(capacity, "nodes", lambda: nodes)
     said: list[str] = []
-    patience = capacity.Patience(TrainShare(workers=[2, 4], cpus=1, gpus=0), 2, said.append)
+    patience = capacity.CapacityWatch(
+        TrainingWorkers(workers=[2, 4], cpus=1, gpus=0), 2, said.append
+    )
     patience.look()
     assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
     nodes.append({"CPU": 1.0})
@@ -67,7 +69,7 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     assert len(said) == 3
     monkeypatch.setenv(capacity.WAIT, "5m")
     with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
-        capacity.Patience(patience.share, 1, said.append)
+        capacity.CapacityWatch(patience.share, 1, said.append)
 
 
 def test_who_was_given_up_removes_nothing_of_who_goes_on(
@@ -79,22 +81,22 @@ def test_who_was_given_up_removes_nothing_of_who_goes_on(
     monkeypatch.setattr(job_files, "_shared", {})
     states = jobs.home() / ".limpid/work/training/states"
     write_bytes(states / "30", b"mine")
-    job_files.share(states)
+    job_files.upload(states)
     there, name = jobs.store(), "kept/work/training/states"
     there.write(f"{name}/60", b"of another")
     (states / "30").unlink()
     write_bytes(states / "31", b"mine, and late")
-    job_files.share(states)
+    job_files.upload(states)
     assert sorted(there.names(name)) == [f"{name}/31", f"{name}/60"]
     # Who goes on from what is there has it for its own.
-    job_files.see_folder(states)
+    job_files.download_folder(states)
     (states / "31").unlink()
-    job_files.share(states)
+    job_files.upload(states)
     assert there.names(name) == [f"{name}/60"]
 
 
 def test_a_cluster_of_other_versions_is_refused() -> None:
-    ours = job.versions()
+    ours = submission.versions()
     job._compare(ours)
     with pytest.raises(ConfigError, match=r"ray 1\.0 there and \d"):
         job._compare({**ours, "ray": "1.0"})
@@ -116,10 +118,10 @@ def test_a_place_of_any_name_and_no_home(reproduced: Path, tmp_path: Path) -> No
     prepared = [f"--out-{split}=data/{split}" for split in ("train", "val", "test")]
     bare = {"HOME": "", "LC_ALL": "C", "TZ": "Pacific/Chatham"}
     for command in (
-        ["pipelines.prepare_data", *prepared],
-        ["pipelines.stages.train_classifier", *TRAIN],
+        ["prepare_data", *prepared],
+        ["train_classifier", *TRAIN],
     ):
-        code, printed = project.run(folder, sys.executable, "-m", *command, **bare)
+        code, printed = project.run(folder, sys.executable, "-m", "pipelines", *command, **bare)
         assert code == 0, printed
     for made, known in (("out", "models/standard"), ("data/train", "data/train")):
         for path in (folder / made).iterdir():
@@ -139,7 +141,7 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
     os.symlink(reproduced / "data", folder / "data")
     (folder / "sitecustomize.py").write_text(BACKWARDS)
     code, printed = project.run(
-        folder, sys.executable, "-m", "pipelines.stages.train_classifier", *TRAIN
+        folder, sys.executable, "-m", "pipelines", "train_classifier", *TRAIN
     )
     assert code == 0, printed
     weights = "weights.safetensors"
@@ -154,12 +156,12 @@ def test_a_clock_that_runs_backwards_changes_nothing(reproduced: Path, tmp_path:
 def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
     before = os.environ.get("RAY_AUTH_TOKEN")
 
-    def full(device: str) -> trainer.Job:
+    def full(device: str) -> trainer.TrainingTask:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
 
-    train = TrainShare(workers=0, cpus=1, gpus=0)
+    train = TrainingWorkers(workers=0, cpus=1, gpus=0)
     for workers in (0, 1):
-        share = Share(workers=workers, cpus=1, gpus=0)
+        share = Workers(workers=workers, cpus=1, gpus=0)
         with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
             worker_pool.map_shards(full, [{}], share, lambda *_: None, print)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
@@ -224,9 +226,9 @@ KILLED = """
 import os, signal
 import psutil
 from pipelines import session
-from pipelines.resources import Share
+from pipelines.resources import Workers
 
-with session.hold(Share(workers=1, cpus=1, gpus=0)):
+with session.hold(Workers(workers=1, cpus=1, gpus=0)):
     print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -1,5 +1,6 @@
 """dvc.yaml is held to the code: commands, deps, outs, params and code deps of every stage."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines import layout
 from pipelines.config.schema import Params
 from pipelines.config.search_space import get
 from pipelines.runner.provenance import code_digests, code_of, stage_key
@@ -30,12 +32,13 @@ def definition(name: str) -> dict:
 
 
 def options(name: str) -> dict[str, str]:
+    """Return where each option of a stage points: the table of paths, and what the command says."""
     words = definition(name)["cmd"].split()
-    assert words[:4] == ["exec", "python", "-m", f"pipelines.{name}"]
-    return {
-        k.removeprefix("--").replace("-", "_"): v
-        for k, v in zip(words[4::2], words[5::2], strict=True)
-    }
+    assert words[:3] == ["exec", "pipelines/limpid", name]
+    instance = "${item}" if "${item}" in words else "${key}"
+    table = {key: path.replace("{name}", instance) for key, path in layout.STAGES[name].items()}
+    said = zip(words[3::2], words[4::2], strict=True)
+    return table | {key.removeprefix("--").replace("-", "_"): value for key, value in said}
 
 
 def outs(name: str) -> set[str]:
@@ -96,31 +99,37 @@ def test_a_stage_tracks_the_params_it_sees(name: str) -> None:
     assert set(view.model_fields) == set(view.tracks)
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
-def test_a_stage_depends_on_exactly_the_code_its_result_does(name: str) -> None:
-    listed: set[str] = set()
-    for dep in filter(is_code, definition(name)["deps"]):
-        path = ROOT / dep
-        files = path.rglob("*.py") if path.is_dir() else [path]
-        listed |= {str(file.relative_to(ROOT)) for file in files}
-    module = importlib.import_module(f"pipelines.stages.{name}")
-    needed = {str(path) for path in code_of(module)}
-    assert needed - listed == set(), "not tracked"
-    assert {path for path in listed - needed if path.endswith(".py")} == set(), "not needed"
+def files_under(dep: str) -> set[str]:
+    path = ROOT / dep
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return {str(file.relative_to(ROOT)) for file in files}
 
 
 @pytest.mark.parametrize("name", RAY_STAGES)
-def test_a_stage_says_whether_it_maps(name: str) -> None:
-    """Else a job sends for no workers ahead, or for some that nobody needs."""
-    module = importlib.import_module(f"pipelines.stages.{name}")
-    crafts = Path("pipelines/crafting.py") in code_of(module)
-    # Those of a search are its trials.
-    assert getattr(module, "MAPS", False) == (crafts and name != "tune")
+def test_code_deps_cover_the_import_closure_and_hold_nothing_else(name: str) -> None:
+    listed = {dep: files_under(dep) for dep in filter(is_code, definition(name)["deps"])}
+    needed = {str(path) for path in code_of(importlib.import_module(f"pipelines.stages.{name}"))}
+    assert needed - set().union(*listed.values()) == set(), "not tracked"
+    assert [dep for dep, files in listed.items() if not files & needed] == [], "not needed"
 
 
-def test_a_job_sends_for_workers_before_it_imports_torch() -> None:
-    code = "import sys, pipelines.ahead; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+@pytest.mark.parametrize("name", TRAINING)
+def test_what_only_counts_or_prints_is_no_dep_of_a_training(name: str) -> None:
+    if name == "tune":  # It ranks what it trains.
+        return
+    deps = list(filter(is_code, definition(name)["deps"]))
+    counts = ("components/probes", "components/checks", "components/evaluation")
+    assert not [dep for dep in deps if dep.startswith((*counts, "pipelines/reporting"))]
+
+
+def test_packages_of_pipelines_hold_no_code_in_their_init() -> None:
+    """The import closure passes over them."""
+    for path in (ROOT / "pipelines").glob("*/__init__.py"):
+        assert len(ast.parse(path.read_text()).body) <= 1, path
+
+
+def test_the_table_of_paths_lists_the_stages_in_their_order() -> None:
+    assert list(layout.STAGES) == list(STAGES)
 
 
 def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +149,7 @@ def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     digests = code_digests(module)
     changed = {**digests, next(iter(digests)): "0"}
-    monkeypatch.setattr("pipelines.runner.stage.code_digests", lambda _: changed)
+    monkeypatch.setattr("pipelines.runner.provenance.code_digests", lambda _: changed)
     keys.add(key())
     assert len(keys) == 5
 
@@ -164,29 +173,61 @@ def test_data_travels_one_way() -> None:
             made[out.split("/${")[0]] = index
 
 
-@pytest.mark.parametrize(
-    ("file", "planted"),
-    [
-        ("components/data.py", "import mlflow"),
-        ("components/data.py", "from components import training"),
-        ("components/draws.py", "from components import defense"),
-        ("pipelines/params.py", "from pipelines import stage"),
-        ("pipelines/evaluate.py", "from pipelines import train_purifier"),
-        ("pipelines/report.py", "import ray"),
-        ("pipelines/trial.py", "import ray"),
-        ("pipelines/candidates.py", "import mlflow"),
-    ],
-)
-def test_a_planted_import_turns_the_contracts_red(tmp_path: Path, file: str, planted: str) -> None:
+PLANTED = [
+    ("components/data/image_set.py", "import mlflow", "components knows no Ray"),
+    ("components/attacks/apgd.py", "import ray", "components knows no Ray"),
+    (
+        "components/data/image_set.py",
+        "from components.training import loop",
+        "floors of components",
+    ),
+    ("components/data/draws.py", "from components.models import defense", "floors of components"),
+    ("pipelines/config/schema.py", "from pipelines.runner import stage", "floors of pipelines"),
+    (
+        "pipelines/tasks/crafting.py",
+        "from pipelines.reporting import report",
+        "floors of pipelines",
+    ),
+    ("pipelines/stages/evaluate.py", "from pipelines.stages import tune", "stages never import"),
+    ("pipelines/reporting/report.py", "import ray", "Ray is known"),
+    ("pipelines/tasks/trial.py", "import ray", "Ray is known"),
+    ("pipelines/runner/context.py", "import ray", "Ray is known"),
+    ("pipelines/stages/evaluate.py", "import ray", "Ray is known"),
+    ("pipelines/reporting/registration.py", "import mlflow", "MLflow is known"),
+    ("pipelines/commands/promote.py", "import mlflow", "MLflow is known"),
+]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("house")
     for name in ("components", "pipelines"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    return folder
+
+
+def lint(folder: Path) -> tuple[int, str]:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
-    if file == "components/data.py" and planted == "import mlflow":
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
-    path = tmp_path / file
-    path.write_text(path.read_text() + f"\n\ndef planted():\n    {planted}\n")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stdout
-    assert "BROKEN" in done.stdout
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+def test_the_contracts_hold(house: Path) -> None:
+    code, printed = lint(house)
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(("file", "planted", "contract"), PLANTED)
+def test_a_planted_import_turns_its_contract_red(
+    house: Path, file: str, planted: str, contract: str
+) -> None:
+    path = house / file
+    before = path.read_text()
+    path.write_text(before + f"\n\ndef planted():\n    {planted}\n")
+    try:
+        code, printed = lint(house)
+    finally:
+        path.write_text(before)
+    assert code == 1, printed
+    assert any(contract in line and "BROKEN" in line for line in printed.splitlines())

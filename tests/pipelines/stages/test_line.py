@@ -178,7 +178,8 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "pipelines.stages.train_classifier",
+        "pipelines",
+        "train_classifier",
         "--name=standard",
         *arguments,
     ]
@@ -209,7 +210,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
 def test_an_interrupted_training_says_so_and_leaves_nothing_half_made(trained: Path) -> None:
     arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
     process = project.start(
-        trained, sys.executable, "-m", "pipelines.stages.train_classifier", "--name=standard",
+        trained, sys.executable, "-m", "pipelines", "train_classifier", "--name=standard",
         *arguments, "--out=out",
     )  # fmt: skip
     _wait_for(trained, "epoch-000003")
@@ -239,11 +240,11 @@ def test_an_interruption_in_the_middle_of_a_long_piece_is_heard(
     params["defenses"]["atop"]["ladder"] = {"full": ["pgd"]}
     project.write_params(folder, params)
     process = project.start(
-        folder, sys.executable, "-m", "pipelines.stages.generate_adversarial", "--name=atop",
+        folder, sys.executable, "-m", "pipelines", "generate_adversarial", "--name=atop",
         "--test=data/test", "--classifier=models/standard", "--purifier=models/atop", "--out=out",
     )  # fmt: skip
     deadline = time.monotonic() + 90
-    while not any("craft_part" in name for name in _below(process.pid)):
+    while not any("craft_shard" in name for name in _below(process.pid)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(1)
@@ -312,7 +313,7 @@ print(json.dumps([sorted(tags), tags["student_grey"].description,
 
 def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path: Path) -> None:
     code, printed = project.run(
-        reproduced, sys.executable, "-m", "pipelines.stages.train_classifier", "--name=standard",
+        reproduced, sys.executable, "-m", "pipelines", "train_classifier", "--name=standard",
         "--train=data/train", "--val=data/val", f"--out={tmp_path / 'out'}",
         MLFLOW_TRACKING_URI="http://127.0.0.1:9",
     )  # fmt: skip

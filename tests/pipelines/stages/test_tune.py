@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from pipelines.config.schema import Params, Study
-from pipelines.config.search_space import Dial, flatten, get, nest, put
+from pipelines.config.search_space import Domain, flatten, get, nest, put
 from pipelines.config.yaml_files import edit_yaml
 from pipelines.errors import ConfigError
 from pipelines.reporting import leaderboard
@@ -34,8 +34,10 @@ def task(name: str, **space: dict) -> Task:
     everything = params()
     study = everything.tuning.studies[name]
     if space:
-        dials = {place: TypeAdapter(Dial).validate_python(dial) for place, dial in space.items()}
-        study = study.model_copy(update={"space": dials})
+        domains = {
+            place: TypeAdapter(Domain).validate_python(domain) for place, domain in space.items()
+        }
+        study = study.model_copy(update={"space": domains})
     document = everything.model_dump(mode="json", by_alias=True)
     sections = {key: document[key] for key in ("purifiers", "students", "atop", "defenses")}
     here = Path("nowhere")
@@ -65,7 +67,7 @@ def test_a_place_that_is_not_there_is_refused(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dial", "inside", "outside"),
+    ("domain", "inside", "outside"),
     [
         ({"kind": "uniform", "low": 0, "high": 1}, [0, 0.5, 1], [-0.1, 1.1, "0.5", True]),
         ({"kind": "log_uniform", "low": 0.1, "high": 10}, [0.1, 10], [0.01]),
@@ -73,11 +75,11 @@ def test_a_place_that_is_not_there_is_refused(place: str) -> None:
         ({"kind": "choice", "values": ["a", "b"]}, ["a"], ["c", 1]),
     ],
 )
-def test_a_dial_knows_its_range(dial: dict, inside: list, outside: list) -> None:
-    built = TypeAdapter(Dial).validate_python(dial)
-    assert all(built.holds(value) for value in inside)
-    assert not any(built.holds(value) for value in outside)
-    assert all(built.holds(end) for end in built.ends())
+def test_a_dial_knows_its_range(domain: dict, inside: list, outside: list) -> None:
+    built = TypeAdapter(Domain).validate_python(domain)
+    assert all(built.contains(value) for value in inside)
+    assert not any(built.contains(value) for value in outside)
+    assert all(built.contains(end) for end in built.ends())
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,9 @@ def test_a_dial_knows_its_range(dial: dict, inside: list, outside: list) -> None
     ],
 )
 def test_a_study_that_makes_no_sense_is_one_sentence(change: dict, says: str) -> None:
-    dial = {"kind": "uniform", "low": 0, "high": 1}
+    domain = {"kind": "uniform", "low": 0, "high": 1}
     value = {
-        place: {k: dial if v == "DIAL" else v for k, v in given.items()}
+        place: {k: domain if v == "DIAL" else v for k, v in given.items()}
         if isinstance(given, dict)
         else given
         for place, given in change.items()
@@ -240,7 +242,7 @@ def ended(folder: Path) -> set[str]:
 
 def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: Path) -> None:
     folder = project_without_test
-    command = [sys.executable, "-m", "pipelines.stages.tune", "student"]
+    command = [sys.executable, "-m", "pipelines", "tune", "student"]
     first = project.start(folder, *command)
     until = time.monotonic() + 300
     while not ended(folder):
@@ -276,7 +278,8 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
         folder,
         sys.executable,
         "-m",
-        "pipelines.commands.configure",
+        "pipelines",
+        "configure",
         "--from",
         str(out / "best.yaml"),
     )
@@ -289,7 +292,7 @@ def test_a_killed_search_goes_on_and_its_find_is_adopted(project_without_test: P
 def test_an_unknown_study_is_one_sentence(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "none")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.stages.tune", "nobody"],
+        [sys.executable, "-m", "pipelines", "tune", "nobody"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

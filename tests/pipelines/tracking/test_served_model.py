@@ -19,6 +19,7 @@ import pytest
 import torch
 from cluster.stand import free_port
 from mlflow.pyfunc.scoring_server import predictions_to_json
+from project import ROOT
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ from pipelines.tracking.registry import Registration
 from pipelines.tracking.served_model import BATCH, MOST, ServedDefense, ServingError, read_request
 from pipelines.tracking.tracker import Tracker
 
-from project import ROOT
 SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]
 NAME, SEED = "limpid-tiny", 7
 AUTOENCODER = {
@@ -145,7 +145,7 @@ def test_the_served_defense_is_the_one_that_is_scored(
     scored, draws = subject(folder, name).defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
         purified, logits = scored.purify(x, draws), scored(x, draws)
-        odd = scored.purifier.suspicion(x, draws)
+        odd = scored.purifier.detector_score(x, draws)
     assert not torch.equal(purified, x)
     assert found["purified"].tobytes() == purified.numpy().tobytes()
     assert found["logits"].tobytes() == logits.numpy().tobytes()
@@ -193,8 +193,8 @@ def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: 
     found = answer(defense, x, SEED, 5)
     assert purifier.purified == 3, "one purification for each batch of at most five"
     draws = Draws(SEED, "score", torch.arange(len(x)))
-    assert torch.equal(found.suspicion, purifier.suspicion(x, draws))
-    assert found.suspicion.unique().numel() > 1
+    assert torch.equal(found.detector_score, purifier.detector_score(x, draws))
+    assert found.detector_score.unique().numel() > 1
 
 
 class Failing(Purifier):

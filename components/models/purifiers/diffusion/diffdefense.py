@@ -127,7 +127,7 @@ class _DiffDefense(Purifier):
         # At the same rates, and from the best start: another's derivative says nothing of it.
         return self._best(x, draws, self.judged, self.short)
 
-    def oddity(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the mean squared error of what is made, averaged over the starts (N,)."""
         assert draws is not None
         errors = []

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from components.data.draws import Draws
-from components.models.defense import Defense, aim, margin
+from components.models.defense import Defense, bind, margin
 from components.models.purifiers.apudae import Apudae, Turn
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.contract import Purifier
@@ -86,7 +86,7 @@ def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
         network.calibrate(x, batch)
         assert torch.allclose(network.clean_mean, errors.mean())
         assert torch.allclose(network.clean_std, errors.std())
-    assert torch.allclose(network.suspicion(x), (errors - errors.mean()) / errors.std())
+    assert torch.allclose(network.detector_score(x), (errors - errors.mean()) / errors.std())
 
 
 def test_descending_on_a_known_error() -> None:
@@ -218,16 +218,16 @@ def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() 
     purifier = apudae(denoiser())
     defense = Defense(classifier, purifier).freeze()
     x, labels, draws = pixels(5), torch.zeros(5, dtype=torch.int64), keyed(5)
-    exact = aim(defense, "full", draws, 1).evaluate(x, labels, margin, 0)
+    exact = bind(defense, "full", draws, 1).evaluate(x, labels, margin, 0)
     seen = [exact.gradient]
     for kind in purifier.stand_ins:
-        found = aim(defense, kind, draws, 1).evaluate(x, labels, margin, 0)
+        found = bind(defense, kind, draws, 1).evaluate(x, labels, margin, 0)
         assert torch.allclose(found.margin, exact.margin, atol=1e-6)
         assert found.gradient.flatten(1).ne(0).any(1).all()
         assert all(not torch.allclose(found.gradient, other) for other in seen)
         seen.append(found.gradient)
     with pytest.raises(ValueError, match="no stand-in short here; this purifier has direct, plain"):
-        aim(defense, "short", draws, 1).evaluate(x, labels, margin, 0)
+        bind(defense, "short", draws, 1).evaluate(x, labels, margin, 0)
 
 
 def test_the_stand_in_direct_is_one_pass_of_the_network() -> None:

@@ -286,7 +286,7 @@ def test_the_released_mode_is_the_released_descent(
     best = made[errors.argmin(0), torch.arange(5)]
     purifier = defense(network, **changes)
     assert torch.allclose(purifier(x, draws), best, atol=1e-7)
-    assert torch.allclose(purifier.suspicion(x, draws), errors.mean(0), atol=1e-7)
+    assert torch.allclose(purifier.detector_score(x, draws), errors.mean(0), atol=1e-7)
 
 
 def test_the_released_mode_needs_no_network_to_come_near_the_image() -> None:
@@ -371,7 +371,7 @@ def test_gradients_are_what_differences_measure(kind: str) -> None:
 def test_so_are_those_of_stand_ins_and_of_the_suspicion(kind: str) -> None:
     purifier = SMOOTH[kind]()
     assert disagreement(purifier, lambda x, draws: purifier.stand_in("short", x, draws)) < 1e-4
-    assert disagreement(purifier, purifier.suspicion) < 1e-4
+    assert disagreement(purifier, purifier.detector_score) < 1e-4
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -424,8 +424,10 @@ def test_each_image_goes_its_own_way_with_and_without_a_graph(kind: str) -> None
     traced = purifier(x.clone().requires_grad_(), draws)
     assert traced.requires_grad and torch.allclose(traced, whole, rtol=0, atol=1e-9)
     assert not torch.allclose(purifier(x, draws.redraw(1)), whole, atol=1e-3)
-    odd = purifier.suspicion(x, draws)
-    assert odd.shape == (7,) and torch.allclose(purifier.suspicion(x[2:4], draws[2:4]), odd[2:4])
+    odd = purifier.detector_score(x, draws)
+    assert odd.shape == (7,) and torch.allclose(
+        purifier.detector_score(x[2:4], draws[2:4]), odd[2:4]
+    )
 
 
 @pytest.mark.parametrize("kind", ["released", "faithful", "ddpm"])

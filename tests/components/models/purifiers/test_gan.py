@@ -297,13 +297,13 @@ def test_the_best_start_of_each_image_is_returned(iterations: int) -> None:
     expected = torch.stack([each[r][i] for i, r in enumerate(best.tolist())]).detach()
     purifier = wrapped(made, iterations=iterations, restarts=4)
     assert torch.allclose(purifier(x, keyed()), expected, atol=1e-12)
-    assert torch.allclose(purifier.suspicion(x, keyed()), errors.amin(0).detach(), atol=1e-12)
+    assert torch.allclose(purifier.detector_score(x, keyed()), errors.amin(0).detach(), atol=1e-12)
 
 
 def test_more_iterations_come_nearer_to_an_image_the_generator_can_make() -> None:
     made = exact()
     x = made.generator(keyed().normal((8,), "image").double() / 8**0.5)
-    errors = [wrapped(made, iterations=i).suspicion(x, keyed()).mean() for i in (2, 10, 100)]
+    errors = [wrapped(made, iterations=i).detector_score(x, keyed()).mean() for i in (2, 10, 100)]
     assert errors[0] > 1.5 * errors[1] > 3 * errors[2]
 
 
@@ -382,7 +382,7 @@ def test_images_in_are_images_out(shape: tuple[int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("score", [False, True])
 def test_an_image_is_purified_on_its_own(score: bool) -> None:
     purifier, x, draws = wrapped(pair().requires_grad_(False)), pixels(), keyed()
-    call = purifier.suspicion if score else purifier
+    call = purifier.detector_score if score else purifier
     whole = call(x, draws)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
     assert torch.equal(call(x[order], draws[order]), whole[order])

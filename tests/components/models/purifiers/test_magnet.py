@@ -108,20 +108,20 @@ def test_the_score_is_the_larger_error_in_deviations() -> None:
     made = grey()
     made.error_mean.copy_(torch.tensor([0.1, 0.2]))
     made.error_std.copy_(torch.tensor([0.5, 0.1]))
-    found = made.suspicion(flat(0.0, 0.3, 1.0))
+    found = made.detector_score(flat(0.0, 0.3, 1.0))
     # AE-I: -0.2, -0.02, 1.8; AE-II: 3, 0, 3.
     assert torch.allclose(found, torch.tensor([3.0, 0.0, 3.0]), atol=1e-6)
     made.error_std.copy_(torch.tensor([0.1, 0.5]))
-    assert torch.allclose(made.suspicion(flat(1.0)), torch.tensor([9.0]), atol=1e-5)
+    assert torch.allclose(made.detector_score(flat(1.0)), torch.tensor([9.0]), atol=1e-5)
 
 
 def test_equal_clean_images_do_not_divide_by_zero() -> None:
     made = make()
     made.calibrate(flat(0.5, 0.5, 0.5), 2)
     assert (made.error_std >= 1e-6).all()
-    assert made.suspicion(pixels()).isfinite().all()
+    assert made.detector_score(pixels()).isfinite().all()
     made.calibrate(flat(0.5), 2)
-    assert made.suspicion(pixels()).isfinite().all()
+    assert made.detector_score(pixels()).isfinite().all()
 
 
 def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
@@ -132,7 +132,7 @@ def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
     assert all(torch.equal(one, two) for one, two in zip(before, made.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("call", ["forward", "suspicion"])
+@pytest.mark.parametrize("call", ["forward", "detector_score"])
 def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
     made, x = make(), pixels()
     made.calibrate(x, 4)
@@ -144,7 +144,7 @@ def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
     assert torch.allclose(answer(x[:1]), whole[:1], atol=1e-4)
 
 
-@pytest.mark.parametrize("call", ["forward", "suspicion"])
+@pytest.mark.parametrize("call", ["forward", "detector_score"])
 def test_the_gradient_is_that_of_differences(call: str) -> None:
     made, x = make().double(), pixels()[:2].double().requires_grad_()
     made.error_mean.copy_(torch.tensor([0.05, 0.2]))

@@ -171,12 +171,12 @@ def test_stand_ins_are_purifiers_with_a_gradient_and_the_same_noise(name: str) -
 @EVERY
 def test_suspicion_is_one_number_an_image_whatever_the_company(name: str) -> None:
     purifier, x, draws = make(name), pixels(SHAPES[0]), keyed()
-    seen = purifier.suspicion(x, draws)
+    seen = purifier.detector_score(x, draws)
     assert seen.shape == (IMAGES,) and seen.isfinite().all()
     rows = torch.tensor([3, 17, 5])
-    alone = purifier.suspicion(x[rows], draws[rows])
+    alone = purifier.detector_score(x[rows], draws[rows])
     assert torch.allclose(alone, seen[rows], rtol=1e-3, atol=1e-5)
-    assert purifier.suspicion(x).shape == (IMAGES,), "served, it needs no draws"
+    assert purifier.detector_score(x).shape == (IMAGES,), "served, it needs no draws"
 
 
 @EVERY
