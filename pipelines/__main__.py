@@ -23,16 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"limpid {_version()}")
         return 0
-    try:
-        return _run(name, rest)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("components", "pipelines"):
-            raise
-        return _refuse(
-            f"{sys.executable} lacks the package {package}; activate the environment Limpid is "
-            "installed in, for example by `. .venv/bin/activate`"
-        )
+    return _run(name, rest)
 
 
 def names(package: str) -> list[str]:
@@ -53,12 +44,28 @@ def _run(name: str, rest: list[str]) -> int:
         return _refuse(f"there is no stage or command {name}{hint}", 2)
     # What argparse shows as the program.
     sys.argv = [f"limpid {name}", *rest]
-    module = importlib.import_module(f"pipelines.{found[name]}.{name}")
+    try:
+        module = importlib.import_module(f"pipelines.{found[name]}.{name}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("components", "pipelines"):
+            raise
+        return _refuse(
+            f"{sys.executable} lacks the package {package}; activate the environment Limpid is "
+            "installed in, for example by `. .venv/bin/activate`"
+        )
     if hasattr(module, "run"):
         from pipelines.runner import stage
 
         stage.main(module.__name__, rest)
-    return int(module.main(rest))
+    try:
+        return int(module.main(rest))
+    except (Exception, KeyboardInterrupt) as error:
+        # Not above: it brings torch, and most commands end well.
+        from pipelines.runner.exit_codes import outcome
+
+        code, sentence = outcome(error)
+        return _refuse(sentence, code)
 
 
 def _overview() -> str:

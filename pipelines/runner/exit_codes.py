@@ -29,7 +29,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
     # Ray's compiled code turns our interruption into an exception of its own, and while Ray starts
     # it has a handler of its own on SIGTERM.
     by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
-    if isinstance(error, Interrupted) or by_ray or STOPPED.is_set():
+    if isinstance(error, Interrupted | KeyboardInterrupt) or by_ray or STOPPED.is_set():
         return 130, INTERRUPTED
     text = without_keys(str(error))
     kinds: tuple[tuple[type[BaseException], int], ...] = (
