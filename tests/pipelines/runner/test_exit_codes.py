@@ -16,7 +16,7 @@ import torch
 from faults.conftest import until
 
 from components.data.shards import sha256, write_bytes
-from pipelines.cluster import capacity, trainer, worker_pool
+from pipelines.cluster import capacity, submission, trainer, worker_pool
 from pipelines.config.resources import TrainingWorkers, Workers
 from pipelines.errors import ConfigError
 from pipelines.runner import job
