@@ -1,4 +1,4 @@
-"""What a stage may use beside its parameters and folders."""
+"""What a stage may use besides its parameters and folders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,31 +13,33 @@ from pipelines.config.resources import Resources
 
 @dataclass
 class Context:
-    """Who listens, what may be used, and where work in progress lies."""
+    """Where a stage reports its progress and metrics, what it may use, and its work folder."""
 
-    watch: Progress
-    tracker: MetricLogger
+    progress: Progress
+    metrics: MetricLogger
     resources: Resources
     work: Path
-    took: Callable[[str, float], None]
+    record_time: Callable[[str, float], None]
 
     def epoch(self, total: int) -> Callable[[int, Mapping[str, float]], None]:
-        """Return what to call at the end of every epoch of `total`: shows and logs it."""
+        """Return a callback for the end of each of `total` epochs: it shows and logs the epoch."""
 
         def seen(index: int, metrics: Mapping[str, float]) -> None:
-            self.watch.advance(index + 1, total, "epochs", metrics)
-            self.tracker.log(metrics, index)
+            self.progress.advance(index + 1, total, "epochs", metrics)
+            self.metrics.log(metrics, index)
 
         return seen
 
     def session(self) -> AbstractContextManager[None]:
-        """Hold a Ray over several maps."""
+        """Hold one Ray session over several calls of `map`, so that its workers stay alive."""
         return session.hold(self.resources.shards)
 
     def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Call a function that has a name on Ray, for every task; return the results in order."""
+        """Call an importable function for every task on Ray; return the results in order."""
 
         def shown(done: int, total: int) -> None:
-            self.watch.advance(done, total, "pieces")
+            self.progress.advance(done, total, "tasks")
 
-        return worker_pool.map_shards(function, tasks, self.resources.shards, shown, self.watch.say)
+        return worker_pool.map_shards(
+            function, tasks, self.resources.shards, shown, self.progress.say
+        )

@@ -126,7 +126,7 @@ def run(
     write_plots(out_plots, metrics, efforts, behind, panels)
     write_report(out_report, metrics, entries, results, plan, behind)
     for name, per_image in seconds.items():
-        context.took(image_of(name), per_image)
+        context.record_time(image_of(name), per_image)
     return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
 
 

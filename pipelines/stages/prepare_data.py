@@ -32,10 +32,10 @@ def run(
         params.data,
         params.seed,
         ROOT / "downloads",
-        lambda name, done, total: context.watch.advance(done, total, f"bytes of {name}"),
+        lambda name, done, total: context.progress.advance(done, total, f"bytes of {name}"),
     )
     for warning in prepared.warnings:
-        context.watch.say(f"warning: {warning}")
+        context.progress.say(f"warning: {warning}")
     splits = {out_train: prepared.train, out_val: prepared.val, out_test: prepared.test}
     for out, split in splits.items():
         image_set.write(out, split, params.rows_per_part)

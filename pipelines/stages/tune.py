@@ -122,7 +122,7 @@ def _search(task: Task, context: Context) -> list[Trial]:
         raise ValueError(f"no trial came to an end: {(reasons or ['none was run'])[0]}")
     if reasons:
         failed = f"{len(reasons)} of {len(results)} trials failed"
-        context.watch.say(f"{failed}, the first by {reasons[0]}")
+        context.progress.say(f"{failed}, the first by {reasons[0]}")
     return trials
 
 
@@ -232,9 +232,9 @@ class _Board:
             for report in reports[self.seen.get(trial.name, 0) :]:
                 news = True
                 figures, epoch = _numbers(report)
-                self.context.tracker.nested(trial.name, trial.values, figures, epoch)
+                self.context.metrics.nested(trial.name, trial.values, figures, epoch)
                 if self.live is None:
-                    self.context.watch.say(leaderboard.line(trial, self.study))
+                    self.context.progress.say(leaderboard.line(trial, self.study))
             self.seen[trial.name] = len(reports)
         if self.live and news:
             ranked = leaderboard.rank(self.trials(), self.study)

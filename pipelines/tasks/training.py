@@ -73,7 +73,7 @@ def train(
     recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
     return trainer.train(
         build_task, {"recipe": recipe}, out, context.work, context.resources.train,
-        context.epoch(section.training.epochs), context.watch.say,
+        context.epoch(section.training.epochs), context.progress.say,
     )  # fmt: skip
 
 
