@@ -13,14 +13,16 @@ from rich.text import Text
 from components import selftest
 from components.data.shards import write_json
 from components.selftest import HONEST, LIES, Result
+from pipelines import layout
 from pipelines.runner.console import Watch, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 5 if a lie was not caught or an honest defense was flagged."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to keep the results as JSON")
-    out: Path | None = parser.parse_args(argv).out
+    usual = Path(layout.STAGES["selftest"]["out"])
+    parser.add_argument("--out", type=Path, default=usual, help=f"by default {usual}")
+    out: Path = parser.parse_args(argv).out
     torch.set_num_threads(1)
     watch = Watch("selftest")
     results: list[Result] = []
@@ -28,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(result)
         watch.advance(len(results), len(LIES) + len(HONEST), "cases")
     watch.close()
-    if out is not None:
-        write_json(out, [result.model_dump() for result in results])
+    write_json(out, [result.model_dump() for result in results])
     Console(highlight=False).print(_table(results))
     wrong = [result.case for result in results if not result.caught]
     if wrong:

@@ -9,13 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipelines import layout
 from pipelines.runner.console import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--metrics", type=Path, required=True)
+    parser.add_argument(
+        "--metrics", type=Path, default=layout.METRICS, help=f"by default {layout.METRICS}"
+    )
     path: Path = parser.parse_args(argv).metrics
     try:
         judged, failed = judge(path)
