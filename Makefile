@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# DVC runs `python` of the environment; idle threads wait passively (benchmarks/threads.py).
+# DVC runs the `python` of the environment; idle threads wait passively (benchmarks/threads.py).
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
 
@@ -11,11 +11,11 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.installed
 	@dvc repro; status=$$?; limpid scores && exit $$status
 
-# A file's tests stay together, and in order: those that wait for the line come last.
+# The tests of a file run in one process, in order; those that wait for the line run last.
 test: lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every fault for real, and the whole line on two nodes: about an hour at most.
+# Provokes every fault for real, and runs the whole line on two nodes; at most an hour.
 faults: $(VENV)/.installed
 	pytest -m faults
 
@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	mypy
 	lint-imports --no-cache
 
-# MLflow's pages, for this machine alone: nobody else may send it jobs, nor have a browser do so.
+# MLflow's UI for this machine alone: it takes no jobs, and no request of another host or origin.
 PORT ?= 5000
 ui:
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
@@ -36,8 +36,8 @@ ui:
 audit:
 	.ci/audit
 
-# All but torch comes with the hashes it was run with; torch's build differs by machine. What is
-# there already is not looked at again, so torch comes last and finds all it shares with others.
+# Everything but torch is installed with hashes; the build of torch differs by machine. Torch is last,
+# so that its dependencies are there already.
 $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock

@@ -159,16 +159,16 @@ def test_nothing_in_our_code_believes_what_it_reads() -> None:
 # What is installed
 
 
-def versions(text: str) -> dict[str, str]:
+def pinned_versions(text: str) -> dict[str, str]:
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", text, re.M)
     return {re.sub("[-_.]+", "-", name).lower(): version for name, version in pins}
 
 
 def test_the_lock_holds_hashes_for_all_that_was_run_together_but_torch() -> None:
     lock = (ROOT / "requirements.lock").read_text()
-    pinned = versions((ROOT / "constraints.txt").read_text())
+    pinned = pinned_versions((ROOT / "constraints.txt").read_text())
     assert pinned.pop("torch")
-    assert versions(lock) == pinned
+    assert pinned_versions(lock) == pinned
     entries = lock.replace("\\\n", " ").splitlines()
     assert len(entries) == len(pinned)
     one = r"[A-Za-z0-9_.\[\]-]+==[^\s;]+( ; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+"
@@ -178,7 +178,7 @@ def test_the_lock_holds_hashes_for_all_that_was_run_together_but_torch() -> None
 def test_an_audit_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     audit, nowhere = str(ROOT / ".ci/audit"), {"https_proxy": "http://127.0.0.1:9"}
     code, printed = project.run(tmp_path, audit, **nowhere)
-    assert code == 0 and "SKIPPED, nothing was looked at: https://api.osv.dev does not" in printed
+    assert code == 0 and "SKIPPED, nothing was checked: https://api.osv.dev does not" in printed
     (tmp_path / "ignored.txt").write_text("# a comment\n\nPYSEC-2026-1\n")
     code, printed = project.run(tmp_path, audit, str(tmp_path / "ignored.txt"), **nowhere)
     assert code == 2 and "gives no reason for PYSEC-2026-1" in printed
