@@ -23,7 +23,7 @@ from typing import Any
 from components.data.shards import DataError
 from pipelines.cluster import capacity, session
 from pipelines.cluster.job_events import Listener
-from pipelines.config.resources import Resources, Workers
+from pipelines.config.resources import Resources
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.storage import jobs
 from pipelines.storage.jobs import Failure, Result, Spec, result_of
@@ -75,14 +75,13 @@ def run(
     resources: Resources,
     sent: Callable[[], Spec],
     listener: Listener,
-    ahead: Workers | None = None,
 ) -> Result:
     """Have a cluster do a stage, under the name of its key, unless it has been done.
 
     `sent` sends what the stage reads and describes it, and is called only where the cluster can
-    hold the stage and does not do it yet. Workers of the share `ahead` are sent for before all
-    else. Raises Failed with the exit code and sentence of the stage, ConnectionError when the
-    cluster is lost, ConfigError where it cannot do it.
+    hold the stage and does not do it yet.
+    Raises Failed with the exit code and sentence of the stage, ConnectionError when the cluster is
+    lost, ConfigError where it cannot run the stage.
     """
     store = jobs.store()
     result = result_of(store, name)
@@ -94,7 +93,7 @@ def run(
         if not known:
             _require_room(address, resources)
             store.write(f"jobs/{name}/spec.json", sent().model_dump_json().encode())
-            _submit(client, name, attempt, ahead)
+            _submit(client, name, attempt)
         status, last = _follow(client, f"{name}-{attempt}", listener)
         result = result_of(store, name)
         if result is None:
@@ -177,10 +176,8 @@ def _newest(client: Any, name: str) -> tuple[int, bool]:
         attempt += 1
 
 
-def _submit(client: Any, name: str, attempt: int, ahead: Workers | None) -> None:
+def _submit(client: Any, name: str, attempt: int) -> None:
     words = ["python", "-m", "pipelines.runner.job", str(attempt)]
-    if ahead is not None and ahead.workers:
-        words[2:3] = ["pipelines.runner.job_entrypoint", ahead.model_dump_json()]
     variables = {n: os.environ[n] for n in session.CARRIED if n in os.environ}
     variables |= {jobs.JOB: name, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()

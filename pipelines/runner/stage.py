@@ -2,8 +2,8 @@
 
 A stage file has a function `run(params, context, *, <dep>: Path, ..., out: Path) -> metrics` and
 its paths in `pipelines/layout.py`. Its signature is its command line: every keyword-only parameter is an
-option (`out_train` is `--out-train`), and `name: str` is the foreach instance. A name `MAPS` in the
-file says that it maps pieces, for whose workers a job sends early, a name `LOCAL` that it is about
+option (`out_train` is `--out-train`), and `name: str` is the foreach instance.
+A name `LOCAL` in the file says that it is about
 this machine and runs here whatever cluster is named. `main` reads the parameters,
 names the run by a key, tracks it, and moves outputs into place only when they are whole. Where a
 cluster is named, the stage runs there as a job, and all but that stays as it is (`remote`).
@@ -185,8 +185,7 @@ def _away(
         listings = {option: there.push(path) for option, path in call.deps.items()}
         return call.spec(name, listings, parts)
 
-    ahead = call.resources.shards if getattr(call.module, "MAPS", False) else None
-    result = submission.run(name, call.resources, sent, listener, ahead)
+    result = submission.run(name, call.resources, sent, listener)
     submission.bring(name, result, parts)
     return result.metrics
 

@@ -8,8 +8,6 @@ from pipelines.runner.context import Context
 from pipelines.tasks.crafting import Order, craft_all
 from pipelines.tasks.subject import Subject
 
-MAPS = True
-
 
 class PoolParams(ThreatView):
     """The attack of the pool, and the threat it stays in."""

@@ -33,8 +33,6 @@ from pipelines.tasks.scoring import Entry, Plan, Result, headline, merge, score_
 from pipelines.tasks.subject import Subject
 from pipelines.tracking.registry import Registration
 
-MAPS = True
-
 # How many images are cleaned to see how long it takes.
 TIMED = 16
 

@@ -13,8 +13,6 @@ from pipelines.runner.context import Context
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
-MAPS = True
-
 
 class GenerateParams(CraftingView):
     """One defense with its ladder, and all attacks this may name."""

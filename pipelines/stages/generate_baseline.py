@@ -8,8 +8,6 @@ from pipelines.runner.context import Context
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
-MAPS = True
-
 
 class BaselineParams(CraftingView):
     """The ladder of one bare classifier, and all attacks it may name."""

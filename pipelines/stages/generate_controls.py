@@ -8,8 +8,6 @@ from pipelines.runner.context import Context
 from pipelines.tasks.ladders import generate
 from pipelines.tasks.subject import Subject
 
-MAPS = True
-
 
 class ControlsParams(CraftingView):
     """All controls with their ladders, and all attacks these may name."""
