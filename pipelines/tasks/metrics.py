@@ -1,0 +1,258 @@
+"""The form of reports/metrics.json: `evaluate` writes it, everything else reads it by `read`.
+
+Some values are sentences for people. The facts of each sentence stand beside it as numbers and
+names, and programs read only those. Names of sets are rung/attack (`full/pgd`); `rung_of` splits.
+
+Every change of the form raises `SCHEMA_VERSION`.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+
+from components.config import Config
+from components.data.shards import DataError, write_json
+
+SCHEMA_VERSION: Final = 1
+
+
+class Estimate(Config):
+    """An accuracy in [0,1] with its Wilson 95 % interval; `n` counts images, never draws."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+class Headline(Estimate):
+    """The accuracy under the worst of all attacks; an upper bound where a blocking check failed."""
+
+    upper_bound: bool
+
+
+class AttackScore(Estimate):
+    """The accuracy on one stored set.
+
+    `bounded`: the attack stays in the ball by itself; `inside`: the fraction of its images there;
+    `median_l2`: the median L2 distance to the clean images, in pixels of [0,1].
+    """
+
+    bounded: bool
+    inside: float
+    median_l2: float
+
+
+class RadiusPoint(Estimate):
+    """The accuracy of the probe at `radius` times the radius of the threat."""
+
+    radius: float
+
+
+class IllusoryRung(Config):
+    """A rung that shows the accuracy `seen`, where white-box attacks leave only `left`."""
+
+    rung: str
+    seen: float
+    left: float
+
+
+class Rival(Config):
+    """A control or bare classifier that a defense does not beat: accuracy difference, p-value."""
+
+    difference: float
+    p: float
+
+
+class Retries(Config):
+    """Accuracies under the rules of ten tries, on the worst and on the clean images."""
+
+    worst_of_10: Estimate
+    majority_of_10: Estimate
+    clean_worst_of_10: Estimate
+    clean_majority_of_10: Estimate
+
+
+class UnseenClassifier(Config):
+    """Accuracies of a classifier that played no part in training, behind the same purifier."""
+
+    clean: Estimate
+    worst_examples: Estimate
+
+
+class SetDetection(Config):
+    """How well the detector score separates one stored set from the clean images.
+
+    `tpr_1` and `tpr_5` are the fractions rejected at the thresholds of 1 % and 5 %, `roc` holds
+    (clean, attacked) fractions rejected, `control_auc` is that of the control.
+    """
+
+    auc: float
+    control_auc: float
+    tpr_1: float
+    tpr_5: float
+    roc: list[tuple[float, float]]
+
+
+class Detection(Config):
+    """A purifier as a detector; the keys "1" and "5" name the thresholds in per cent.
+
+    `validation` counts the images that fix the thresholds; `curve` holds (clean images rejected,
+    wrong answers let through).
+    """
+
+    validation: int
+    clean_rejected: dict[str, Estimate]
+    attacks: dict[str, SetDetection]
+    detect_or_correct: dict[str, Estimate]
+    curve: list[tuple[float, float]]
+
+
+class RecordedFinding(Config):
+    """The outcome of one check, named `check` or `check/about`; `about` is a rung or a set."""
+
+    name: str
+    check: str
+    about: str
+    level: Literal["block", "warn"]
+    passed: bool
+    detail: str
+    figures: dict[str, float]
+
+
+class Checks(Config):
+    """All findings on one entry, and the names of those that failed, by level."""
+
+    blocking_failed: list[str]
+    warnings: list[str]
+    findings: list[RecordedFinding]
+
+    def failed(self) -> list[RecordedFinding]:
+        """Return the findings that failed, blocking ones first."""
+        return sorted((f for f in self.findings if not f.passed), key=lambda f: f.level)
+
+
+class Scored(Config):
+    """The scores of one baseline, defense or control.
+
+    Dictionaries are keyed by rung (`rungs`), by set (`attacks`, `carried_by`, where "clean" counts
+    too) or by class. `void_rungs` had no usable gradient. `radius_curve` is empty without a probe.
+    Only defenses have `not_better_than`; no other entry has the key.
+    """
+
+    role: Literal["baseline", "defense", "control"]
+    stochastic: bool
+    clean: Estimate
+    headline: Headline
+    per_class: dict[str, Estimate]
+    carried_by: dict[str, int]
+    rungs: dict[str, Estimate]
+    void_rungs: list[str]
+    white_box: Estimate | None
+    attacks: dict[str, AttackScore]
+    detection: Detection | None
+    retries: Retries
+    unseen_classifier: UnseenClassifier
+    illusions: list[str]
+    illusory_rungs: list[IllusoryRung]
+    radius_curve: list[RadiusPoint]
+    checks: Checks
+    certificate: dict[str, dict[str, float]]
+    not_better_than: dict[str, Rival] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.not_better_than is None:
+            del values["not_better_than"]
+        return values
+
+
+class Selftest(Config):
+    """How many planted faults and known cases the selftest tried, and how many came out right."""
+
+    cases: int
+    caught: int
+
+
+class _ThreatModel(Config):
+    n: int
+    select_draws: int
+    score_draws: int
+
+
+class LinfThreat(_ThreatModel):
+    """The ball of the maximum norm that all scores are about, the images and draws behind them."""
+
+    norm: Literal["linf"]
+    eps_255: float
+
+
+class L2Threat(_ThreatModel):
+    """The ball of the Euclidean norm that all scores are about, the images and draws."""
+
+    norm: Literal["l2"]
+    eps_l2: float
+
+
+ThreatModel = Annotated[LinfThreat | L2Threat, Field(discriminator="norm")]
+
+
+class PublishedFigures(Config):
+    """What a paper prints of a defense: accuracies of `clean` and of sets."""
+
+    source: str
+    accuracy: dict[str, float]
+
+
+class Metrics(Config):
+    """All that is in reports/metrics.json; `defenses` holds baselines and controls, too."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    seed: int
+    selftest: Selftest
+    threat_model: ThreatModel
+    published: dict[str, PublishedFigures]
+    defenses: dict[str, Scored]
+
+
+def read(path: Path) -> Metrics:
+    """Return the metrics in a file.
+
+    Raises FileNotFoundError where there is none, and DataError, in one sentence, for a file that
+    is damaged or of another schema version.
+    """
+    try:
+        content = path.read_bytes()
+        found = json.loads(content)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{path} cannot be read as metrics ({reason})") from None
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema version {version}, and this Limpid reads {SCHEMA_VERSION}; "
+            "`dvc repro` renews it"
+        )
+    try:
+        return Metrics.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path} is damaged ({where}: {first['msg']}); `dvc repro` renews it"
+        ) from None
+
+
+def write(path: Path, metrics: Metrics) -> None:
+    """Write the metrics as JSON with sorted keys: equal metrics give equal bytes."""
+    write_json(path, metrics.model_dump(mode="json"))
+
+
+def rung_of(name: str) -> str:
+    """Return the rung of a set that is named rung/attack; of the clean images, "clean"."""
+    return name.partition("/")[0]
