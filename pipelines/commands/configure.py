@@ -25,10 +25,11 @@ from ruamel.yaml.error import YAMLError
 
 from components.data.shards import write_bytes
 from components.sources import DATASETS
-from pipelines.config.schema import PARAMS, Params, explain
+from pipelines.config.schema import Params, explain
 from pipelines.config.search_space import flatten, put
 from pipelines.config.yaml_files import edit_yaml, read_yaml, write_yaml
 from pipelines.errors import ConfigError
+from pipelines.layout import PARAMS
 from pipelines.runner.console import refuse
 
 PROFILES = Path("profiles")

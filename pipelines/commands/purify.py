@@ -23,9 +23,9 @@ from components.models.purifiers.contract import changed
 from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode
 from pipelines.config import schema as parameters
-from pipelines.config.schema import PARAMS
 from pipelines.errors import ConfigError
-from pipelines.runner.console import Watch, refuse
+from pipelines.layout import PARAMS
+from pipelines.runner.console import ConsoleProgress, refuse
 
 MODELS = Path("models")
 SIDE_BY_SIDE = "side-by-side"
@@ -147,7 +147,7 @@ def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> int:
     """Clean every file; with `out`, pictures side by side go there."""
-    watch = Watch("purify")
+    watch = ConsoleProgress("purify")
     errors: list[float] = []
     failed: dict[Path, str] = {}
     try:

@@ -1,7 +1,7 @@
-"""What a search may turn: values to choose among, and how they get into parameters.
+"""The search space of a study: the domain of each parameter, and how values get into parameters.
 
-A domain is named by its place in params.yaml, as `section.key`: `students.mine.objective.beta`.
-Parameters are plain nested mappings here, as YAML gives them.
+A parameter is named by its key in params.yaml, from the section down:
+`students.mine.objective.beta`. Parameters are plain nested mappings here, as YAML gives them.
 """
 
 import copy
@@ -16,29 +16,29 @@ Value = bool | int | float | str
 
 
 class Range(Config):
-    """Base of the domains with two ends, both of them allowed."""
+    """Base of the domains with two bounds, both included."""
 
     low: float
     high: float
 
     @model_validator(mode="after")
-    def _rises(self) -> Self:
+    def _ordered(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
         return self
 
     def bounds(self) -> tuple[Value, ...]:
-        """Return the values to try before anything starts."""
+        """Return the values that are checked before a search starts."""
         return self.low, self.high
 
     def contains(self, value: Value) -> bool:
-        """Say whether `value` is one this domain may take."""
+        """Say whether `value` lies in this domain."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.low <= float(value) <= self.high
 
 
 class Uniform(Range):
-    """Any number between two ends."""
+    """Any number between two bounds."""
 
     kind: Literal["uniform"]
 
@@ -76,42 +76,42 @@ class Choice(Config):
 Domain = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="kind")]
 
 
-def get(document: Mapping[str, Any], place: str) -> Any:
-    """Return what stands at `section.key`; ValueError where there is no such place."""
+def get(document: Mapping[str, Any], key: str) -> Any:
+    """Return the value at `section.key`; ValueError where there is no such key."""
     value: Any = document
-    for part in place.split("."):
+    for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"there is no {place} in the parameters")
+            raise ValueError(f"there is no {key} in the parameters")
         value = value[part]
     return value
 
 
 def put(document: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Any]:
-    """Return a copy of `document` with `values` at their places; ValueError for unknown places."""
+    """Return a copy of `document` with `values` at their keys; ValueError for unknown keys."""
     changed = copy.deepcopy(dict(document))
-    for place, value in values.items():
-        get(document, place)
-        *folders, last = place.split(".")
-        get(changed, ".".join(folders))[last] = value
+    for key, value in values.items():
+        get(document, key)
+        *sections, last = key.split(".")
+        get(changed, ".".join(sections))[last] = value
     return changed
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Yield (place, value) of nested mappings."""
-    for key, value in nested.items():
+    """Yield (key, value) of nested mappings, the key from the outermost section down."""
+    for name, value in nested.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{name}", value
 
 
 def nest(values: Mapping[str, Value]) -> dict[str, Any]:
-    """Turn places and values into nested mappings, as they stand in params.yaml."""
+    """Turn keys and values into nested mappings, as they stand in params.yaml."""
     nested: dict[str, Any] = {}
-    for place, value in values.items():
-        *folders, last = place.split(".")
+    for key, value in values.items():
+        *sections, last = key.split(".")
         inner = nested
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
+        for section in sections:
+            inner = inner.setdefault(section, {})
         inner[last] = value
     return nested

@@ -1,11 +1,19 @@
-"""Carved out of pipelines/params.py."""
+"""What a stage sees of the parameters, and nothing else of them.
+
+`tracks` names the keys of params.yaml that a view consists of; a test compares it with dvc.yaml.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, cast
 
 from components.attacks import AttackConfig, Threat
 from components.config import Config
-from pipelines.config.schema import Checks, Name, Params
+from pipelines.config.schema import Params
+from pipelines.config.sections import Checks, Name
+from pipelines.errors import ConfigError, near
+from pipelines.layout import PARAMS
+
+INSTANCE = "{name}"
 
 
 class View(Config):
@@ -15,14 +23,32 @@ class View(Config):
 
     @classmethod
     def of(cls, params: Params, name: str | None) -> Self:
-        """Take this view of the parameters, for the foreach instance `name`."""
+        """Return this view of the parameters, for the foreach instance `name`.
+
+        Raises ConfigError for a name that params.yaml does not have.
+        """
         values = {}
         for field, key in cls.tracks.items():
             value: Any = params
-            for part in key.format(name=name).split("."):
-                value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+            for part in key.split("."):
+                if part == INSTANCE:
+                    value = value[_known(key, name, value)]
+                else:
+                    value = value[part] if isinstance(value, Mapping) else getattr(value, part)
             values[field] = value
         return cast(Self, cls.model_construct(**values))
+
+
+def _known(key: str, name: str | None, entries: Mapping[str, Any]) -> str:
+    """Return `name` if it is among the entries; else raise ConfigError, which lists them."""
+    section = key.partition(f".{INSTANCE}")[0]
+    listed = f"there are {', '.join(entries)}" if entries else "there is none"
+    if name is None:
+        raise ConfigError(f"name one of {section} in {PARAMS}: {listed}")
+    if name not in entries:
+        hint = near(name, entries)
+        raise ConfigError(f"{PARAMS} has no {name} in {section}{hint}; {listed}")
+    return name
 
 
 class ThreatView(View):
@@ -35,7 +61,7 @@ class ThreatView(View):
 
 
 class CraftingView(ThreatView):
-    """What every stage sees that crafts ladders: all attacks these may name, and the probes."""
+    """What every stage sees that crafts ladders: all attacks they may name, and the probes."""
 
     attacks: dict[Name, AttackConfig]
     checks: Checks

@@ -1,4 +1,4 @@
-"""Carved out of pipelines/params.py."""
+"""Reading and writing YAML files: strictly, and with the rest of a file as a person wrote it."""
 
 from collections.abc import Mapping
 from io import StringIO
@@ -17,7 +17,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; run this where it lies") from None
+        raise ConfigError(f"{path} does not exist; run this in the folder of the project") from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
@@ -38,7 +38,7 @@ def write_yaml(value: Mapping[str, Any]) -> str:
 
 
 def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
-    """Return YAML text with `values` at places that are there, all else as it is written."""
+    """Return YAML text with `values` at existing keys, and everything else as it is written."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -46,17 +46,17 @@ def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     document = yaml.load(text)
-    for place, value in values.items():
+    for key, value in values.items():
         node = document
-        *folders, last = place.split(".")
-        for folder in folders:
-            if node[folder].yaml_anchor() is not None:
-                # Others share this mapping under its name: from here on it is this place's own.
-                shared = node[folder]
-                node[folder] = CommentedMap(shared)
+        *sections, last = key.split(".")
+        for section in sections:
+            if node[section].yaml_anchor() is not None:
+                # Aliases elsewhere refer to this mapping: copy it, so that only this key changes.
+                shared = node[section]
+                node[section] = CommentedMap(shared)
                 if shared.fa.flow_style():
-                    node[folder].fa.set_flow_style()
-            node = node[folder]
+                    node[section].fa.set_flow_style()
+            node = node[section]
         node[last] = value
     written = StringIO()
     yaml.dump(document, written)

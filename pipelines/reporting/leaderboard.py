@@ -16,7 +16,7 @@ from rich.table import Table
 
 from components.checks.scores import not_beaten
 from components.data.shards import write_bytes
-from pipelines.config.schema import Study
+from pipelines.config.sections import Study
 from pipelines.config.search_space import LogUniform, Value
 
 FIGURES = ("robust", "robust_low", "robust_high", "clean", "seconds_per_image")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from components.models.checkpoints import fingerprint, read_card
-from pipelines.config.schema import PARAMS, Defended
+from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError
+from pipelines.layout import PARAMS
 from pipelines.reporting.wording import (
     MEANINGS,
     describe_subject,

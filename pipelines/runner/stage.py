@@ -31,7 +31,7 @@ from pipelines.config.views import View
 from pipelines.errors import ConfigError
 from pipelines.layout import ROOT
 from pipelines.runner import job
-from pipelines.runner.console import Watch, refuse
+from pipelines.runner.console import ConsoleProgress, refuse
 from pipelines.runner.context import Context
 from pipelines.runner.exit_codes import interruptible, leave, outcome
 from pipelines.runner.job import is_out
@@ -86,11 +86,7 @@ class Call:
     def view(self) -> View:
         """The parameters that it sees; ConfigError for an instance that is none."""
         view_type: type[View] = get_type_hints(self.module.run)["params"]
-        try:
-            return view_type.of(self.params, self.options.get("name"))
-        except KeyError:
-            where = f"{parameters.PARAMS} has no entry {self.options['name']} for {self.stage}"
-            raise ConfigError(where) from None
+        return view_type.of(self.params, self.options.get("name"))
 
     def named(self, key: str) -> str:
         """Return the name of what is in progress under a key."""
@@ -139,7 +135,7 @@ def _run(module_name: str, argv: Sequence[str] | None) -> int:
 def _execute(call: Call, key: str, away: bool) -> None:
     """Run a stage here or on a cluster; its outputs appear when all of them are whole."""
     title, dataset = call.label.replace("@", " "), call.params.data.kind
-    watch = Watch(title)
+    watch = ConsoleProgress(title)
     tracker = Tracker(call.label, f"limpid-{dataset}", call.view.model_dump(mode="json"), key)
     work = ROOT / "work" / call.named(key)
     parts = {k: path.with_name(f".{path.name}.part") for k, path in call.outs.items()}
@@ -237,7 +233,8 @@ def _parse(module: Any, argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(module.__doc__ or "").splitlines()[0])
     for name in options:
         default = usual.get(name)
-        told = {"help": f"by default {default}"} if default else {"required": True}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **told)
+        # Without a name, the view lists those there are.
+        needed = {"help": f"by default {default}"} if default else {"required": name != "name"}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **needed)
     given = vars(parser.parse_args(words))
-    return {k: v.format(name=given.get("name")) for k, v in given.items()}
+    return {k: v and v.format(name=given.get("name")) for k, v in given.items()}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.config.schema import Pool
+from pipelines.config.sections import Pool
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 from pipelines.tasks.crafting import Order, craft_all

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.config.schema import Student
+from pipelines.config.sections import Student
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 from pipelines.tasks import training

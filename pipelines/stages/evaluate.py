@@ -21,7 +21,7 @@ from components.data import image_set
 from components.data.shards import write_json, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
-from pipelines.config.schema import Baseline, Control, Defended, Ladder, Published, Scoring
+from pipelines.config.sections import Baseline, Control, Defended, Ladder, Published, Scoring
 from pipelines.config.views import CraftingView
 from pipelines.reporting.dvc_plots import write_headlines, write_plots
 from pipelines.reporting.networks import trained

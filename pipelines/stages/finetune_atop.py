@@ -6,7 +6,7 @@ from pydantic import TypeAdapter
 
 from components.models.checkpoints import read_card
 from components.models.purifiers import PurifierConfig
-from pipelines.config.schema import Finetuned
+from pipelines.config.sections import Finetuned
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 from pipelines.tasks import training

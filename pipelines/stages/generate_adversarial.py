@@ -7,7 +7,7 @@ holds the probes that need gradients.
 
 from pathlib import Path
 
-from pipelines.config.schema import Defended
+from pipelines.config.sections import Defended
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
 from pipelines.tasks.ladders import generate

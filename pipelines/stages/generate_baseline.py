@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.config.schema import Ladder
+from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
 from pipelines.tasks.ladders import generate

@@ -14,7 +14,7 @@ from components import selftest
 from components.data.shards import write_json
 from components.selftest import HONEST, LIES, Result
 from pipelines import layout
-from pipelines.runner.console import Watch, refuse
+from pipelines.runner.console import ConsoleProgress, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=usual, help=f"by default {usual}")
     out: Path = parser.parse_args(argv).out
     torch.set_num_threads(1)
-    watch = Watch("selftest")
+    watch = ConsoleProgress("selftest")
     results: list[Result] = []
     for result in selftest.run(selftest.toy()):
         results.append(result)

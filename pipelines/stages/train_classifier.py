@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.config.schema import Classifier
+from pipelines.config.sections import Classifier
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 from pipelines.tasks import training

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.config.schema import Purifier
+from pipelines.config.sections import Purifier
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 from pipelines.tasks import training

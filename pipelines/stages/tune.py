@@ -19,8 +19,8 @@ from components.attacks import AttackConfig
 from components.data.shards import write_bytes, write_json
 from pipelines.cluster import session
 from pipelines.config.resources import Resources
-from pipelines.config.schema import Defended, Finetuned, Name, Purifier, Scoring, Student, Study
 from pipelines.config.search_space import Choice, Domain, Integer, LogUniform, Value, get, nest
+from pipelines.config.sections import Defended, Finetuned, Name, Purifier, Scoring, Student, Study
 from pipelines.config.views import ThreatView
 from pipelines.config.yaml_files import write_yaml
 from pipelines.reporting import leaderboard

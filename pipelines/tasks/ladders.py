@@ -15,7 +15,7 @@ from components.models.checkpoints import state_digest
 from components.models.defense import STAND_INS, Mode
 from components.probes import Finding, probe
 from components.probes.models import unchanged
-from pipelines.config.schema import Ladder
+from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
 from pipelines.tasks.crafting import Order, craft_all

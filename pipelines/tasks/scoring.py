@@ -53,7 +53,7 @@ from components.probes import Finding
 from components.probes.contract import Accuracies
 from components.probes.models import recorded_accuracy, unchanged
 from components.probes.statistics import summarise
-from pipelines.config.schema import Scoring
+from pipelines.config.sections import Scoring
 from pipelines.tasks.panels import Panel, look
 from pipelines.tasks.subject import Subject
 

@@ -34,7 +34,7 @@ from components.training.contract import Frozen
 from components.training.loop import Training
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
-from pipelines.config.schema import Section
+from pipelines.config.sections import Section
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
 

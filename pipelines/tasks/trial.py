@@ -24,8 +24,9 @@ from components.probes.statistics import summarise
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.resources import Resources
-from pipelines.config.schema import Scoring, Student, Study, Trained, explain
+from pipelines.config.schema import explain
 from pipelines.config.search_space import Value, put
+from pipelines.config.sections import Scoring, Student, Study, Trained
 from pipelines.config.views import ThreatView
 from pipelines.errors import ConfigError
 from pipelines.tasks import speed

@@ -32,7 +32,7 @@ from components.models.purifiers.controls import BitDepth, GaussianNoise
 from components.probes import Finding
 from components.probes.statistics import wilson
 from pipelines.commands import scores
-from pipelines.config.schema import Scoring
+from pipelines.config.sections import Scoring
 from pipelines.reporting import report
 from pipelines.reporting.networks import trained
 from pipelines.reporting.report import write_report

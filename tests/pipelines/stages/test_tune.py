@@ -15,8 +15,9 @@ import pytest
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from pipelines.config.schema import Params, Study
+from pipelines.config.schema import Params
 from pipelines.config.search_space import Domain, flatten, get, nest, put
+from pipelines.config.sections import Study
 from pipelines.config.yaml_files import edit_yaml
 from pipelines.errors import ConfigError
 from pipelines.reporting import leaderboard
@@ -30,7 +31,7 @@ def params(**changes: object) -> Params:
     return Params.model_validate(put(project.tiny(), changes))
 
 
-def task(name: str, **space: dict) -> Task:
+def study_task(name: str, **space: dict) -> Task:
     everything = params()
     study = everything.tuning.studies[name]
     if space:
@@ -116,22 +117,22 @@ def test_a_study_that_makes_no_sense_is_one_sentence(change: dict, says: str) ->
 
 def test_a_trial_trains_what_its_dials_touch_and_what_comes_of_it() -> None:
     unit = {"kind": "uniform", "low": 0.1, "high": 0.9}
-    own = task("student", **{f"{STUDENT}.objective.beta": unit})
+    own = study_task("student", **{f"{STUDENT}.objective.beta": unit})
     assert own.retrained(own.sections({})) == ["student_adaptive"]
     assert own.epochs(own.sections({f"{STUDENT}.training.epochs": 3})) == 3
-    above = task("student", **{"purifiers.normal_teacher.training.learning_rate": unit})
+    above = study_task("student", **{"purifiers.normal_teacher.training.learning_rate": unit})
     assert above.retrained(above.sections({})) == ["normal_teacher", "student_adaptive"]
-    base = task("atop", **{"purifiers.masked.model.transform.missing": unit})
+    base = study_task("atop", **{"purifiers.masked.model.transform.missing": unit})
     assert base.retrained(base.sections({})) == ["masked", "atop"]
     steps = {"defenses.apudae.inference.steps": {"kind": "integer", "low": 1, "high": 4}}
-    used = task("student", **steps)
+    used = study_task("student", **steps)
     used = Task(**{**vars(used), "study": used.study.model_copy(update={"defense": "apudae"})})
     assert used.retrained(used.sections({})) == [] and used.epochs(used.sections({})) == 1
 
 
 def test_an_end_of_a_dial_that_cannot_be_is_said_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"missing = 1\.5 is none.*missing"):
-        task("atop").sections({"purifiers.masked.model.transform.missing": 1.5})
+        study_task("atop").sections({"purifiers.masked.model.transform.missing": 1.5})
 
 
 def test_rungs_grow_by_the_factor_and_leave_the_end_out() -> None:

@@ -1,0 +1,182 @@
+"""The sections of params.yaml that say what is trained, scored, checked and searched.
+
+What one section can check by itself is checked here; what depends on several of them is checked by
+`schema.Params`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from components.attacks import AttackConfig
+from components.config import Config
+from components.models.classifiers import ClassifierConfig
+from components.models.purifiers import ControlConfig, InferenceConfig, PurifierConfig
+from components.training.atop import Atop
+from components.training.koo import Distillation
+from components.training.loop import Training
+from components.training.objectives import ClassifierObjective, PurifierObjective
+from pipelines.config.resources import Count
+from pipelines.config.search_space import Domain
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+# The names of the attacks on every rung.
+Ladder = dict[str, list[Name]]
+
+
+class Section(Config):
+    """What every entry of the training sections has."""
+
+    objective: Any
+    training: Training
+
+
+class Classifier(Section):
+    """One classifier to train."""
+
+    model: ClassifierConfig
+    objective: ClassifierObjective
+
+
+class Purifier(Section):
+    """One purifier to train."""
+
+    model: PurifierConfig
+    objective: PurifierObjective
+
+
+class Student(Section):
+    """One purifier to distil; the teachers are names of purifiers."""
+
+    adversarial_teacher: Name
+    normal_teacher: Name
+    model: PurifierConfig
+    objective: Distillation
+
+
+class Finetuned(Section):
+    """One purifier to fine-tune by AToP, starting from the purifier named `base`."""
+
+    base: Name
+    objective: Atop
+
+
+class Pool(Config):
+    """The attack on the frozen classifier that makes the adversarial training images."""
+
+    attack: AttackConfig
+
+
+class Baseline(Config):
+    """A bare classifier to score: undefended, or adversarially trained."""
+
+    classifier: Name
+    ladder: Ladder
+
+
+class Defended(Config):
+    """A trained network to score as a purifier, and which attacks run on which rung of the ladder.
+
+    A network that is a purifier by itself needs no `inference`.
+    """
+
+    model: Name
+    inference: InferenceConfig | None = None
+    ladder: Ladder
+
+
+class Control(Config):
+    """A purifier without training, scored to see what a learned one adds."""
+
+    purifier: ControlConfig
+    ladder: Ladder
+
+
+class Published(Config):
+    """What a paper reports of a defense: accuracies in [0,1], `clean` and by mode/attack."""
+
+    source: Annotated[str, Field(min_length=1)]
+    accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]]
+
+
+class Scoring(Config):
+    """How many draws select and score for a stochastic defense, and how many images are shown."""
+
+    select_draws: Count
+    score_draws: Count
+    shown: Count
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        # Accuracies over either are compared in whole counts.
+        if self.score_draws % self.select_draws:
+            raise ValueError(
+                f"score_draws {self.score_draws} must be a multiple of select_draws "
+                f"{self.select_draws}"
+            )
+        return self
+
+
+class Checks(Config):
+    """How many test images each probe uses, and whether the probes that cost attacks are run."""
+
+    images: Annotated[int, Field(ge=16)]
+    thorough: bool
+
+
+class Study(Config):
+    """One search: which parameters it varies, and its goal.
+
+    A trial of `defense` is scored on the first `images` validation images by the worst attack of
+    its short `ladder`. `robust` maximises that accuracy and stops weak trials after `grace` epochs
+    and then whenever the epochs have grown by the factor `reduction` (ASHA); `pareto` looks for the
+    front of clean accuracy, robust accuracy and purification time, and trains every trial to its
+    end.
+    """
+
+    defense: Name
+    goal: Literal["robust", "pareto"]
+    space: Annotated[dict[str, Domain], Field(min_length=1)]
+    ladder: Ladder
+    images: Annotated[int, Field(ge=16)]
+    trials: Count
+    grace: Count
+    reduction: Annotated[int, Field(ge=2)]
+
+
+class Tuning(Config):
+    """All searches; those named in `run` are stages of `dvc repro`."""
+
+    run: list[Name]
+    studies: dict[Name, Study]
+
+
+class Trained(Config):
+    """The networks that are trained, what each is made from, and how each is used."""
+
+    purifiers: dict[Name, Purifier]
+    students: dict[Name, Student]
+    atop: dict[Name, Finetuned]
+    defenses: dict[Name, Defended]
+
+    def model_of(self, name: str) -> PurifierConfig:
+        """Return the network of a purifier, student or fine-tuned purifier."""
+        if name in self.atop:
+            return self.model_of(self.atop[name].base)
+        sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
+        return sections[name].model
+
+    def section_of(self, name: str) -> str:
+        """Return the key of the section that holds a network."""
+        return next(s for s in ("purifiers", "students", "atop") if name in getattr(self, s))
+
+    def lineage(self, name: str) -> list[str]:
+        """Return the networks that `name` is made from, and then `name`, in training order."""
+        parents: list[str] = []
+        if name in self.students:
+            student = self.students[name]
+            parents = [student.adversarial_teacher, student.normal_teacher]
+        elif name in self.atop:
+            parents = [self.atop[name].base]
+        line = [one for parent in parents for one in self.lineage(parent)]
+        return list(dict.fromkeys([*line, name]))
