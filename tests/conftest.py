@@ -1,6 +1,7 @@
 """What the component tests share: one thread, a small trained classifier, where test data lie."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -8,15 +9,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import project
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from toys import ParityModel
 
 from components.attacks import Linf
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, SmallCnn
+from components.models.defense import Defense
 from components.sources.digits import Digits
 from components.training.classification import Classification
 from components.training.contract import Frozen
@@ -102,6 +107,18 @@ def parity(test_data: Path) -> Path:
     if not (test_data / "parity" / "outcomes.json").is_file():
         pytest.skip(f"{test_data} has no parity/outcomes.json")
     return test_data / "parity"
+
+
+@pytest.fixture(scope="session")
+def recorded(parity: Path) -> tuple[Defense, ImageSet, dict[str, Any]]:
+    """The recorded model, its images, and by threat and attack what the authors' code did to it."""
+    tensors = load_file(parity / "model_and_images.safetensors")
+    images, labels = tensors.pop("images"), tensors.pop("labels").long()
+    model = ParityModel()
+    model.load_state_dict(tensors)
+    data = ImageSet(images, labels, torch.arange(len(labels)), tuple("0123456789"))
+    outcomes: dict[str, Any] = json.loads((parity / "outcomes.json").read_text())["threat"]
+    return Defense(model, None).freeze(), data, outcomes
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
 STEPS = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if re.match("[A-Z]", line)]
 
 
-def read(name: str) -> list[Any]:
+def read_yaml(name: str) -> list[Any]:
     return list(YAML(typ="safe", pure=True).load_all((DEPLOY / name).read_text()))
 
 
@@ -91,7 +91,7 @@ def put(document: Any, place: str, value: Any) -> Any:
 
 
 def test_the_cluster_on_kubernetes_fits_the_schema() -> None:
-    cluster, policy = read("kuberay.yaml")
+    cluster, policy = read_yaml("kuberay.yaml")
     jsonschema.validate(cluster, RAY_CLUSTER)
     assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
 
@@ -108,7 +108,7 @@ def test_the_cluster_on_kubernetes_fits_the_schema() -> None:
 )
 def test_the_schema_refuses_what_kuberay_would(place: str, value: Any) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(put(read("kuberay.yaml")[0], place, value), RAY_CLUSTER)
+        jsonschema.validate(put(read_yaml("kuberay.yaml")[0], place, value), RAY_CLUSTER)
 
 
 def groups(cluster: Any) -> list[Any]:
@@ -139,7 +139,7 @@ def broken(cluster: Any) -> Iterator[str]:
 
 
 def test_the_cluster_on_kubernetes_keeps_its_promises() -> None:
-    assert list(broken(read("kuberay.yaml")[0])) == []
+    assert list(broken(read_yaml("kuberay.yaml")[0])) == []
 
 
 @pytest.mark.parametrize(
@@ -156,11 +156,11 @@ def test_the_cluster_on_kubernetes_keeps_its_promises() -> None:
     ],
 )
 def test_a_broken_promise_is_seen(place: str, value: Any, promise: str) -> None:
-    assert list(broken(put(read("kuberay.yaml")[0], place, value))) == [promise]
+    assert list(broken(put(read_yaml("kuberay.yaml")[0], place, value))) == [promise]
 
 
 def test_only_the_pods_of_the_cluster_reach_it() -> None:
-    documents = read("kuberay.yaml")
+    documents = read_yaml("kuberay.yaml")
     # No Service, Ingress or Route of our own beside what KubeRay makes.
     assert [one["kind"] for one in documents] == ["RayCluster", "NetworkPolicy"]
     selected = {"matchLabels": {"ray.io/cluster": documents[0]["metadata"]["name"]}}
@@ -172,7 +172,7 @@ def test_only_the_pods_of_the_cluster_reach_it() -> None:
 
 
 def test_virtual_machines_fit_the_schema_of_ray() -> None:
-    (machines,) = read("vms.yaml")
+    (machines,) = read_yaml("vms.yaml")
     schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
     jsonschema.validate(machines, schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -181,7 +181,7 @@ def test_virtual_machines_fit_the_schema_of_ray() -> None:
 
 
 def test_virtual_machines_ask_for_the_token_and_open_nothing() -> None:
-    (machines,) = read("vms.yaml")
+    (machines,) = read_yaml("vms.yaml")
     (token,) = machines["file_mounts"]
     assert f"--env RAY_AUTH_TOKEN_PATH={token}" in machines["docker"]["run_options"]
     assert "--env RAY_AUTH_MODE=token" in machines["docker"]["run_options"]
@@ -200,7 +200,7 @@ def test_virtual_machines_ask_for_the_token_and_open_nothing() -> None:
 
 
 def test_one_image_serves_all() -> None:
-    (machines,), (cluster, _) = read("vms.yaml"), read("kuberay.yaml")
+    (machines,), (cluster, _) = read_yaml("vms.yaml"), read_yaml("kuberay.yaml")
     image = machines["docker"]["image"]
     assert {group["template"]["spec"]["containers"][0]["image"] for group in groups(cluster)} == {
         image

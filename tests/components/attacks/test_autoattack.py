@@ -1,21 +1,17 @@
 """FAB-T, APGD-DLR and AutoAttack: by hand, by closed form, and beside the authors' outcomes."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.optimize import linprog, minimize
-from test_attacks import BALL, LINF, Constant, Linear, Noisy, ParityModel, Precise, distances
-from test_attacks import linear_task as roomy_task
 from torch import Tensor, nn
 from torch.nn import functional
+from toys import BALL, LINF, Constant, Linear, Noisy, Precise, distances, fooled, linear_task
 
 from components.attacks import L2, Attack, Crafted, Linf, autoattack, craft
 from components.attacks.apgd import ApgdDlr, dlr
@@ -54,10 +50,6 @@ def ball(like: Linf | L2, eps: float) -> Linf | L2:
 
 def fab_t(**changes: int) -> FabT:
     return FabT(kind="fab_t", **{"steps": 20, "targets": 1, "restarts": 1, **changes})
-
-
-def fooled(crafted: Crafted) -> int:
-    return int(crafted.success.sum())
 
 
 # The projection onto a plane within the box
@@ -175,13 +167,13 @@ class Pixel(nn.Module):
         return torch.stack([torch.zeros_like(lead), lead], 1)
 
 
-class Grey(ImageSet):
+class OnePixel(ImageSet):
     """One image of one pixel, 0.5 to the last bit."""
 
     def pixels(self) -> Tensor:
         return torch.full((len(self), 1, 1, 1), 0.5)
 
-    def __getitem__(self, rows: Tensor) -> "Grey":
+    def __getitem__(self, rows: Tensor) -> "OnePixel":
         return self
 
 
@@ -189,7 +181,9 @@ def follow(
     lead: Callable[[Tensor], Tensor], eps: float, like: Linf | L2, **changes: int
 ) -> tuple[float, bool, int]:
     """Return the pixel FAB ends at, whether that fools, and the steps it took."""
-    data = Grey(torch.zeros(1, 1, 1, 1).byte(), torch.zeros(1).long(), torch.arange(1), ("a", "b"))
+    data = OnePixel(
+        torch.zeros(1, 1, 1, 1).byte(), torch.zeros(1).long(), torch.arange(1), ("a", "b")
+    )
     defense = Defense(Pixel(lead), None).freeze()
     found = craft(fab_t(**changes), defense, "full", data, ball(like, eps), 0, 1)
     return found.images.item(), bool(found.success.item()), int(found.iterations.item())
@@ -322,7 +316,7 @@ class Listening(nn.Module):
 
 @THREATS
 def test_a_restart_begins_half_a_radius_away(threat: Linf | L2) -> None:
-    model, data = roomy_task(4, 40)
+    model, data = linear_task(4, 40)
     close, order = threat.scaled(0.01), torch.inf if threat is LINF else 2
     defense = Defense(Listening(model), None).freeze()
     robust = data[distances(model, data, 1 if threat is LINF else 2) > 2 * close.eps]
@@ -386,14 +380,14 @@ def test_the_untargeted_loss_is_that_of_the_paper() -> None:
 
 
 def test_dlr_needs_three_classes() -> None:
-    model, data = roomy_task(2, 10)
+    model, data = linear_task(2, 10)
     with pytest.raises(ValueError, match="apgd_dlr needs 3 classes, but the classifier has 2"):
         craft(SMALL["apgd_dlr"], Defense(model, None), "full", data, LINF, 0, 10)
 
 
 @THREATS
 def test_dlr_does_not_mind_logits_so_large_that_cross_entropy_is_flat(threat: Linf | L2) -> None:
-    model, data = roomy_task(3, 400)
+    model, data = linear_task(3, 400)
     sharp = Linear(1e4 * model.weight, 1e4 * model.bias)
     exact = distances(model, data, 1 if threat is LINF else 2)
     eps = exact.quantile(0.5).item()
@@ -433,7 +427,7 @@ def test_a_version_that_does_not_fit_the_defense_is_refused_and_the_right_one_na
         craft(STANDARD, Defense(classifier, Noisy()).freeze(), "full", data, LINF, 0, 4)
     with pytest.raises(ValueError, match="not for deterministic defenses: use version: standard"):
         craft(RAND, Defense(classifier, None).freeze(), "full", data, LINF, 0, 4)
-    model, three = roomy_task(3, 10)
+    model, three = linear_task(3, 10)
     with pytest.raises(ValueError, match="autoattack needs 4 classes, but the classifier has 3"):
         craft(STANDARD, Defense(model, None).freeze(), "full", three, LINF, 0, 10)
 
@@ -466,7 +460,7 @@ def scripted(
 def test_each_part_gets_what_the_former_ones_left_and_the_lowest_margin_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, data = roomy_task(4, 5)
+    _, data = linear_task(4, 5)
     data = ImageSet(data.images, data.labels, torch.arange(100, 105), data.class_names)
     seen: list[list[int]] = []
     margins = [{100: -1.0, 101: 2.0, 102: 3.0}, {101: 0.0, 102: 4.0, 103: 5.0}, {104: -torch.inf}]
@@ -481,7 +475,7 @@ def test_each_part_gets_what_the_former_ones_left_and_the_lowest_margin_is_kept(
 
 
 def test_no_part_is_run_once_all_is_fooled(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, data = roomy_task(4, 5)
+    _, data = linear_task(4, 5)
     seen: list[list[int]] = []
     margins = [dict.fromkeys(range(5), -1.0), dict.fromkeys(range(5), -2.0)]
     monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
@@ -494,7 +488,7 @@ def test_against_a_random_defense_every_part_runs_on_every_image_and_the_stronge
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever margins the parts claim: they saw them under noise of their own."""
-    _, data = roomy_task(4, 5)
+    _, data = linear_task(4, 5)
     clean, fooled_by = data.pixels(), torch.tensor([2, 1, 1, 2, 1])
 
     class Still(Noisy):
@@ -631,7 +625,7 @@ def test_on_a_linear_model_autoattack_finds_the_exact_robust_accuracy(
 ) -> None:
     """Square, which finds nothing more where gradients tell the truth, is cut short."""
     monkeypatch.setattr(autoattack, "QUERIES", 50)
-    model, data = roomy_task(5, 1000)
+    model, data = linear_task(5, 1000)
     exact = distances(model, data, 1 if threat is LINF else 2)
     eps = exact.quantile(0.5).item()
     assert 0 < eps < 90 / 255, "a clip would be met"
@@ -640,17 +634,6 @@ def test_on_a_linear_model_autoattack_finds_the_exact_robust_accuracy(
     )
     assert not (crafted.success & (exact > eps + 1e-5)).any(), "more was found than there is"
     assert (~crafted.success).float().mean().item() == pytest.approx(0.5, abs=0.002)
-
-
-@pytest.fixture(scope="module")
-def recorded(parity: Path) -> tuple[Defense, ImageSet, dict[str, Any]]:
-    tensors = load_file(parity / "model_and_images.safetensors")
-    images, labels = tensors.pop("images"), tensors.pop("labels").long()
-    model = ParityModel()
-    model.load_state_dict(tensors)
-    data = ImageSet(images, labels, torch.arange(len(labels)), tuple("0123456789"))
-    outcomes: dict[str, Any] = json.loads((parity / "outcomes.json").read_text())["threat"]
-    return Defense(model, None).freeze(), data, outcomes
 
 
 def compared(

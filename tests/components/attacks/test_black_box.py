@@ -2,21 +2,19 @@
 so does RAND+FGSM.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchattacks
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from toys import BALL, LINF, Linear, Noisy, Precise, Rounded, fooled, head
 
 from components.attacks import L2, Attack, Crafted, Linf, craft, violations
 from components.attacks.flip import Flip
@@ -30,8 +28,6 @@ from components.models.defense import Defense, Mode, bind
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import Threshold
 
-LINF = Linf(norm="linf", eps_255=32.0)
-BALL = L2(norm="l2", eps_l2=0.7)
 THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 MODES = pytest.mark.parametrize("mode", ["full", "bpda"])
 SQUARE = Square(kind="square", queries=30, eot=2)
@@ -50,14 +46,6 @@ CASES = [
 EVERY = pytest.mark.parametrize(("attack", "threat", "noisy"), CASES)
 
 
-class Noisy(Purifier):
-    stochastic = True
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        return (x + 0.1 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
-
-
 class Function(nn.Module):
     """A classifier from a function of pixels; it has a parameter, so a device."""
 
@@ -70,39 +58,7 @@ class Function(nn.Module):
         return self.function(x)
 
 
-class Linear(nn.Module):
-    """Logits W x + b over flattened pixels."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1).to(self.weight.dtype) @ self.weight.T + self.bias
-
-
-class Precise(nn.Module):
-    """A classifier in float64, so that the size of a batch moves no result by rounding."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = deepcopy(classifier).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(x.double())
-        return logits
-
-
-def some(data: ImageSet, count: int = 40) -> ImageSet:
-    return data[torch.arange(count)]
-
-
-def fooled(crafted: Crafted) -> int:
-    return int(crafted.success.sum())
-
-
-def grey(count: int, shape: tuple[int, int, int] = (1, 6, 6), classes: int = 2) -> ImageSet:
+def grey_images(count: int, shape: tuple[int, int, int] = (1, 6, 6), classes: int = 2) -> ImageSet:
     """Return images of class 0 whose pixels stay clear of 0 and 1 under attack."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(90, 166, (count, *shape), generator=generator, dtype=torch.uint8)
@@ -110,7 +66,7 @@ def grey(count: int, shape: tuple[int, int, int] = (1, 6, 6), classes: int = 2) 
     return ImageSet(images, torch.zeros(count).long(), torch.arange(count) * 5 + 2, names)
 
 
-def run(
+def attack_model(
     attack: Attack, model: nn.Module, data: ImageSet, threat: Linf | L2, mode: Mode = "full"
 ) -> Crafted:
     """Attack the model, behind a purifier if it is a defense already, in one batch."""
@@ -125,7 +81,7 @@ def run(
 def test_what_is_returned_lies_in_the_ball_and_does_harm(
     attack: Attack, threat: Linf | L2, noisy: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data, defense = some(test_set, 80), Defense(classifier, Noisy() if noisy else None).freeze()
+    data, defense = head(test_set, 80), Defense(classifier, Noisy() if noisy else None).freeze()
     crafted = craft(attack, defense, "full", data, threat, 0, 50)
     assert violations(crafted.images, data.pixels(), threat) == []
     draws = Draws(0, "attack", data.ids)
@@ -146,7 +102,7 @@ def test_an_image_is_attacked_on_its_own(
 ) -> None:
     """Whatever the order and the size of the batches. In float64, where rounding has no say."""
     defense = Defense(Precise(classifier), Noisy() if noisy else None).freeze()
-    data = some(test_set, 12)
+    data = head(test_set, 12)
     whole = craft(attack, defense, "full", data, threat, 0, 12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     for batch in (12, 5, 1):
@@ -163,7 +119,7 @@ def test_an_attack_leaves_no_trace(
     mode: Mode, attack: Attack, threat: Linf | L2, noisy: str, classifier: Classifier,
     test_set: ImageSet,
 ) -> None:  # fmt: skip
-    data, model = some(test_set, 8), deepcopy(classifier).requires_grad_(True)
+    data, model = head(test_set, 8), deepcopy(classifier).requires_grad_(True)
     target = bind(
         Defense(model, Noisy() if noisy else None).eval(), mode, Draws(0, "attack", data.ids), 2
     )
@@ -184,13 +140,13 @@ def test_an_attack_leaves_no_trace(
 def test_what_is_wrong_already_or_no_number_is_left_alone(
     attack: Attack, threat: Linf | L2, noisy: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data = some(test_set, 12)
+    data = head(test_set, 12)
     wrong = ImageSet(data.images, (data.labels + 1) % 10, data.ids, data.class_names)
-    crafted = run(attack, classifier, wrong, threat)
+    crafted = attack_model(attack, classifier, wrong, threat)
     assert crafted.success.all() and torch.equal(crafted.images, wrong.pixels())
     assert not crafted.iterations.any()
     nan = Defense(Function(lambda x: x.flatten(1)[:, :10] * torch.nan), Noisy() if noisy else None)
-    crafted = run(attack, nan, data, threat)
+    crafted = attack_model(attack, nan, data, threat)
     assert crafted.success.all()
     if not noisy:
         assert torch.equal(crafted.images, data.pixels())
@@ -212,7 +168,9 @@ def test_an_image_where_logits_stop_being_numbers_is_kept(attack: Attack, noisy:
         def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
             return x
 
-    crafted = run(attack, Defense(Function(logits), Still() if noisy else None), data, LINF)
+    crafted = attack_model(
+        attack, Defense(Function(logits), Still() if noisy else None), data, LINF
+    )
     assert crafted.success.all()
 
 
@@ -223,7 +181,7 @@ def test_one_image_and_layouts_of_all_kinds_are_attacked(
     for shape in ((3, 4, 6), (1, 2, 2), (1, 1, 3), (2, 7, 3)):
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(4, math.prod(shape), generator=generator)
-        data = grey(3, shape, 4)
+        data = grey_images(3, shape, 4)
         model = Function(lambda x, w=weight: x.contiguous().flatten(1) @ w.T)
         target = bind(
             Defense(model, Noisy() if noisy else None), "full", Draws(0, "attack", data.ids), 2
@@ -244,9 +202,11 @@ def test_two_images_alike_are_attacked_each_with_its_own_noise(
     """Equal ids give equal bytes, other ids others; only noise of its own makes the difference."""
     weight = torch.randn(3, 36, generator=torch.Generator().manual_seed(0))
     bias = torch.tensor([30.0, 0, 0])
-    images = grey(1).images.expand(3, -1, -1, -1)
+    images = grey_images(1).images.expand(3, -1, -1, -1)
     data = ImageSet(images, torch.zeros(3).long(), torch.tensor([7, 7, 8]), tuple("abc"))
-    crafted = run(attack, Defense(Linear(weight, bias), Noisy() if noisy else None), data, threat)
+    crafted = attack_model(
+        attack, Defense(Linear(weight, bias), Noisy() if noisy else None), data, threat
+    )
     assert torch.equal(crafted.images[0], crafted.images[1])
     if not noisy:
         drawn = attack.kind in ("square", "r_fgsm")
@@ -284,11 +244,13 @@ def test_bumps_are_those_of_the_paper() -> None:
 
 @THREATS
 def test_square_spends_the_radius_and_moves_whole_patches(threat: Linf | L2) -> None:
-    data = grey(40, (3, 10, 12))
+    data = grey_images(40, (3, 10, 12))
     weight = torch.randn(2, 360, generator=torch.Generator().manual_seed(0))
     weight[1] = -weight[0]
     model, bias = Linear, torch.tensor([1e3, 0])
-    crafted = run(Square(kind="square", queries=60, eot=1), model(weight, bias), data, threat)
+    crafted = attack_model(
+        Square(kind="square", queries=60, eot=1), model(weight, bias), data, threat
+    )
     delta = crafted.images - data.pixels()
     assert not crafted.success.any() and (crafted.iterations == 60).all()
     if threat is LINF:
@@ -340,7 +302,7 @@ def test_mass_moves_as_in_algorithm_3(shape: tuple[int, int, int]) -> None:
 def test_square_returns_the_clean_image_where_nothing_is_better(
     threat: Linf | L2, noisy: bool
 ) -> None:
-    data = grey(1)
+    data = grey_images(1)
     clean = data.pixels()
 
     def logits(x: Tensor) -> Tensor:
@@ -353,7 +315,9 @@ def test_square_returns_the_clean_image_where_nothing_is_better(
         def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
             return x
 
-    crafted = run(SQUARE, Defense(Function(logits), Still() if noisy else None), data, threat)
+    crafted = attack_model(
+        SQUARE, Defense(Function(logits), Still() if noisy else None), data, threat
+    )
     assert torch.equal(crafted.images, clean)
 
 
@@ -363,18 +327,12 @@ def test_square_needs_no_gradient(
 ) -> None:
     """Behind fine rounding a gradient attack goes nowhere; fewer queries find less."""
 
-    class Rounded(Purifier):
-        differentiable = False
-
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            return torch.round(x * 63) / 63
-
-    defense, data = Defense(classifier, Rounded()), some(test_set, 100)
+    defense, data = Defense(classifier, Rounded(63)), head(test_set, 100)
     pgd = Pgd(
         kind="pgd", steps=10, step=0.25, restarts=1, random_start=False, early_stop=True, eot=1
     )
     found = [
-        fooled(run(attack, defense, data, threat))
+        fooled(attack_model(attack, defense, data, threat))
         for attack in (pgd, *(Square(kind="square", queries=n, eot=1) for n in (5, 40, 300)))
     ]
     assert found[3] > found[0] + 20
@@ -387,10 +345,10 @@ def test_square_compares_under_equal_noise(threat: Linf | L2) -> None:
 
     An image held by a margin of earlier draws would be the luckiest so far, and hold for ever.
     """
-    data = grey(12)
+    data = grey_images(12)
     weight = torch.randn(2, 36, generator=torch.Generator().manual_seed(3)).double()
     model = Linear(weight, torch.tensor([300.0, 0]).double())
-    still = run(Square(kind="square", queries=50, eot=1), model, data, threat)
+    still = attack_model(Square(kind="square", queries=50, eot=1), model, data, threat)
     assert not still.success.any()
 
     class Shifted(Purifier):
@@ -402,17 +360,17 @@ def test_square_compares_under_equal_noise(threat: Linf | L2) -> None:
 
     for eot in (1, 3):
         attack = Square(kind="square", queries=50, eot=eot)
-        crafted = run(attack, Defense(model, Shifted()), data, threat)
+        crafted = attack_model(attack, Defense(model, Shifted()), data, threat)
         assert torch.equal(crafted.images, still.images)
         assert (crafted.forward == eot * (1 + 2 * 50 + 2)).all()
     assert (still.forward == 51).all()
 
 
 def test_square_is_as_strong_as_the_librarys(classifier: Classifier, test_set: ImageSet) -> None:
-    data, counts = some(test_set, 200), {}
+    data, counts = head(test_set, 200), {}
     for threat in (LINF, BALL):
         tight = threat.scaled(0.6)
-        ours = run(Square(kind="square", queries=200, eot=1), classifier, data, tight)
+        ours = attack_model(Square(kind="square", queries=200, eot=1), classifier, data, tight)
         norm = "Linf" if threat is LINF else "L2"
         attack = torchattacks.Square(
             classifier, norm=norm, eps=tight.eps, n_queries=200, n_restarts=1, seed=0
@@ -422,32 +380,18 @@ def test_square_is_as_strong_as_the_librarys(classifier: Classifier, test_set: I
     assert all(20 < theirs < 180 and abs(ours - theirs) <= 12 for ours, theirs in counts.values())
 
 
-class ParityModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 8, 5, stride=2, padding=2)
-        self.conv2 = nn.Conv2d(8, 16, 5, stride=2, padding=2)
-        self.fc1, self.fc2 = nn.Linear(784, 64), nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.conv1(x).relu()).relu()
-        logits: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
-        return logits
-
-
-def test_square_fools_what_the_authors_fooled(parity: Path) -> None:
+def test_square_fools_what_the_authors_fooled(
+    recorded: tuple[Defense, ImageSet, dict[str, Any]],
+) -> None:
     """Seeds differ, so up to three images do. Under L-inf; L2 takes too long for what it says."""
-    tensors = load_file(parity / "model_and_images.safetensors")
-    images, labels = tensors.pop("images"), tensors.pop("labels").long()
-    model = ParityModel()
-    model.load_state_dict(tensors)
-    outcome = json.loads((parity / "outcomes.json").read_text())["threat"]["Linf"]["square"]
-    data = ImageSet(images, labels, torch.arange(256), tuple("0123456789"))
-    rows = ~torch.tensor(outcome["robust"]).bool() & (model(data.pixels()).argmax(1) == labels)
+    model, data, outcomes = recorded
+    outcome = outcomes["Linf"]["square"]
+    right = model(data.pixels()).argmax(1) == data.labels
+    rows = ~torch.tensor(outcome["robust"]).bool() & right
     assert rows.sum() > 45
     attack = Square(kind="square", queries=5000, eot=1)
     wide = Linf(norm="linf", eps_255=51.0)
-    crafted = run(attack, model, data[rows.nonzero().flatten()], wide)
+    crafted = attack_model(attack, model, data[rows.nonzero().flatten()], wide)
     assert (~crafted.success).sum() <= 3
 
 
@@ -463,7 +407,7 @@ def two_classes(count: int = 120) -> tuple[Linear, ImageSet, Tensor]:
     the margin (N,P): zero where the ball does not reach across 0.5.
     """
     generator = torch.Generator().manual_seed(4)
-    data = grey(count)
+    data = grey_images(count)
     weight = torch.randn(2, 36, generator=generator).double()
     model = Linear(weight, torch.zeros(2).double())
     pixels = data.pixels().flatten(1)
@@ -492,7 +436,7 @@ def test_flips_find_exactly_what_a_linear_model_has_behind_a_threshold(
     needed = ((margin[:, None] + falls) > 0).sum(1) + 1
     assert 30 < fragile.sum() < 90
     attack = Flip(kind="flip", at=0.5, steps=200, candidates=candidates, eot=1)
-    crafted = run(attack, defense, data, TIGHT, mode)
+    crafted = attack_model(attack, defense, data, TIGHT, mode)
     assert torch.equal(crafted.success, fragile)
     if mode == "bpda" or candidates == 36:
         assert torch.equal(crafted.iterations[fragile], needed[fragile])
@@ -505,16 +449,19 @@ def test_flips_find_exactly_what_a_linear_model_has_behind_a_threshold(
 def test_what_a_void_gradient_claims_flips_take_back(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    defense, data = thresholded(classifier), some(test_set, 60)
+    defense, data = thresholded(classifier), head(test_set, 60)
     clean = int((defense(data.pixels()).argmax(1) == data.labels).sum())
     wide = Linf(norm="linf", eps_255=76.5)
     pgd = Pgd(
         kind="pgd", steps=10, step=0.25, restarts=1, random_start=False, early_stop=True, eot=1
     )
     flip = Flip(kind="flip", at=0.5, steps=40, candidates=16, eot=1)
-    assert 60 - fooled(run(pgd, defense, data, wide)) == clean
-    left = {mode: 60 - fooled(run(flip, defense, data, wide, mode)) for mode in ("full", "bpda")}
-    bpda = 60 - fooled(run(pgd, defense, data, wide, "bpda"))
+    assert 60 - fooled(attack_model(pgd, defense, data, wide)) == clean
+    left = {
+        mode: 60 - fooled(attack_model(flip, defense, data, wide, mode))
+        for mode in ("full", "bpda")
+    }
+    bpda = 60 - fooled(attack_model(pgd, defense, data, wide, "bpda"))
     assert left["bpda"] <= bpda and max(left.values()) < clean / 2, (left, bpda, clean)
 
 
@@ -535,11 +482,11 @@ def test_a_flip_is_taken_back_where_that_helps(mode: Mode, candidates: int) -> N
         tuple("ab"),
     )  # fmt: skip
     attack = Flip(kind="flip", at=0.5, steps=4, candidates=candidates, eot=1)
-    crafted = run(attack, thresholded(Function(logits)), data, LINF, mode)
+    crafted = attack_model(attack, thresholded(Function(logits)), data, LINF, mode)
     assert crafted.success.all() and crafted.iterations.item() == 4
     assert ((crafted.images > 0.5).flatten().tolist()) == [True, True, False]
     early = attack.model_copy(update={"steps": 3})
-    assert fooled(run(early, thresholded(Function(logits)), data, LINF, mode)) == 0
+    assert fooled(attack_model(early, thresholded(Function(logits)), data, LINF, mode)) == 0
 
 
 def test_rounds_go_on_until_every_candidate_was_tried() -> None:
@@ -552,20 +499,20 @@ def test_rounds_go_on_until_every_candidate_was_tried() -> None:
     images[:, 0, 0, 0] = 60  # out of reach
     data = ImageSet(images, torch.zeros(50).long(), torch.arange(50), tuple("ab"))
     attack = Flip(kind="flip", at=0.5, steps=18, candidates=2, eot=1)
-    crafted = run(attack, Function(logits), data, LINF)
+    crafted = attack_model(attack, Function(logits), data, LINF)
     assert crafted.success.all()
     assert len(crafted.iterations.unique()) > 10, "each has an order of its own"
     assert 7 < crafted.iterations.float().mean() < 12
-    idle = run(attack, Function(lambda x: logits(0 * x)), data, LINF)
+    idle = attack_model(attack, Function(lambda x: logits(0 * x)), data, LINF)
     assert (idle.iterations == 18).all() and (idle.forward == 1 + 18 * 2 + 35).all()
     assert torch.equal(idle.images, data.pixels())
 
 
 def test_flips_where_there_is_nothing_to_flip(classifier: Classifier, test_set: ImageSet) -> None:
     hair = Linf(norm="linf", eps_255=0.3)
-    crafted = run(FLIP, thresholded(classifier), some(test_set, 30), hair)
+    crafted = attack_model(FLIP, thresholded(classifier), head(test_set, 30), hair)
     assert (crafted.forward == 1).all() and not crafted.backward.any()
-    assert torch.equal(crafted.images, some(test_set, 30).pixels())
+    assert torch.equal(crafted.images, head(test_set, 30).pixels())
 
 
 def test_flips_compare_under_equal_noise() -> None:
@@ -579,14 +526,14 @@ def test_flips_compare_under_equal_noise() -> None:
             return (x > 0.5).double() + 50 * draws.normal((1, 1, 1), "shift")
 
     attack = Flip(kind="flip", at=0.5, steps=100, candidates=9, eot=2)
-    crafted = run(attack, Defense(model, Shifted()), data, TIGHT)
+    crafted = attack_model(attack, Defense(model, Shifted()), data, TIGHT)
     moved = ((crafted.images > 0.5) != (data.pixels() > 0.5)).flatten(1)
     assert torch.equal(moved, change < 0), "all flips that help, no others, and no early end"
 
 
 def test_flips_need_linf(classifier: Classifier, test_set: ImageSet) -> None:
     with pytest.raises(ValueError, match="for linf threats only, not l2"):
-        run(FLIP, classifier, some(test_set, 2), BALL)
+        attack_model(FLIP, classifier, head(test_set, 2), BALL)
 
 
 # RAND+FGSM
@@ -597,11 +544,11 @@ def test_flips_need_linf(classifier: Classifier, test_set: ImageSet) -> None:
 def test_the_random_step_and_the_step_of_the_gradient_share_the_radius(
     threat: Linf | L2, alpha: float
 ) -> None:
-    data = grey(30)
+    data = grey_images(30)
     weight = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
     weight[1] = -weight[0]
     attack = RFgsm(kind="r_fgsm", alpha=alpha, eot=1)
-    crafted = run(attack, Linear(weight, torch.tensor([20.0, 0])), data, threat)
+    crafted = attack_model(attack, Linear(weight, torch.tensor([20.0, 0])), data, threat)
     assert (crafted.iterations == 1).all() and (crafted.backward == 1).all()
     delta = (crafted.images - data.pixels()).flatten(1)
     if threat is LINF:
@@ -621,8 +568,8 @@ def test_the_random_step_and_the_step_of_the_gradient_share_the_radius(
 def test_mi_fgsm_is_the_librarys_on_what_is_right(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data = some(test_set, 60)
-    crafted = run(MI_FGSM, classifier, data, LINF)
+    data = head(test_set, 60)
+    crafted = attack_model(MI_FGSM, classifier, data, LINF)
     right = classifier(data.pixels()).argmax(1) == data.labels
     attack = torchattacks.MIFGSM(classifier, LINF.eps, 0.25 * LINF.eps, 6, 1.0)
     theirs = attack.forward(data.pixels()[right], data.labels[right])
@@ -645,7 +592,9 @@ def test_mi_fgsm_accumulates_gradients_of_length_one(decay: float) -> None:
         tuple("ab"),
     )  # fmt: skip
     attack = MiFgsm(kind="mi_fgsm", steps=3, step=0.3, decay=decay)
-    moved = (run(attack, Function(logits), data, LINF).images - data.pixels()).flatten() / LINF.eps
+    moved = (
+        attack_model(attack, Function(logits), data, LINF).images - data.pixels()
+    ).flatten() / LINF.eps
     assert moved.tolist() == pytest.approx([0.9 if decay else 0.3, 0.9], abs=1e-5)
 
 
@@ -657,11 +606,11 @@ def test_an_image_whose_gradient_vanishes_stays_where_it_was() -> None:
         value = torch.where(flat.mean(1) > 0.55, 1.0 + 0 * flat.sum(1), 40 - 60 * flat.mean(1))
         return torch.stack([value, 0 * value], 1)
 
-    data = grey(20)
-    crafted = run(MI_FGSM, Function(logits), data, LINF)
+    data = grey_images(20)
+    crafted = attack_model(MI_FGSM, Function(logits), data, LINF)
     means = crafted.images.mean((1, 2, 3))
     assert crafted.images.isfinite().all() and (means > 0.55).all() and (means < 0.59).all()
-    void = run(MI_FGSM, thresholded(Function(logits)), data, LINF)
+    void = attack_model(MI_FGSM, thresholded(Function(logits)), data, LINF)
     assert torch.equal(void.images, data.pixels())
 
 
@@ -683,7 +632,7 @@ def test_the_traps_of_a_borrowed_attack_cannot_bite(
             assert x.grad is not None
             return images + 2 * x.grad.sign()
 
-    data, model = some(test_set, 30), deepcopy(classifier).requires_grad_(True)
+    data, model = head(test_set, 30), deepcopy(classifier).requires_grad_(True)
     draws = Draws(0, "attack", data.ids)
     target = bind(Defense(model, None).eval(), "full", draws, 1)
     stream = torch.get_rng_state()
@@ -702,11 +651,11 @@ def test_the_traps_of_a_borrowed_attack_cannot_bite(
 
 
 def test_what_mi_fgsm_is_not_for(classifier: Classifier, test_set: ImageSet) -> None:
-    data = some(test_set, 2)
+    data = head(test_set, 2)
     with pytest.raises(ValueError, match=r"mi_fgsm cannot bind noise .* not for stochastic"):
-        run(MI_FGSM, Defense(classifier, Noisy()), data, LINF)
+        attack_model(MI_FGSM, Defense(classifier, Noisy()), data, LINF)
     with pytest.raises(ValueError, match="for linf threats only, not l2"):
-        run(MI_FGSM, classifier, data, BALL)
+        attack_model(MI_FGSM, classifier, data, BALL)
 
 
 @pytest.mark.parametrize(
@@ -741,7 +690,7 @@ def test_no_two_looks_share_their_noise(
             seen.append(draws.draw)
             return super().purify(x, draws)
 
-    data = some(test_set, 6)
+    data = head(test_set, 6)
     target = bind(Defense(classifier, Listening()), "full", Draws(0, "attack", data.ids), 2)
     attack.run(target, data.pixels(), data.labels, threat, target.draws)
     # Five images beside each other at the end of a search are asked under the same noise.

@@ -8,38 +8,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import LINF, Noisy, Precise, head, uniform_pixels
 
-from components.attacks import L2, Linf, craft
+from components.attacks import L2, craft
 from components.attacks import stadv as module
 from components.attacks.stadv import StAdv, displace, roughness
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, bind
-from components.models.purifiers import Purifier
 
-LINF = Linf(norm="linf", eps_255=32.0)
 ATTACK = StAdv(kind="stadv", bound=0.3, steps=15, step=0.2, smoothness=0.01, eot=2)
-
-
-class Noisy(Purifier):
-    stochastic = True
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        return (x + 0.05 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
-
-
-class Precise(nn.Module):
-    """A classifier in float64, so that the size of a batch moves no result by rounding."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = deepcopy(classifier).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(x.double())
-        return logits
 
 
 class Left(nn.Module):
@@ -52,14 +31,6 @@ class Left(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.mean((1, 2)).chunk(2, 1)
         return torch.stack([left.sum(1), right.sum(1)], 1)
-
-
-def some(data: ImageSet, count: int = 60) -> ImageSet:
-    return data[torch.arange(count)]
-
-
-def noise(shape: tuple[int, ...]) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def stripe(column: int) -> ImageSet:
@@ -79,8 +50,8 @@ def within_reach(images: Tensor, clean: Tensor, bound: float) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 1, 5, 9), (1, 1, 28, 28), (1, 2, 1, 4)])
-def test_no_flow_is_no_change(shape: tuple[int, ...]) -> None:
-    images = noise(shape)
+def test_no_flow_is_no_change(shape: tuple[int, int, int, int]) -> None:
+    images = uniform_pixels(shape[0], shape[1:])
     still = torch.zeros(shape[0], *shape[2:], 2)
     assert torch.allclose(displace(images, still), images, rtol=0, atol=1e-5)
 
@@ -88,7 +59,7 @@ def test_no_flow_is_no_change(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("columns", "rows"), [(1, 0), (0, 1), (-2, 0), (0, -1), (1, -1), (0.5, 0)])
 def test_a_flow_of_so_many_pixels_moves_the_image_by_so_many(columns: float, rows: float) -> None:
     """In coordinates from -1 to 1 a column is 2 / W and a row 2 / H; the edge goes on outside."""
-    images = noise((2, 3, 6, 10))
+    images = uniform_pixels(2, (3, 6, 10))
     flow = torch.tensor([columns * 2 / 10, rows * 2 / 6]).expand(2, 6, 10, 2)
     x = torch.arange(10) + columns
     y = (torch.arange(6) + rows).clamp(0, 5).long()
@@ -98,7 +69,7 @@ def test_a_flow_of_so_many_pixels_moves_the_image_by_so_many(columns: float, row
 
 
 def test_each_pixel_has_a_flow_of_its_own() -> None:
-    images = noise((1, 1, 4, 4))
+    images = uniform_pixels(1, (1, 4, 4))
     flow = torch.zeros(1, 4, 4, 2)
     flow[0, 1, 2] = torch.tensor([2 / 4, -2 / 4])
     moved = displace(images, flow)
@@ -121,7 +92,7 @@ def test_roughness_is_that_of_the_paper() -> None:
 
 
 def test_it_fools_an_undefended_classifier(classifier: Classifier, test_set: ImageSet) -> None:
-    data, defense = some(test_set, 100), Defense(classifier, None).freeze()
+    data, defense = head(test_set, 100), Defense(classifier, None).freeze()
     crafted = craft(ATTACK, defense, "full", data, LINF, 0, 100)
     assert crafted.success.float().mean() > 0.7
     assert within_reach(crafted.images, data.pixels(), ATTACK.bound).all()
@@ -131,7 +102,9 @@ def test_it_fools_an_undefended_classifier(classifier: Classifier, test_set: Ima
     spent = ATTACK.steps
     assert (crafted.backward[~crafted.success] == spent).all() and ATTACK.effort() == spent
     assert crafted.iterations[crafted.success].float().mean() < 0.8 * spent
-    stochastic = craft(ATTACK, Defense(classifier, Noisy()).freeze(), "bpda", data, LINF, 0, 100)
+    stochastic = craft(
+        ATTACK, Defense(classifier, Noisy(0.05)).freeze(), "bpda", data, LINF, 0, 100
+    )
     assert stochastic.success.float().mean() > 0.6
     assert (stochastic.iterations == spent).all() and (stochastic.backward == 2 * spent).all()
 
@@ -163,13 +136,13 @@ def test_no_flow_ever_leaves_the_bound(
 
     monkeypatch.setattr(module, "displace", listening)
     attack = ATTACK.model_copy(update={"step": 0.7, "bound": 0.11})
-    noisy = Defense(classifier, Noisy()).freeze()  # where no row is dropped
-    craft(attack, noisy, "full", some(test_set), LINF, 0, 60)
+    noisy = Defense(classifier, Noisy(0.05)).freeze()  # where no row is dropped
+    craft(attack, noisy, "full", head(test_set, 60), LINF, 0, 60)
     assert len(flows) == attack.steps + 1
     assert max(flow.abs().max().item() for flow in flows) == pytest.approx(0.11, abs=1e-7)
     assert all(flow.abs().amax((1, 2)).min() > 0.07 for flow in flows)
     large = ATTACK.model_copy(update={"step": 50.0, "steps": 1})
-    craft(large, noisy, "full", some(test_set), LINF, 0, 60)
+    craft(large, noisy, "full", head(test_set, 60), LINF, 0, 60)
     assert flows[-2].abs().max().item() == pytest.approx(0.3), "the random step is clipped too"
 
 
@@ -185,15 +158,15 @@ def test_smoothness_smooths(
 
         monkeypatch.setattr(module, "displace", listening)
         attack = ATTACK.model_copy(update={"smoothness": smoothness, "step": 0.05})
-        noisy = Defense(classifier, Noisy()).freeze()  # where no row is dropped
-        craft(attack, noisy, "full", some(test_set), LINF, 0, 60)
+        noisy = Defense(classifier, Noisy(0.05)).freeze()  # where no row is dropped
+        craft(attack, noisy, "full", head(test_set, 60), LINF, 0, 60)
     assert roughness(last[1.0]).mean() < 0.6 * roughness(last[0.0]).mean()
 
 
 def test_a_wider_bound_and_more_steps_fool_no_fewer(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data, defense = some(test_set, 80), Defense(classifier, None).freeze()
+    data, defense = head(test_set, 80), Defense(classifier, None).freeze()
     for key, values in (("bound", (0.02, 0.05, 0.1)), ("steps", (1, 3, 15))):
         counts = []
         for value in values:
@@ -207,8 +180,8 @@ def test_an_image_is_attacked_on_its_own(
     stochastic: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
     """Whatever the order and the size of the batches. In float64, where rounding has no say."""
-    defense = Defense(Precise(classifier), Noisy() if stochastic else None).freeze()
-    data = some(test_set, 20)
+    defense = Defense(Precise(classifier), Noisy(0.05) if stochastic else None).freeze()
+    data = head(test_set, 20)
     whole = craft(ATTACK, defense, "full", data, LINF, 0, 20)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     for batch in (20, 7, 1):
@@ -220,9 +193,9 @@ def test_an_image_is_attacked_on_its_own(
 
 @pytest.mark.parametrize("mode", ["full", "bpda"])
 def test_it_leaves_no_trace(mode: str, classifier: Classifier, test_set: ImageSet) -> None:
-    data, model = some(test_set, 8), deepcopy(classifier).requires_grad_(True)
+    data, model = head(test_set, 8), deepcopy(classifier).requires_grad_(True)
     draws, stream = Draws(0, "attack", data.ids), torch.get_rng_state()
-    target = bind(Defense(model, Noisy()).eval(), mode, draws, 2)  # type: ignore[arg-type]
+    target = bind(Defense(model, Noisy(0.05)).eval(), mode, draws, 2)  # type: ignore[arg-type]
     pixels = data.pixels().to(memory_format=torch.channels_last)
     outcome = ATTACK.run(target, pixels, data.labels, LINF, draws)
     assert torch.equal(torch.get_rng_state(), stream) and torch.equal(pixels, data.pixels())
@@ -233,7 +206,7 @@ def test_it_leaves_no_trace(mode: str, classifier: Classifier, test_set: ImageSe
 def test_what_is_wrong_already_or_no_number_is_left_alone(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data, defense = some(test_set, 12), Defense(classifier, None).freeze()
+    data, defense = head(test_set, 12), Defense(classifier, None).freeze()
     wrong = ImageSet(data.images, (data.labels + 1) % 10, data.ids, data.class_names)
     crafted = craft(ATTACK, defense, "full", wrong, L2(norm="l2", eps_l2=0.1), 0, 12)
     assert crafted.success.all() and torch.equal(crafted.images, wrong.pixels())
@@ -242,7 +215,7 @@ def test_what_is_wrong_already_or_no_number_is_left_alone(
         def forward(self, x: Tensor) -> Tensor:
             return torch.nan * super().forward(x)
 
-    for purifier in (None, Noisy()):
+    for purifier in (None, Noisy(0.05)):
         nan = Defense(Nan(), purifier).freeze()
         assert craft(ATTACK, nan, "full", stripe(3), LINF, 0, 1).success.all()
 

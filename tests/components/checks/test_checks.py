@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from toys import LINF, Detached, Noisy, Rounded
 
 from components import probes
 from components.attacks import L2, AttackConfig, Linf, craft
@@ -25,24 +26,12 @@ from components.models.purifiers import Purifier
 from components.probes import Finding, models
 from components.probes.contract import Accuracies
 
-THREAT = Linf(norm="linf", eps_255=32.0)
-
 
 class Soft(Purifier):
     """An honest deterministic purifier: a slight blur."""
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return 0.8 * x + 0.2 * nn.functional.avg_pool2d(x, 3, 1, 1)
-
-
-class Noisy(Purifier):
-    """An honest random purifier."""
-
-    stochastic = True
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        return (x + 0.05 * draws.normal(tuple(x.shape[1:]), "noise")).clamp(0, 1)
 
 
 class SecretlyNoisy(Noisy):
@@ -58,21 +47,6 @@ class SecretlyFixed(Soft):
     """Deterministic, and says it is random."""
 
     stochastic = True
-
-
-class Rounded(Purifier):
-    """Quantises: no gradient, and says otherwise."""
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return torch.round(x * 7) / 7
-
-
-class Detached(Purifier):
-    """Cuts the graph."""
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        with torch.no_grad():
-            return 0.9 * x
 
 
 class Often(Purifier):
@@ -118,7 +92,7 @@ def probe(
     data: ImageSet, classifier: nn.Module, purifier: Purifier | None, modes: tuple[Mode, ...]
 ) -> list[Finding]:
     defense = Defense(classifier, purifier).freeze()
-    return probes.probe(defense, modes, data, THREAT, 0, 128, 4, None)
+    return probes.probe(defense, modes, data, LINF, 0, 128, 4, None)
 
 
 FULL: tuple[Mode, ...] = ("full",)
@@ -128,7 +102,7 @@ BOTH: tuple[Mode, ...] = ("full", "bpda")
 # Honest defenses
 
 
-@pytest.mark.parametrize("purifier", [None, Soft(), Noisy()], ids=["none", "soft", "noisy"])
+@pytest.mark.parametrize("purifier", [None, Soft(), Noisy(0.05)], ids=["none", "soft", "noisy"])
 def test_an_honest_defense_raises_no_doubt(
     purifier: Purifier | None, classifier: Classifier, test_set: ImageSet
 ) -> None:
@@ -146,19 +120,21 @@ def test_an_honest_defense_raises_no_doubt(
 
 
 def test_probing_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> None:
-    defense = Defense(classifier, Noisy()).freeze()
+    defense = Defense(classifier, Noisy(0.05)).freeze()
     before, stream = state_digest(defense), torch.get_rng_state()
-    first = probes.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None)
+    first = probes.probe(defense, BOTH, test_set, LINF, 0, 128, 4, None)
     assert state_digest(defense) == before and not defense.training
     assert torch.equal(torch.get_rng_state(), stream)
-    assert probes.probe(defense, BOTH, test_set, THREAT, 0, 128, 4, None) == first
+    assert probes.probe(defense, BOTH, test_set, LINF, 0, 128, 4, None) == first
 
 
 # Gradients
 
 
 @pytest.mark.parametrize(
-    "purifier", [Rounded(), Detached(), Often(), Nan()], ids=lambda p: type(p).__name__
+    "purifier",
+    [Rounded(7, differentiable=True), Detached(), Often(), Nan()],
+    ids=lambda p: type(p).__name__,
 )
 def test_a_gradient_that_cannot_be_followed_is_named(
     purifier: Purifier, classifier: Classifier, test_set: ImageSet
@@ -175,10 +151,10 @@ def test_a_gradient_that_cannot_be_followed_is_named(
 def test_rounding_leaves_an_unbounded_attack_helpless_on_its_own_gradient(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    findings = probe(test_set, classifier, Rounded(), FULL)
+    findings = probe(test_set, classifier, Rounded(7, differentiable=True), FULL)
     assert failed(findings, "warn") == ["gradient_correct", "unbounded_by_gradient"]
     assert "unbounded" not in failed(findings), "an image of another class is another class"
-    both = failed(probe(test_set, classifier, Rounded(), BOTH), "warn")
+    both = failed(probe(test_set, classifier, Rounded(7, differentiable=True), BOTH), "warn")
     assert both == ["gradient_correct"], "bpda gets there"
 
 
@@ -267,25 +243,27 @@ def test_an_unbounded_attack_that_fails_is_a_fault(
 # Stored sets
 
 
-def stored(data: ImageSet, images: Tensor, **changes: Any) -> list[Finding]:
-    facts = {"ids": data.ids, "labels": data.labels, "threat": THREAT, **changes}
+def check_stored_set(data: ImageSet, images: Tensor, **changes: Any) -> list[Finding]:
+    facts = {"ids": data.ids, "labels": data.labels, "threat": LINF, **changes}
     return sets.stored_set("full/pgd", images, facts["ids"], facts["labels"], data, facts["threat"])
 
 
 def attacked(data: ImageSet, factor: float = 1.0) -> Tensor:
     """Return images on the surface of the ball, or `factor` times as far away."""
     signs = torch.randn(data.images.shape, generator=torch.Generator().manual_seed(0)).sign()
-    return (data.pixels() + factor * THREAT.eps * signs).clamp(0, 1)
+    return (data.pixels() + factor * LINF.eps * signs).clamp(0, 1)
 
 
 def test_a_sound_set_passes(test_set: ImageSet) -> None:
-    findings = stored(test_set, attacked(test_set))
+    findings = check_stored_set(test_set, attacked(test_set))
     assert [f.name for f in findings] == ["accounting/full/pgd", "threat_model/full/pgd"]
     assert failed(findings) == []
-    assert failed(stored(test_set, attacked(test_set, 5), threat=None)) == [], "it has no ball"
+    assert failed(check_stored_set(test_set, attacked(test_set, 5), threat=None)) == [], (
+        "it has no ball"
+    )
     ball = L2(norm="l2", eps_l2=1.0)
     noise = ball.start(test_set.pixels(), Draws(0, "attack", test_set.ids), "start")
-    assert failed(stored(test_set, noise, threat=ball)) == []
+    assert failed(check_stored_set(test_set, noise, threat=ball)) == []
 
 
 def test_images_outside_their_ball_are_found(test_set: ImageSet) -> None:
@@ -303,10 +281,10 @@ def test_images_outside_their_ball_are_found(test_set: ImageSet) -> None:
         "not a number": attacked(test_set).where(test_set.pixels() > 0, torch.nan),
     }
     for name, images in faults.items():
-        assert failed(stored(test_set, images)) == ["threat_model/full/pgd"], name
-    assert failed(stored(test_set, attacked(test_set) + 1, threat=None)) != []
+        assert failed(check_stored_set(test_set, images)) == ["threat_model/full/pgd"], name
+    assert failed(check_stored_set(test_set, attacked(test_set) + 1, threat=None)) != []
     far = L2(norm="l2", eps_l2=0.5)
-    assert failed(stored(test_set, attacked(test_set), threat=far)) != []
+    assert failed(check_stored_set(test_set, attacked(test_set), threat=far)) != []
 
 
 def test_sets_of_other_images_are_found(test_set: ImageSet) -> None:
@@ -314,23 +292,29 @@ def test_sets_of_other_images_are_found(test_set: ImageSet) -> None:
     missing = torch.arange(count - 1)
     order = torch.arange(count).roll(1)
     faults = {
-        "shifted ids": stored(test_set, images, ids=test_set.ids.roll(1)),
-        "another id": stored(test_set, images, ids=test_set.ids + (torch.arange(count) == 5)),
-        "other labels": stored(test_set, images, labels=(test_set.labels + 1) % 10),
-        "one missing": stored(
+        "shifted ids": check_stored_set(test_set, images, ids=test_set.ids.roll(1)),
+        "another id": check_stored_set(
+            test_set, images, ids=test_set.ids + (torch.arange(count) == 5)
+        ),
+        "other labels": check_stored_set(test_set, images, labels=(test_set.labels + 1) % 10),
+        "one missing": check_stored_set(
             test_set, images[missing], ids=test_set.ids[missing], labels=test_set.labels[missing]
         ),
-        "another order": stored(
+        "another order": check_stored_set(
             test_set, images[order], ids=test_set.ids[order], labels=test_set.labels[order]
         ),
-        "filtered": stored(test_set, images[:9], ids=test_set.ids[:9], labels=test_set.labels[:9]),
+        "filtered": check_stored_set(
+            test_set, images[:9], ids=test_set.ids[:9], labels=test_set.labels[:9]
+        ),
     }
     for name, findings in faults.items():
         assert failed(findings) == ["accounting/full/pgd"], name
 
 
 def test_images_shifted_against_their_ids_leave_the_ball(test_set: ImageSet) -> None:
-    assert failed(stored(test_set, attacked(test_set).roll(1, 0))) == ["threat_model/full/pgd"]
+    assert failed(check_stored_set(test_set, attacked(test_set).roll(1, 0))) == [
+        "threat_model/full/pgd"
+    ]
 
 
 def test_a_set_of_another_model_is_a_transfer() -> None:
@@ -485,7 +469,7 @@ def attack_shares(
         "kind": "pgd", "steps": 10, "step": 0.25, "restarts": 1, "random_start": True,
         "early_stop": True, "eot": 1, **changes,
     }  # fmt: skip
-    crafted = craft(Pgd(**settings), defense, mode, data, THREAT, 0, 250)
+    crafted = craft(Pgd(**settings), defense, mode, data, LINF, 0, 250)
     counts = count_correct(defense, crafted.images, data.labels, data.ids, 0, "score", 1, 250)
     return "pgd", Score(1, counts, counts).accuracy()
 
@@ -494,7 +478,7 @@ def test_bpda_beats_the_full_gradient_of_a_masked_defense_only(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     data = test_set[torch.arange(200)]
-    for purifier, masked in ((Rounded(), True), (Soft(), False)):
+    for purifier, masked in ((Rounded(7, differentiable=True), True), (Soft(), False)):
         defense = Defense(classifier, purifier).freeze()
         full, bpda = (attack_shares(defense, mode, data)[1] for mode in BOTH)
         found = failed(scores.full_is_strongest(full, {"bpda": bpda}))
@@ -509,7 +493,7 @@ def test_noise_beats_a_gradient_attack_that_follows_nothing(
     noise = TypeAdapter(AttackConfig).validate_python({"kind": "noise", "tries": 30})
     data = test_set[torch.arange(200)]
     still = {"kind": "bim", "steps": 5, "step": 0.2, "eot": 1}
-    for purifier, masked in ((Rounded(), True), (Soft(), False)):
+    for purifier, masked in ((Rounded(7, differentiable=True), True), (Soft(), False)):
         defense = Defense(classifier, purifier).freeze()
         found = {}
         for kind, attack in (

@@ -13,7 +13,7 @@ from components.data.image_set import ImageSet, stratified
 from components.data.shards import DataError
 
 
-def make(count: int = 25) -> ImageSet:
+def small_set(count: int = 25) -> ImageSet:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 4, 5), generator=generator, dtype=torch.uint8)
     return ImageSet(images, torch.arange(count) % 3, torch.arange(count) * 7, ("a", "b", "c"))
@@ -21,12 +21,12 @@ def make(count: int = 25) -> ImageSet:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    image_set.write(tmp_path / "set", make(), rows_per_part=10)
+    image_set.write(tmp_path / "set", small_set(), rows_per_part=10)
     return tmp_path / "set"
 
 
 def test_reading_gives_back_what_was_written(folder: Path) -> None:
-    written, read = make(), image_set.read(folder)
+    written, read = small_set(), image_set.read(folder)
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
@@ -38,14 +38,14 @@ def test_reading_gives_back_what_was_written(folder: Path) -> None:
 
 
 def test_the_same_images_are_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    image_set.write(tmp_path / "again", make(), rows_per_part=10)
+    image_set.write(tmp_path / "again", small_set(), rows_per_part=10)
     assert shards.fingerprint(folder) == shards.fingerprint(tmp_path / "again")
     for part in folder.iterdir():
         assert part.read_bytes() == (tmp_path / "again" / part.name).read_bytes()
 
 
 def test_a_subset_is_written_as_itself(tmp_path: Path) -> None:
-    chosen = make()[torch.tensor([4, 2])]
+    chosen = small_set()[torch.tensor([4, 2])]
     image_set.write(tmp_path / "set", chosen, rows_per_part=10)
     assert torch.equal(image_set.read(tmp_path / "set").images, chosen.images)
 
@@ -67,7 +67,7 @@ def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
     """A bit that flips after the manifest was written over it is found by Parquet itself."""
     part = folder / shards.shard_name(0)
     content = bytearray(part.read_bytes())
-    content[content.index(make().images[3].numpy().tobytes()[:16])] ^= 1
+    content[content.index(small_set().images[3].numpy().tobytes()[:16])] ^= 1
     part.write_bytes(content)
     shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="cannot be read as Parquet"):

@@ -7,8 +7,8 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from test_attacks import LINF, SAMPLES, VARIANTS, make
 from torch import Tensor, nn
+from toys import ATTACK_VARIANTS, ATTACKS, LINF, parse_attack
 
 from components.attacks import craft
 from components.data.draws import Draws
@@ -56,7 +56,7 @@ class Coin(Purifier):
         return torch.where(toss < x[:, :, :1, :1], torch.zeros_like(x), torch.ones_like(x))
 
 
-def score(draws: int, select: list[int], scored: list[int]) -> Score:
+def draws_score(draws: int, select: list[int], scored: list[int]) -> Score:
     return Score(draws, np.array(select, dtype=np.int64), np.array(scored, dtype=np.int64))
 
 
@@ -124,9 +124,9 @@ def test_holm_by_hand() -> None:
 
 def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
     scores = {
-        "clean": score(4, [4, 4, 2, 0], [4, 3, 1, 4]),
-        "pgd": score(4, [1, 4, 2, 3], [2, 0, 0, 0]),
-        "apgd": score(4, [0, 4, 1, 3], [3, 0, 4, 0]),
+        "clean": draws_score(4, [4, 4, 2, 0], [4, 3, 1, 4]),
+        "pgd": draws_score(4, [1, 4, 2, 3], [2, 0, 0, 0]),
+        "apgd": draws_score(4, [0, 4, 1, 3], [3, 0, 4, 0]),
     }
     chosen, found = worst(scores, ["clean", "pgd", "apgd"])
     assert chosen == ["apgd", "clean", "apgd", "clean"]
@@ -137,9 +137,9 @@ def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
 
 def test_ties_go_to_the_first_in_order() -> None:
     scores = {
-        "a": score(2, [1, 0], [1, 1]),
-        "b": score(2, [1, 0], [2, 2]),
-        "c": score(2, [1, 1], [0, 0]),
+        "a": draws_score(2, [1, 0], [1, 1]),
+        "b": draws_score(2, [1, 0], [2, 2]),
+        "c": draws_score(2, [1, 1], [0, 0]),
     }
     for order in itertools.permutations("abc"):
         chosen, _ = worst(scores, list(order))
@@ -148,7 +148,7 @@ def test_ties_go_to_the_first_in_order() -> None:
 
 
 def test_entries_of_one_draw_are_compared_by_share() -> None:
-    scores = {"many": score(32, [31, 1], [30, 2]), "one": score(1, [1, 0], [1, 0])}
+    scores = {"many": draws_score(32, [31, 1], [30, 2]), "one": draws_score(1, [1, 0], [1, 0])}
     chosen, found = worst(scores, ["many", "one"])
     assert chosen == ["many", "one"] and found.draws == 32
     assert found.score.tolist() == [30, 0]
@@ -162,7 +162,7 @@ def subsets(right: int, draws: int, tries: int) -> Iterator[tuple[bool, ...]]:
 @pytest.mark.parametrize("tries", [1, 2, 3, 4, 7])
 def test_retries_are_what_enumeration_gives(tries: int) -> None:
     draws = 7
-    every = score(draws, [0] * 8, list(range(8)))
+    every = draws_score(draws, [0] * 8, list(range(8)))
     for right, none_wrong, majority in zip(
         range(8), worst_of(every, tries), majority_of(every, tries), strict=True
     ):
@@ -173,7 +173,7 @@ def test_retries_are_what_enumeration_gives(tries: int) -> None:
 
 
 def test_one_draw_is_its_own_worst_and_majority() -> None:
-    one = score(1, [1, 0], [1, 0])
+    one = draws_score(1, [1, 0], [1, 0])
     assert worst_of(one, 10).tolist() == majority_of(one, 10).tolist() == [1.0, 0.0]
 
 
@@ -320,11 +320,11 @@ class Witness(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS])
+@pytest.mark.parametrize("name", [*ATTACKS, *ATTACK_VARIANTS])
 def test_where_an_attack_stops_its_passes_end_when_the_image_is_fooled(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    attack = make(name)
+    attack = parse_attack(name)
     if not attack.stops():
         assert not attack.stopping or not attack.early_stop
         return

@@ -29,7 +29,7 @@ def floats(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float64)
 
 
-def score(*right: int, draws: int = 1) -> Score:
+def score_of(*right: int, draws: int = 1) -> Score:
     return Score(draws, np.array(right), np.array(right))
 
 
@@ -84,9 +84,9 @@ def test_the_attacker_takes_what_fools_and_passes() -> None:
     }
     watched = Watched(seen, seen, {}, floats(1, 1, 1, 1))
     counted = {
-        "clean": score(1, 1, 1, 0),
-        "full/a": score(0, 0, 0, 0),
-        "bpda/b": score(1, 0, 0, 0),
+        "clean": score_of(1, 1, 1, 0),
+        "full/a": score_of(0, 0, 0, 0),
+        "bpda/b": score_of(1, 0, 0, 0),
     }
     assert withstood(watched, counted, 1.0).tolist() == [1, 0, 1, 0]
     assert withstood(watched, counted, np.inf).tolist() == [0, 0, 0, 0]
@@ -117,7 +117,7 @@ class Halve(Purifier):
         return x / 2
 
 
-class Noisy(Purifier):
+class Shifted(Purifier):
     stochastic = True
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
@@ -149,7 +149,7 @@ def test_watching_a_defense() -> None:
     assert seen(None, 5) is None and seen(Nothing(), 5) is None
     assert merge([whole, None]) is None
     assert whole.foreseen is whole.detector_score
-    noisy = seen(Noisy(), 5)
+    noisy = seen(Shifted(), 5)
     assert noisy is not None and not np.allclose(
         noisy.foreseen["clean"], noisy.detector_score["clean"]
     )
@@ -166,7 +166,7 @@ def test_a_detector_summed_up() -> None:
     detector_score = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
     watched = Watched(detector_score, detector_score, detector_score, floats(*range(100)))
     within = {name: np.ones(4, dtype=bool) for name in detector_score}
-    counted = {"clean": score(1, 1, 1, 1), "full/pgd": score(0, 0, 0, 1)}
+    counted = {"clean": score_of(1, 1, 1, 1), "full/pgd": score_of(0, 0, 0, 1)}
     found = detection(watched, within, counted)
     row = found["attacks"]["full/pgd"]
     assert row["auc"] == row["control_auc"] == pytest.approx(12.5 / 16)

@@ -12,6 +12,7 @@ import project
 import pytest
 import torch
 from torch import nn
+from toys import Evil
 
 from components.data.draws import Draws
 from components.data.shards import MANIFEST, DataError, sha256
@@ -81,13 +82,13 @@ IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LARGE = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def images(name: str) -> torch.Tensor:
+def images_for(name: str) -> torch.Tensor:
     return LARGE if name.startswith("defense_gan") else IMAGES
 
 
 def answer(name: str, module: nn.Module) -> torch.Tensor:
     """Return what a network makes of images, or of what it takes instead."""
-    x = images(name)
+    x = images_for(name)
     if isinstance(module, GenerativePair):
         return torch.cat([module.generator(LARGE[:, 0, 0, :16]).flatten(), module.critic(x)])
     if isinstance(module, Diffusion):
@@ -104,14 +105,14 @@ def card_of(name: str, **changes: Any) -> ModelCard:
         "format": 1,
         "family": family,
         "model": model,
-        "shape": list(images(name).shape[1:]),
+        "shape": list(images_for(name).shape[1:]),
         "class_names": [str(digit) for digit in range(10)],
         "provenance": {"trained_on": "nothing"},
     }
     return ModelCard(**{**facts, **changes})
 
 
-def trained(name: str, seed: int = 0) -> nn.Module:
+def build_trained(name: str, seed: int = 0) -> nn.Module:
     """Return a network whose buffers are not those it was born with."""
     torch.manual_seed(seed)
     module = build(card_of(name))
@@ -124,7 +125,7 @@ def trained(name: str, seed: int = 0) -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save(tmp_path / "model", trained("small_cnn"), card_of("small_cnn"))
+    save(tmp_path / "model", build_trained("small_cnn"), card_of("small_cnn"))
     return tmp_path / "model"
 
 
@@ -138,7 +139,7 @@ def test_the_table_has_every_kind() -> None:
 
 @EVERY
 def test_what_is_loaded_answers_to_the_bit_as_what_was_saved(name: str, tmp_path: Path) -> None:
-    module = trained(name)
+    module = build_trained(name)
     save(tmp_path / "model", module, card_of(name))
     loaded = load(tmp_path / "model")
     assert torch.equal(answer(name, loaded), answer(name, module))
@@ -150,7 +151,7 @@ def test_what_is_loaded_answers_to_the_bit_as_what_was_saved(name: str, tmp_path
 
 @EVERY
 def test_a_folder_holds_no_pickle_and_nothing_of_the_machine(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "model", trained(name), card_of(name))
+    save(tmp_path / "model", build_trained(name), card_of(name))
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert names == sorted([CONFIG, WEIGHTS, MANIFEST])
     json.loads((tmp_path / "model" / CONFIG).read_text())
@@ -166,15 +167,15 @@ def test_a_folder_holds_no_pickle_and_nothing_of_the_machine(name: str, tmp_path
 
 @EVERY
 def test_equal_weights_are_equal_bytes(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "one", trained(name), card_of(name))
-    save(tmp_path / "two", trained(name), card_of(name))
+    save(tmp_path / "one", build_trained(name), card_of(name))
+    save(tmp_path / "two", build_trained(name), card_of(name))
     for file in (CONFIG, WEIGHTS, MANIFEST):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
 
 
 def test_weights_that_lie_otherwise_in_memory_are_equal_bytes(tmp_path: Path) -> None:
-    module = trained("resnet")
+    module = build_trained("resnet")
     save(tmp_path / "one", module, card_of("resnet"))
     save(tmp_path / "two", module.to(memory_format=torch.channels_last), card_of("resnet"))
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
@@ -184,15 +185,15 @@ def test_the_fingerprint_changes_with_weights_and_with_the_card(tmp_path: Path) 
     cards = [card_of("small_cnn"), card_of("small_cnn", provenance={"trained_on": "something"})]
     prints = set()
     for index, (seed, card) in enumerate(((0, cards[0]), (1, cards[0]), (0, cards[1]))):
-        save(tmp_path / str(index), trained("small_cnn", seed), card)
+        save(tmp_path / str(index), build_trained("small_cnn", seed), card)
         prints.add(fingerprint(tmp_path / str(index)))
     assert len(prints) == 3
 
 
 def test_the_digest_of_a_state_covers_buffers_and_names() -> None:
-    module = trained("small_cnn")
+    module = build_trained("small_cnn")
     digest = state_digest(module)
-    assert digest == state_digest(trained("small_cnn"))
+    assert digest == state_digest(build_trained("small_cnn"))
     module.get_buffer("network.1.running_mean").add_(1e-6)
     assert state_digest(module) != digest
     one, other = nn.Module(), nn.Module()
@@ -314,26 +315,16 @@ def test_a_card_that_describes_nothing_is_refused(
 def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds a small_cnn, which is no purifier by itself"):
         load_purifier(folder)
-    save(tmp_path / "gan", trained("gan"), card_of("gan"))
+    save(tmp_path / "gan", build_trained("gan"), card_of("gan"))
     with pytest.raises(DataError, match="holds a gan, which is no purifier by itself"):
         load_purifier(tmp_path / "gan")
     fitted = DefenseGan(kind="defense_gan", iterations=2, restarts=1, rate=10.0)
     assert load_purifier(tmp_path / "gan", inference=fitted)(IMAGES).shape == IMAGES.shape
-    save(tmp_path / "purifier", trained("conv_autoencoder"), card_of("conv_autoencoder"))
+    save(tmp_path / "purifier", build_trained("conv_autoencoder"), card_of("conv_autoencoder"))
     assert load_purifier(tmp_path / "purifier")(IMAGES).shape == IMAGES.shape
 
 
 # A hostile folder
-
-
-class Evil:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.marker,))
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -342,12 +333,12 @@ def test_a_pickle_in_place_of_weights_is_refused_unread(
     form: str, protocol: int, folder: Path, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
-    bad = pickle.dumps({"network.0.weight": Evil(marker)}, protocol)
+    bad = pickle.dumps({"network.0.weight": Evil(Path.touch, marker)}, protocol)
     if form == "torch.save":
         buffer = io.BytesIO()
-        torch.save({"network.0.weight": Evil(marker)}, buffer, pickle_protocol=protocol)
+        torch.save({"network.0.weight": Evil(Path.touch, marker)}, buffer, pickle_protocol=protocol)
         bad = buffer.getvalue()
-    pickle.loads(pickle.dumps(Evil(tmp_path / "works")))
+    pickle.loads(pickle.dumps(Evil(Path.touch, tmp_path / "works")))
     assert (tmp_path / "works").exists()
     if form == "beside":
         # What the manifest does not vouch for is not looked at.
@@ -399,7 +390,7 @@ print("served")
 
 @pytest.mark.parametrize("name", ["conv_autoencoder", "random_transform"])
 def test_a_purifier_is_served_without_ray_dvc_or_mlflow(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "model", trained(name), card_of(name))
+    save(tmp_path / "model", build_trained(name), card_of(name))
     command = [sys.executable, "-c", SERVING, str(tmp_path / "model")]
     repository = project.ROOT
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)

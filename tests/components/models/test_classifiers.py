@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from toys import uniform_pixels
 
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ClassifierConfig
@@ -22,14 +23,12 @@ EVERY = pytest.mark.parametrize("kind", SAMPLES)
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 9, 15)]
 
 
-def make(config: dict[str, Any], shape: tuple[int, int, int], classes: int) -> Classifier:
+def build_classifier(
+    config: dict[str, Any], shape: tuple[int, int, int], classes: int
+) -> Classifier:
     torch.manual_seed(0)
     built: Classifier = TypeAdapter(ClassifierConfig).validate_python(config).build(shape, classes)
     return built.eval()
-
-
-def images(shape: tuple[int, int, int], count: int = 16) -> Tensor:
-    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
 
 
 def small(kind: str, channels: int = 1) -> tuple[int, int, int]:
@@ -52,9 +51,11 @@ def test_pixels_in_are_logits_out(
 ) -> None:
     if min(shape[1:]) < SMALLEST.get(kind, 1):
         with pytest.raises(ValueError, match="at least"):
-            make(SAMPLES[kind], shape, 7)
+            build_classifier(SAMPLES[kind], shape, 7)
         return
-    logits = make(SAMPLES[kind], shape, 7).to(dtype)(images(shape).to(dtype))
+    logits = build_classifier(SAMPLES[kind], shape, 7).to(dtype)(
+        uniform_pixels(16, shape).to(dtype)
+    )
     assert logits.shape == (16, 7) and logits.dtype == dtype and logits.isfinite().all()
     assert not torch.allclose(logits.sum(1), torch.ones(16, dtype=dtype)), "softmaxed"
     assert logits.std(0).max() > 0, "the same for every image"
@@ -62,7 +63,7 @@ def test_pixels_in_are_logits_out(
 
 @EVERY
 def test_an_image_is_classified_on_its_own(kind: str) -> None:
-    model, x = make(SAMPLES[kind], small(kind), 10), images(small(kind))
+    model, x = build_classifier(SAMPLES[kind], small(kind), 10), uniform_pixels(16, small(kind))
     whole = model(x)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
     assert torch.equal(model(x[order]), whole[order])
@@ -71,8 +72,8 @@ def test_an_image_is_classified_on_its_own(kind: str) -> None:
 
 @EVERY
 def test_every_pixel_is_looked_at(kind: str) -> None:
-    x = images(small(kind)).requires_grad_()
-    logits = make(SAMPLES[kind], small(kind), 10)(x)
+    x = uniform_pixels(16, small(kind)).requires_grad_()
+    logits = build_classifier(SAMPLES[kind], small(kind), 10)(x)
     (gradient,) = torch.autograd.grad((logits * torch.arange(10)).sum(), x)
     assert gradient.isfinite().all() and gradient.ne(0).any(0).all()
 
@@ -82,7 +83,10 @@ def test_normalisation_lies_inside(kind: str) -> None:
     """Scaling the pixels and renormalising leaves the logits as they were: the network itself
     sees images of mean 0 and deviation 1, whatever their brightness.
     """
-    model, x = make(SAMPLES[kind], small(kind, 3), 10), images(small(kind, 3))
+    model, x = (
+        build_classifier(SAMPLES[kind], small(kind, 3), 10),
+        uniform_pixels(16, small(kind, 3)),
+    )
     x = x * torch.tensor([0.3, 0.6, 0.9])[:, None, None]
     model.normalise_by(x)
     assert torch.allclose(model.mean, x.mean((0, 2, 3)))
@@ -99,9 +103,9 @@ def test_normalisation_lies_inside(kind: str) -> None:
 
 
 def test_a_channel_of_one_grey_does_not_divide_by_zero() -> None:
-    model, x = make(SAMPLES["small_cnn"], (1, 8, 8), 10), torch.full((4, 1, 8, 8), 0.5)
+    model, x = build_classifier(SAMPLES["small_cnn"], (1, 8, 8), 10), torch.full((4, 1, 8, 8), 0.5)
     model.normalise_by(x)
-    assert model(images((1, 8, 8))).isfinite().all()
+    assert model(uniform_pixels(16, (1, 8, 8))).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -116,14 +120,14 @@ def test_the_networks_have_the_published_sizes(
     config: dict[str, Any], millions: tuple[float, float]
 ) -> None:
     """0.27 M, 0.85 M and 11.17 M; `resnet` has 1 x 1 convolutions where the original pads."""
-    model = make(config, (3, 32, 32), 10)
+    model = build_classifier(config, (3, 32, 32), 10)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] <= count <= millions[1]
 
 
 @pytest.mark.parametrize(("kind", "millions"), [("defense_gan_a", 0.925), ("defense_gan_b", 0.710)])
 def test_the_classifiers_of_defense_gan_have_their_sizes(kind: str, millions: float) -> None:
-    model = make(SAMPLES[kind], (1, 28, 28), 10)
+    model = build_classifier(SAMPLES[kind], (1, 28, 28), 10)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert count == pytest.approx(millions, rel=0.001)
 
@@ -133,16 +137,16 @@ def test_images_the_convolutions_do_not_fit_are_refused_with_a_sentence(kind: st
     side = SMALLEST[kind]
     said = f"{kind} takes images of at least {side} x {side}, not {side - 1} x {side}"
     with pytest.raises(ValueError, match=said):
-        make(SAMPLES[kind], (1, side - 1, side), 10)
+        build_classifier(SAMPLES[kind], (1, side - 1, side), 10)
     with pytest.raises(ValueError, match="at least"):
-        make(SAMPLES[kind], (1, side, side - 1), 10)
+        build_classifier(SAMPLES[kind], (1, side, side - 1), 10)
 
 
 @pytest.mark.parametrize(
     ("kind", "shares"), [("defense_gan_a", [0.25, 0.5]), ("defense_gan_b", [0.2, 0.5])]
 )
 def test_dropout_drops_its_share_in_training_alone(kind: str, shares: list[float]) -> None:
-    model, x = make(SAMPLES[kind], (1, 28, 28), 10), images((1, 28, 28), 64)
+    model, x = build_classifier(SAMPLES[kind], (1, 28, 28), 10), uniform_pixels(64, (1, 28, 28))
     seen: list[tuple[Tensor, Tensor]] = []
     for module in model.network.children():
         if type(module).__name__ == "_Dropout":
@@ -162,21 +166,24 @@ def test_dropout_drops_its_share_in_training_alone(kind: str, shares: list[float
 
 @pytest.mark.parametrize("kind", SMALLEST)
 def test_dropout_goes_on_where_the_state_was_and_leaves_the_global_stream_alone(kind: str) -> None:
-    model, x = make(SAMPLES[kind], (1, 28, 28), 10).train(), images((1, 28, 28))
+    model, x = (
+        build_classifier(SAMPLES[kind], (1, 28, 28), 10).train(),
+        uniform_pixels(16, (1, 28, 28)),
+    )
     stream = torch.get_rng_state()
     first = model(x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     second = model(x)
     assert not torch.equal(first, second), "the same mask twice"
     assert torch.equal(torch.get_rng_state(), stream)
-    other = make(SAMPLES[kind], (1, 28, 28), 10).train()
+    other = build_classifier(SAMPLES[kind], (1, 28, 28), 10).train()
     other.load_state_dict(state)
     assert torch.equal(other(x), second)
 
 
 @pytest.mark.parametrize(("depth", "convolutions"), [(8, 7 + 2), (20, 19 + 2), (56, 55 + 2)])
 def test_depth_counts_the_layers_that_learn(depth: int, convolutions: int) -> None:
-    model = make({"kind": "resnet", "depth": depth, "width": 2}, (1, 8, 8), 10)
+    model = build_classifier({"kind": "resnet", "depth": depth, "width": 2}, (1, 8, 8), 10)
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 1
 

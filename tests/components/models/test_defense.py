@@ -1,6 +1,5 @@
 """A target gives the value it says with the gradient it says, counts its passes, and folds."""
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import Detached, Noisy, Rounded
 
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
@@ -65,31 +65,6 @@ def batch(test_set: ImageSet, count: int = 32) -> tuple[Tensor, Tensor, Draws]:
     return some.pixels(), some.labels, Draws(0, "attack", some.ids)
 
 
-class Rounded(Purifier):
-    """Cuts the gradient to zero, but leaves the graph."""
-
-    differentiable = False
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return torch.round(x * 3) / 3
-
-
-class Detached(Purifier):
-    """Cuts the graph altogether."""
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        with torch.no_grad():
-            return 0.9 * x
-
-
-class Noisy(Purifier):
-    stochastic = True
-
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        return (x + 0.2 * draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)).clamp(0, 1)
-
-
 @pytest.mark.parametrize("name", [*PURIFIERS, "none"])
 def test_bpda_and_full_answer_alike_to_the_bit(
     name: str, classifier: Classifier, test_set: ImageSet
@@ -107,7 +82,7 @@ def test_bpda_gives_the_gradient_of_the_classifier_at_the_purified_image(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set)
-    for purifier in (purifier_of("autoencoder"), Rounded(), Detached(), Noisy()):
+    for purifier in (purifier_of("autoencoder"), Rounded(3), Detached(), Noisy(0.2)):
         defense = Defense(classifier, purifier).freeze()
         seen = bind(defense, "bpda", draws, 1).evaluate(x, labels, margin, 2)
         purified = defense.purify(x, draws.redraw(2)).detach().requires_grad_()
@@ -168,7 +143,7 @@ def test_every_pass_is_counted_per_image(
     mode: Mode, stochastic: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set, 6)
-    purifier = Noisy() if stochastic else None
+    purifier = Noisy(0.2) if stochastic else None
     target = bind(Defense(classifier, purifier).freeze(), mode, draws, 3)
     eot = 3 if stochastic else 1  # a deterministic defense needs one draw and takes one
     target.margins(x, labels, 0)
@@ -185,7 +160,7 @@ def test_every_pass_is_counted_per_image(
 
 def test_rows_of_a_target_carry_their_noise(classifier: Classifier, test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
-    target = bind(Defense(classifier, Noisy()).freeze(), "full", draws, 2)
+    target = bind(Defense(classifier, Noisy(0.2)).freeze(), "full", draws, 2)
     whole = target.evaluate(x, labels, margin, 5)
     rows = torch.tensor([9, 30, 2])
     some = target[rows].evaluate(x[rows], labels[rows], margin, 5)
@@ -199,7 +174,7 @@ def test_eot_is_the_mean_over_draws_that_no_other_look_shares(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set, 8)
-    defense = Defense(classifier, Noisy()).freeze()
+    defense = Defense(classifier, Noisy(0.2)).freeze()
     three = bind(defense, "full", draws, 3)
     for look in (0, 1, 4):
         seen = three.evaluate(x, labels, margin, look)
@@ -250,12 +225,12 @@ def test_logits_that_are_not_numbers_give_no_margin(row: list[float]) -> None:
         assert margin(torch.tensor([row]), torch.tensor([label])).isnan().all()
 
 
-@pytest.mark.parametrize("build", [Rounded, Detached])
+@pytest.mark.parametrize("purifier", [Rounded(3), Detached()], ids=["rounded", "detached"])
 def test_a_cut_graph_gives_a_gradient_of_zero(
-    build: Callable[[], Purifier], classifier: Classifier, test_set: ImageSet
+    purifier: Purifier, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set)
-    target = bind(Defense(classifier, build()).freeze(), "full", draws, 1)
+    target = bind(Defense(classifier, purifier).freeze(), "full", draws, 1)
     seen = target.evaluate(x, labels, margin, 0)
     assert seen.gradient.shape == x.shape and not seen.gradient.any()
     assert target.passes.backward.tolist() == [1] * len(x)
@@ -277,6 +252,6 @@ def test_looking_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> 
 def test_a_defense_says_what_its_purifier_is(classifier: Classifier) -> None:
     facts = [
         (d.stochastic, d.differentiable)
-        for d in (Defense(classifier, p) for p in (None, Rounded(), Noisy(), Detached()))
+        for d in (Defense(classifier, p) for p in (None, Rounded(3), Noisy(0.2), Detached()))
     ]
     assert facts == [(False, True), (False, False), (True, True), (False, True)]

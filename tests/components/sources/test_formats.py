@@ -7,10 +7,10 @@ import pickle
 import struct
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from toys import Evil
 
 from components.data.shards import DataError
 from components.sources import formats
@@ -119,16 +119,6 @@ def test_plain_data_is_unpickled(protocol: int) -> None:
     value = unpickle(content, "a file")
     assert np.array_equal(value["data"], array)
     assert value["labels"] == [1, 2] and value["name"] == "a"
-
-
-class Evil:
-    """Runs a command where it is unpickled without care."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:

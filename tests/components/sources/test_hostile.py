@@ -1,7 +1,6 @@
 """Files made to exhaust a machine are refused at once, in little memory: measured from outside."""
 
 import gzip
-import io
 import json
 import struct
 import subprocess
@@ -11,11 +10,12 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from project import ROOT
+from toys import png
 
 GIGABYTES = 1_500_000_000
 # Enough to be seen, and soon made.
@@ -23,7 +23,7 @@ MUCH = 400_000_000
 READ = """
 import json, resource, sys, time
 from pathlib import Path
-from components.shards import DataError
+from components.data.shards import DataError
 from components.sources.folder import ImageFolder
 from components.sources.formats import read_idx, read_tar
 from components.sources.parquet import ParquetFiles
@@ -54,13 +54,6 @@ for line in sys.stdin:
         said = str(error)
     print(json.dumps([name, [said, time.process_time() - began, peak() - start]]))
 """
-
-
-def png(side: int) -> bytes:
-    """Return a picture of one colour."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), "red").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write(path: Path, images: pa.Array, **facts: object) -> Path:
@@ -110,7 +103,7 @@ def large_value_many_times(path: Path) -> Path:
 
 
 def picture_many_times(path: Path) -> Path:
-    return write(path, repeated(png(4000), 500))
+    return write(path, repeated(png(np.full((4000, 4000, 3), (255, 0, 0), np.uint8)), 500))
 
 
 def endless_rows(path: Path) -> Path:
@@ -119,7 +112,7 @@ def endless_rows(path: Path) -> Path:
 
 def pictures(path: Path) -> Path:
     (path / "train/red").mkdir(parents=True)
-    content = png(4000)
+    content = png(np.full((4000, 4000, 3), (255, 0, 0), np.uint8))
     for number in range(5):
         (path / f"train/red/{number}.png").write_bytes(content)
     return path

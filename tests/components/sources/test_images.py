@@ -175,22 +175,22 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(root: Path, **facts: Any) -> RawData:
+def load_folder(root: Path, **facts: Any) -> RawData:
     facts = {"path": str(root), "channels": 3, "size": None, **facts}
     return ImageFolder.model_validate({"kind": "image_folder", **COMMON, **facts}).load(root)
 
 
 def test_a_folder_is_read_in_order(root: Path) -> None:
     save(root / "train/cat/3.jpeg", kind="JPEG")
-    raw = load(root)
+    raw = load_folder(root)
     assert raw.class_names == ("cat", "dog") and raw.test is not None
     assert raw.train.labels.tolist() == [0, 0, 0, 1] and raw.train.images.shape == (4, 3, 3, 4)
     assert raw.test.labels.tolist() == [1] and raw.train.rejects == raw.test.rejects == ()
-    assert load(root, size=[2, 5], channels=1).train.images.shape == (4, 1, 2, 5)
+    assert load_folder(root, size=[2, 5], channels=1).train.images.shape == (4, 1, 2, 5)
     for path in sorted((root / "test").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     (root / "test").rmdir()
-    assert load(root).test is None
+    assert load_folder(root).test is None
 
 
 def test_what_is_no_image_is_rejected_and_nothing_is_followed(root: Path) -> None:
@@ -206,7 +206,7 @@ def test_what_is_no_image_is_rejected_and_nothing_is_followed(root: Path) -> Non
     os.mkfifo(cat / "pipe.png")
     (root / "train/stray.png").write_bytes(b"x")
     (root / "train/wolf").symlink_to(root / "train/dog")
-    raw = load(root)
+    raw = load_folder(root)
     reasons = {reject.file.removeprefix("train/"): reject.reason for reject in raw.train.rejects}
     assert set(reasons) == {
         "cat/text.png", "cat/notes.txt", "cat/9.gif", "cat/other.png", "cat/nested", "cat/loop",
@@ -220,19 +220,19 @@ def test_what_is_no_image_is_rejected_and_nothing_is_followed(root: Path) -> Non
 def test_folders_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> None:
     save(root / "test/wolf/1.png")
     with pytest.raises(DataError, match="has the class wolf, which `train` does not have"):
-        load(root)
+        load_folder(root)
     (root / "train/wolf").mkdir()
     with pytest.raises(DataError, match="wolf is empty"):
-        load(root)
+        load_folder(root)
     with pytest.raises(DataError, match="has no folder `train`"):
-        load(root / "train")
+        load_folder(root / "train")
     (tmp_path / "empty/train").mkdir(parents=True)
     with pytest.raises(DataError, match="train has no usable image: there are none"):
-        load(tmp_path / "empty")
+        load_folder(tmp_path / "empty")
     (tmp_path / "bad/train/cat").mkdir(parents=True)
     (tmp_path / "bad/train/cat/1.png").write_text("x")
     with pytest.raises(DataError, match=r"the first, train/cat/1\.png, is not one of"):
-        load(tmp_path / "bad")
+        load_folder(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(
@@ -242,4 +242,4 @@ def test_folders_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> 
 )  # fmt: skip
 def test_impossible_settings_are_refused(root: Path, facts: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        load(root, **facts)
+        load_folder(root, **facts)

@@ -1,6 +1,5 @@
 """Parquet from anywhere is read if it is clean, and named by file and row where it is not."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from toys import png
 
 from components.data.shards import DataError
 from components.sources.parquet import ParquetFiles
@@ -18,13 +17,7 @@ from components.sources.raw import RawData
 COMMON = {"val": 1, "test": 0, "train_limit": None, "test_limit": None, "max_reject_fraction": 0.5}
 
 
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (3, 2), value).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-GOOD = [png(value) for value in range(6)]
+GOOD = [png(np.full((2, 3), value, np.uint8)) for value in range(6)]
 LABELS = [0, 1, 2, 0, 1, 2]
 
 
@@ -36,7 +29,7 @@ def write(
     pq.write_table(table, path, **facts)
 
 
-def load(root: Path, **facts: Any) -> RawData:
+def load_parquet(root: Path, **facts: Any) -> RawData:
     facts = {"path": str(root), "channels": 1, "size": None, **facts}
     return ParquetFiles.model_validate({"kind": "parquet", **COMMON, **facts}).load(root)
 
@@ -50,11 +43,11 @@ def structs(contents: list[bytes | None]) -> pa.Array:
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int8(), pa.uint8(), pa.uint64()])
 def test_images_and_labels_are_read_in_order(tmp_path: Path, images: Any, kind: Any) -> None:
     write(tmp_path / "train.parquet", images, pa.array(LABELS, kind))
-    raw = load(tmp_path)
+    raw = load_parquet(tmp_path)
     assert raw.train.images[:, 0, 0, 0].tolist() == list(range(6))
     assert raw.train.images.shape == (6, 1, 2, 3) and raw.train.labels.tolist() == LABELS
     assert raw.class_names == ("0", "1", "2") and raw.test is None
-    assert load(tmp_path, size=[5, 4], channels=3).train.images.shape == (6, 3, 5, 4)
+    assert load_parquet(tmp_path, size=[5, 4], channels=3).train.images.shape == (6, 3, 5, 4)
 
 
 @pytest.mark.parametrize("form", ["{}.parquet", "{}-0000{}-of-00002.parquet", "{}/{}.parquet"])
@@ -62,21 +55,21 @@ def test_every_layout_is_found(tmp_path: Path, form: str) -> None:
     for split in ("train", "test"):
         for part in range(1 if form.count("{}") == 1 else 2):
             write(tmp_path / form.format(split, part), GOOD[3 * part :][:3], LABELS[:3])
-    raw = load(tmp_path)
+    raw = load_parquet(tmp_path)
     assert raw.test is not None and len(raw.test.labels) == len(raw.train.labels)
     assert raw.train.images[:, 0, 0, 0].tolist() == list(range(len(raw.train.labels)))
 
 
 def test_files_that_are_not_clearly_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no train\.parquet"):
-        load(tmp_path)
+        load_parquet(tmp_path)
     write(tmp_path / "train-00000-of-00002.parquet")
     with pytest.raises(DataError, match="has 1 files of train, but their names say 2"):
-        load(tmp_path)
+        load_parquet(tmp_path)
     write(tmp_path / "train-00001-of-00002.parquet")
     write(tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"has both train\.parquet and train-00000"):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 def hugging_face(names: Any) -> dict[str, str]:
@@ -95,7 +88,7 @@ def hugging_face(names: Any) -> dict[str, str]:
 )
 def test_class_names_come_from_the_metadata(tmp_path: Path, metadata: Any, names: Any) -> None:
     write(tmp_path / "train.parquet", metadata=metadata)
-    assert load(tmp_path).class_names == names
+    assert load_parquet(tmp_path).class_names == names
 
 
 @pytest.mark.parametrize(
@@ -114,7 +107,7 @@ def test_class_names_that_disagree_are_refused(
     write(tmp_path / "train.parquet", metadata=train)
     write(tmp_path / "test.parquet", metadata=test)
     with pytest.raises(DataError, match=message):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +126,14 @@ def test_class_names_that_disagree_are_refused(
 def test_bad_labels_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
     write(tmp_path / "train.parquet", labels=labels)
     with pytest.raises(DataError, match=message):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 def test_labels_of_test_must_be_known_to_train(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet")
     write(tmp_path / "test.parquet", labels=[0, 1, 2, 3, 0, 1])
     with pytest.raises(DataError, match=r"test\.parquet, row 3: the label is 3, allowed is 0 to 2"):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 class Strange(pa.ExtensionType):  # type: ignore[misc]
@@ -164,7 +157,7 @@ def test_extension_types_are_refused(tmp_path: Path, known: bool) -> None:
         pa.register_extension_type(Strange())
     try:
         with pytest.raises(DataError, match="must have the columns"):
-            load(tmp_path)
+            load_parquet(tmp_path)
     finally:
         if known:
             pa.unregister_extension_type("test.strange")
@@ -184,7 +177,7 @@ def test_extension_types_are_refused(tmp_path: Path, known: bool) -> None:
 def test_images_of_another_type_are_refused(tmp_path: Path, images: Any) -> None:
     write(tmp_path / "train.parquet", images)
     with pytest.raises(DataError, match=r"must have the columns image: .*; it has image: "):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 def test_missing_and_repeated_columns_are_refused(tmp_path: Path) -> None:
@@ -196,14 +189,14 @@ def test_missing_and_repeated_columns_are_refused(tmp_path: Path) -> None:
     ):  # fmt: skip
         pq.write_table(table, tmp_path / "train.parquet")
         with pytest.raises(DataError, match="must have the columns"):
-            load(tmp_path)
+            load_parquet(tmp_path)
 
 
 @pytest.mark.parametrize("images", [structs([*GOOD[:4], None, GOOD[5]]), [*GOOD[:4], None, b""]])
 def test_nulls_are_refused_with_their_row(tmp_path: Path, images: Any) -> None:
     write(tmp_path / "train.parquet", images)
     with pytest.raises(DataError, match=r"train\.parquet, row 4: the image has no bytes"):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 def test_a_null_struct_is_refused_with_its_row(tmp_path: Path) -> None:
@@ -211,12 +204,12 @@ def test_a_null_struct_is_refused_with_its_row(tmp_path: Path) -> None:
     images[1] = None
     write(tmp_path / "train.parquet", images)
     with pytest.raises(DataError, match="row 1: the image has no bytes"):
-        load(tmp_path)
+        load_parquet(tmp_path)
 
 
 def test_single_bad_images_are_rejects(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", [GOOD[0], b"text", GOOD[2], b"", *GOOD[4:]])
-    raw = load(tmp_path)
+    raw = load_parquet(tmp_path)
     assert [(r.file, r.row) for r in raw.train.rejects] == [
         ("train.parquet", 1),
         ("train.parquet", 3),
@@ -229,7 +222,7 @@ def test_other_columns_are_not_read(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "train.parquet", compression="none", use_dictionary=False)
     content = (tmp_path / "train.parquet").read_bytes()
     (tmp_path / "train.parquet").write_bytes(content.replace(b"x" * 50, b"y" * 50))
-    assert load(tmp_path).train.labels.tolist() == LABELS
+    assert load_parquet(tmp_path).train.labels.tolist() == LABELS
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -239,7 +232,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for length in range(0, len(whole), 50):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match=r"train\.parquet cannot be read as Parquet"):
-            load(tmp_path)
+            load_parquet(tmp_path)
 
 
 def test_flipped_bits_are_found_where_pages_carry_checksums(tmp_path: Path) -> None:
@@ -250,4 +243,4 @@ def test_flipped_bits_are_found_where_pages_carry_checksums(tmp_path: Path) -> N
     damaged[whole.index(GOOD[2]) + 20] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(DataError, match=r"train\.parquet is damaged in or after row 0"):
-        load(tmp_path)
+        load_parquet(tmp_path)

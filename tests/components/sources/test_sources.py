@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from pydantic import TypeAdapter
+from toys import png, random_bytes, same_images
 
 from components.data import image_set
-from components.data.image_set import ImageSet
 from components.data.shards import DataError
 from components.sources import DATASETS, DataConfig, prepare
 from components.sources.downloads import Archive, fetch
@@ -106,16 +105,6 @@ def host() -> Iterator[Host]:
         thread.join()
 
 
-def pixels(count: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(256, size=(count, *shape), dtype=np.uint8)
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def idx(array: np.ndarray) -> bytes:
     header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
     return gzip.compress(header + array.tobytes())
@@ -127,7 +116,7 @@ def idx_archives(host: Host) -> tuple[Archive, ...]:
         host.archive(f"{split}-{part}.gz", idx(array))
         for seed, (split, count) in enumerate((("train", 100), ("t10k", 30)))
         for part, array in (
-            ("images", pixels(count, (28, 28), seed)),
+            ("images", random_bytes(count, (28, 28), seed)),
             ("labels", (np.arange(count) % 10).astype(np.uint8)),
         )
     )
@@ -158,7 +147,7 @@ def cifar_archives(host: Host, cls: Any, classes: int) -> tuple[Archive, ...]:
     """Publish a tar in the form of CIFAR with three images per class and batch."""
     labels = list(range(classes)) * 3
     members = {
-        name: python2_batch(pixels(len(labels), (3072,), seed), cls.label_key, labels)
+        name: python2_batch(random_bytes(len(labels), (3072,), seed), cls.label_key, labels)
         for seed, name in enumerate((*cls.train, cls.held_out))
     }
     members[cls.meta] = python2_names(cls.names_key, [f"thing {i}" for i in range(classes)])
@@ -174,7 +163,7 @@ def cifar_archives(host: Host, cls: Any, classes: int) -> tuple[Archive, ...]:
 def parquet_folder(folder: Path) -> Path:
     folder.mkdir()
     for seed, (split, count) in enumerate((("train", 60), ("test", 24))):
-        files = [png(image) for image in pixels(count, (6, 5, 3), seed)]
+        files = [png(image) for image in random_bytes(count, (6, 5, 3), seed)]
         images = [{"bytes": file, "path": f"{i}.png"} for i, file in enumerate(files)]
         table = pa.table({"image": images, "label": [i % 3 for i in range(count)]})
         table = table.replace_schema_metadata({"label_names": "a,b,c"})
@@ -186,12 +175,14 @@ def image_folder(folder: Path) -> Path:
     for seed, (split, count) in enumerate((("train", 20), ("test", 8))):
         for number, name in enumerate(("cat", "dog", "eel")):
             (folder / split / name).mkdir(parents=True)
-            for i, image in enumerate(pixels(count, (6, 5, 3), 3 * seed + number)):
+            for i, image in enumerate(random_bytes(count, (6, 5, 3), 3 * seed + number)):
                 (folder / split / name / f"{i}.png").write_bytes(png(image))
     return folder
 
 
-def make(kind: str, folder: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> SourceConfig:
+def small_source(
+    kind: str, folder: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> SourceConfig:
     """Return the config of a small source of this kind, made as its real one is."""
     facts: dict[str, Any] = {"kind": kind, **COMMON}
     if kind == "digits":
@@ -219,7 +210,7 @@ def test_the_table_and_the_union_name_the_same_datasets() -> None:
 def test_every_dataset_keeps_the_contract(
     kind: str, tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make(kind, tmp_path, host, monkeypatch)
+    config = small_source(kind, tmp_path, host, monkeypatch)
     prepared = prepare(config, 0, tmp_path / "scratch")
     splits = (prepared.train, prepared.val, prepared.test)
     ids = torch.cat([split.ids for split in splits])
@@ -239,19 +230,15 @@ def test_every_dataset_keeps_the_contract(
     assert len(set(raw.class_names)) == len(set(prepared.train.labels.tolist()))
     assert prepared.rejects == ()
     again = prepare(config, 0, tmp_path / "scratch")
-    assert all(map(same, splits, (again.train, again.val, again.test)))
-    assert not same(prepared.val, prepare(config, 1, tmp_path / "scratch").val)
-
-
-def same(one: ImageSet, other: ImageSet) -> bool:
-    return torch.equal(one.ids, other.ids) and torch.equal(one.images, other.images)
+    assert all(map(same_images, splits, (again.train, again.val, again.test)))
+    assert not same_images(prepared.val, prepare(config, 1, tmp_path / "scratch").val)
 
 
 @pytest.mark.parametrize("kind", ["mnist", "cifar10"])
 def test_a_mirror_needs_no_network(
     kind: str, tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make(kind, tmp_path, host, monkeypatch)
+    config = small_source(kind, tmp_path, host, monkeypatch)
     online = config.load(tmp_path / "scratch")
     asked = len(host.asked)
     mirror = tmp_path / "scratch" / kind

@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import LINF
 
 from components.attacks import L2, Linf, violations
 from components.data.draws import Draws
@@ -31,7 +32,6 @@ from components.training.contract import (
 from components.training.koo import Distillation, distance, relativistic
 from components.training.objectives import ClassifierObjective, PurifierObjective
 
-THREAT = Linf(norm="linf", eps_255=32.0)
 INNER = {
     "kind": "conv_autoencoder", "blocks": 3, "width": 6, "strided": [], "residual": "global",
 }  # fmt: skip
@@ -88,14 +88,14 @@ def purifier(config: dict[str, Any], seed: int = 0) -> Any:
 def batch_of(data: ImageSet, count: int = 64) -> tuple[Batch, Draws]:
     some = data[torch.arange(count)]
     draws = Draws(0, "train", some.ids)
-    moved = THREAT.start(some.pixels(), draws, "pool")
+    moved = LINF.start(some.pixels(), draws, "pool")
     return Batch(some.pixels(), some.labels, moved), draws
 
 
 @pytest.fixture
 def frozen(classifier: Classifier) -> Frozen:
     teachers = [purifier(INNER, seed).eval().requires_grad_(False) for seed in (1, 2)]
-    return Frozen(classifier, teachers, THREAT)
+    return Frozen(classifier, teachers, LINF)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def test_plain_losses_are_their_formulas(frozen: Frozen, train_set: ImageSet) ->
         assert loss.item() == pytest.approx(repeated.item())
     model = deepcopy(frozen.classifier)
     assert model is not None
-    loss, metrics = bind("classification", Frozen(None, (), THREAT))(model, batch, 0.5, draws)
+    loss, metrics = bind("classification", Frozen(None, (), LINF))(model, batch, 0.5, draws)
     logits = model(batch.images)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, batch.labels).item())
     right = (logits.argmax(1) == batch.labels).float().mean()
@@ -363,7 +363,7 @@ def test_the_pool_is_used_as_it_is(frozen: Frozen, train_set: ImageSet) -> None:
         assert len(spy.seen) == 1 and torch.equal(spy.seen[0], batch.attacked)
 
 
-@pytest.mark.parametrize("threat", [THREAT, L2(norm="l2", eps_l2=1.0)], ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", [LINF, L2(norm="l2", eps_l2=1.0)], ids=["linf", "l2"])
 @pytest.mark.parametrize("random_start", [True, False])
 def test_an_attack_on_the_classifier_keeps_the_ball_and_fools_it(
     threat: Linf | L2, random_start: bool, frozen: Frozen, train_set: ImageSet
@@ -398,14 +398,14 @@ def test_an_attack_on_the_defense_goes_through_the_purifier(
     bind("atop", frozen, adversary=section)(spy, batch, 1.0, draws)
     assert spy.modes == [False] * 3 + [True], "three looks in eval mode, then one to learn from"
     attacked = spy.seen[-1]
-    assert violations(attacked, batch.images, THREAT) == []
+    assert violations(attacked, batch.images, LINF) == []
     spy.eval()
     clean, broken = (
         (classifier(spy(x)).argmax(1) == batch.labels).float().mean()
         for x in (batch.images, attacked)
     )
     assert broken < clean - 0.3
-    noise = THREAT.start(batch.images, draws, "other")
+    noise = LINF.start(batch.images, draws, "other")
     assert broken < (classifier(spy(noise)).argmax(1) == batch.labels).float().mean() - 0.2
 
 
@@ -435,13 +435,13 @@ def test_adversarial_training_attacks_the_model_in_eval_mode(
     count = before.item()
     seen: list[tuple[bool, Tensor]] = []
     model.register_forward_pre_hook(lambda m, args: seen.append((m.training, args[0].detach())))
-    loss, metrics = bind("adversarial_classification", Frozen(None, (), THREAT))(
+    loss, metrics = bind("adversarial_classification", Frozen(None, (), LINF))(
         model, batch, 1.0, draws
     )
     assert [training for training, _ in seen] == [False] * 3 + [True] * 2
     assert norm.num_batches_tracked is not None
     assert norm.num_batches_tracked.item() == count + 2
-    assert violations(seen[3][1], batch.images, THREAT) == []
+    assert violations(seen[3][1], batch.images, LINF) == []
     assert torch.equal(seen[4][1], batch.images)
     assert metrics["accuracy_attacked"] < 0.7 and model.training
     assert not any(p.grad is not None for p in model.parameters()), "the attack left gradients"
@@ -454,12 +454,12 @@ def test_a_ramp_lets_the_radius_grow(frozen: Frozen, train_set: ImageSet) -> Non
     for progress, share in ((0.05, 0.1), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0), (1.0, 1.0)):
         spy = Spy().train()
         bind("atop", frozen, adversary=section)(spy, batch, progress, draws)
-        reach = THREAT.distance(spy.seen[-1], batch.images)
-        assert reach.max().item() == pytest.approx(share * THREAT.eps, abs=1e-6)
+        reach = LINF.distance(spy.seen[-1], batch.images)
+        assert reach.max().item() == pytest.approx(share * LINF.eps, abs=1e-6)
     without = {**section, "ramp": 0.0}
     spy = Spy().train()
     bind("atop", frozen, adversary=without)(spy, batch, 0.001, draws)
-    assert THREAT.distance(spy.seen[-1], batch.images).max() == pytest.approx(THREAT.eps, abs=1e-6)
+    assert LINF.distance(spy.seen[-1], batch.images).max() == pytest.approx(LINF.eps, abs=1e-6)
 
 
 def test_equal_draws_give_equal_examples_and_others_do_not(
@@ -506,7 +506,7 @@ def test_the_noise_to_predict_is_what_was_mixed_in(train_set: ImageSet) -> None:
 
     model = purifier(DDPM)
     model.__class__ = Oracle
-    loss, _ = bind("noise_prediction", Frozen(None, (), THREAT))(model, batch, 0.5, draws)
+    loss, _ = bind("noise_prediction", Frozen(None, (), LINF))(model, batch, 0.5, draws)
     assert loss.item() < 1e-6
 
 
@@ -515,7 +515,7 @@ def test_times_cover_the_whole_schedule(train_set: ImageSet) -> None:
     seen: list[Tensor] = []
     model = purifier(DDPM)
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    bind("noise_prediction", Frozen(None, (), THREAT))(model, batch, 0.5, draws)
+    bind("noise_prediction", Frozen(None, (), LINF))(model, batch, 0.5, draws)
     counts = torch.bincount(seen[0], minlength=10)
     assert len(counts) == 10 and counts.min() > 30
 
@@ -524,7 +524,7 @@ def test_times_cover_the_whole_schedule(train_set: ImageSet) -> None:
 def test_critic_and_generator_take_turns(step: int, train_set: ImageSet) -> None:
     batch, draws = batch_of(train_set, 16)
     model = purifier(GAN)
-    objective = bind("wgan_gp", Frozen(None, (), THREAT))
+    objective = bind("wgan_gp", Frozen(None, (), LINF))
     loss, metrics = objective(model, replace(batch, step=step), 0.5, draws)
     loss.backward()  # type: ignore[no-untyped-call]
     learns = {
@@ -538,7 +538,7 @@ def test_critic_and_generator_take_turns(step: int, train_set: ImageSet) -> None
 
 def test_magnets_two_networks_learn_at_once(train_set: ImageSet) -> None:
     batch, draws = batch_of(train_set)
-    loss, metrics = bind("reformer_detectors", Frozen(None, (), THREAT), volume=0.0)(
+    loss, metrics = bind("reformer_detectors", Frozen(None, (), LINF), volume=0.0)(
         purifier(MAGNET), batch, 0.5, draws
     )
     model = purifier(MAGNET)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from toys import LINF
 
-from components.attacks import Linf
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.checkpoints import KEPT, latest_state, pack_state, save_state, state_digest
@@ -25,7 +25,6 @@ from components.training.contract import Batch, Frozen, InLoop, Metrics, Objecti
 from components.training.koo import NormalTeacher
 from components.training.loop import Diverged, Epoch, Training, fit
 
-THREAT = Linf(norm="linf", eps_255=32.0)
 CONFIG = Training(
     epochs=4,
     batch_size=32,
@@ -53,18 +52,18 @@ def changed(**changes: Any) -> Training:
     return Training(**{**CONFIG.model_dump(), **changes})
 
 
-def task(kind: str, seed: int = 0) -> tuple[nn.Module, Objective]:
+def network_and_objective(kind: str, seed: int = 0) -> tuple[nn.Module, Objective]:
     """Return an untrained network with BatchNorm and what to teach it."""
     torch.manual_seed(seed)
     if kind == "classifier":
         model: nn.Module = SmallCnn(kind="small_cnn", width=4).build((1, 8, 8), 10)
-        return model, Classification(kind="classification").bind(Frozen(None, (), THREAT))
+        return model, Classification(kind="classification").bind(Frozen(None, (), LINF))
     model = TypeAdapter(PurifierConfig).validate_python(NOISY).build((1, 8, 8))
-    return model, NormalTeacher(kind="normal_teacher").bind(Frozen(None, (), THREAT))
+    return model, NormalTeacher(kind="normal_teacher").bind(Frozen(None, (), LINF))
 
 
 def train(kind: str, data: ImageSet, config: Training, seed: int = 0) -> str:
-    model, objective = task(kind)
+    model, objective = network_and_objective(kind)
     for _ in fit(model, objective, data, None, config, seed, nothing, None):
         pass
     return state_digest(model)
@@ -129,7 +128,7 @@ def test_the_same_seed_trains_the_same_bytes(kind: str, optimiser: str, few: Ima
 
 
 def test_an_epoch_takes_nothing_from_the_global_stream(few: ImageSet) -> None:
-    model, objective = task("purifier")
+    model, objective = network_and_objective("purifier")
     stream = torch.get_rng_state()
     next(fit(model, objective, few, None, CONFIG, 0, nothing, None))
     assert torch.equal(torch.get_rng_state(), stream)
@@ -143,12 +142,14 @@ def test_a_resumed_training_ends_as_an_undisturbed_one(
 ) -> None:
     config = changed(optimiser=optimiser)
     undisturbed = train(kind, few, config)
-    model, objective = task(kind)
+    model, objective = network_and_objective(kind)
     for epoch in fit(model, objective, few, None, config, 0, nothing, None):
         save_state(tmp_path, epoch.index, pack_state(epoch.state))
         if epoch.index == interrupted:
             break
-    other, objective = task(kind, seed=5)  # another start, which the state must overrule
+    other, objective = network_and_objective(
+        kind, seed=5
+    )  # another start, which the state must overrule
     stored = latest_state(tmp_path)
     assert stored is not None
     rest = list(fit(other, objective, few, None, config, 0, nothing, stored))
@@ -172,7 +173,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     file: str, damage: Any, few: ImageSet, tmp_path: Path
 ) -> None:
     undisturbed = train("classifier", few, CONFIG)
-    model, objective = task("classifier")
+    model, objective = network_and_objective("classifier")
     for epoch in fit(model, objective, few, None, CONFIG, 0, nothing, None):
         save_state(tmp_path, epoch.index, pack_state(epoch.state))
         if epoch.index == 2:
@@ -180,7 +181,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     damage(tmp_path / "epoch-000002" / file)
     stored = latest_state(tmp_path)
     assert stored is not None and stored["epoch"] == 1
-    model, objective = task("classifier", seed=5)
+    model, objective = network_and_objective("classifier", seed=5)
     rest = list(fit(model, objective, few, None, CONFIG, 0, nothing, stored))
     assert [epoch.index for epoch in rest] == [2, 3] and state_digest(model) == undisturbed
 
@@ -201,7 +202,7 @@ def test_the_newest_states_are_kept_and_none_is_none(tmp_path: Path) -> None:
 
 
 def test_a_finished_training_trains_no_further(few: ImageSet) -> None:
-    model, objective = task("classifier")
+    model, objective = network_and_objective("classifier")
     config = changed(epochs=1)
     (epoch,) = fit(model, objective, few, None, config, 0, nothing, None)
     digest = state_digest(model)
@@ -391,7 +392,7 @@ def test_moves_are_drawn_per_image_and_evenly(train_set: ImageSet) -> None:
 
 @pytest.mark.parametrize(("optimiser", "rate"), [("sgd", 1e12), ("adam", 1e30)])
 def test_a_training_that_diverges_says_so(optimiser: str, rate: float, few: ImageSet) -> None:
-    model, objective = task("classifier")
+    model, objective = network_and_objective("classifier")
     config = changed(optimiser=optimiser, learning_rate=rate, schedule="constant")
     with pytest.raises(Diverged, match=r"diverged in epoch \d: .*lower learning_rate"):
         for _ in fit(model, objective, few, None, config, 0, nothing, None):
@@ -399,7 +400,7 @@ def test_a_training_that_diverges_says_so(optimiser: str, rate: float, few: Imag
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_a_sentence(few: ImageSet) -> None:
-    model, objective = task("classifier")
+    model, objective = network_and_objective("classifier")
     with pytest.raises(ValueError, match="batch_size 151 must be at most the 150 training images"):
         next(fit(model, objective, few, None, changed(batch_size=151), 0, nothing, None))
     assert next(fit(model, objective, few, None, changed(batch_size=150), 0, nothing, None))
@@ -441,7 +442,7 @@ class Plain(nn.Module):
 def train_plainly(data: ImageSet) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     torch.manual_seed(0)
     model = Plain()
-    objective = Classification(kind="classification").bind(Frozen(None, (), THREAT))
+    objective = Classification(kind="classification").bind(Frozen(None, (), LINF))
     config = changed(epochs=2, optimiser="sgd", augmentation="flip_crop")
     epochs = fit(model, objective, data, None, config, 0, nothing, None)
     metrics = [epoch.metrics for epoch in epochs]
@@ -491,8 +492,8 @@ def test_training_with_an_attack_in_the_loop_is_repeatable(few: ImageSet) -> Non
     )
     digests = []
     for _ in range(2):
-        model, _ = task("classifier")
-        objective = section.bind(Frozen(None, (), THREAT))
+        model, _ = network_and_objective("classifier")
+        objective = section.bind(Frozen(None, (), LINF))
         for _ in fit(model, objective, few, None, changed(epochs=2), 0, nothing, None):
             pass
         digests.append(state_digest(model))

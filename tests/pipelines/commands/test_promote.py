@@ -45,12 +45,12 @@ def store(synced: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     mlflow.set_tracking_uri(None)
 
 
-def versions() -> dict[str, Version]:
+def registered_versions() -> dict[str, Version]:
     return {one.defense: one for one in registry.versions(registry.connect(), MODEL)}
 
 
 def champion() -> str:
-    known = versions().values()
+    known = registered_versions().values()
     return next((one.defense for one in known if registry.CHAMPION in one.aliases), "")
 
 
@@ -63,10 +63,12 @@ def artifact(folder: Path, defense: str) -> Path:
 def test_syncing_tells_a_fresh_store_all_and_twice_tells_it_once(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = versions()
+    first = registered_versions()
     assert set(first) == set(project.tiny()["defenses"])
     assert promote.main(["--sync"]) == 0
-    assert {d: v.number for d, v in versions().items()} == {d: v.number for d, v in first.items()}
+    assert {d: v.number for d, v in registered_versions().items()} == {
+        d: v.number for d, v in first.items()
+    }
     assert promote.main([]) == 0
     printed = capsys.readouterr().out
     found = json.loads((store / "reports/metrics.json").read_text())["defenses"]
@@ -91,8 +93,8 @@ def test_a_person_promotes_and_says_why(store: Path, capsys: pytest.CaptureFixtu
     assert "say why" in capsys.readouterr().err
     assert promote.main(["atop", "--reason", "for the test"]) == 0
     assert champion() == "atop"
-    assert versions()["atop"].tags["limpid.champion_because"] == "for the test"
-    number = str(versions()["student_grey"].number)
+    assert registered_versions()["atop"].tags["limpid.champion_because"] == "for the test"
+    number = str(registered_versions()["student_grey"].number)
     assert promote.main([number, "--reason", "another"]) == 0
     assert champion() == "student_grey"
     assert "instead of" in capsys.readouterr().out
@@ -112,9 +114,9 @@ def test_the_best_by_the_worst_case_is_that_of_the_highest_lower_bound(store: Pa
 def test_what_failed_a_blocking_check_stays_what_it_is(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    number = str(versions()["atop"].number)
+    number = str(registered_versions()["atop"].number)
     client = registry.connect()
-    before = versions()["atop"].tags["blocking_failed"]
+    before = registered_versions()["atop"].tags["blocking_failed"]
     client.set_model_version_tag(MODEL, number, "blocking_failed", "planted")
     assert promote.main(["atop", "--reason", "no"]) == 2
     assert "failed planted" in capsys.readouterr().err and champion() == ""

@@ -13,9 +13,10 @@ import project
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from toys import write_model
 
-from components.models.checkpoints import ModelCard, build, load, save
+from components.models.checkpoints import load
 from pipelines.commands.purify import GAP, SIDE_BY_SIDE, main
 
 AUTOENCODER = {
@@ -27,22 +28,7 @@ DDPM = {
     "centred": True, "norm_input": False,
 }  # fmt: skip
 GREY, COLOUR = (1, 8, 8), (3, 8, 8)
-
-
-def make(folder: Path, model: dict[str, Any], shape: tuple[int, ...] = GREY) -> Path:
-    """Write the folder of an untrained network."""
-    family = "classifier" if model["kind"] == "small_cnn" else "purifier"
-    card = ModelCard(
-        format=1, family=family, model=model, shape=list(shape), class_names=["a", "b"],
-        provenance={},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = build(card)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    save(folder, network, card)
-    return folder
+NAMES = ["a", "b"]
 
 
 def draw(path: Path, height: int = 8, width: int = 8, **how: Any) -> Path:
@@ -53,7 +39,7 @@ def draw(path: Path, height: int = 8, width: int = 8, **how: Any) -> Path:
     return path
 
 
-def read(path: Path) -> Tensor:
+def read_png(path: Path) -> Tensor:
     """Return the pixels (1,C,H,W) of a PNG, in [0,1]."""
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -64,7 +50,7 @@ def read(path: Path) -> Tensor:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return make(tmp_path / "model", AUTOENCODER)
+    return write_model(tmp_path / "model", AUTOENCODER, GREY, NAMES)
 
 
 def clean(model: Path, *images: Path, out: Path, options: tuple[str, ...] = ()) -> int:
@@ -80,10 +66,10 @@ def test_a_file_becomes_what_the_purifier_makes_of_it(
     with Image.open(picture) as image:
         x = torch.tensor(np.asarray(image)).float()[None, None] / 255
     purified = load(model)(x)
-    found = read(out / "in.png")
+    found = read_png(out / "in.png")
     assert found.shape == x.shape and not torch.equal(found, x)
     assert torch.equal(found, (purified * 255).round() / 255)
-    both = read(out / SIDE_BY_SIDE / "in.png")
+    both = read_png(out / SIDE_BY_SIDE / "in.png")
     gap = torch.ones(1, 1, size[0], GAP)
     assert torch.equal(both, torch.cat([x, gap, found], 3))
     error = (x - purified).square().mean().item()
@@ -93,20 +79,20 @@ def test_a_file_becomes_what_the_purifier_makes_of_it(
 
 def test_channels_are_those_of_the_model(tmp_path: Path) -> None:
     grey, colour = (
-        make(tmp_path / "grey", AUTOENCODER),
-        make(tmp_path / "colour", AUTOENCODER, COLOUR),
+        write_model(tmp_path / "grey", AUTOENCODER, GREY, NAMES),
+        write_model(tmp_path / "colour", AUTOENCODER, COLOUR, NAMES),
     )
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8))
     rgb.save(tmp_path / "in.png")  # With transparency, which is laid on white.
     assert clean(grey, tmp_path / "in.png", out=tmp_path / "out1") == 0
     assert clean(colour, tmp_path / "in.png", out=tmp_path / "out3") == 0
-    assert read(tmp_path / "out1/in.png").shape == (1, 1, 8, 8)
-    assert read(tmp_path / "out3/in.png").shape == (1, 3, 8, 8)
+    assert read_png(tmp_path / "out1/in.png").shape == (1, 1, 8, 8)
+    assert read_png(tmp_path / "out3/in.png").shape == (1, 3, 8, 8)
     exif = Image.Exif()
     exif[0x0112] = 6
     draw(tmp_path / "turned.jpg", 8, 16, exif=exif)
     assert clean(grey, tmp_path / "turned.jpg", out=tmp_path / "out1") == 0
-    assert read(tmp_path / "out1/turned.png").shape == (1, 1, 16, 8)
+    assert read_png(tmp_path / "out1/turned.png").shape == (1, 1, 16, 8)
 
 
 def test_a_folder_is_cleaned_and_what_is_no_image_is_named(
@@ -148,7 +134,7 @@ def test_no_source_is_overwritten_and_no_result_of_the_same_run(
     assert first.read_bytes() == before and not (tmp_path / "out").exists()
     assert clean(model, first, out=tmp_path / "out") == 0
     assert clean(model, second, out=tmp_path / "out") == 0
-    assert read(tmp_path / "out/x.png").shape == (1, 1, 10, 10)
+    assert read_png(tmp_path / "out/x.png").shape == (1, 1, 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +149,7 @@ def test_models_that_clean_no_files_are_refused(
     network: dict[str, Any], shape: tuple[int, ...], code: int, sentence: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    folder = make(tmp_path / "model", network, shape)
+    folder = write_model(tmp_path / "model", network, shape, NAMES)
     assert clean(folder, draw(tmp_path / "in.png"), out=tmp_path / "out") == code
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
@@ -191,8 +177,8 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     project.write_params(folder, project.tiny())
-    make(folder / "models/ddpm", DDPM)
-    make(folder / "models/denoiser", DENOISER)
+    write_model(folder / "models/ddpm", DDPM, GREY, NAMES)
+    write_model(folder / "models/denoiser", DENOISER, GREY, NAMES)
     monkeypatch.chdir(folder)
     return folder
 
@@ -203,14 +189,14 @@ def test_a_defense_takes_its_inference_from_the_parameters(
     small, large = draw(line / "in.png"), draw(line / "large.png", 16, 16)
     out = line / "out"
     assert main(["--defense", "apudae", str(small), str(large), "--out", str(out)]) == 0
-    descended = read(out / "in.png")
+    descended = read_png(out / "in.png")
     assert clean(line / "models/denoiser", small, out=out) == 0
-    assert not torch.equal(read(out / "in.png"), descended)
+    assert not torch.equal(read_png(out / "in.png"), descended)
     assert main(["--defense", "diffpure", str(small), str(large), "--out", str(out)]) == 3
     assert "large.png is 16 x 16, but this ddpm takes 8 x 8 alone" in capsys.readouterr().err
     assert main(["--defense", "absent", str(small), "--out", str(out)]) == 2
     assert "has no defense absent; there are" in capsys.readouterr().err
-    make(line / "models/ddpm", AUTOENCODER)
+    write_model(line / "models/ddpm", AUTOENCODER, GREY, NAMES)
     assert main(["--defense", "diffpure", str(small), "--out", str(out)]) == 2
     assert "diffpure goes back by a ddpm" in capsys.readouterr().err
 
@@ -221,13 +207,13 @@ def test_other_sizes_are_cleaned_by_the_very_same_weights(line: Path) -> None:
     Image.fromarray(np.tile(tile, (2, 4))).save(line / "tiled.png")
     out = line / "out"
     assert main(["--defense", "apudae", str(line / "tiled.png"), "--out", str(out)]) == 0
-    found = read(out / "tiled.png")
+    found = read_png(out / "tiled.png")
     assert found.shape == (1, 1, 16, 32)
     assert torch.allclose(found[..., 8:16], found[..., 16:24], atol=0.02)
 
 
 def test_an_image_too_large_for_the_memory_is_named(tmp_path: Path) -> None:
-    wide = make(tmp_path / "wide", {**AUTOENCODER, "blocks": 2, "width": 1000})
+    wide = write_model(tmp_path / "wide", {**AUTOENCODER, "blocks": 2, "width": 1000}, GREY, NAMES)
     Image.new("L", (4000, 4000), 90).save(tmp_path / "huge.png")
     draw(tmp_path / "small.png")
     command = [

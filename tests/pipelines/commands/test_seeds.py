@@ -9,7 +9,7 @@ import pytest
 from pipelines.commands import seeds
 
 
-def run(tmp_path: Path, name: str, headline: float, **changes: Any) -> str:
+def metrics_file(tmp_path: Path, name: str, headline: float, **changes: Any) -> str:
     rung = {"accuracy": headline, "low": 0.0, "high": 1.0, "n": 50}
     found = {
         "role": "defense",
@@ -33,7 +33,7 @@ def run(tmp_path: Path, name: str, headline: float, **changes: Any) -> str:
 
 
 def test_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [run(tmp_path, str(i), share) for i, share in enumerate((0.2, 0.3, 0.4))]
+    files = [metrics_file(tmp_path, str(i), share) for i, share in enumerate((0.2, 0.3, 0.4))]
     assert seeds.main(files) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "purifier 90.0 ± 0.0 80.0 ± 0.0 - 30.0 ± 10.0 30.0 ± 10.0 20.0 to 40.0" in words
@@ -43,7 +43,10 @@ def test_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_one_failed_check_makes_the_mean_a_bound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert seeds.main([run(tmp_path, "a", 0.2), run(tmp_path, "b", 0.2, bound=True)]) == 0
+    assert (
+        seeds.main([metrics_file(tmp_path, "a", 0.2), metrics_file(tmp_path, "b", 0.2, bound=True)])
+        == 0
+    )
     assert "<=20.0 ± 0.0" in capsys.readouterr().out
 
 
@@ -59,11 +62,14 @@ def test_one_failed_check_makes_the_mean_a_bound(
 def test_runs_of_another_kind_are_refused(
     changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert seeds.main([run(tmp_path, "a", 0.2), run(tmp_path, "b", 0.2, **changes)]) == 2
+    assert (
+        seeds.main([metrics_file(tmp_path, "a", 0.2), metrics_file(tmp_path, "b", 0.2, **changes)])
+        == 2
+    )
     assert said in capsys.readouterr().err
 
 
 def test_one_run_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert seeds.main([run(tmp_path, "a", 0.2)]) == 2
+    assert seeds.main([metrics_file(tmp_path, "a", 0.2)]) == 2
     assert "two or more" in capsys.readouterr().err
-    assert seeds.main([run(tmp_path, "a", 0.2), str(tmp_path / "none.json")]) == 2
+    assert seeds.main([metrics_file(tmp_path, "a", 0.2), str(tmp_path / "none.json")]) == 2

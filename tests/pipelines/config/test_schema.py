@@ -19,7 +19,7 @@ ROOT = project.ROOT
 TEXT = (ROOT / "profiles/digits.yaml").read_text()
 
 
-def refused(tmp_path: Path, text: str) -> str:
+def refusal(tmp_path: Path, text: str) -> str:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -111,7 +111,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert old in TEXT
-    assert said in refused(tmp_path, TEXT.replace(old, new, 1))
+    assert said in refusal(tmp_path, TEXT.replace(old, new, 1))
 
 
 def test_resources_of_an_instance_come_before_those_of_its_stage() -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from toys import random_bytes, same_images
 
-from components.data.image_set import ImageSet
 from components.data.shards import DataError
 from components.sources import DataConfig, Prepared, prepare
 from components.sources.raw import (
@@ -26,10 +25,6 @@ from components.sources.raw import (
 COMMON = {"val": 20, "test": 0, "train_limit": None, "test_limit": None, "max_reject_fraction": 0.0}
 
 
-def same(one: ImageSet, other: ImageSet) -> bool:
-    return torch.equal(one.ids, other.ids) and torch.equal(one.images, other.images)
-
-
 class Given(SourceConfig):
     """A source that holds what a test gives it."""
 
@@ -40,16 +35,12 @@ class Given(SourceConfig):
         return result
 
 
-def pixels(count: int, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(256, size=(count, *shape), dtype=np.uint8)
-
-
 def given(raw: RawData, **facts: Any) -> Prepared:
     return prepare(Given(**{**COMMON, "raw": raw, **facts}), 0, Path("unused"))
 
 
 def split(count: int, seed: int = 0, classes: int = 4) -> RawSplit:
-    return complete(pixels(count, (1, 3, 3), seed), np.arange(count) % classes)
+    return complete(random_bytes(count, (1, 3, 3), seed), np.arange(count) % classes)
 
 
 NAMES = ("a", "b", "c", "d")
@@ -63,7 +54,7 @@ def test_cuts_and_limits_are_fair_to_every_class() -> None:
     assert len(set(torch.cat([made.train.ids, made.val.ids, made.test.ids]).tolist())) == 36
     more = given(replace(RAW, test=None), val=12, test=20, train_limit=32)
     assert set(made.train.ids.tolist()) <= set(more.train.ids.tolist())
-    assert same(made.val, more.val)
+    assert same_images(made.val, more.val)
 
 
 def test_ids_are_places_in_the_source_with_rejects_counted() -> None:
@@ -93,7 +84,7 @@ def test_ids_are_places_in_the_source_with_rejects_counted() -> None:
         (replace(RAW, class_names=NAMES[:3]), {}, DataError, "train, image 3: the label is 3"),
         (replace(RAW, test=split(0)), {}, DataError, "test has no images"),
         (
-            replace(RAW, test=complete(pixels(4, (1, 3, 4), 0), np.arange(4))),
+            replace(RAW, test=complete(random_bytes(4, (1, 3, 4), 0), np.arange(4))),
             {},
             DataError,
             "differ in shape",

@@ -177,7 +177,7 @@ def test_what_is_no_store_is_refused(uri: str) -> None:
         Store(uri).read("x")
 
 
-class Failing(BaseHTTPRequestHandler):
+class FailingEndpoint(BaseHTTPRequestHandler):
     """An endpoint that answers `code` to the first `times` requests, and then that it is empty."""
 
     code, times, asked = 500, 0, 0
@@ -196,9 +196,9 @@ class Failing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Failing]]:
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingEndpoint]]:
     """Such an endpoint, as the store's own."""
-    handler = type("Handler", (Failing,), {})
+    handler = type("Handler", (FailingEndpoint,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in stand.KEYS.items():
@@ -209,19 +209,19 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Failing]]:
     server.shutdown()
 
 
-def test_an_endpoint_that_fails_for_a_while_is_asked_again(failing: type[Failing]) -> None:
+def test_an_endpoint_that_fails_for_a_while_is_asked_again(failing: type[FailingEndpoint]) -> None:
     failing.times = 35
     assert Store("s3://b/p").read("x") is None
     assert failing.asked > failing.times
 
 
-def test_an_endpoint_that_keeps_failing_is_given_up(failing: type[Failing]) -> None:
+def test_an_endpoint_that_keeps_failing_is_given_up(failing: type[FailingEndpoint]) -> None:
     failing.times = 10**6
     with pytest.raises(StoreError, match=r"the store s3://b/p does not answer: .*500"):
         Store("s3://b/p").read("x")
 
 
-def test_a_refusal_is_not_asked_again(failing: type[Failing]) -> None:
+def test_a_refusal_is_not_asked_again(failing: type[FailingEndpoint]) -> None:
     failing.code, failing.times = 403, 10**6
     with pytest.raises(StoreError, match="ACCESS_DENIED"):
         Store("s3://b/p").read("x")

@@ -21,10 +21,11 @@ from cluster.stand import free_port
 from mlflow.pyfunc.scoring_server import predictions_to_json
 from project import ROOT
 from pydantic import TypeAdapter
-from torch import Tensor, nn
+from torch import Tensor
+from toys import write_model
 
 from components.data.draws import Draws
-from components.models.checkpoints import ModelCard, build, fingerprint, save
+from components.models.checkpoints import fingerprint
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig, Purifier
 from components.serving import answer
@@ -64,25 +65,10 @@ DEFENSES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 EVERY = pytest.mark.parametrize("name", DEFENSES)
 
 
-def pixels(count: int = 12) -> Tensor:
+def byte_pixels(count: int = 12) -> Tensor:
     """Images whose pixels are those of bytes, as the images of a test set are."""
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, *SHAPE), generator=generator).float() / 255
-
-
-def make(folder: Path, family: str, model: dict[str, Any]) -> Path:
-    """Write a model folder of a network with weights and BatchNorm statistics of its own."""
-    card = ModelCard(
-        format=1, family=family, model=model, shape=list(SHAPE), class_names=NAMES, provenance={}
-    )
-    torch.manual_seed(0)
-    network = build(card)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    save(folder, network, card)
-    return folder
 
 
 def subject(folder: Path, name: str) -> Subject:
@@ -99,9 +85,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of models, all defenses of which are registered in a store of their own."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "components").symlink_to(ROOT / "components")
-    make(folder / "classifier", "classifier", {"kind": "small_cnn", "width": 4})
+    write_model(folder / "classifier", {"kind": "small_cnn", "width": 4}, SHAPE, NAMES)
     for name, (network, _) in DEFENSES.items():
-        make(folder / name, "purifier", network)
+        write_model(folder / name, network, SHAPE, NAMES)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
@@ -140,7 +126,7 @@ def models(folder: Path) -> dict[str, Any]:
 def test_the_served_defense_is_the_one_that_is_scored(
     folder: Path, models: dict[str, Any], name: str
 ) -> None:
-    x = pixels()
+    x = byte_pixels()
     found = models[name].predict({"images": x.numpy(), "seed": SEED})
     scored, draws = subject(folder, name).defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
@@ -157,7 +143,7 @@ def test_the_served_defense_is_the_one_that_is_scored(
 
 @EVERY
 def test_noise_is_fresh_unless_a_seed_is_given(models: dict[str, Any], name: str) -> None:
-    x = pixels().numpy()
+    x = byte_pixels().numpy()
     answers = [models[name].predict(x)["purified"] for _ in range(2)]
     assert np.array_equal(*answers) == (name not in ("atop", "diffdefense"))
     keyed = [models[name].predict({"images": x, "seed": 3})["purified"] for _ in range(2)]
@@ -165,7 +151,7 @@ def test_noise_is_fresh_unless_a_seed_is_given(models: dict[str, Any], name: str
 
 
 def test_many_images_are_answered_in_batches(folder: Path, models: dict[str, Any]) -> None:
-    x = pixels(BATCH + 30)
+    x = byte_pixels(BATCH + 30)
     found = models["atop"].predict({"images": x.numpy(), "seed": SEED})["logits"]
     scored = subject(folder, "atop").defense()
     with torch.no_grad():
@@ -188,7 +174,7 @@ class Counting(Purifier):
 
 
 def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: Path) -> None:
-    purifier, x = Counting(), pixels()
+    purifier, x = Counting(), byte_pixels()
     defense = Defense(subject(folder, "koo").defense().classifier, purifier).freeze()
     found = answer(defense, x, SEED, 5)
     assert purifier.purified == 3, "one purification for each batch of at most five"
@@ -197,7 +183,7 @@ def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: 
     assert found.detector_score.unique().numel() > 1
 
 
-class Failing(Purifier):
+class FailingPurifier(Purifier):
     """Makes the first image nothing; can fail altogether."""
 
     fails = False
@@ -211,26 +197,28 @@ class Failing(Purifier):
 @pytest.fixture
 def failing(folder: Path) -> ServedDefense:
     served = ServedDefense()
-    served.defense = Defense(subject(folder, "koo").defense().classifier, Failing()).freeze()
+    served.defense = Defense(
+        subject(folder, "koo").defense().classifier, FailingPurifier()
+    ).freeze()
     served.shape, served.class_names = SHAPE, NAMES
     return served
 
 
 def test_what_is_no_number_is_null_in_json(failing: ServedDefense) -> None:
     text = StringIO()
-    predictions_to_json(failing.predict(None, pixels(3).numpy()), text)
+    predictions_to_json(failing.predict(None, byte_pixels(3).numpy()), text)
     found = json.loads(text.getvalue(), parse_constant=pytest.fail)["predictions"]
     assert found["label"][0] is None and found["label"][1] in NAMES
     assert found["logits"][0] == [None] * 10 and None not in found["logits"][1]
     assert found["attack_score"][0] is None and found["attack_score"][1] == 0.0
     assert found["purified"][0] == [[[None] * 8] * 8]
-    assert np.array_equal(np.array(found["purified"][1:], np.float32), pixels(3)[1:])
+    assert np.array_equal(np.array(found["purified"][1:], np.float32), byte_pixels(3)[1:])
 
 
 def test_our_own_failure_is_no_bad_request(failing: ServedDefense) -> None:
     failing.defense.purifier.fails = True
     with pytest.raises(ServingError, match=r"^the defense failed .* \(RuntimeError\)$") as caught:
-        failing.predict(None, pixels().numpy())
+        failing.predict(None, byte_pixels().numpy())
     assert caught.value.get_http_status_code() == 500
     assert "secret" not in caught.value.serialize_as_json()
 
@@ -242,19 +230,19 @@ def as_bytes(x: Tensor) -> Any:
 @pytest.mark.parametrize(
     "request_",
     [
-        pixels().numpy(),
-        pixels().numpy().astype(np.float64),
-        as_bytes(pixels()),
-        as_bytes(pixels()).astype(np.int64),
-        as_bytes(pixels()).tolist(),
-        {"images": pixels().tolist()},
-        {"images": as_bytes(pixels()).astype(np.float32), "white": 255},
-        {"images": pixels().numpy(), "white": 1},
+        byte_pixels().numpy(),
+        byte_pixels().numpy().astype(np.float64),
+        as_bytes(byte_pixels()),
+        as_bytes(byte_pixels()).astype(np.int64),
+        as_bytes(byte_pixels()).tolist(),
+        {"images": byte_pixels().tolist()},
+        {"images": as_bytes(byte_pixels()).astype(np.float32), "white": 255},
+        {"images": byte_pixels().numpy(), "white": 1},
     ],
 )
 def test_fractions_and_bytes_are_told_apart(request_: Any) -> None:
     x, seed = read_request(request_, SHAPE)
-    assert x.dtype == torch.float32 and torch.equal(x, pixels()) and seed is None
+    assert x.dtype == torch.float32 and torch.equal(x, byte_pixels()) and seed is None
 
 
 def test_nothing_is_guessed_about_zeros_and_ones() -> None:
@@ -271,7 +259,7 @@ def test_nothing_is_guessed_about_zeros_and_ones() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 0.5, True, "7", [1, 2], None, 2**70])
 def test_a_seed_is_one_whole_number(seed: Any) -> None:
-    request_ = {"images": pixels().numpy(), "seed": seed}
+    request_ = {"images": byte_pixels().numpy(), "seed": seed}
     if seed is None:
         assert read_request(request_, SHAPE)[1] is None
     else:
@@ -362,7 +350,7 @@ def post(url: str, body: Any, kind: str = "application/json") -> tuple[int, str]
 
 
 def test_over_http_it_is_bit_for_bit_the_same(folder: Path, server: str) -> None:
-    x = pixels()
+    x = byte_pixels()
     scored, draws = subject(folder, "atop").defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
         purified, logits = scored.purify(x, draws), scored(x, draws)
@@ -378,12 +366,12 @@ def test_over_http_it_is_bit_for_bit_the_same(folder: Path, server: str) -> None
                 assert np.array_equal(np.array(found["logits"], np.float32), logits)
 
 
-GOOD = pixels(2).tolist()
+GOOD = byte_pixels(2).tolist()
 
 
 def planted(value: Any) -> list[Any]:
     """Two good images, but for one pixel."""
-    images = pixels(2).tolist()
+    images = byte_pixels(2).tolist()
     images[1][0][3][4] = value
     return images
 
@@ -391,16 +379,19 @@ def planted(value: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        (pixels(1)[0].tolist(), "must be of shape (N, 1, 8, 8) with N from 1 to 10000, not (1, 8"),
-        (pixels(2)[:, :, 1:].tolist(), "not (2, 1, 7, 8)"),
+        (
+            byte_pixels(1)[0].tolist(),
+            "must be of shape (N, 1, 8, 8) with N from 1 to 10000, not (1, 8",
+        ),
+        (byte_pixels(2)[:, :, 1:].tolist(), "not (2, 1, 7, 8)"),
         ([], "not (0,)"),
         ([[[[0.5] * 8] * 8]] * (MOST + 1), "not (10001, 1, 8, 8)"),
         (planted(float("nan")), "these pixels go from nan to nan"),
         (planted(float("inf")), "to inf, but fractions must lie in [0, 1]"),
         (planted(1.5), "to 1.5, but"),
         (planted(-0.1), "go from -0.1"),
-        (as_bytes(pixels(2)).astype(int).clip(0, 1).tolist(), "may be fractions or bytes"),
-        ((as_bytes(pixels(2)).astype(int) + 1).tolist(), "to 256, but"),
+        (as_bytes(byte_pixels(2)).astype(int).clip(0, 1).tolist(), "may be fractions or bytes"),
+        ((as_bytes(byte_pixels(2)).astype(int) + 1).tolist(), "to 256, but"),
         (planted(None), "images must be numbers"),
         (planted("white"), "images must be numbers"),
         ("hello", "images must be numbers"),

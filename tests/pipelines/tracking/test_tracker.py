@@ -46,7 +46,7 @@ def killed(folder: Path, **environment: str) -> None:
     """Kill a stage that has told something, and see the end of the process beside it."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED],
-        cwd=folder, env={**plain(), **environment}, start_new_session=True,
+        cwd=folder, env={**plain_environment(), **environment}, start_new_session=True,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout and process.stdout.readline() == "told\n"
@@ -60,14 +60,16 @@ def killed(folder: Path, **environment: str) -> None:
 def deliver(folder: Path, events: str = "") -> None:
     """Run the process beside a stage once, by itself."""
     command = [sys.executable, "-m", "pipelines.tracking.uploader"]
-    subprocess.run(command, cwd=folder, env=plain(), input=events, text=True, check=True)
+    subprocess.run(
+        command, cwd=folder, env=plain_environment(), input=events, text=True, check=True
+    )
 
 
 def lines(events: list[dict]) -> str:
     return "".join(json.dumps(event) + "\n" for event in events)
 
 
-def plain() -> dict[str, str]:
+def plain_environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     return {**inherited, "PYTHONPATH": str(ROOT)}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from toys import keyed, uniform_pixels
 
 from components.data.draws import Draws
 from components.models.defense import Defense, bind, margin
@@ -46,23 +47,15 @@ def denoiser(trained: bool = True) -> DenoisingAutoencoder:
     network = Denoiser(kind="denoiser", width=4).build(SHAPE)
     with torch.no_grad():
         for _ in range(3):
-            network.train()(pixels(32))
+            network.train()(uniform_pixels(32, SHAPE))
     network.eval().requires_grad_(False)
     if trained:
-        network.calibrate(pixels(32), 8)
+        network.calibrate(uniform_pixels(32, SHAPE), 8)
     return network
 
 
 def apudae(network: nn.Module, **changes: Any) -> Purifier:
     return Apudae.model_validate({**BASE, **changes}).wrap(network).eval()
-
-
-def pixels(count: int) -> Tensor:
-    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def keyed(count: int) -> Draws:
-    return Draws(0, "score", torch.arange(count) * 11)
 
 
 def test_parameters_of_the_paper() -> None:
@@ -80,7 +73,7 @@ def test_odd_sides_are_refused(config: Denoiser | RedNet) -> None:
 
 
 def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
-    network, x = denoiser(trained=False), pixels(20)
+    network, x = denoiser(trained=False), uniform_pixels(20, SHAPE)
     errors = (x - network(x)).square().flatten(1).sum(1)
     for batch in (1, 7, 20):
         network.calibrate(x, batch)
@@ -91,7 +84,7 @@ def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
 
 def test_descending_on_a_known_error() -> None:
     """With f(x) = x/2 a plain step of rate r turns x into x(1 - r/2)."""
-    x = pixels(3)
+    x = uniform_pixels(3, SHAPE)
     direct = apudae(Shrink(), optimiser="sgd", rate=0.4, steps=3)(x)
     assert torch.allclose(direct, x * 0.8**3, atol=1e-6)
     one = apudae(Shrink(), steps=1, rate=0.01)(x)
@@ -100,7 +93,7 @@ def test_descending_on_a_known_error() -> None:
 
 def test_one_sided_leaves_what_is_clean_alone() -> None:
     network = Shrink()
-    x = pixels(8)
+    x = uniform_pixels(8, SHAPE)
     error = x.square().flatten(1).sum(1) / 4
     network.clean_mean.copy_(error.sort().values[3:5].mean())
     purified = apudae(network, target="one_sided", steps=6)(x)
@@ -136,7 +129,7 @@ def test_noise_is_more_where_the_error_is_odd_and_none_at_the_mean() -> None:
 
 
 def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
-    x, draws = pixels(4), keyed(4)
+    x, draws = uniform_pixels(4, SHAPE), keyed(4)
     still = Turn(degrees=0.0, stretch=0.0).apply(x, draws)
     assert torch.allclose(still, x, atol=1e-5)
     # Turning an oblong picture keeps lengths: a dot four pixels off the centre stays so.
@@ -157,7 +150,7 @@ def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_image_goes_its_own_way(variant: str) -> None:
-    x, draws = pixels(9), keyed(9)
+    x, draws = uniform_pixels(9, SHAPE), keyed(9)
     purifier = apudae(denoiser(), **VARIANTS[variant])
     whole = purifier(x, draws)
     assert purifier.stochastic == (variant in "FG")
@@ -175,7 +168,7 @@ def test_the_unrolled_gradient_is_what_differences_measure(variant: str) -> None
     if variant not in "A":
         changes |= {"optimiser": "sgd", "rate": 0.005}
     purifier = apudae(network, **changes).double()
-    x, draws = 0.3 + 0.4 * pixels(4).double(), keyed(4)
+    x, draws = 0.3 + 0.4 * uniform_pixels(4, SHAPE).double(), keyed(4)
     point = x.clone().requires_grad_()
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
     (slope,) = torch.autograd.grad((purifier(point, draws) * probe).sum(), point)
@@ -206,7 +199,7 @@ def test_a_cut_graph_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _through(network: DenoisingAutoencoder) -> Tensor:
-    point = pixels(4).requires_grad_()
+    point = uniform_pixels(4, SHAPE).requires_grad_()
     (slope,) = torch.autograd.grad(
         apudae(network, optimiser="sgd", rate=0.05)(point).square().sum(), point
     )
@@ -217,7 +210,7 @@ def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() 
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).requires_grad_(False)
     purifier = apudae(denoiser())
     defense = Defense(classifier, purifier).freeze()
-    x, labels, draws = pixels(5), torch.zeros(5, dtype=torch.int64), keyed(5)
+    x, labels, draws = uniform_pixels(5, SHAPE), torch.zeros(5, dtype=torch.int64), keyed(5)
     exact = bind(defense, "full", draws, 1).evaluate(x, labels, margin, 0)
     seen = [exact.gradient]
     for kind in purifier.stand_ins:
@@ -231,7 +224,7 @@ def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() 
 
 
 def test_the_stand_in_direct_is_one_pass_of_the_network() -> None:
-    network, x = denoiser(), pixels(3)
+    network, x = denoiser(), uniform_pixels(3, SHAPE)
     assert torch.equal(apudae(network).stand_in("direct", x, None), network(x))
 
 
@@ -254,6 +247,6 @@ def test_denoising_draws_its_own_strength_for_every_image() -> None:
 
     frozen = Frozen(None, (), None)  # type: ignore[arg-type]
     objective = Denoising(kind="denoising", sigma_max=0.3).bind(frozen)
-    x = pixels(4000)
+    x = uniform_pixels(4000, SHAPE)
     loss, _ = objective(Identity(), Batch(x, torch.zeros(4000), None), 0.5, keyed(4000))
     assert float(loss) == pytest.approx(0.3**2 / 3, rel=0.03)

@@ -40,7 +40,7 @@ def jpeg(quality: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Purifier:
     return Jpeg(kind="jpeg", quality=quality).build(shape).eval()
 
 
-def pixels(shape: tuple[int, int, int], count: int = 24) -> Tensor:
+def varied_images(shape: tuple[int, int, int], count: int = 24) -> Tensor:
     """Return images of 8-bit levels, smooth and rough ones, black, white and grey ones."""
     generator = torch.Generator().manual_seed(1)
     rough = torch.randint(0, 256, (count, *shape), generator=generator).float()
@@ -88,7 +88,7 @@ def test_tables_are_those_a_file_carries(quality: int) -> None:
 @pytest.mark.parametrize("quality", [10, 50, 75, 95])
 def test_a_grey_image_comes_out_as_from_a_file(shape: tuple[int, int, int], quality: int) -> None:
     """Up to the rounding of pixels, and to ties that libjpeg's fixed-point transform tips."""
-    x = pixels(shape)
+    x = varied_images(shape)
     ours, theirs = jpeg(quality, shape)(x), pillow(x, quality)
     apart = 255 * (ours - theirs).abs()
     assert apart.median() < 0.51 and apart.mean() < 0.6, (apart.median(), apart.mean())
@@ -100,7 +100,7 @@ def test_a_grey_image_comes_out_as_from_a_file(shape: tuple[int, int, int], qual
 def test_a_colour_image_comes_out_as_from_a_file(quality: int) -> None:
     """Luminance and colour differences (N,3,H,W) that are whole numbers, as a file has them."""
     shape = (3, 12, 24)
-    levels = (98 + 60 * pixels(shape)).round()
+    levels = (98 + 60 * varied_images(shape)).round()
     matrix = torch.tensor(_YCBCR)
     shift = torch.tensor([0.0, 128, 128]).view(3, 1, 1)
     x = torch.einsum("cp,nphw->nchw", matrix.inverse(), levels - shift) / 255
@@ -114,7 +114,7 @@ def test_a_colour_image_comes_out_as_from_a_file(quality: int) -> None:
         assert apart[:, plane].median() < 0.51 and apart[:, plane].mean() < 0.6, plane
         assert (apart[:, plane] > 1.01).float().mean() < 0.12, plane
         assert lossy[:, plane].mean() > 2 * apart[:, plane].mean(), "nothing was lost"
-    grey = pixels((1, 12, 24))
+    grey = varied_images((1, 12, 24))
     threefold = jpeg(quality, shape)(grey.expand(-1, 3, -1, -1))
     assert torch.allclose(threefold, jpeg(quality)(grey).expand_as(threefold), atol=1e-5)
 
@@ -134,17 +134,17 @@ def test_a_block_by_hand() -> None:
 
 
 def test_less_quality_loses_more() -> None:
-    x = pixels((3, 16, 16))
+    x = varied_images((3, 16, 16))
     lost = [(jpeg(quality, (3, 16, 16))(x) - x).abs().mean().item() for quality in (1, 10, 50, 90)]
     assert lost == sorted(lost, reverse=True)
-    assert (jpeg(100)(pixels((1, 8, 8))) - pixels((1, 8, 8))).abs().max() < 3 / 255
+    assert (jpeg(100)(varied_images((1, 8, 8))) - varied_images((1, 8, 8))).abs().max() < 3 / 255
 
 
 @pytest.mark.parametrize("quality", [1, 50, 75, 100])
 def test_no_image_and_no_tie_hangs_on_its_company(quality: int) -> None:
     """Every block of 8-bit levels has coefficients half way between two steps."""
     for shape in SHAPES:
-        purifier, x = jpeg(quality, shape), pixels(shape, 40)
+        purifier, x = jpeg(quality, shape), varied_images(shape, 40)
         whole = purifier(x)
         assert whole.min() >= 0 and whole.max() <= 1 and whole.isfinite().all()
         exact = jpeg(quality, shape).double()(x.double())
@@ -174,7 +174,7 @@ def test_the_whole_gradient_is_that_of_the_whole_with_soft_rounding(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purifier = jpeg(80, shape).double()
-    x = (0.4 + 0.2 * pixels(shape, 3)[:3]).double()  # so that nothing is clipped
+    x = (0.4 + 0.2 * varied_images(shape, 3)[:3]).double()  # so that nothing is clipped
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
     point = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((probe * purifier(point)).sum(), point)

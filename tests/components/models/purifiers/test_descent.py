@@ -22,7 +22,7 @@ def step(rate: float, index: int, constants: State, state: State) -> State:
     return (at - rate * (slope(quartic, at) + 0.1 * index * start),)
 
 
-def plain(x: Tensor, rate: float, count: int) -> Tensor:
+def descend_by_hand(x: Tensor, rate: float, count: int) -> Tensor:
     """The same descent with its graph kept whole, its slope written by hand."""
     at = x
     for index in range(count):
@@ -34,7 +34,7 @@ def test_a_replayed_descent_is_the_descent_and_so_is_its_gradient() -> None:
     x = torch.tensor([[0.3, 0.1, -0.4], [0.0, 2.0, 1.0]], dtype=torch.float64)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     (replayed,) = descend(partial(step, 0.02), 7, (one,), (one,))
-    kept = plain(two, 0.02, 7)
+    kept = descend_by_hand(two, 0.02, 7)
     assert torch.allclose(replayed, kept, rtol=0, atol=1e-14)
     (g1,) = torch.autograd.grad(replayed.sin().sum(), one)
     (g2,) = torch.autograd.grad(kept.sin().sum(), two)

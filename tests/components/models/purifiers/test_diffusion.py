@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import keyed, uniform_pixels
 
 from components.data.draws import Draws
 from components.models.purifiers import descent
@@ -49,8 +50,8 @@ FAITHFUL = {"mode": "faithful", "rate": 0.2, "iterations": 3}
 PURE: dict[str, Any] = {"kind": "diffpure", "t_star": 9, "sampler": "ddpm", "substeps": 4}
 # Between saturated pixels differences say nothing: a smaller rate than the code's.
 SMOOTH = {
-    "released": lambda: defense(rate=0.5),
-    "faithful": lambda: defense(net(centred=True), **FAITHFUL),
+    "released": lambda: diff_defense(rate=0.5),
+    "faithful": lambda: diff_defense(net(centred=True), **FAITHFUL),
     "ddpm": lambda: pure(),
     "ddim": lambda: pure(net(centred=True), sampler="ddim"),
 }
@@ -64,28 +65,19 @@ def net(shape: tuple[int, int, int] = SHAPE, **changes: Any) -> Diffusion:
     return network.double().eval().requires_grad_(False)
 
 
-def silent(**changes: Any) -> Diffusion:
+def silent_network(**changes: Any) -> Diffusion:
     network = net(**changes)
     for parameter in network.last.parameters():
         nn.init.zeros_(parameter)
     return network
 
 
-def defense(network: nn.Module | None = None, **changes: Any) -> Purifier:
+def diff_defense(network: nn.Module | None = None, **changes: Any) -> Purifier:
     return DiffDefense.model_validate({**DEFENSE, **changes}).wrap(network or net()).eval()
 
 
 def pure(network: nn.Module | None = None, **changes: Any) -> Purifier:
     return DiffPure.model_validate({**PURE, **changes}).wrap(network or net()).eval()
-
-
-def pixels(count: int, shape: tuple[int, int, int] = SHAPE) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, *shape, generator=generator).double()
-
-
-def keyed(count: int) -> Draws:
-    return Draws(0, "score", torch.arange(count) * 11)
 
 
 def test_schedules_are_products_and_those_of_the_paper() -> None:
@@ -127,7 +119,7 @@ def test_steps_back_on_numbers() -> None:
 
 
 def test_the_last_step_leaves_what_the_image_was_made_of() -> None:
-    x, noise = pixels(3), torch.randn(3, *SHAPE).double()
+    x, noise = uniform_pixels(3, SHAPE).double(), torch.randn(3, *SHAPE).double()
     z = noised(x, noise, 0.3)
     for step in (ancestral, ddim):
         assert torch.allclose(step(z, noise, 0.3, 1.0, None), x, atol=1e-12)
@@ -202,7 +194,7 @@ def test_the_papers_network_has_the_papers_size_and_cost() -> None:
 )
 def test_any_shape_will_do(shape: tuple[int, int, int]) -> None:
     network = net(shape)
-    x, t = pixels(5, shape), torch.arange(5)
+    x, t = uniform_pixels(5, shape).double(), torch.arange(5)
     whole = network(x, t)
     assert whole.shape == x.shape and whole.isfinite().all()
     assert torch.allclose(network(x[3:4], t[3:4]), whole[3:4], atol=1e-12)
@@ -238,7 +230,7 @@ def test_the_time_table_is_sines_and_cosines() -> None:
 
 
 def test_the_network_sees_what_it_is_said_to_see() -> None:
-    x = pixels(2)
+    x = uniform_pixels(2, SHAPE).double()
     for centred in (True, False):
         network = net(centred=centred)
         assert torch.allclose(network.decode(network.encode(x)), x)
@@ -251,7 +243,7 @@ def test_the_released_rates() -> None:
     assert rates == pytest.approx([0.02, 14.06, 7.91, 4.45], abs=0.005)
 
 
-def by_hand(x: Tensor, draws: Draws, network: Diffusion, start: int, config: Any) -> Tensor:
+def descend_by_hand(x: Tensor, draws: Draws, network: Diffusion, start: int, config: Any) -> Tensor:
     """The released descent from one start by autograd and torch's Adam, the U-Net detached."""
     bars = [*linear_alpha_bar(config["steps"], 1e-4, 0.02).tolist()]
     z = draws.normal(SHAPE, f"start {start} start").double().requires_grad_()
@@ -274,25 +266,25 @@ def by_hand(x: Tensor, draws: Draws, network: Diffusion, start: int, config: Any
 
 
 @pytest.mark.parametrize("changes", [{}, {"iterations": 6, "steps": 1}, {"restarts": 1}])
-@pytest.mark.parametrize("network", [net(), silent()])
+@pytest.mark.parametrize("network", [net(), silent_network()])
 def test_the_released_mode_is_the_released_descent(
     changes: dict[str, Any], network: Diffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descent, "TINY", 0.0)  # torch has its epsilon outside the root
-    x, draws, config = pixels(5), keyed(5), {**DEFENSE, **changes}
+    x, draws, config = uniform_pixels(5, SHAPE).double(), keyed(5), {**DEFENSE, **changes}
     starts = range(config["restarts"])
-    made = torch.stack([by_hand(x, draws, network, start, config) for start in starts])
+    made = torch.stack([descend_by_hand(x, draws, network, start, config) for start in starts])
     errors = (made - x).square().flatten(2).mean(2)
     best = made[errors.argmin(0), torch.arange(5)]
-    purifier = defense(network, **changes)
+    purifier = diff_defense(network, **changes)
     assert torch.allclose(purifier(x, draws), best, atol=1e-7)
     assert torch.allclose(purifier.detector_score(x, draws), errors.mean(0), atol=1e-7)
 
 
 def test_the_released_mode_needs_no_network_to_come_near_the_image() -> None:
     """The finding the control is there for: an image without noise is fitted, then binarised."""
-    x, draws = pixels(16), keyed(16)
-    purified = defense(silent())(x, draws)
+    x, draws = uniform_pixels(16, SHAPE).double(), keyed(16)
+    purified = diff_defense(silent_network())(x, draws)
     saturated = ((purified < 0.05) | (purified > 0.95)).double().mean()
     clear = (x - 0.5).abs() > 0.3
     agreed = ((purified > 0.5) == (x > 0.5))[clear].double().mean()
@@ -301,30 +293,30 @@ def test_the_released_mode_needs_no_network_to_come_near_the_image() -> None:
 
 def test_the_faithful_mode_with_a_silent_network_in_closed_form() -> None:
     """Without predicted noise the image is z / sqrt(alpha bar), and a first step is a sign."""
-    network, x, draws = silent(centred=True), pixels(4), keyed(4)
+    network, x, draws = silent_network(centred=True), uniform_pixels(4, SHAPE).double(), keyed(4)
     root = math.sqrt(float(network.alpha_bar[-1]))
     z = draws.normal(SHAPE, "start 0 start").double()
     image = (z / root + 1) / 2
     z = z - 0.2 * (image - x).sign()
     expected = ((z / root + 1) / 2).clamp(0, 1)
     changes = {**FAITHFUL, "iterations": 1, "restarts": 1}
-    assert torch.allclose(defense(network, **changes)(x, draws), expected, atol=1e-6)
+    assert torch.allclose(diff_defense(network, **changes)(x, draws), expected, atol=1e-6)
 
 
 def test_the_faithful_mode_comes_near_the_image_and_nearer_from_more_starts() -> None:
-    x, draws, network = pixels(6), keyed(6), net(centred=True)
+    x, draws, network = uniform_pixels(6, SHAPE).double(), keyed(6), net(centred=True)
     errors = [
-        defense(network, **{**FAITHFUL, "iterations": 15, "restarts": restarts})(x, draws) - x
+        diff_defense(network, **{**FAITHFUL, "iterations": 15, "restarts": restarts})(x, draws) - x
         for restarts in (1, 4)
     ]
     one, four = (error.square().flatten(1).mean(1) for error in errors)
     assert (four <= one + 1e-12).all() and (four < one - 1e-3).any()
-    begun = defense(network, **{**FAITHFUL, "iterations": 1, "restarts": 1})(x, draws) - x
+    begun = diff_defense(network, **{**FAITHFUL, "iterations": 1, "restarts": 1})(x, draws) - x
     assert one.mean() < 0.5 * begun.square().mean()
 
 
 def test_going_there_and_back_with_a_silent_network_in_closed_form() -> None:
-    network, x, draws = silent(), pixels(4), keyed(4)
+    network, x, draws = silent_network(), uniform_pixels(4, SHAPE).double(), keyed(4)
     bar = float(network.alpha_bar[9])
     z = noised(x, draws.normal(SHAPE, "start").double(), bar)
     expected = (z / math.sqrt(bar)).clamp(0, 1)
@@ -340,7 +332,7 @@ def test_going_there_and_back_with_a_silent_network_in_closed_form() -> None:
 
 def disagreement(purifier: Purifier, answer: Callable[[Tensor, Draws], Tensor]) -> float:
     """Return by how much, relatively, the gradient of `answer` misses central differences."""
-    x, draws = 0.3 + 0.4 * pixels(3), keyed(3)
+    x, draws = 0.3 + 0.4 * uniform_pixels(3, SHAPE).double(), keyed(3)
     generator = torch.Generator().manual_seed(2)
     probe = torch.randn(x.shape, generator=generator).double()
 
@@ -401,7 +393,7 @@ def test_replayed_gradients_are_those_of_the_whole_graph(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradient() -> tuple[Tensor, Tensor]:
-        point = pixels(3).requires_grad_()
+        point = uniform_pixels(3, SHAPE).double().requires_grad_()
         purified = SMOOTH[kind]()(point, keyed(3))
         (found,) = torch.autograd.grad(purified.square().sum(), point)
         return purified.detach(), found
@@ -416,7 +408,7 @@ def test_replayed_gradients_are_those_of_the_whole_graph(
 
 @pytest.mark.parametrize("kind", SMOOTH)
 def test_each_image_goes_its_own_way_with_and_without_a_graph(kind: str) -> None:
-    purifier, x, draws = SMOOTH[kind](), pixels(7), keyed(7)
+    purifier, x, draws = SMOOTH[kind](), uniform_pixels(7, SHAPE).double(), keyed(7)
     whole = purifier(x, draws)
     assert not whole.requires_grad and whole.min() >= 0 and whole.max() <= 1
     for rows in (torch.tensor([4]), torch.tensor([6, 0, 3])):
@@ -435,22 +427,22 @@ def test_the_order_of_images_of_the_papers_size_changes_no_byte(kind: str) -> No
     """Width 10 is what no vector of the processor holds evenly."""
     shape = (1, 28, 28)
     network = net(shape, width=10).float()
-    x, draws = pixels(9, shape).float(), keyed(9)
+    x, draws = uniform_pixels(9, shape), keyed(9)
     order = torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 7])
     less = {"iterations": 2, "restarts": 2, "steps": 2}
     changes = less if kind == "released" else {**FAITHFUL, **less}
-    purifier = pure(network) if kind == "ddpm" else defense(network, **changes)
+    purifier = pure(network) if kind == "ddpm" else diff_defense(network, **changes)
     assert torch.equal(purifier(x[order], draws[order]), purifier(x, draws)[order])
 
 
 def test_a_short_stand_in_is_the_purifier_with_less_to_do() -> None:
-    x, draws = pixels(5), keyed(5)
+    x, draws = uniform_pixels(5, SHAPE).double(), keyed(5)
     network = net(centred=True)
     alone = {**FAITHFUL, "restarts": 1}
-    nine, three = (defense(network, **{**alone, "iterations": k}) for k in (9, 3))
+    nine, three = (diff_defense(network, **{**alone, "iterations": k}) for k in (9, 3))
     assert torch.equal(nine.stand_in("short", x, draws), three(x, draws)), "a third of them"
     # Of several starts it goes on from the one that is best in the end, not after a third.
-    several = defense(network, **{**FAITHFUL, "restarts": 3, "iterations": 9})
+    several = diff_defense(network, **{**FAITHFUL, "restarts": 3, "iterations": 9})
     short = several.stand_in("short", x, draws)
     with torch.no_grad():
         ends, thirds = (
@@ -462,7 +454,7 @@ def test_a_short_stand_in_is_the_purifier_with_less_to_do() -> None:
     assert torch.allclose(short, chosen, rtol=0, atol=1e-9)
     whole, third = (pure(network, substeps=k, sampler="ddim") for k in (6, 2))
     assert torch.equal(whole.stand_in("short", x, draws), third(x, draws))
-    released = defense(network).stand_in("short", x.requires_grad_(), draws)
+    released = diff_defense(network).stand_in("short", x.requires_grad_(), draws)
     (gradient,) = torch.autograd.grad(released.sum(), x)
     assert gradient.flatten(1).abs().amax(1).min() > 1e-4, "it is masked"
 
@@ -478,7 +470,7 @@ def test_untrained_networks_are_those_of_their_seed_or_silent() -> None:
     one, again, other = build("random", 3), build("random", 3), build("random", 4)
     zero = build("zero", 3)
     assert torch.equal(torch.get_rng_state(), stream), "it took from the global stream"
-    x, draws = pixels(4).float(), keyed(4)
+    x, draws = uniform_pixels(4, SHAPE), keyed(4)
     assert torch.equal(one(x, draws), again(x, draws))
     assert not torch.equal(one(x, draws), other(x, draws))
     network = zero.get_submodule("network")
@@ -490,17 +482,17 @@ def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
         kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="none"
     ).build(SHAPE)
     with pytest.raises(ValueError, match="diffdefense fits the noise of a ddpm"):
-        defense(other)
+        diff_defense(other)
     with pytest.raises(ValueError, match="diffpure goes back by a ddpm"):
         pure(other)
     for mode in ("released", "faithful"):
         with pytest.raises(ValueError, match="goes back 21 steps of a ddpm that has 20"):
-            defense(mode=mode, steps=21)
-        defense(mode=mode, steps=20)
+            diff_defense(mode=mode, steps=21)
+        diff_defense(mode=mode, steps=20)
     with pytest.raises(ValueError, match="t_star: 20, but the ddpm knows indices 0 to 19"):
         pure(t_star=20)
     with pytest.raises(ValidationError, match="substeps: 11, but from index 9 there are at most"):
         pure(substeps=11)
     with pytest.raises(ValidationError, match="iterations: 1 is no descent"):
-        defense(iterations=1)
-    assert defense(**{**FAITHFUL, "iterations": 1}).stochastic
+        diff_defense(iterations=1)
+    assert diff_defense(**{**FAITHFUL, "iterations": 1}).stochastic

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from toys import keyed, uniform_pixels
 
-from components.data.draws import Draws
 from components.models.purifiers import gan
 from components.models.purifiers.contract import Purifier
 from components.models.purifiers.gan import (
@@ -43,19 +43,11 @@ def wrapped(network: nn.Module, **changes: Any) -> Purifier:
     return DefenseGan(kind="defense_gan", **settings).wrap(network).eval()
 
 
-def pixels(shape: tuple[int, int, int] = SMALL, count: int = IMAGES) -> Tensor:
-    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
-
-
-def keyed(count: int = IMAGES) -> Draws:
-    return Draws(0, "score", torch.arange(count) * 11)
-
-
-def noise(count: int, latent: int) -> tuple[Tensor, Tensor]:
+def latent_noise(count: int, latent: int) -> tuple[Tensor, Tensor]:
     return keyed(count).normal((latent,), "latent"), keyed(count).uniform((1, 1, 1), "mix")
 
 
-def by_hand(
+def reconstruct_by_hand(
     generator: Callable[[Tensor], Tensor],
     x: Tensor,
     latent: int,
@@ -119,7 +111,7 @@ def test_codes_become_pixels_and_pixels_a_number(
     images = made.generator(20 * torch.randn(7, 8, dtype=dtype))
     assert images.shape == (7, *shape) and images.dtype == dtype
     assert images.min() >= 0 and images.max() <= 1 and images.std(0).min() > 0
-    x = pixels(shape, 7).to(dtype).requires_grad_()
+    x = uniform_pixels(7, shape).to(dtype).requires_grad_()
     scores = made.critic(x)
     assert scores.shape == (7,) and scores.dtype == dtype
     (gradient,) = torch.autograd.grad(scores.sum(), x)
@@ -153,7 +145,7 @@ class Bowl(nn.Module):
 
 
 def test_the_critics_loss_in_closed_form_for_an_affine_critic() -> None:
-    made, real, (latent, mix) = pair(), pixels(), noise(IMAGES, 8)
+    made, real, (latent, mix) = pair(), uniform_pixels(IMAGES, SMALL), latent_noise(IMAGES, 8)
     critic = Affine()
     made.critic = critic  # type: ignore[assignment]
     apart = (made.generator(latent).mean(0) - real.mean(0)).flatten().detach()
@@ -167,7 +159,7 @@ def test_the_critics_loss_in_closed_form_for_an_affine_critic() -> None:
 
 
 def test_the_penalty_is_taken_per_image_at_the_mixture() -> None:
-    made, real, (latent, mix) = pair(), pixels(), noise(IMAGES, 8)
+    made, real, (latent, mix) = pair(), uniform_pixels(IMAGES, SMALL), latent_noise(IMAGES, 8)
     bowl = Bowl()
     made.critic = bowl  # type: ignore[assignment]
     fake = made.generator(latent).detach()
@@ -182,9 +174,9 @@ def test_the_penalty_is_taken_per_image_at_the_mixture() -> None:
 
 
 def test_a_critic_flat_everywhere_has_a_finite_loss_and_gradient() -> None:
-    made, (latent, mix) = pair(), noise(IMAGES, 8)
+    made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
     nn.init.zeros_(made.critic.get_parameter("7.weight"))
-    loss = critic_loss(made, pixels(), latent, mix)
+    loss = critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix)
     assert loss.item() == pytest.approx(10)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.critic.parameters())
@@ -195,8 +187,8 @@ def reached(module: nn.Module) -> list[bool]:
 
 
 def test_each_loss_reaches_its_own_parameters_alone() -> None:
-    made, (latent, mix) = pair(), noise(IMAGES, 8)
-    critic_loss(made, pixels(), latent, mix).backward()
+    made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
+    critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix).backward()
     # The last bias shifts real and fake alike.
     assert all(reached(made.critic)[:-1])
     assert all(p.grad is None for p in made.generator.parameters())
@@ -209,7 +201,7 @@ def test_each_loss_reaches_its_own_parameters_alone() -> None:
 
 
 def test_a_step_against_the_generators_loss_raises_the_critics_value() -> None:
-    made, (latent, _) = pair(), noise(IMAGES, 8)
+    made, (latent, _) = pair(), latent_noise(IMAGES, 8)
     before = made.critic(made.generator(latent)).mean()
     generator_loss(made, latent).backward()
     torch.optim.SGD(made.parameters(), 0.1).step()
@@ -217,20 +209,23 @@ def test_a_step_against_the_generators_loss_raises_the_critics_value() -> None:
 
 
 def test_losses_are_the_same_where_gradients_are_off() -> None:
-    made, (latent, mix) = pair(), noise(IMAGES, 8)
+    made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
     with torch.no_grad():
-        off = critic_loss(made, pixels(), latent, mix), generator_loss(made, latent)
+        off = (
+            critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix),
+            generator_loss(made, latent),
+        )
     assert not any(loss.requires_grad for loss in off)
-    assert torch.allclose(off[0], critic_loss(made, pixels(), latent, mix))
+    assert torch.allclose(off[0], critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix))
     assert torch.allclose(off[1], generator_loss(made, latent))
 
 
 def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
     made, real = pair(), torch.zeros(IMAGES, *SMALL)
-    first = made.generator(noise(IMAGES, 8)[0]).mean()
+    first = made.generator(latent_noise(IMAGES, 8)[0]).mean()
     optimiser = torch.optim.Adam(made.parameters(), 1e-2, betas=(0.5, 0.9))
     for step in range(48):
-        draws = keyed().redraw(step)
+        draws = keyed(IMAGES).redraw(step)
         latent, mix = draws.normal((8,), "latent"), draws.uniform((1, 1, 1), "mix")
         turn = step % 6 == 5
         resting = made.critic if turn else made.generator
@@ -241,7 +236,7 @@ def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
         optimiser.step()
         after = resting.parameters()
         assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    fake = made.generator(noise(IMAGES, 8)[0])
+    fake = made.generator(latent_noise(IMAGES, 8)[0])
     assert made.critic(real).min() > made.critic(fake).max()
     assert fake.mean() < first - 0.02, "the generator went the wrong way"
 
@@ -249,7 +244,7 @@ def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
 # The descent
 
 
-class Linear(nn.Module):
+class LinearGenerator(nn.Module):
     """G(z) = A z + c as images of 8 x 8, unbounded."""
 
     def __init__(self) -> None:
@@ -263,10 +258,10 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("iterations", [2, 3, 5])
 def test_momentum_and_rate_in_closed_form_on_a_linear_generator(iterations: int) -> None:
-    made, x = exact(), pixels().double()
-    made.generator = Linear()  # type: ignore[assignment]
+    made, x = exact(), uniform_pixels(IMAGES, SMALL).double()
+    made.generator = LinearGenerator()  # type: ignore[assignment]
     a = made.generator.get_parameter("matrix").detach()
-    z = keyed().normal((8,), "start 0").double() / 8**0.5
+    z = keyed(IMAGES).normal((8,), "start 0").double() / 8**0.5
     gap = x.flatten(1) - 0.5
 
     def gradient(code: Tensor) -> Tensor:
@@ -283,27 +278,31 @@ def test_momentum_and_rate_in_closed_form_on_a_linear_generator(iterations: int)
         third = 0.7 * velocity + gradient(z)
         z = z - 0.8 * 0.1 ** (2 / 4) * third
         z = z - 0.8 * 0.1 ** (3 / 4) * (0.7 * third + gradient(z))
-    purified = wrapped(made, iterations=iterations, restarts=1, rate=0.8)(x, keyed())
+    purified = wrapped(made, iterations=iterations, restarts=1, rate=0.8)(x, keyed(IMAGES))
     assert torch.allclose(purified.detach().flatten(1), z @ a.T + 0.5, atol=1e-12)
 
 
 @pytest.mark.parametrize("iterations", [2, 7])
 def test_the_best_start_of_each_image_is_returned(iterations: int) -> None:
-    made, x = exact(), pixels().double()
-    each = [by_hand(made.generator, x, 8, r, iterations, 30.0) for r in range(4)]
+    made, x = exact(), uniform_pixels(IMAGES, SMALL).double()
+    each = [reconstruct_by_hand(made.generator, x, 8, r, iterations, 30.0) for r in range(4)]
     errors = torch.stack([(one - x).square().flatten(1).mean(1) for one in each])
     best = errors.argmin(0)
     assert len(best.unique()) > 1
     expected = torch.stack([each[r][i] for i, r in enumerate(best.tolist())]).detach()
     purifier = wrapped(made, iterations=iterations, restarts=4)
-    assert torch.allclose(purifier(x, keyed()), expected, atol=1e-12)
-    assert torch.allclose(purifier.detector_score(x, keyed()), errors.amin(0).detach(), atol=1e-12)
+    assert torch.allclose(purifier(x, keyed(IMAGES)), expected, atol=1e-12)
+    assert torch.allclose(
+        purifier.detector_score(x, keyed(IMAGES)), errors.amin(0).detach(), atol=1e-12
+    )
 
 
 def test_more_iterations_come_nearer_to_an_image_the_generator_can_make() -> None:
     made = exact()
-    x = made.generator(keyed().normal((8,), "image").double() / 8**0.5)
-    errors = [wrapped(made, iterations=i).detector_score(x, keyed()).mean() for i in (2, 10, 100)]
+    x = made.generator(keyed(IMAGES).normal((8,), "image").double() / 8**0.5)
+    errors = [
+        wrapped(made, iterations=i).detector_score(x, keyed(IMAGES)).mean() for i in (2, 10, 100)
+    ]
     assert errors[0] > 1.5 * errors[1] > 3 * errors[2]
 
 
@@ -314,13 +313,13 @@ def found_and_expected(purifier: Purifier) -> tuple[Tensor, Tensor]:
     """Return derivatives of a probe of the purified images along random directions, per image:
     from the graph, and from central differences under the same noise.
     """
-    x = pixels().double().requires_grad_()
+    x = uniform_pixels(IMAGES, SMALL).double().requires_grad_()
     generator = torch.Generator().manual_seed(5)
     way, probe = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
-    reached = (probe * purifier(x, keyed())).sum() + 0 * x.sum()
+    reached = (probe * purifier(x, keyed(IMAGES))).sum() + 0 * x.sum()
     (gradient,) = torch.autograd.grad(reached, x)
     with torch.no_grad():
-        ahead, behind = (purifier(x + h * way, keyed()) for h in (1e-6, -1e-6))
+        ahead, behind = (purifier(x + h * way, keyed(IMAGES)) for h in (1e-6, -1e-6))
     expected = (probe * (ahead - behind)).flatten(1).sum(1) / 2e-6
     return (gradient * way).flatten(1).sum(1), expected
 
@@ -334,11 +333,11 @@ def test_the_gradient_is_that_of_central_differences(changes: dict[str, Any]) ->
 
 def test_replayed_steps_have_the_gradient_of_a_plain_graph() -> None:
     made = exact()
-    x = pixels().double().requires_grad_()
+    x = uniform_pixels(IMAGES, SMALL).double().requires_grad_()
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=x.dtype)
-    purified = wrapped(made, restarts=1)(x, keyed())
+    purified = wrapped(made, restarts=1)(x, keyed(IMAGES))
     (found,) = torch.autograd.grad((probe * purified).sum(), x)
-    plain = by_hand(made.generator, x, 8, 0, 6, 30.0)
+    plain = reconstruct_by_hand(made.generator, x, 8, 0, 6, 30.0)
     (expected,) = torch.autograd.grad((probe * plain).sum(), x)
     assert torch.allclose(purified, plain, atol=1e-12)
     assert expected.flatten(1).abs().amax(1).min() > 1e-6
@@ -359,12 +358,12 @@ def test_a_gradient_cut_anywhere_is_noticed(fault: str, monkeypatch: pytest.Monk
 
 
 def test_gradients_are_kept_only_where_they_are_wanted() -> None:
-    purifier, x = wrapped(exact()), pixels().double()
-    assert not purifier(x, keyed()).requires_grad
+    purifier, x = wrapped(exact()), uniform_pixels(IMAGES, SMALL).double()
+    assert not purifier(x, keyed(IMAGES)).requires_grad
     with torch.no_grad():
-        off = purifier(x.clone().requires_grad_(), keyed())
-    assert not off.requires_grad and torch.equal(off, purifier(x, keyed()))
-    assert torch.allclose(off, purifier(x.requires_grad_(), keyed()), atol=1e-12)
+        off = purifier(x.clone().requires_grad_(), keyed(IMAGES))
+    assert not off.requires_grad and torch.equal(off, purifier(x, keyed(IMAGES)))
+    assert torch.allclose(off, purifier(x.requires_grad_(), keyed(IMAGES)), atol=1e-12)
 
 
 # The contract
@@ -373,15 +372,22 @@ def test_gradients_are_kept_only_where_they_are_wanted() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_images_in_are_images_out(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    purifier, x = wrapped(pair(shape).requires_grad_(False)).to(dtype), pixels(shape).to(dtype)
-    purified = purifier(x, keyed())
+    purifier, x = (
+        wrapped(pair(shape).requires_grad_(False)).to(dtype),
+        uniform_pixels(IMAGES, shape).to(dtype),
+    )
+    purified = purifier(x, keyed(IMAGES))
     assert purified.shape == x.shape and purified.dtype == dtype
     assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
 
 
 @pytest.mark.parametrize("score", [False, True])
 def test_an_image_is_purified_on_its_own(score: bool) -> None:
-    purifier, x, draws = wrapped(pair().requires_grad_(False)), pixels(), keyed()
+    purifier, x, draws = (
+        wrapped(pair().requires_grad_(False)),
+        uniform_pixels(IMAGES, SMALL),
+        keyed(IMAGES),
+    )
     call = purifier.detector_score if score else purifier
     whole = call(x, draws)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
@@ -394,12 +400,12 @@ def test_an_image_is_purified_on_its_own(score: bool) -> None:
 
 
 def test_its_noise_is_its_draws_alone() -> None:
-    purifier, x = wrapped(exact()), pixels().double()
+    purifier, x = wrapped(exact()), uniform_pixels(IMAGES, SMALL).double()
     stream = torch.get_rng_state()
-    one = purifier(x, keyed())
-    assert torch.equal(one, purifier(x, keyed()))
+    one = purifier(x, keyed(IMAGES))
+    assert torch.equal(one, purifier(x, keyed(IMAGES)))
     assert torch.equal(stream, torch.get_rng_state())
-    redrawn = purifier(x, keyed().redraw(1))
+    redrawn = purifier(x, keyed(IMAGES).redraw(1))
     assert (redrawn != one).flatten(1).any(1).all()
     assert purifier.stochastic and purifier.differentiable
     assert not torch.equal(purifier(x), purifier(x))
@@ -409,11 +415,11 @@ def test_its_noise_is_its_draws_alone() -> None:
 def test_the_short_stand_in_is_a_tenth_of_the_descent_from_the_first_start(
     iterations: int, short: int
 ) -> None:
-    made, x = exact(), pixels().double().requires_grad_()
+    made, x = exact(), uniform_pixels(IMAGES, SMALL).double().requires_grad_()
     purifier = wrapped(made, iterations=iterations)
     assert purifier.stand_ins == ("short",)
-    stood = purifier.stand_in("short", x, keyed())
-    assert torch.equal(stood, wrapped(made, iterations=short, restarts=1)(x, keyed()))
+    stood = purifier.stand_in("short", x, keyed(IMAGES))
+    assert torch.equal(stood, wrapped(made, iterations=short, restarts=1)(x, keyed(IMAGES)))
     (gradient,) = torch.autograd.grad(stood.sum(), x)
     assert gradient.flatten(1).ne(0).any(1).all()
 

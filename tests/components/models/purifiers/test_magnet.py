@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import uniform_pixels
 
 from components.models.purifiers.magnet import MagNet, MagNetPurifier
 
@@ -12,16 +13,12 @@ SMALL = (1, 8, 8)
 IMAGES = 12
 
 
-def make(shape: tuple[int, int, int] = SMALL, width: int = 3) -> MagNetPurifier:
+def magnet(shape: tuple[int, int, int] = SMALL, width: int = 3) -> MagNetPurifier:
     torch.manual_seed(0)
     return MagNet(kind="magnet", width=width).build(shape).eval().requires_grad_(False)
 
 
-def pixels(shape: tuple[int, int, int] = SMALL) -> Tensor:
-    return torch.rand(IMAGES, *shape, generator=torch.Generator().manual_seed(1))
-
-
-class Grey(nn.Module):
+class ConstantAutoencoder(nn.Module):
     """An autoencoder that answers one grey level."""
 
     def __init__(self, level: float) -> None:
@@ -32,9 +29,9 @@ class Grey(nn.Module):
         return torch.full_like(x, self.level)
 
 
-def grey(first: float = 0.0, second: float = 0.5) -> MagNetPurifier:
-    made = make()
-    made.halving, made.keeping = Grey(first), Grey(second)  # type: ignore[assignment]
+def constant_magnet(first: float = 0.0, second: float = 0.5) -> MagNetPurifier:
+    made = magnet()
+    made.halving, made.keeping = ConstantAutoencoder(first), ConstantAutoencoder(second)  # type: ignore[assignment]
     return made
 
 
@@ -43,7 +40,7 @@ def flat(*levels: float) -> Tensor:
 
 
 def test_the_papers_networks_for_28_by_28() -> None:
-    made = make((1, 28, 28))
+    made = magnet((1, 28, 28))
     sizes = [sum(p.numel() for p in net.parameters()) for net in (made.halving, made.keeping)]
     assert sizes == [30 + 3 * 84 + 28, 30 + 84 + 28]
 
@@ -51,7 +48,7 @@ def test_the_papers_networks_for_28_by_28() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 16), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_networks_layer_by_layer(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    made, x = make(shape, 4).to(dtype), pixels(shape).to(dtype)
+    made, x = magnet(shape, 4).to(dtype), uniform_pixels(IMAGES, shape).to(dtype)
 
     def layers(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
         found = list(net.parameters())
@@ -81,17 +78,17 @@ def test_both_networks_layer_by_layer(shape: tuple[int, int, int], dtype: torch.
 
 
 def test_errors_are_squared_for_the_first_and_absolute_for_the_second() -> None:
-    found = grey().errors(flat(0.0, 0.3, 1.0))
+    found = constant_magnet().errors(flat(0.0, 0.3, 1.0))
     assert torch.allclose(found, torch.tensor([[0.0, 0.5], [0.09, 0.2], [1.0, 0.5]]))
     half = flat(0.0)
     half[..., :4] = 1.0
-    assert torch.allclose(grey(0.0, 0.0).errors(half), torch.tensor([[0.5, 0.5]]))
+    assert torch.allclose(constant_magnet(0.0, 0.0).errors(half), torch.tensor([[0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_calibration_by_hand_whatever_the_batch(batch: int) -> None:
     """Errors of AE-I 0.01, 0.09, 0.25, 0.49 and of AE-II 0.4, 0.2, 0, 0.2."""
-    made = grey()
+    made = constant_magnet()
     made.calibrate(flat(0.1, 0.3, 0.5, 0.7), batch)
     first, second = (0.01, 0.09, 0.25, 0.49), (0.4, 0.2, 0.0, 0.2)
     means = [sum(errors) / 4 for errors in (first, second)]
@@ -105,7 +102,7 @@ def test_calibration_by_hand_whatever_the_batch(batch: int) -> None:
 
 
 def test_the_score_is_the_larger_error_in_deviations() -> None:
-    made = grey()
+    made = constant_magnet()
     made.error_mean.copy_(torch.tensor([0.1, 0.2]))
     made.error_std.copy_(torch.tensor([0.5, 0.1]))
     found = made.detector_score(flat(0.0, 0.3, 1.0))
@@ -116,25 +113,25 @@ def test_the_score_is_the_larger_error_in_deviations() -> None:
 
 
 def test_equal_clean_images_do_not_divide_by_zero() -> None:
-    made = make()
+    made = magnet()
     made.calibrate(flat(0.5, 0.5, 0.5), 2)
     assert (made.error_std >= 1e-6).all()
-    assert made.detector_score(pixels()).isfinite().all()
+    assert made.detector_score(uniform_pixels(IMAGES, SMALL)).isfinite().all()
     made.calibrate(flat(0.5), 2)
-    assert made.detector_score(pixels()).isfinite().all()
+    assert made.detector_score(uniform_pixels(IMAGES, SMALL)).isfinite().all()
 
 
 def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
-    made = make().requires_grad_(True)
+    made = magnet().requires_grad_(True)
     before = [p.clone() for p in made.parameters()]
-    made.calibrate(pixels(), 4)
+    made.calibrate(uniform_pixels(IMAGES, SMALL), 4)
     assert not made.error_mean.requires_grad and not made.error_std.requires_grad
     assert all(torch.equal(one, two) for one, two in zip(before, made.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("call", ["forward", "detector_score"])
 def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
-    made, x = make(), pixels()
+    made, x = magnet(), uniform_pixels(IMAGES, SMALL)
     made.calibrate(x, 4)
     answer = getattr(made, call)
     whole = answer(x)
@@ -146,7 +143,7 @@ def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
 
 @pytest.mark.parametrize("call", ["forward", "detector_score"])
 def test_the_gradient_is_that_of_differences(call: str) -> None:
-    made, x = make().double(), pixels()[:2].double().requires_grad_()
+    made, x = magnet().double(), uniform_pixels(IMAGES, SMALL)[:2].double().requires_grad_()
     made.error_mean.copy_(torch.tensor([0.05, 0.2]))
     made.error_std.copy_(torch.tensor([0.03, 0.05]))
     assert torch.autograd.gradcheck(getattr(made, call), (x,))
@@ -159,6 +156,6 @@ def test_sides_that_cannot_be_halved_are_refused_with_a_sentence() -> None:
         with pytest.raises(
             ValueError, match=r"magnet halves once, which . x . images do not allow"
         ):
-            make(shape)
+            magnet(shape)
     with pytest.raises(ValidationError):
-        make(width=0)
+        magnet(width=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from toys import keyed
 
 from components.data.draws import Draws
 from components.models.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
@@ -93,7 +94,7 @@ SHAPED = pytest.mark.parametrize("shape", SHAPES)
 IMAGES = 24
 
 
-def make(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
+def build_purifier(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
     """Build a purifier with BatchNorm statistics of its own, frozen, in eval mode."""
     wrapped = {**WRAPPED, **WRAPPED_VARIANTS}
     network, inference = wrapped.get(name) or ({**SAMPLES, **VARIANTS}[name], None)
@@ -102,23 +103,19 @@ def make(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
     if isinstance(built, Purifier):
         with torch.no_grad():
             for _ in range(3):
-                built.train()(pixels(shape))
-        built.eval().calibrate(pixels(shape), 8)
+                built.train()(grey_levels(shape))
+        built.eval().calibrate(grey_levels(shape), 8)
     if inference is not None:
         built = TypeAdapter(InferenceConfig).validate_python(inference).wrap(built)
     assert isinstance(built, Purifier)
     return built.eval().requires_grad_(False)
 
 
-def pixels(shape: tuple[int, int, int]) -> Tensor:
+def grey_levels(shape: tuple[int, int, int]) -> Tensor:
     """Return images with the grey levels of a file, plenty of 0 and 1 among them."""
     generator = torch.Generator().manual_seed(1)
     levels = torch.randint(-128, 384, (IMAGES, *shape), generator=generator).clamp(0, 255)
     return levels.float() / 255
-
-
-def keyed(count: int = IMAGES) -> Draws:
-    return Draws(0, "score", torch.arange(count) * 11)
 
 
 def kinds(union: Any) -> set[str]:
@@ -155,9 +152,9 @@ def test_a_generative_network_is_no_purifier(kind: str) -> None:
 
 @EVERY
 def test_stand_ins_are_purifiers_with_a_gradient_and_the_same_noise(name: str) -> None:
-    purifier, draws = make(name), keyed()
+    purifier, draws = build_purifier(name), keyed(IMAGES)
     for kind in purifier.stand_ins:
-        x = (0.2 + 0.6 * pixels(SHAPES[0])).requires_grad_()
+        x = (0.2 + 0.6 * grey_levels(SHAPES[0])).requires_grad_()
         made = purifier.stand_in(kind, x, draws)
         assert made.shape == x.shape and made.min() >= 0 and made.max() <= 1
         assert torch.equal(purifier.stand_in(kind, x, draws), made), "other noise"
@@ -165,12 +162,12 @@ def test_stand_ins_are_purifiers_with_a_gradient_and_the_same_noise(name: str) -
         assert gradient.isfinite().all() and gradient.flatten(1).ne(0).any(1).all()
     if not purifier.stand_ins:
         with pytest.raises(NotImplementedError):
-            purifier.stand_in("direct", pixels(SHAPES[0]), draws)
+            purifier.stand_in("direct", grey_levels(SHAPES[0]), draws)
 
 
 @EVERY
 def test_suspicion_is_one_number_an_image_whatever_the_company(name: str) -> None:
-    purifier, x, draws = make(name), pixels(SHAPES[0]), keyed()
+    purifier, x, draws = build_purifier(name), grey_levels(SHAPES[0]), keyed(IMAGES)
     seen = purifier.detector_score(x, draws)
     assert seen.shape == (IMAGES,) and seen.isfinite().all()
     rows = torch.tensor([3, 17, 5])
@@ -185,9 +182,9 @@ def test_suspicion_is_one_number_an_image_whatever_the_company(name: str) -> Non
 def test_images_in_are_images_out(
     name: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    x = pixels(shape).to(dtype)
+    x = grey_levels(shape).to(dtype)
     before = x.clone()
-    purified = make(name, shape).to(dtype)(x, keyed())
+    purified = build_purifier(name, shape).to(dtype)(x, keyed(IMAGES))
     assert purified.shape == x.shape and purified.dtype == dtype and purified.device == x.device
     assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
     assert torch.equal(x, before), "the input was written to"
@@ -197,17 +194,20 @@ def test_images_in_are_images_out(
 @pytest.mark.parametrize("image", ["black", "white", "one"])
 def test_extreme_images_are_purified_too(name: str, image: str) -> None:
     x = torch.ones(1, 1, 8, 8) if image == "one" else torch.full((4, 1, 8, 8), image == "white")
-    purified = make(name)(x.float(), keyed(len(x)))
+    purified = build_purifier(name)(x.float(), keyed(len(x)))
     assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
 
 
 @EVERY
 def test_it_is_as_random_as_declared(name: str) -> None:
-    purifier, x = make(name), pixels(SHAPES[0])
-    one = purifier(x, keyed())
-    assert torch.equal(purifier(x, keyed()), one), "equal draws, other answer"
-    redrawn, reseeded = purifier(x, keyed().redraw(1)), purifier(x, Draws(1, "score", keyed().ids))
-    role = purifier(x, Draws(0, "attack", keyed().ids))
+    purifier, x = build_purifier(name), grey_levels(SHAPES[0])
+    one = purifier(x, keyed(IMAGES))
+    assert torch.equal(purifier(x, keyed(IMAGES)), one), "equal draws, other answer"
+    redrawn, reseeded = (
+        purifier(x, keyed(IMAGES).redraw(1)),
+        purifier(x, Draws(1, "score", keyed(IMAGES).ids)),
+    )
+    role = purifier(x, Draws(0, "attack", keyed(IMAGES).ids))
     for other in (redrawn, reseeded, role):
         moved = (other != one).flatten(1).any(1)
         assert moved.all() if purifier.stochastic else not moved.any()
@@ -215,7 +215,7 @@ def test_it_is_as_random_as_declared(name: str) -> None:
 
 @EVERY
 def test_served_without_draws_its_noise_is_fresh(name: str) -> None:
-    purifier, x = make(name), pixels(SHAPES[0])
+    purifier, x = build_purifier(name), grey_levels(SHAPES[0])
     same = torch.equal(purifier(x), purifier(x))
     assert same != purifier.stochastic
     if purifier.stochastic:
@@ -225,9 +225,9 @@ def test_served_without_draws_its_noise_is_fresh(name: str) -> None:
 
 @EVERY
 def test_it_is_as_differentiable_as_declared(name: str) -> None:
-    purifier = make(name)
-    x = (0.2 + 0.6 * pixels(SHAPES[0])).requires_grad_()
-    purified = purifier(x, keyed())
+    purifier = build_purifier(name)
+    x = (0.2 + 0.6 * grey_levels(SHAPES[0])).requires_grad_()
+    purified = purifier(x, keyed(IMAGES))
     probe = torch.randn(purified.shape, generator=torch.Generator().manual_seed(2))
     gradient = torch.zeros_like(x)
     if purified.requires_grad:
@@ -241,7 +241,7 @@ def test_it_is_as_differentiable_as_declared(name: str) -> None:
 @EVERY
 def test_an_image_is_purified_on_its_own(name: str) -> None:
     """Equal bytes at the same batch size in any company; equal up to rounding at another size."""
-    purifier, x, draws = make(name), pixels(SHAPES[0]), keyed()
+    purifier, x, draws = build_purifier(name), grey_levels(SHAPES[0]), keyed(IMAGES)
     whole = purifier(x, draws)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
     assert torch.equal(purifier(x[order], draws[order]), whole[order])
@@ -254,17 +254,17 @@ def test_an_image_is_purified_on_its_own(name: str) -> None:
 
 @EVERY
 def test_it_sees_images_and_noise_and_no_labels(name: str) -> None:
-    purifier = make(name)
+    purifier = build_purifier(name)
     for method in (purifier.forward, purifier.purify):
         assert list(inspect.signature(method).parameters) == ["x", "draws"]
 
 
 @EVERY
 def test_purifying_changes_nothing_in_the_purifier(name: str) -> None:
-    purifier = make(name)
+    purifier = build_purifier(name)
     before = {key: value.clone() for key, value in purifier.state_dict().items()}
     stream = torch.get_rng_state()
-    purifier(pixels(SHAPES[0]), keyed())
+    purifier(grey_levels(SHAPES[0]), keyed(IMAGES))
     assert all(torch.equal(before[key], value) for key, value in purifier.state_dict().items())
     assert torch.equal(torch.get_rng_state(), stream), "keyed noise took from the global stream"
 
@@ -329,7 +329,7 @@ def test_the_global_skip_starts_from_the_image_itself() -> None:
     last = net.get_submodule("last")
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    x = pixels((1, 8, 8))
+    x = grey_levels((1, 8, 8))
     assert torch.allclose(net(x), x, atol=1e-6)
 
 
@@ -354,7 +354,7 @@ def test_transforms_remove_exactly_their_share_of_patches(
 ) -> None:
     """On 32 x 32 images: 16 of 64 cells of side 4 is the setting of AToP (facts 4.2)."""
     white = torch.ones(IMAGES, 3, 32, 32)
-    kept = Rt1(kind="rt1", patch=patch, missing=missing).apply(white, keyed())
+    kept = Rt1(kind="rt1", patch=patch, missing=missing).apply(white, keyed(IMAGES))
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     gone = (kept == 0).flatten(1).sum(1)
     assert gone.tolist() == [cells * patch * patch * 3] * IMAGES
@@ -378,28 +378,32 @@ def test_every_image_loses_its_own_patches_and_every_patch_is_lost_as_often() ->
 def test_the_second_transform_adds_clipped_noise_before_patches_go() -> None:
     grey = torch.full((IMAGES, 1, 32, 32), 0.5)
     rt2 = Rt2(kind="rt2", patch=2, missing=0.25, sigma=0.1)
-    damaged = rt2.apply(grey, keyed())
-    mask = Rt1(kind="rt1", patch=2, missing=0.25).apply(torch.ones_like(grey), keyed())
+    damaged = rt2.apply(grey, keyed(IMAGES))
+    mask = Rt1(kind="rt1", patch=2, missing=0.25).apply(torch.ones_like(grey), keyed(IMAGES))
     assert torch.equal(damaged == 0, mask == 0), "a missing patch is not empty"
     noise = damaged[mask == 1] - 0.5
     n = noise.numel()
     assert abs(noise.mean()) < 5 * 0.1 / n**0.5
     assert abs(noise.std() - 0.1) < 5 * 0.1 / (2 * n) ** 0.5
-    wild = Rt2(kind="rt2", patch=2, missing=0.25, sigma=2.0).apply(grey, keyed())
+    wild = Rt2(kind="rt2", patch=2, missing=0.25, sigma=2.0).apply(grey, keyed(IMAGES))
     assert wild.min() == 0 and wild.max() == 1
     assert 0.3 < (wild[mask == 1] == 1).float().mean() < 0.5
 
 
 def test_controls_compute_what_they_are_named_after() -> None:
-    x = pixels((1, 8, 8))
-    assert torch.equal(make("identity")(x), x)
-    assert torch.equal(make("threshold")(x), (x > 0.5).float())
-    assert torch.allclose(make("bit_depth")(x), (x * 3).round() / 3)
-    assert torch.allclose(make("bit_depth 8")(x), x, atol=1e-6), "8 bits are what a file has"
+    x = grey_levels((1, 8, 8))
+    assert torch.equal(build_purifier("identity")(x), x)
+    assert torch.equal(build_purifier("threshold")(x), (x > 0.5).float())
+    assert torch.allclose(build_purifier("bit_depth")(x), (x * 3).round() / 3)
+    assert torch.allclose(build_purifier("bit_depth 8")(x), x, atol=1e-6), (
+        "8 bits are what a file has"
+    )
     windows = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
     window = windows[:, :, 2:5, 4:7].flatten(2).sort(2).values[:, :, 4]
-    assert torch.equal(make("median")(x)[:, :, 2, 4], window)
+    assert torch.equal(build_purifier("median")(x)[:, :, 2, 4], window)
     corner = x[:, 0, [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 1, 0, 0, 1]]
-    assert torch.equal(make("median")(x)[:, 0, 0, 0], corner.median(1).values), "edges repeat"
-    noise = make("gaussian_noise")(torch.full_like(x, 0.5), keyed()) - 0.5
+    assert torch.equal(build_purifier("median")(x)[:, 0, 0, 0], corner.median(1).values), (
+        "edges repeat"
+    )
+    noise = build_purifier("gaussian_noise")(torch.full_like(x, 0.5), keyed(IMAGES)) - 0.5
     assert abs(noise.std() - 0.1) < 0.02

@@ -1,0 +1,263 @@
+"""Small models, purifiers and data that several test files share."""
+
+import io
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from components.attacks import L2, AttackConfig, Crafted, Linf
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.checkpoints import ModelCard, build, save
+from components.models.purifiers import Purifier
+
+LINF = Linf(norm="linf", eps_255=32.0)
+BALL = L2(norm="l2", eps_l2=0.7)
+# Every kind of attack, with settings small enough for a test, and other settings of some.
+ATTACKS: dict[str, dict[str, Any]] = {
+    "noise": {"tries": 5},
+    "fgsm": {"random_start": False, "step": 1.0, "eot": 2},
+    "bim": {"steps": 8, "step": 0.25, "eot": 2},
+    "pgd": {
+        "steps": 8, "step": 0.25, "restarts": 2, "random_start": True, "early_stop": True, "eot": 2,
+    },
+    "cw_l2": {
+        "c": 1.0, "searches": 2, "steps": 10, "learning_rate": 0.1, "confidence": 0.0, "eot": 2,
+    },
+    "apgd_ce": {"steps": 8, "restarts": 2, "eot": 2},
+    "apgd_t": {"steps": 8, "targets": 2, "eot": 2},
+    "apgd_dlr": {"steps": 8, "restarts": 2, "eot": 2},
+    "autoattack": {"version": "standard"},
+    "detector_aware": {
+        "sees": "defense", "weights": [0.0, 10.0], "steps": 8, "step": 0.25, "eot": 2,
+    },
+    "deepfool": {"steps": 10, "overshoot": 0.02, "classes": 10, "eot": 2},
+    "elastic_net": {
+        "rule": "en", "beta": 0.01, "c": 1.0, "searches": 2, "steps": 10, "learning_rate": 0.1,
+        "confidence": 0.0, "eot": 2,
+    },
+    "fab_t": {"steps": 8, "targets": 3, "restarts": 2},
+    "flip": {"at": 0.5, "steps": 8, "candidates": 8, "eot": 2},
+    "mi_fgsm": {"steps": 8, "step": 0.25, "decay": 1.0},
+    "r_fgsm": {"alpha": 0.5, "eot": 2},
+    "square": {"queries": 40, "eot": 2},
+    "stadv": {"bound": 0.2, "steps": 8, "step": 0.25, "smoothness": 0.05, "eot": 2},
+}  # fmt: skip
+ATTACK_VARIANTS: dict[str, dict[str, Any]] = {
+    "fgsm from a random start": {"kind": "fgsm", "random_start": True, "step": 1.25, "eot": 2},
+    "detector_aware, classifier": {
+        "kind": "detector_aware", "sees": "classifier", "weights": [1.0], "steps": 8,
+        "step": 0.25, "eot": 2,
+    },
+    "pgd, last iterate": {
+        "kind": "pgd", "steps": 8, "step": 0.25, "restarts": 1, "random_start": True,
+        "early_stop": False, "eot": 2,
+    },
+}  # fmt: skip
+
+
+# Purifiers
+
+
+class Noisy(Purifier):
+    """An honest random purifier: keyed Gaussian noise of scale `sigma`, clipped to [0,1]."""
+
+    stochastic = True
+
+    def __init__(self, sigma: float = 0.1) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        noise = draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+        return (x + self.sigma * noise).clamp(0, 1)
+
+
+class Rounded(Purifier):
+    """Rounds pixels to multiples of 1/`levels`: the gradient is zero, but the graph is whole."""
+
+    def __init__(self, levels: int = 15, differentiable: bool = False) -> None:
+        super().__init__()
+        self.levels, self.differentiable = levels, differentiable
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return torch.round(x * self.levels) / self.levels
+
+
+class Detached(Purifier):
+    """Scales pixels by `factor`, cut off from the graph."""
+
+    def __init__(self, factor: float = 0.9) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        with torch.no_grad():
+            return self.factor * x
+
+
+# Classifiers
+
+
+class Precise(nn.Module):
+    """A classifier in float64, so that the size of a batch moves no result by rounding."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = deepcopy(classifier).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x.double())
+        return logits
+
+
+class Linear(nn.Module):
+    """Logits W x + b over flattened pixels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+class Constant(nn.Module):
+    """Gives every image the same logits."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+class ParityModel(nn.Module):
+    """The network that the authors' AutoAttack was recorded on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(8, 16, 5, stride=2, padding=2)
+        self.fc1, self.fc2 = nn.Linear(784, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        logits: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
+        return logits
+
+
+# Images and draws
+
+
+def head(data: ImageSet, count: int) -> ImageSet:
+    """Return the first `count` images."""
+    return data[torch.arange(count)]
+
+
+def uniform_pixels(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Return images (count, *shape) of uniform pixels in [0,1), the same at every call."""
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def random_bytes(count: int, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
+    """Return images (count, *shape) of uniform bytes."""
+    return np.random.default_rng(seed).integers(256, size=(count, *shape), dtype=np.uint8)
+
+
+def png(image: npt.NDArray[np.uint8]) -> bytes:
+    """Return an image (H,W) or (H,W,3) as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def same_images(one: ImageSet, other: ImageSet) -> bool:
+    """Whether both sets hold the same images under the same ids, in the same order."""
+    return torch.equal(one.ids, other.ids) and torch.equal(one.images, other.images)
+
+
+def keyed(count: int) -> Draws:
+    """Return the draws of `count` images whose ids are not row numbers."""
+    return Draws(0, "score", torch.arange(count) * 11)
+
+
+# Attacks
+
+
+def parse_attack(name: str, **changes: Any) -> Any:
+    """Return the attack of this name in `ATTACKS` or `ATTACK_VARIANTS`, with some changes."""
+    section = ATTACK_VARIANTS.get(name) or {"kind": name, **ATTACKS[name]}
+    return TypeAdapter(AttackConfig).validate_python({**section, **changes})
+
+
+def linear_task(classes: int, count: int = 200) -> tuple[Linear, ImageSet]:
+    """Return a linear model and grey images whose pixels stay clear of 0 and 1 under attack; one
+    in twenty has a label that the model does not give.
+    """
+    generator = torch.Generator().manual_seed(10 * classes)
+    weight = torch.randn(classes, 36, generator=generator)
+    images = torch.randint(90, 166, (count, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    model = Linear(weight, -(weight @ torch.full((36,), 128 / 255)))
+    labels = model(images / 255).argmax(1)
+    wrong = torch.rand(count, generator=generator) < 0.05
+    labels[wrong] = (labels[wrong] + 1) % classes
+    return model, ImageSet(images, labels, torch.arange(count) * 3, tuple(map(str, range(classes))))
+
+
+def distances(model: Linear, data: ImageSet, dual: float) -> Tensor:
+    """Return how far (N,) each image is from being wrong, below 0 if it is wrong already, in the
+    norm whose dual is of order `dual`.
+    """
+    logits, y = model(data.pixels()).double(), data.labels
+    gaps = logits.gather(1, y[:, None]) - logits
+    spans = (model.weight[y][:, None] - model.weight[None]).double().norm(dim=2, p=dual)
+    nearest: Tensor = (gaps / spans).scatter(1, y[:, None], torch.inf).amin(1)
+    return nearest
+
+
+def fooled(crafted: Crafted) -> int:
+    """Return how many images the attack fooled."""
+    return int(crafted.success.sum())
+
+
+# Files
+
+
+class Evil:
+    """Calls a function where it is unpickled without care."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def write_model(
+    folder: Path, model: dict[str, Any], shape: tuple[int, ...], names: list[str]
+) -> Path:
+    """Write the folder of an untrained network whose BatchNorm statistics are its own."""
+    family = "classifier" if model["kind"] == "small_cnn" else "purifier"
+    card = ModelCard(
+        format=1, family=family, model=model, shape=list(shape), class_names=names, provenance={}
+    )
+    torch.manual_seed(0)
+    network = build(card)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    save(folder, network, card)
+    return folder
