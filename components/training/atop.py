@@ -1,4 +1,4 @@
-"""Carved out of components/objectives.py."""
+"""Objectives of AToP (Lin et al. 2024): its pre-training, and the fine-tuning of its eq. 9."""
 
 from typing import Annotated, Literal
 
@@ -9,25 +9,23 @@ from torch.nn import functional as F
 from components.config import Config
 from components.data.draws import Draws
 from components.training.contract import (
-    SEEN_ATTACKED,
-    SEEN_CLEAN,
+    LOSS_ATTACKED,
+    LOSS_CLEAN,
     Adversary,
     Batch,
     Frozen,
     Metrics,
     Objective,
     Weight,
-    _accuracy,
-    _attacked,
-    _needed,
+    accuracy,
 )
 from components.training.koo import NormalTeacher
 
 
 class Reconstruction(Config):
-    """Restore clean images from what the purifier's own random transform leaves of them.
+    """Restore a clean image after the purifier's own random transform: MSE over all pixels.
 
-    MSE over all pixels: AToP's original loss L_org for a masked autoencoder, and its pre-training.
+    AToP pre-trains with it, and it is the loss L_org that fine-tuning keeps for autoencoders.
     """
 
     kind: Literal["reconstruction"]
@@ -38,11 +36,11 @@ class Reconstruction(Config):
 
 
 class Atop(Config):
-    """AToP: L_org(g(t(x')), target) + lambda * CE(F(g(t(x'))), y), minimised over the purifier.
+    """AToP: L_org(g(t(x')), target) + lambda * CE(F(g(t(x'))), y), minimised over the purifier g.
 
-    The `max` of the paper's eq. 9 is the inner one over x'. L_org is MSE over all pixels, the form
-    for autoencoders. `target` is the clean image (ours, and the authors' own log) or x' (paper).
-    `w_clean` adds the same cross-entropy on the clean image, 0 in the paper.
+    The `max` in the paper's eq. 9 is the attacker's, over x'. L_org is MSE over all pixels, its
+    form for autoencoders. `target` is the clean image (as here and in the authors' log) or x' (as
+    in the paper). `w_clean` weighs the same cross-entropy on the clean image (0 in the paper).
     """
 
     kind: Literal["atop"]
@@ -53,21 +51,21 @@ class Atop(Config):
 
     def bind(self, frozen: Frozen) -> Objective:
         """Return the objective for a purifier behind a random transform."""
-        classifier = _needed(frozen.classifier)
+        classifier = frozen.required_classifier()
 
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
-            attacked = _attacked(self.adversary, model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(SEEN_ATTACKED))
+            attacked = self.adversary.examples(model, batch, frozen, progress, draws)
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
             original = F.mse_loss(purified, batch.images if self.target == "clean" else attacked)
             logits = classifier(purified)
             ce = F.cross_entropy(logits, batch.labels)
             loss = original + self.weight * ce
             if self.w_clean:
-                clean = classifier(model(batch.images, draws.redraw(SEEN_CLEAN)))
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
                 loss = loss + self.w_clean * F.cross_entropy(clean, batch.labels)
             metrics = {"loss": loss, "original": original, "ce": ce}
-            return loss, {**metrics, "accuracy_attacked": _accuracy(logits, batch.labels)}
+            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
 
         return objective

@@ -1,4 +1,4 @@
-"""Carved out of components/objectives.py."""
+"""Objectives of classifiers: plain and adversarial training."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ from components.training.contract import (
     Metrics,
     Objective,
     Weight,
-    _accuracy,
+    accuracy,
 )
 
 
@@ -32,13 +32,16 @@ class Classification(Config):
         ) -> tuple[Tensor, Metrics]:
             logits = model(batch.images)
             loss = F.cross_entropy(logits, batch.labels)
-            return loss, {"loss": loss, "accuracy": _accuracy(logits, batch.labels)}
+            return loss, {"loss": loss, "accuracy": accuracy(logits, batch.labels)}
 
         return objective
 
 
 class AdversarialClassification(Config):
-    """Adversarial training (Madry et al. 2018): cross-entropy on x', plus a share on x."""
+    """Adversarial training: cross-entropy on x' plus `w_clean` times that on x.
+
+    Madry et al. 2018, where `w_clean` is 0.
+    """
 
     kind: Literal["adversarial_classification"]
     attack: InLoop
@@ -56,6 +59,6 @@ class AdversarialClassification(Config):
             loss = F.cross_entropy(logits, batch.labels)
             if self.w_clean:
                 loss = loss + self.w_clean * F.cross_entropy(model(batch.images), batch.labels)
-            return loss, {"loss": loss, "accuracy_attacked": _accuracy(logits, batch.labels)}
+            return loss, {"loss": loss, "accuracy_attacked": accuracy(logits, batch.labels)}
 
         return objective

@@ -1,13 +1,21 @@
-"""Carved out of components/objectives.py."""
+"""What an objective is, and the adversarial examples x' that it may train on.
+
+An objective section is bound to the frozen networks that it needs. The bound objective is called as
+`(model, batch, progress, draws) -> loss, metrics`. `progress` in [0,1] is the finished part of the
+training, so that ramps need no state. `draws` is keyed noise of role `train`, new in every epoch.
+
+`adversary` says which model x' attacks. `pool` takes the stored examples, which were crafted once
+against the frozen classifier (Koo). `classifier` attacks the frozen classifier in the loop (AToP's
+FGSM). `defense` attacks purifier and classifier together in the loop, by the full gradient; only
+this one depends on the purifier.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.attacks import L2, Linf
 from components.attacks.gradient import ascend
@@ -16,8 +24,9 @@ from components.data.draws import Draws
 from components.models.defense import Defense, bind
 from components.models.purifiers import Purifier
 
-# Draws of the noise under which x' and x are learnt from; the attack uses 0, 1, 2, ...
-SEEN_ATTACKED, SEEN_CLEAN = -1, -2
+# The draws of the purifier's noise when the loss of x' and of x is taken. The attack in the loop
+# uses draws 0, 1, 2, ..., so it does not see this noise.
+LOSS_ATTACKED, LOSS_CLEAN = -1, -2
 
 Weight = Annotated[float, Field(ge=0)]
 Metrics = dict[str, Tensor]
@@ -25,9 +34,9 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean images (N,C,H,W) float32, labels (N,), the pool's x' for them (or None).
+    """Clean images (N,C,H,W) float32, labels (N,), and x' of the pool for them (or None).
 
-    `step` counts the batches of the training.
+    `step` is the number of the batch in the whole training, from 0.
     """
 
     images: Tensor
@@ -38,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The networks an objective may look through but never change, and the threat it trains for.
+    """The networks that an objective uses but never changes, and the threat it trains for.
 
     `teachers` is (adversarial teacher, normal teacher) for distillation, else empty.
     """
@@ -46,6 +55,11 @@ class Frozen:
     classifier: nn.Module | None
     teachers: Sequence[Purifier]
     threat: Linf | L2
+
+    def required_classifier(self) -> nn.Module:
+        """Return the classifier of an objective that cannot do without one."""
+        assert self.classifier is not None, "this objective needs the frozen classifier"
+        return self.classifier
 
 
 class Objective(Protocol):
@@ -59,7 +73,10 @@ class Objective(Protocol):
 
 
 class InLoop(Config):
-    """An attack inside training: bare PGD whose radius grows to the threat's over `ramp`."""
+    """An attack inside training: plain PGD.
+
+    Its radius grows linearly to that of the threat over the first part `ramp` of the training.
+    """
 
     steps: Annotated[int, Field(ge=1)]
     step: Annotated[float, Field(gt=0)]
@@ -75,7 +92,7 @@ class InLoop(Config):
         progress: float,
         draws: Draws,
     ) -> Tensor:
-        """Return x' that attacks `defense`; `model`, in training, is in eval mode meanwhile.
+        """Return x' that attacks `defense`, with `model`, the one in training, in eval mode.
 
         Eval mode keeps the attack's forward passes out of the BatchNorm statistics.
         """
@@ -94,11 +111,25 @@ class PoolAdversary(Config):
 
     kind: Literal["pool"]
 
+    def examples(
+        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
+    ) -> Tensor:
+        """Return the stored x' of this batch (N,C,H,W)."""
+        assert batch.attacked is not None, "the stage did not load the pool"
+        return batch.attacked
+
 
 class ClassifierAdversary(InLoop):
     """x' attacks the frozen classifier, in the loop."""
 
     kind: Literal["classifier"]
+
+    def examples(
+        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
+    ) -> Tensor:
+        """Return x' (N,C,H,W) that attacks the classifier alone."""
+        defense = Defense(frozen.required_classifier(), None)
+        return self.perturb(model, defense, batch, frozen.threat, progress, draws)
 
 
 class DefenseAdversary(InLoop):
@@ -106,42 +137,20 @@ class DefenseAdversary(InLoop):
 
     kind: Literal["defense"]
 
+    def examples(
+        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
+    ) -> Tensor:
+        """Return x' (N,C,H,W) that attacks the classifier behind `model`."""
+        assert isinstance(model, Purifier)
+        defense = Defense(frozen.required_classifier(), model)
+        return self.perturb(model, defense, batch, frozen.threat, progress, draws)
+
 
 Adversary = Annotated[
     PoolAdversary | ClassifierAdversary | DefenseAdversary, Field(discriminator="kind")
 ]
 
 
-def _attacked(
-    adversary: PoolAdversary | ClassifierAdversary | DefenseAdversary,
-    model: nn.Module,
-    batch: Batch,
-    frozen: Frozen,
-    progress: float,
-    draws: Draws,
-) -> Tensor:
-    classifier = _needed(frozen.classifier)
-    if isinstance(adversary, PoolAdversary):
-        assert batch.attacked is not None, "the stage did not load the pool"
-        return batch.attacked
-    assert isinstance(model, Purifier)
-    purifier = model if isinstance(adversary, DefenseAdversary) else None
-    defense = Defense(classifier, purifier)
-    return adversary.perturb(model, defense, batch, frozen.threat, progress, draws)
-
-
-def _needed(classifier: nn.Module | None) -> nn.Module:
-    assert classifier is not None, "this objective looks through the frozen classifier"
-    return classifier
-
-
-def _true_class(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-
-
-def _classified(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    return torch.stack([F.cross_entropy(one, labels) for one in logits]).sum()
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the fraction of logits (N,K) that are largest at their label, without gradient."""
     return (logits.detach().argmax(1) == labels).float().mean()

@@ -1,4 +1,4 @@
-"""Carved out of components/objectives.py."""
+"""Objectives of denoisers, MagNet, diffusion networks and GANs: none needs a classifier."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from components.training.contract import Batch, Frozen, Metrics, Objective
 
 
 class Denoising(Config):
-    """Remove Gaussian noise of a deviation drawn up to `sigma_max` for each image; MSE.
+    """Remove Gaussian noise; MSE. Each image draws its deviation from [0, `sigma_max`).
 
     Kalaria et al., section 3. The noisy image is not clipped.
     """
@@ -41,9 +41,8 @@ class Denoising(Config):
 class ReformerDetectors(Config):
     """MagNet's two autoencoders (Meng and Chen 2017): each restores images from Gaussian noise.
 
-    The noise has deviation `volume` and the noisy image is clipped, as in the authors' code; it is
-    drawn anew in every epoch, where the code draws it once. The code's penalty on activations
-    (1e-9) is left out.
+    As in the authors' code, the noise has deviation `volume` and the noisy image is clipped. Unlike
+    there, noise is new in every epoch, and the penalty on activations (1e-9) is left out.
     """
 
     kind: Literal["reformer_detectors"]
@@ -66,7 +65,7 @@ class ReformerDetectors(Config):
 
 
 class NoisePrediction(Config):
-    """A DDPM's loss: the mean squared error of the predicted noise, at uniform times.
+    """The loss of a DDPM: mean squared error of the predicted noise, at uniformly drawn times.
 
     Ho et al. 2020, equation 14.
     """
@@ -91,9 +90,9 @@ class NoisePrediction(Config):
 
 
 class WganGp(Config):
-    """A generator against a critic (Gulrajani et al. 2017): `critic_steps` for one of the other.
+    """A generator against a critic: `critic_steps` steps of the critic for one of the generator.
 
-    Both learn by one optimiser, which leaves alone what has no gradient.
+    Gulrajani et al. 2017. One optimiser trains both: it skips parameters that have no gradient.
     """
 
     kind: Literal["wgan_gp"]
@@ -108,13 +107,13 @@ class WganGp(Config):
             assert isinstance(model, GenerativePair)
             latent = draws.normal((model.latent,), "latent")
             mix = draws.uniform((1, 1, 1), "mix")
-            turn = batch.step % (self.critic_steps + 1) == self.critic_steps
-            # Both are logged in every step, since a log has the same columns throughout.
-            with torch.set_grad_enabled(not turn):
+            generator_turn = batch.step % (self.critic_steps + 1) == self.critic_steps
+            # Every step logs both losses, because all rows of a log have the same columns.
+            with torch.set_grad_enabled(not generator_turn):
                 critic = critic_loss(model, batch.images, latent, mix)
-            with torch.set_grad_enabled(turn):
+            with torch.set_grad_enabled(generator_turn):
                 generator = generator_loss(model, latent)
-            loss = generator if turn else critic
+            loss = generator if generator_turn else critic
             return loss, {"loss": loss, "critic": critic, "generator": generator}
 
         return objective

@@ -1,5 +1,6 @@
-"""Carved out of components/objectives.py."""
+"""Objectives of Koo et al. 2023: the two teachers (eq. 2-3) and the student (eq. 4-6)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,19 +10,15 @@ from torch.nn import functional as F
 from components.config import Config
 from components.data.draws import Draws
 from components.training.contract import (
-    SEEN_ATTACKED,
-    SEEN_CLEAN,
+    LOSS_ATTACKED,
+    LOSS_CLEAN,
     Adversary,
     Batch,
     Frozen,
     Metrics,
     Objective,
     Weight,
-    _accuracy,
-    _attacked,
-    _classified,
-    _needed,
-    _true_class,
+    accuracy,
 )
 
 
@@ -45,10 +42,10 @@ class NormalTeacher(Config):
 class AdversarialTeacher(Config):
     """Koo's teacher for attacked images: MSE(f(x'), x) + w_adv * -log sigmoid(p_out - adv_out).
 
-    The formula needs one number per image; it is read as the log-probability of the true class of
-    f(x') and of x', the latter constant. `w_classification` adds cross-entropy of f(x) and f(x')
-    behind the classifier, which the paper does not have (0 there): with `adversary: defense` it is
-    what makes the purifier hold against an attack through itself.
+    The formula needs one number per image. We take the log-probability of the true class, of f(x')
+    and of x'; that of x' is a constant. `w_classification` adds the classifier's cross-entropy on
+    f(x) and f(x'), which the paper does not have (0 there). With `adversary: defense` this term
+    makes the purifier robust against attacks through itself.
     """
 
     kind: Literal["adversarial_teacher"]
@@ -58,22 +55,24 @@ class AdversarialTeacher(Config):
 
     def bind(self, frozen: Frozen) -> Objective:
         """Return the objective for a purifier."""
-        classifier = _needed(frozen.classifier)
+        classifier = frozen.required_classifier()
 
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
-            attacked = _attacked(self.adversary, model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(SEEN_ATTACKED))
+            attacked = self.adversary.examples(model, batch, frozen, progress, draws)
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
             mse = F.mse_loss(purified, batch.images)
             logits = classifier(purified)
             adv = relativistic(logits, classifier(attacked), batch.labels)
             loss = mse + self.w_adv * adv
             if self.w_classification:
-                clean = classifier(model(batch.images, draws.redraw(SEEN_CLEAN)))
-                loss = loss + self.w_classification * _classified((logits, clean), batch.labels)
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
+                loss = loss + self.w_classification * _cross_entropies(
+                    (logits, clean), batch.labels
+                )
             metrics = {"loss": loss, "mse": mse, "adv": adv}
-            return loss, {**metrics, "accuracy_attacked": _accuracy(logits, batch.labels)}
+            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
 
         return objective
 
@@ -81,10 +80,10 @@ class AdversarialTeacher(Config):
 class Distillation(Config):
     """Koo's student: beta * MSE(f(x'), x) + gamma * mean over teachers of (KL + MSE).
 
-    KL is between the softmaxes of two images, flattened, teacher as reference, summed over pixels
-    and averaged over the batch. `nt_input` says whether the normal teacher is shown the clean
-    image (the paper's text and figure) or x' (its equation 5). `w_classification` as in the
-    adversarial teacher, 0 in the paper.
+    KL is between the softmaxes of two flattened images, the teacher's being the reference; it is
+    summed over pixels and averaged over the batch. `nt_input` says whether the normal teacher gets
+    the clean image (as in the paper's text and figure) or x' (as in its equation 5).
+    `w_classification` is as in the adversarial teacher, 0 in the paper.
     """
 
     kind: Literal["distillation"]
@@ -96,36 +95,38 @@ class Distillation(Config):
 
     def bind(self, frozen: Frozen) -> Objective:
         """Return the objective for a purifier; needs the two teachers."""
-        classifier = _needed(frozen.classifier)
+        classifier = frozen.required_classifier()
         adversarial_teacher, normal_teacher = frozen.teachers
 
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
-            attacked = _attacked(self.adversary, model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(SEEN_ATTACKED))
+            attacked = self.adversary.examples(model, batch, frozen, progress, draws)
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
             mse = F.mse_loss(purified, batch.images)
             with torch.no_grad():
-                shown = batch.images if self.nt_input == "clean" else attacked
-                taught = [adversarial_teacher(attacked), normal_teacher(shown)]
+                given = batch.images if self.nt_input == "clean" else attacked
+                taught = [adversarial_teacher(attacked), normal_teacher(given)]
             kd = torch.stack([distance(images, purified) for images in taught]).mean()
             loss = self.beta * mse + self.gamma * kd
             logits = classifier(purified)
             if self.w_classification:
-                clean = classifier(model(batch.images, draws.redraw(SEEN_CLEAN)))
-                loss = loss + self.w_classification * _classified((logits, clean), batch.labels)
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
+                loss = loss + self.w_classification * _cross_entropies(
+                    (logits, clean), batch.labels
+                )
             metrics = {"loss": loss, "mse": mse, "kd": kd}
-            return loss, {**metrics, "accuracy_attacked": _accuracy(logits, batch.labels)}
+            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
 
         return objective
 
 
 def relativistic(purified: Tensor, attacked: Tensor, labels: Tensor) -> Tensor:
-    """Return mean -log sigmoid(s(f(x')) - s(x')), s the log-probability of the true class.
+    """Return mean -log sigmoid(s(f(x')) - s(x')), where s is the log-probability of the true class.
 
-    Takes logits (N,K); no gradient reaches those of x'. Koo et al. 2023, eq. 2.
+    Takes logits (N,K) of f(x') and of x'; no gradient reaches those of x'. Koo et al. 2023, eq. 2.
     """
-    score = _true_class(purified, labels) - _true_class(attacked, labels).detach()
+    score = _log_probability(purified, labels) - _log_probability(attacked, labels).detach()
     return F.softplus(-score).mean()
 
 
@@ -138,3 +139,11 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
     q = student.flatten(1).log_softmax(1)
     kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
     return kl + F.mse_loss(student, teacher.detach())
+
+
+def _log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+
+def _cross_entropies(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(one, labels) for one in logits]).sum()

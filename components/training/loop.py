@@ -1,11 +1,11 @@
 """How a network is trained: optimiser, schedule, and `fit`, a generator of epochs.
 
-`fit` decides nothing about where it runs or what is done with an epoch: its caller stores, reports
-and stops. Everything random is keyed by seed, epoch and image id, so the state to resume from is
-weights, optimiser and epoch, and a resumed training ends with the weights of an undisturbed one.
+`fit` only trains. Its caller chooses the device, stores and reports every epoch, and may stop after
+any. Everything random is keyed by seed, epoch and image id, so weights, optimiser and epoch are the
+whole state, and a resumed training ends with the weights of an uninterrupted one.
 
-Data-parallel training averages gradients over the workers of `torch.distributed` where it is
-initialised: the global batch is the same for any number of workers.
+Where `torch.distributed` is initialised, gradients are averaged over its workers. They divide the
+batch among them: the global batch is the same for any number of workers.
 """
 
 import math
@@ -24,17 +24,17 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.training.contract import Batch, Objective
 
-# What is said of a network at the end of an epoch, given its index.
+# Takes the network after an epoch, and the index of the epoch; returns what to log of it.
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 class Training(Config):
-    """How long, how fast and on what.
+    """The settings of a training.
 
-    `one_cycle` warms the rate up linearly over the first 15 % of steps and lets it fall along a
+    `one_cycle` raises the rate linearly over the first 15 % of the steps, then lowers it along a
     cosine to zero; `constant` keeps it. `augmentation` moves x and x' alike. `adam_gan` is Adam
-    with the moments of Gulrajani et al. 2017 (0.5 and 0.9). `precision` bfloat16 computes the loss,
-    attacks inside it included, in mixed precision (autocast); weights stay float32.
+    with the moments of Gulrajani et al. 2017 (0.5 and 0.9). With `precision` bfloat16 the loss,
+    including attacks in it, is computed in mixed precision (autocast); weights stay float32.
     """
 
     epochs: Annotated[int, Field(ge=1)]
@@ -49,7 +49,7 @@ class Training(Config):
 
 @dataclass(frozen=True)
 class Epoch:
-    """The end of epoch `index` (from 0): mean metrics, and the state to resume from."""
+    """A finished epoch, counted from 0: its mean metrics, and the state to resume from."""
 
     index: int
     metrics: dict[str, float]
@@ -70,13 +70,13 @@ def fit(
     validate: Validate,
     state: Mapping[str, Any] | None,
 ) -> Iterator[Epoch]:
-    """Train `model` in place, yielding after every epoch; go on from `state` where given.
+    """Train `model` in place and yield after every epoch; resume from `state` if it is given.
 
-    `attacked` (N,C,H,W) float32 is the pool's x' in the order of `data`. Raises ValueError for a
-    batch larger than the data or not divisible by the workers, Diverged when the loss is not
+    `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. Raises ValueError if
+    the batch is larger than the data or not divisible by the workers, Diverged if the loss is not
     finite.
     """
-    rank, world = _place()
+    rank, world = _rank_and_world()
     if config.batch_size > len(data) or config.batch_size % world:
         raise ValueError(
             f"batch_size {config.batch_size} must be at most the {len(data)} training images "
@@ -94,7 +94,7 @@ def fit(
         metrics: list[dict[str, Tensor]] = []
         order = _order(len(data), seed, epoch)
         for step in range(steps):
-            # The remainder of an epoch is left out: BatchNorm dislikes a batch of one.
+            # The remainder of an epoch is left out: BatchNorm cannot train on a batch of one.
             rows = order[step * config.batch_size : (step + 1) * config.batch_size][rank::world]
             progress = (epoch * steps + step + 1) / (config.epochs * steps)
             batch, draws = _batch(data, attacked, rows, config, seed, epoch, model)
@@ -122,7 +122,7 @@ def fit(
         )
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -141,10 +141,11 @@ def _optimiser(model: nn.Module, config: Training) -> torch.optim.Optimizer:
 def _rate(config: Training, progress: float) -> float:
     if config.schedule == "constant":
         return config.learning_rate
-    warm = 0.15
-    if progress < warm:
-        return config.learning_rate * progress / warm
-    return config.learning_rate * (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2
+    warm_up = 0.15
+    if progress < warm_up:
+        return config.learning_rate * progress / warm_up
+    cosine = math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
+    return config.learning_rate * (1 + cosine) / 2
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
@@ -175,7 +176,7 @@ def _batch(
 
 
 def _augment(x: Tensor, kind: str, draws: Draws) -> Tensor:
-    """Flip and crop (padding 4) per image, the same way for every tensor under equal draws."""
+    """Flip and crop (padding 4) every image by its own draws: equal draws move x and x' alike."""
     if kind == "none":
         return x
     flip = draws.uniform((1, 1, 1), "flip") < 0.5

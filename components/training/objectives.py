@@ -1,16 +1,8 @@
-"""What training minimises.
+"""The objectives that params.yaml can name: the one place where an objective is added.
 
-An objective section is bound to the frozen networks it needs and then called as
-`(model, batch, progress, draws) -> loss, metrics`: `progress` in [0,1] is how far training has
-come, so that ramps need no state; `draws` is keyed noise of role `train`, new in every epoch.
-
-Sources: Koo et al. 2023 (teachers, eq. 2-3; student, eq. 4-6), Lin et al. 2024 (AToP, eq. 9),
-Madry et al. 2018 (adversarial training).
-
-Whom the adversarial examples x' attack is said by `adversary`: `pool` takes the stored examples
-that attack the frozen classifier (Koo; crafted once, reused); `classifier` attacks it in the loop
-(AToP's FGSM); `defense` attacks purifier and classifier together in the loop, with the full
-gradient. Only the last knows the purifier.
+An objective is a `Config` with a `kind` and `bind(frozen)` (components/training/contract.py) in the
+file of its family, and its name in one of the two unions here. The two stages that train one kind
+only name it by themselves: `Distillation` (students) and `Atop`, in pipelines/config.
 """
 
 from typing import Annotated

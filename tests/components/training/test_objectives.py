@@ -22,8 +22,8 @@ from components.models.purifiers import Purifier, PurifierConfig
 from components.models.purifiers.diffusion.ddpm import Diffusion
 from components.training.atop import Atop
 from components.training.contract import (
-    SEEN_ATTACKED,
-    SEEN_CLEAN,
+    LOSS_ATTACKED,
+    LOSS_CLEAN,
     Adversary,
     Batch,
     Frozen,
@@ -222,7 +222,7 @@ def test_the_loss_is_its_formula(
     twin = deepcopy(model)
     loss, metrics = bind(name, frozen, **changes)(model, batch, 0.5, draws)
     assert batch.attacked is not None and frozen.classifier is not None
-    purified = twin(batch.attacked, draws.redraw(SEEN_ATTACKED))
+    purified = twin(batch.attacked, draws.redraw(LOSS_ATTACKED))
     logits, behind = frozen.classifier(purified), frozen.classifier(batch.attacked)
     rows = torch.arange(len(batch.labels))
     adversarial, normal = frozen.teachers
@@ -236,7 +236,7 @@ def test_the_loss_is_its_formula(
         "to_normal_clean": distance(normal(batch.images), purified),
         "to_normal_attacked": distance(normal(batch.attacked), purified),
     }
-    clean = frozen.classifier(twin(batch.images, draws.redraw(SEEN_CLEAN)))
+    clean = frozen.classifier(twin(batch.images, draws.redraw(LOSS_CLEAN)))
     parts["ce_clean"] = -clean.softmax(1)[rows, batch.labels].log().mean()
     by_hand = expected({**SECTIONS[name][1], **changes}, parts)
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
