@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"limpid {_version()}")
         return 0
-    return _run(name, rest)
+    return _run(name, rest, own_process=argv is None)
 
 
 def names(package: str) -> list[str]:
@@ -35,7 +36,7 @@ def names(package: str) -> list[str]:
     return sorted(path.stem for path in (HERE / package).glob("[a-z]*.py"))
 
 
-def _run(name: str, rest: list[str]) -> int:
+def _run(name: str, rest: list[str], own_process: bool) -> int:
     found = {one: package for package in ("stages", "commands") for one in names(package)}
     if name not in found:
         from pipelines.errors import near
@@ -58,6 +59,10 @@ def _run(name: str, rest: list[str]) -> int:
         from pipelines.runner import stage
 
         stage.main(module.__name__, rest)
+    if own_process:
+        # SIGTERM interrupts as Ctrl-C does, and so does Ctrl-C where a shell has switched it off.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
     try:
         return int(module.main(rest))
     except (Exception, KeyboardInterrupt) as error:

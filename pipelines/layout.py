@@ -8,12 +8,18 @@ default: only the command can say which model it means.
 from pathlib import Path
 
 ROOT = Path(".limpid")
+# What runs, what an interrupted stage continues from, and the events that wait for MLflow.
+RUNNING, WORK, SPOOL = ROOT / "running", ROOT / "work", ROOT / "spool"
+# What was crafted or downloaded before.
+CRAFTED, DOWNLOADS = ROOT / "sets", ROOT / "downloads"
+MLFLOW_DB = Path("mlflow.db")
 PARAMS, PROFILES = Path("params.yaml"), Path("profiles")
 DVC_LOCK = Path("dvc.lock")
 MODELS = Path("models")
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 PICTURES = Path("reports/plots/pictures")
 TIMINGS = Path("reports/timings.json")
+REJECTS = Path("reports/rejects.csv")
 
 TRAIN, VAL, TEST = "data/train", "data/val", "data/test"
 STANDARD, POOL, MODEL, SETS = "models/standard", "pool", "models/{name}", "adversarial/{name}"

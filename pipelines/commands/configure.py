@@ -1,11 +1,12 @@
-"""Write params.yaml anew: profiles/digits.yaml, an overlay, and overrides from the command line.
+"""Write params.yaml from a profile, an overlay and overrides, or adopt what a search found.
 
-`limpid configure mnist data.path=DIR attacks.pgd.steps=100` shows what changes and
-writes it; the result is complete, and a person reads and commits it. Of an overlay, `classifiers`,
-`purifiers`, `students`, `atop`, `attacks`, `baselines`, `defenses`, `controls`, `published`,
-`tuning` and any mapping whose `kind` changes are taken whole; all else is merged. `data` with
-another `kind` keeps what both kinds know: how the splits are cut. Other images than the profile's
-lose the figures published for those; what Parquet files and folders hold, nobody can tell.
+`limpid configure mnist data.path=DIR attacks.pgd.steps=100` lays profiles/mnist.yaml and the
+overrides over profiles/digits.yaml, shows what changes and writes the complete result, which a
+person reads and commits. Of an overlay, `classifiers`, `purifiers`, `students`, `atop`, `attacks`,
+`baselines`, `defenses`, `controls`, `published`, `tuning` and any mapping whose `kind` changes
+replace those of the profile; everything else is merged. `data` with another `kind` keeps the keys
+that both kinds know: how the splits are cut. A data set other than the profile's loses the
+published accuracies of that one; Parquet files and folders may hold any data set, and keep them.
 
 `limpid configure --from reports/tuning/NAME/best.yaml` puts what a search found into
 params.yaml, and leaves everything else there as it is written.
@@ -14,7 +15,7 @@ params.yaml, and leaves everything else there as it is written.
 import argparse
 import difflib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,10 @@ from pipelines.config.schema import Params, explain
 from pipelines.config.search_space import flatten, put
 from pipelines.config.yaml_files import edit_yaml, read_yaml, write_yaml
 from pipelines.errors import ConfigError
-from pipelines.layout import PARAMS
-from pipelines.runner.console import refuse
+from pipelines.layout import PARAMS, PROFILES
 
-PROFILES = Path("profiles")
 BASE = "digits"
-# Kinds of data that may be any data set.
+# Kinds of data that may hold any data set.
 ANY = ("parquet", "image_folder")
 REPLACED = {
     "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
@@ -42,43 +41,39 @@ REPLACED = {
 }  # fmt: skip
 
 
-def main() -> int:
-    """Run the command; 2 for a profile, key or value that is not allowed."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write params.yaml; ConfigError for a profile, key or value that is not allowed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("profile", nargs="?", help="a file in profiles/, without .yaml")
     parser.add_argument("override", nargs="*", help="section.key=value, as in YAML")
     parser.add_argument(
         "--from", dest="found", type=Path, help="values to adopt, as a search found"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if bool(options.profile) == bool(options.found):
+        raise ConfigError("give a profile, or --from a file of values, and not both")
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
-    try:
-        if bool(options.profile) == bool(options.found):
-            raise ConfigError("say a profile, or --from a file of values, and not both")
-        if options.found:
-            text, now = adopt(before, options.found), f"what it was, with {options.found}"
-        else:
-            text = compose(options.profile, options.override)
-            now = f"profile {options.profile}"
-    except ConfigError as error:
-        return refuse(str(error))
+    if options.found:
+        text, origin = adopt(before, options.found), f"what it was, with {options.found}"
+    else:
+        text, origin = compose(options.profile, options.override), f"profile {options.profile}"
     sys.stdout.writelines(
         difflib.unified_diff(
             before.splitlines(keepends=True),
             text.splitlines(keepends=True),
             "before",
-            "params.yaml",
+            str(PARAMS),
         )
     )
     write_bytes(PARAMS, text.encode())
-    print(f"params.yaml is now {now}; `dvc repro` runs it")
+    print(f"{PARAMS} is now {origin}; `dvc repro` runs it")
     return 0
 
 
 def adopt(text: str, file: Path) -> str:
-    """Return the YAML `text` with the values of a file in it, all else as a person wrote it.
+    """Return the YAML `text` with the values of a file, everything else as a person wrote it.
 
-    ConfigError for places that are not there, and where the whole is not valid then.
+    Raises ConfigError for keys that do not exist, and where the result is not valid.
     """
     values = dict(flatten(read_yaml(file)))
     try:
@@ -91,17 +86,17 @@ def adopt(text: str, file: Path) -> str:
 
 
 def compose(profile: str, overrides: list[str]) -> str:
-    """Return the YAML text of a profile with overrides, checked whole; ConfigError if not valid."""
+    """Return the YAML text of a profile with overrides; ConfigError where it is not valid."""
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if profile not in known:
         raise ConfigError(f"there is no profile {profile}; there are {', '.join(known)}")
     value = read_yaml(PROFILES / f"{BASE}.yaml")
     changes = [_parse(override) for override in overrides]
     if profile == BASE and not overrides:
-        # As it lies, so that its comments stay.
+        # The file itself, with its comments.
         return (PROFILES / f"{BASE}.yaml").read_text(encoding="utf-8")
     if profile != BASE or any("kind" in (change.get("data") or {}) for change in changes):
-        # What keeps the demo short is not for other images.
+        # Limits that keep the demo short, and are not for another data set.
         value["resources"]["stages"] = {}
         value["data"]["test_limit"] = None
     if profile != BASE:
@@ -121,7 +116,7 @@ def compose(profile: str, overrides: list[str]) -> str:
 def merge(
     base: Mapping[str, Any], over: Mapping[str, Any], replaced: Collection[str] = (), path: str = ""
 ) -> dict[str, Any]:
-    """Return `base` with `over` laid on it; the sections in `replaced` are taken whole from it."""
+    """Return `base` with `over` laid on it; the sections in `replaced` come from `over` alone."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

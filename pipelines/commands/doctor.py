@@ -1,4 +1,4 @@
-"""Look for what stands in the way of the next `dvc repro`, and say what to do; change nothing."""
+"""Look for what would stop the next `dvc repro`, and say what to do; change nothing."""
 
 import argparse
 import fcntl
@@ -12,33 +12,33 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipelines.layout import ROOT
+from pipelines.layout import CRAFTED, DVC_LOCK, MLFLOW_DB, RUNNING, SPOOL, WORK
 from pipelines.tracking import spool
 
-LOCK, RWLOCK, DATABASE = Path("dvc.lock"), Path(".dvc/tmp/rwlock"), Path("mlflow.db")
-# A line on CIFAR-10 writes this much: trainings keep states, sets are kept beside their copies.
+RWLOCK = Path(".dvc/tmp/rwlock")
+# What a line on CIFAR-10 writes: states of trainings, and every set beside its copy.
 ROOM = 2 * 1024**3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 4 where something stands in the way."""
+    """Print what is found; return 4 where something stands in the way, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.parse_args(argv)
-    wrong = [sentence for look in FAULTS for sentence in look()]
-    for sentence in (f"{note}." for look in NOTES for note in look()):
+    faults = [sentence for check in FAULTS for sentence in check()]
+    for sentence in (f"{note}." for check in NOTES for note in check()):
         print(sentence)
-    for sentence in wrong:
+    for sentence in faults:
         print(f"wrong: {sentence}.")
-    print(f"to put right: {len(wrong)}" if wrong else "nothing stands in the way")
-    return 4 if wrong else 0
+    print(f"to put right: {len(faults)}" if faults else "nothing stands in the way")
+    return 4 if faults else 0
 
 
 def _dvc_lock() -> Iterator[str]:
-    """DVC's record of what was made from what."""
-    if not LOCK.exists():
+    """Check DVC's record of what was made from what."""
+    if not DVC_LOCK.exists():
         return
     try:
-        stages = YAML(typ="safe", pure=True).load(LOCK.read_text(encoding="utf-8"))["stages"]
+        stages = YAML(typ="safe", pure=True).load(DVC_LOCK.read_text(encoding="utf-8"))["stages"]
         whole = all(
             "cmd" in stage
             and all("path" in entry for part in ("deps", "outs") for entry in stage.get(part, []))
@@ -48,13 +48,13 @@ def _dvc_lock() -> Iterator[str]:
         whole = False
     if not whole:
         yield (
-            f"{LOCK} is cut short or altered: `git checkout {LOCK}`; where it was never "
+            f"{DVC_LOCK} is cut short or altered: `git checkout {DVC_LOCK}`; where it was never "
             "committed, remove it, and DVC takes what it can from its cache"
         )
 
 
 def _rwlock() -> Iterator[str]:
-    """DVC's record of who reads and writes what just now."""
+    """Check DVC's record of the paths that are being read and written."""
     if not RWLOCK.exists():
         return
     try:
@@ -64,65 +64,65 @@ def _rwlock() -> Iterator[str]:
 
 
 def _database() -> Iterator[str]:
-    """MLflow's database, where it is the one beside the project."""
-    if not DATABASE.exists():
+    """Check MLflow's database, where it is the one beside the project."""
+    if not MLFLOW_DB.exists():
         return
     try:
-        with closing(sqlite3.connect(f"file:{DATABASE}?mode=ro", uri=True, timeout=5)) as known:
-            (said,) = known.execute("pragma quick_check(1)").fetchone()
+        with closing(sqlite3.connect(f"file:{MLFLOW_DB}?mode=ro", uri=True, timeout=5)) as opened:
+            (result,) = opened.execute("pragma quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:
-        # What a killed writer left half done, the next one takes back; that is no damage.
+        # Other errors of this kind are no damage: the next writer rolls back what a killed one
+        # left half done.
         if "locked" in str(error):
-            yield f"{DATABASE} is locked: end whoever holds it"
+            yield f"{MLFLOW_DB} is locked: end the process that holds it"
         return
     except sqlite3.DatabaseError as error:
-        said = str(error)
-    if said != "ok":
+        result = str(error)
+    if result != "ok":
         yield (
-            f"{DATABASE} is damaged ({said}): move it away; scores are in reports/, and "
+            f"{MLFLOW_DB} is damaged ({result}): move it away; scores are in reports/, and "
             "`limpid promote --sync` registers the defenses again"
         )
 
 
-def _room() -> Iterator[str]:
-    """The disk."""
+def _disk() -> Iterator[str]:
+    """Check the room on the disk."""
     free = shutil.disk_usage(".").free
     if free < ROOM:
         yield f"{free / 1e9:.1f} GB are left on this disk, and a line may need {ROOM / 1e9:.0f}"
 
 
 def _running() -> Iterator[str]:
-    """Stages that run."""
-    for path in sorted((ROOT / "running").glob("*")):
+    """List the stages that run."""
+    for path in sorted(RUNNING.glob("*")):
         with path.open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield f"{path.name} is being run by {file.read() or 'another'}"
+                yield f"{path.name} is being run by {file.read() or 'another process'}"
 
 
 def _kept() -> Iterator[str]:
-    """What waits to be gone on with, and what waits for MLflow."""
-    for path in sorted((ROOT / "work").glob("*")):
+    """List what interrupted stages left, what waits for MLflow, and crafted parts."""
+    for path in sorted(WORK.glob("*")):
         yield f"{path} holds {_megabytes(path)} of a stage, from which it may go on"
-    untold = len(spool.waiting())
-    if untold:
-        yield f"{untold} runs wait for MLflow in {ROOT / 'spool'}; the next stage delivers them"
-    for path in spool.refused():
-        yield f"{path} holds a run that MLflow does not take; nothing waits for it"
-    sets = ROOT / "sets"
-    if sets.exists():
-        yield f"{sets} holds {_megabytes(sets)} of crafted parts that may be used again"
+    waiting = len(spool.waiting())
+    if waiting:
+        yield f"{waiting} runs wait for MLflow in {SPOOL}; the next stage delivers them"
+    for path in spool.rejected():
+        yield f"{path} holds a run that MLflow does not accept; nothing waits for it"
+    if CRAFTED.exists():
+        yield f"{CRAFTED} holds {_megabytes(CRAFTED)} of crafted parts that may be used again"
 
 
 def _megabytes(folder: Path) -> str:
     size = 0
     for path in folder.rglob("*"):
-        # Another may be removing it.
+        # Another process may be removing it.
         with suppress(FileNotFoundError):
             size += path.stat().st_size if path.is_file() else 0
     return f"{size / 1e6:.1f} MB"
 
 
-FAULTS: tuple[Callable[[], Iterator[str]], ...] = (_dvc_lock, _rwlock, _database, _room)
+FAULTS: tuple[Callable[[], Iterator[str]], ...] = (_dvc_lock, _rwlock, _database, _disk)
 NOTES: tuple[Callable[[], Iterator[str]], ...] = (_running, _kept)

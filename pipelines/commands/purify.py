@@ -1,9 +1,9 @@
-"""Clean image files: limpid purify --model FOLDER in.png [dir/] --out DIR.
+"""Clean image files with a trained purifier.
 
-Images are read as training reads them (`components/sources/images.py`) and written as 8-bit PNG of
-the same stem, each by itself and whole or not at all. Exit codes: 0, 2 a command that cannot be
-carried out, 3 a model or images that cannot be used (all other images are cleaned), 4 a folder that
-cannot be read or written, 130 interrupted.
+`limpid purify --model FOLDER in.png [dir/] --out DIR` reads images as training reads them
+(`components/sources/images.py`) and writes each as an 8-bit PNG of the same stem, whole or not at
+all. Exit codes: 0, 2 a command that cannot be carried out, 3 a model or images that cannot be used
+(all other images are cleaned), 4 a folder that cannot be read or written, 130 interrupted.
 """
 
 import argparse
@@ -22,18 +22,17 @@ from components.models.purifiers import Inference, Purifier
 from components.models.purifiers.contract import changed
 from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode
-from pipelines.config import schema as parameters
-from pipelines.errors import ConfigError
-from pipelines.layout import PARAMS
-from pipelines.runner.console import ConsoleProgress, refuse
+from pipelines.config import schema
+from pipelines.errors import ConfigError, Failed
+from pipelines.layout import MODELS, PARAMS
+from pipelines.runner.console import ConsoleProgress
 
-MODELS = Path("models")
 SIDE_BY_SIDE = "side-by-side"
 GAP = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Clean the images; raise where a model, an image or a folder cannot be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, metavar="FOLDER", help="a purifier's model folder")
@@ -50,28 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder, inference = options.model, None
         if options.defense is not None:
-            folder, inference = _of_params(options.defense)
+            folder, inference = _defense(options.defense)
         model = _Model(folder, inference)
         targets = _targets(_files(options.images), options.out)
-        return _clean_all(model, targets, options.out if options.side_by_side else None)
-    except DataError as error:
-        return refuse(str(error), 3)
-    except ValueError as error:
-        return refuse(str(error), 2)
-    except OSError as error:
-        return refuse(f"{type(error).__name__}: {error}", 4)
+        _clean_all(model, targets, options.out if options.side_by_side else None)
     except KeyboardInterrupt:
-        return refuse(f"interrupted; every file in {options.out} is whole", 130)
+        raise Failed(130, f"interrupted; every file in {options.out} is whole") from None
+    return 0
 
 
 class _Model:
-    """A trained purifier, made anew for the size of an image where its weights allow that."""
+    """A trained purifier, rebuilt for the size of each image where its weights allow that."""
 
     def __init__(self, folder: Path, inference: Inference | None) -> None:
         self.inference, self.card = inference, read_card(folder)
         network, kind = load(folder), self.card.model["kind"]
         if inference is not None:
-            inference.wrap(network)  # to hear now that it does not fit
+            inference.wrap(network)  # Raises now if it does not fit.
         elif not isinstance(network, Purifier):
             raise DataError(
                 f"{folder} holds a {kind}, which is no purifier by itself; --defense NAME takes a "
@@ -80,11 +74,11 @@ class _Model:
         self.weights, self.channels = network.state_dict(), self.card.shape[0]
         if self.channels not in (1, 3):
             raise DataError(f"{folder} takes {self.channels} channels, image files have 1 or 3")
-        # Images of one folder are mostly of one size.
+        # The images of one folder mostly have one size.
         self.fitted = lru_cache(maxsize=4)(self._fitted)
 
     def _fitted(self, height: int, width: int) -> Purifier:
-        """Return the purifier of images of a size; raise DataError where it takes none such."""
+        """Return the purifier for images of a size; raise DataError where it takes no such size."""
         given, taken = f"{height} x {width}", " x ".join(map(str, self.card.shape[1:]))
         kind = self.card.model["kind"]
         try:
@@ -92,16 +86,16 @@ class _Model:
             network.load_state_dict(self.weights)
         except ValueError as error:
             raise DataError(f"is {given}, but {error}") from None
-        except RuntimeError:  # Torch's word for weights of another shape.
+        except RuntimeError:  # What torch raises for weights of another shape.
             raise DataError(f"is {given}, but this {kind} takes {taken} alone") from None
         purifier = network if self.inference is None else self.inference.wrap(network)
         assert isinstance(purifier, Purifier)
         return purifier.eval().requires_grad_(False)
 
 
-def _of_params(name: str) -> tuple[Path, Inference | None]:
+def _defense(name: str) -> tuple[Path, Inference | None]:
     """Return the model folder and the inference of a defense in params.yaml."""
-    defenses = parameters.load().defenses
+    defenses = schema.load().defenses
     if name not in defenses:
         raise ConfigError(
             f"{PARAMS} has no defense {name}; there are {', '.join(defenses) or 'none'}"
@@ -110,7 +104,7 @@ def _of_params(name: str) -> tuple[Path, Inference | None]:
 
 
 def _files(given: Sequence[Path]) -> list[Path]:
-    """Return the files to clean, each once; of a folder, the images that lie directly in it."""
+    """Return the files to clean, each once; of a folder, the images directly in it."""
     files: dict[Path, Path] = {}
     for path in given:
         inside = [path]
@@ -128,7 +122,7 @@ def _files(given: Sequence[Path]) -> list[Path]:
 
 
 def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Return the file that is cleaned into each target; raise ValueError where one is lost."""
+    """Return the source of each target; raise ValueError where a file would be overwritten."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is not a folder")
     if {out.resolve(), (out / SIDE_BY_SIDE).resolve()} & {file.resolve().parent for file in files}:
@@ -145,9 +139,12 @@ def _targets(files: Sequence[Path], out: Path) -> dict[Path, Path]:
     return targets
 
 
-def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> int:
-    """Clean every file; with `out`, pictures side by side go there."""
-    watch = ConsoleProgress("purify")
+def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> None:
+    """Clean every file, then raise Failed if some could not be.
+
+    With `out`, images side by side with their purified ones are written there.
+    """
+    progress = ConsoleProgress("purify")
     errors: list[float] = []
     failed: dict[Path, str] = {}
     try:
@@ -163,16 +160,15 @@ def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> in
                     picture = _png(torch.cat([x, gap, purified], dim=2))
                     write_bytes(out / SIDE_BY_SIDE / target.name, picture)
                 errors.append(changed(x[None], purified[None]).item())
-            watch.advance(len(errors) + len(failed), len(targets), "images")
+            progress.advance(len(errors) + len(failed), len(targets), "images")
     finally:
-        watch.close()
+        progress.close()
     if errors:
         mean = sum(errors) / len(errors)
         print(f"{len(errors)} images cleaned, mean reconstruction error {mean:.3g}")
     if failed:
         listed = "".join(f"\n  {file} {reason}" for file, reason in failed.items())
-        return refuse(f"{len(failed)} of {len(targets)} images could not be cleaned:{listed}", 3)
-    return 0
+        raise Failed(3, f"{len(failed)} of {len(targets)} images could not be cleaned:{listed}")
 
 
 def _clean(model: _Model, file: Path) -> tuple[Tensor, Tensor]:
@@ -191,7 +187,7 @@ def _clean(model: _Model, file: Path) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad():
             purified: Tensor = purifier(x[None])[0]
-    except RuntimeError as error:  # Torch's word for too little memory, too.
+    except RuntimeError as error:  # What torch raises for too little memory, too.
         reason = str(error).splitlines()[0]
         raise DataError(f"is {x.shape[1]} x {x.shape[2]}, which failed: {reason}") from None
     if not purified.isfinite().all():

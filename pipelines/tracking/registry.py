@@ -1,8 +1,8 @@
-"""The models in MLflow: every scored defense is a version of one registered model.
+"""The model registry of MLflow: every scored defense is a version of one registered model.
 
-A version is known by the fingerprint of its networks and settings, and carries its figures, the
-checks it failed and words for people. The alias `candidate` moves by itself, `champion` only when a
-person says so; what is promoted is verified byte by byte first.
+A version is identified by the fingerprint of its networks and settings. It carries its figures, the
+checks it failed and a description. Registering moves the alias `candidate`; only a person moves
+`champion`, and a version is verified byte by byte before.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components.data.shards import DataError, write_bytes
+from pipelines.layout import MLFLOW_DB
 from pipelines.storage.locks import lock
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -23,10 +24,10 @@ CHAMPION, CANDIDATE = "champion", "candidate"
 
 @dataclass(frozen=True)
 class Registration:
-    """A defense to register: its folders, figures and the words that describe it.
+    """A defense to register: its folders, figures and description.
 
-    `inference` are the settings by which the network of the purifier folder is used. `artifacts`
-    are files on disk, `files` the text of others by name; both go to the run of the defense.
+    `inference` says how the network of the purifier folder is used. `artifacts` are files on disk,
+    `files` the contents of others by name; both are logged in the run of the defense.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered defense as the store has it."""
+    """A registered defense, as it is in the store."""
 
     number: int
     defense: str
@@ -53,22 +54,22 @@ class Version:
     source: str
 
     def figure(self, name: str) -> float:
-        """Return one of its figures; NaN where it has none of this name."""
+        """Return the figure of this name; NaN where there is none."""
         return float(json.loads(self.tags.get("limpid.figures", "{}")).get(name, "nan"))
 
     @property
     def failed(self) -> list[str]:
-        """The blocking checks that failed."""
+        """The names of the blocking checks that failed."""
         return [name for name in self.tags.get("blocking_failed", "").split(", ") if name]
 
 
 def tracking_uri() -> str:
-    """Return the store in use: MLFLOW_TRACKING_URI, else SQLite beside the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """Return the URI of the store: MLFLOW_TRACKING_URI, else SQLite beside the project."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{MLFLOW_DB.absolute()}"
 
 
 def connect() -> Any:
-    """Return a client of the store, which is made where there is none."""
+    """Return a client of the store; create a SQLite store where there is none."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -77,17 +78,17 @@ def connect() -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     mlflow.set_tracking_uri(tracking_uri())
-    # Several processes that open a fresh SQLite store at once trip over each other's migrations,
-    # which begin with the client.
+    # Creating a client starts the migrations of a SQLite store; two processes that run them at once
+    # break each other's.
     with lock("mlflow"):
-        _make(tracking_uri())
+        _create_store(tracking_uri())
         client = mlflow.MlflowClient()
         client.search_experiments(max_results=1)
     return client
 
 
-def _make(uri: str) -> None:
-    """Make a SQLite store where there is none, at once: broken off migrations cannot go on."""
+def _create_store(uri: str) -> None:
+    """Create a SQLite store under another name, then rename it: half a migration cannot go on."""
     import mlflow
 
     path = Path(uri.removeprefix("sqlite:///"))
@@ -101,9 +102,9 @@ def _make(uri: str) -> None:
 
 
 def register(client: Any, run: str, one: Registration, provenance: Mapping[str, str]) -> None:
-    """Register a defense once per fingerprint; later calls only renew figures, tags and words.
+    """Register a defense, once per fingerprint; later calls renew figures, tags and description.
 
-    `run` is a run of its own, which gets figures and files either way.
+    Figures and files are logged in `run` at every call.
     """
     import mlflow
 
@@ -118,10 +119,10 @@ def register(client: Any, run: str, one: Registration, provenance: Mapping[str, 
             None,
         )
     if known is None:
-        known = _add(client, run, one)
+        known = _add_version(client, run, one)
     mlflow.log_metrics(dict(one.metrics), run_id=run, model_id=known.model_id)
-    _attach(client, run, one)
-    # The page of a model lists tags in this order: first what a person looks for.
+    _log_files(client, run, one)
+    # The page of a model lists tags in this order: those for people come first.
     tags = {**one.tags, "limpid.figures": json.dumps(dict(one.metrics))}
     tags |= {"limpid.fingerprint": one.fingerprint, "limpid.run": run, **provenance}
     for key, value in tags.items():
@@ -156,11 +157,11 @@ def versions(client: Any, name: str) -> list[Version]:
 
 
 def damage(version: Version) -> str:
-    """Say what is missing or altered of a registered defense; "" if it is as it was registered."""
+    """Return what is missing or altered of a registered defense; "" if nothing is."""
     import mlflow
     from mlflow.models import Model
 
-    # Not above: it brings torch, which a delivery does without.
+    # Imports torch, which the uploader does not need.
     from components.models.checkpoints import fingerprint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,17 +179,17 @@ def damage(version: Version) -> str:
 
 
 def identity(prints: Sequence[str], inference: Mapping[str, Any] | None) -> str:
-    """Return the fingerprint of a defense: of classifier and purifier, and of how it is used."""
+    """Return the fingerprint of a defense, from those of its folders and its inference."""
     return ":".join([*prints, json.dumps(inference, sort_keys=True) if inference else "none"])
 
 
 def promote(client: Any, name: str, version: Version, reason: str) -> None:
-    """Make a version the champion, and keep why."""
+    """Make a version the champion, and keep the reason in a tag."""
     client.set_registered_model_alias(name, CHAMPION, str(version.number))
     client.set_model_version_tag(name, str(version.number), "limpid.champion_because", reason)
 
 
-def _add(client: Any, run: str, one: Registration) -> Any:
+def _add_version(client: Any, run: str, one: Registration) -> Any:
     import mlflow
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
@@ -210,13 +211,13 @@ def _add(client: Any, run: str, one: Registration) -> Any:
     version = client.create_model_version(
         one.version_of, logged.model_uri, run, model_id=logged.model_id
     )
-    # By this the table of models links to the registry.
+    # With this tag the table of models links to the registry.
     link = [{"name": one.version_of, "version": version.version}]
     client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(link)})
     return version
 
 
-def _attach(client: Any, run: str, one: Registration) -> None:
+def _log_files(client: Any, run: str, one: Registration) -> None:
     for path in filter(Path.exists, one.artifacts):
         client.log_artifact(run, str(path.absolute()))
     with tempfile.TemporaryDirectory() as folder:

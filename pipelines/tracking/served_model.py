@@ -1,8 +1,8 @@
 """A registered defense as MLflow loads it: from code and model folders, nothing unpickled.
 
-A request is images, alone or as {"images", "white", "seed"}; docs/serving.md is its manual. MLflow
-casts, drops and adds nothing, because no signature is registered: with one, whole numbers would
-become floats before anybody could see which scale they are in, and unknown params would vanish.
+A request is images, alone or as {"images", "white", "seed"}; docs/serving.md is its manual. No
+signature is registered, so that MLflow casts, drops and adds nothing: with a signature, whole
+numbers would become floats before their scale is read, and unknown params would vanish.
 """
 
 import json
@@ -24,9 +24,9 @@ from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig
 from components.serving import answer
 
-# Images of one request, and those that are purified at once: no profile scores larger batches, so
-# a batch as it was scored is a batch here.
-MOST = 10_000
+# Images of one request at most.
+MAX_IMAGES = 10_000
+# Images purified at once: no profile scores larger batches, so these equal those that were scored.
 BATCH = 250
 KEYS = ("images", "white", "seed")
 
@@ -34,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 
 class ServingError(MlflowException):  # type: ignore[misc]
-    """One sentence, and all that a caller gets to see.
+    """An error whose one sentence is all that the caller sees.
 
-    The scoring server puts the whole request before the message of other errors.
+    To the message of any other error the scoring server adds the whole request.
     """
 
     def serialize_as_json(self) -> str:
@@ -45,14 +45,13 @@ class ServingError(MlflowException):  # type: ignore[misc]
 
 
 class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Pixels to purified pixels and an answer about them: the code path that was attacked."""
+    """Purifies and classifies images by the code path that was attacked and scored."""
 
-    # MLflow would take type hints for a schema of its own kinds, and warns where there are none
-    # past every filter.
+    # MLflow would read type hints as a schema; without any, it warns past every filter.
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
-        """Load the model folders that were registered."""
+        """Load the registered model folders."""
         folder = Path(context.artifacts["classifier"])
         card = read_card(folder)
         self.shape, self.class_names = tuple(card.shape), card.class_names
@@ -69,32 +68,33 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Return arrays over the images: `purified` (N,C,H,W), `logits` (N,K), `label` (N,) names,
         `reconstruction_error` (N,) and `attack_score` (N,).
 
-        What is no finite number is None, and so is its label. Raises ServingError for a request
-        that cannot be answered. Without type hints, since MLflow would take them for a schema.
+        Numbers that are not finite become None, and so does the label of their image. Raises
+        ServingError for a request that cannot be answered. Has no type hints, which MLflow would
+        read as a schema.
         """
         x, seed = read_request(model_input, self.shape)
         try:
-            found = answer(self.defense, x, seed, BATCH)
+            answered = answer(self.defense, x, seed, BATCH)
         except Exception as error:
-            # The server would call it a bad request, and send the traceback along.
+            # Otherwise the server answers that the request was bad, and sends the traceback along.
             _log.exception("the defense failed")
             kind = type(error).__name__
             raise ServingError(f"the defense failed on this request ({kind})") from None
         names = np.array([*self.class_names, None], dtype=object)
-        best = torch.where(found.logits.isfinite().all(1), found.logits.argmax(1), -1)
+        best = torch.where(answered.logits.isfinite().all(1), answered.logits.argmax(1), -1)
         return {
-            "purified": _plain(found.purified),
-            "logits": _plain(found.logits),
+            "purified": _json_ready(answered.purified),
+            "logits": _json_ready(answered.logits),
             "label": names[best.numpy()],
-            "reconstruction_error": _plain(found.error),
-            "attack_score": _plain(found.detector_score),
+            "reconstruction_error": _json_ready(answered.error),
+            "attack_score": _json_ready(answered.detector_score),
         }
 
 
 def read_request(request: Any, shape: tuple[int, ...]) -> tuple[Tensor, int | None]:
     """Return the pixels (N,*shape) float32 in [0,1] of a request, and its seed if it has one.
 
-    Raises ServingError, in one sentence, for what is no request.
+    Raises ServingError, in one sentence, for a request that is not valid.
     """
     parts = request if isinstance(request, dict) else {"images": request}
     unknown = [str(key) for key in parts if key not in KEYS]
@@ -104,10 +104,11 @@ def read_request(request: Any, shape: tuple[int, ...]) -> tuple[Tensor, int | No
             f"a request is images, with {' and '.join(KEYS[1:])} as needed; this {wrong}"
         )
     images = _numbers("images", parts["images"])
-    if images.shape[1:] != shape or not 1 <= len(images) <= MOST:
+    if images.shape[1:] != shape or not 1 <= len(images) <= MAX_IMAGES:
         wanted = ", ".join(map(str, shape))
         raise _refusal(
-            f"images must be of shape (N, {wanted}) with N from 1 to {MOST}, not {images.shape}"
+            f"images must be of shape (N, {wanted}) with N from 1 to {MAX_IMAGES}, "
+            f"not {images.shape}"
         )
     white = _white(images, parts.get("white"))
     low, high = images.min(), images.max()
@@ -122,10 +123,10 @@ def read_request(request: Any, shape: tuple[int, ...]) -> tuple[Tensor, int | No
 
 
 def _white(images: npt.NDArray[Any], declared: Any) -> int:
-    """Return the value of a white pixel: as declared, else what the numbers leave no doubt about.
+    """Return the value of a white pixel: as declared, else as the numbers show.
 
-    JSON has no types. Fractions reach to 1 and bytes to 255; only whole numbers none of which is
-    beyond 1 could be either.
+    JSON has no types. Fractions reach to 1 and bytes to 255; whole numbers of which none is over 1
+    may be either, and are refused.
     """
     if declared is not None:
         white = _numbers("white", declared)
@@ -139,7 +140,7 @@ def _white(images: npt.NDArray[Any], declared: Any) -> int:
     if images.max() > 1:
         return 255
     raise _refusal(
-        'whole numbers none of which is over 1 may be fractions or bytes: say "white": 1 or '
+        'whole numbers of which none is over 1 may be fractions or bytes: say "white": 1 or '
         '"white": 255 beside the images'
     )
 
@@ -169,8 +170,8 @@ def _refusal(sentence: str) -> ServingError:
     return refusal
 
 
-def _plain(values: Tensor) -> npt.NDArray[Any]:
-    """Return an array that is valid JSON: it has no word for nan, but for nothing."""
+def _json_ready(values: Tensor) -> npt.NDArray[Any]:
+    """Return the values with None for each that is not finite: JSON has null, but no NaN."""
     array: npt.NDArray[Any] = values.numpy()
     finite = np.isfinite(array)
     if not finite.all():

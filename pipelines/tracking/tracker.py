@@ -1,8 +1,8 @@
-"""Runs in MLflow: one per stage, with nested ones, told by a process beside it (`delivery`).
+"""Runs in MLflow: one per stage, with nested runs, logged by a process beside it (`uploader`).
 
-Nothing here can fail a stage or hold it up for long: events wait in a queue, a thread feeds them to
-the process, and what that cannot deliver within `PATIENCE_S` after the stage is done, or `HASTE_S`
-where it failed, is kept for the next stage to try again (`spool`).
+Nothing here can fail a stage or delay it for long: events wait in a queue, a thread sends them to
+that process, and what it has not delivered within `FINISHED_WAIT_S` after the stage is done, or
+`FAILED_WAIT_S` where the stage failed, is kept for the next stage to deliver (`spool`).
 """
 
 import contextlib
@@ -20,14 +20,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from components.data.shards import sha256
-from pipelines.layout import ROOT
+from pipelines.layout import SPOOL
 from pipelines.tracking import spool
 from pipelines.tracking.registry import Registration, tracking_uri
 from pipelines.tracking.spool import Event, now
 
-PATIENCE_S = 10.0
-# Of a stage that failed or was interrupted, which should soon be gone.
-HASTE_S = 4.0
+FINISHED_WAIT_S = 10.0
+# A stage that failed or was interrupted should end soon.
+FAILED_WAIT_S = 4.0
+REGISTRATION_WAIT_S = 10.0
 
 
 class Tracker:
@@ -36,13 +37,14 @@ class Tracker:
     def __init__(self, stage: str, experiment: str, params: Mapping[str, Any], key: str) -> None:
         self.events: list[Event] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
-        self.problem = "its process was not told all"
-        # In a session of its own: what interrupts the stage is for the stage, which then tells it.
+        self.problem = "its process has not received everything"
+        # In a session of its own, which no interruption of the stage reaches: the stage then still
+        # sends the end of its run.
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.tracking.uploader"], env=_environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-        self.thread = threading.Thread(target=self._feed, daemon=True)
+        self.thread = threading.Thread(target=self._send, daemon=True)
         self.thread.start()
         tags = {**_provenance(), "dvc.stage": stage, "limpid.key": key}
         about = {"stage": stage, "experiment": experiment, "tags": tags, "id": uuid.uuid4().hex}
@@ -53,7 +55,7 @@ class Tracker:
         self._put({"event": "metrics", "step": step, "metrics": dict(metrics), "time": now()})
 
     def results(self, metrics: Mapping[str, Any]) -> None:
-        """Log the numbers among what a stage ends with, beside the figures on its way."""
+        """Log the numbers a stage returns, under names that differ from those of its epochs."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         if numbers:
             self.log({f"final.{name}": value for name, value in numbers.items()})
@@ -65,57 +67,57 @@ class Tracker:
     def nested(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
-        """Log figures of a part of this stage, as a trial of a search, in a run of its own."""
+        """Log figures of a part of this stage, such as a trial of a search, in a nested run."""
         inner = {"event": "nested", "name": name, "params": dict(flat(params))}
         self._put({**inner, "metrics": dict(metrics), "step": step, "time": now()})
 
     def finish(self, status: str, registrations: Sequence[Registration] = ()) -> str:
-        """End the run, register defenses, and return a sentence if something was not delivered."""
+        """End the run, register defenses; return a sentence if something was not delivered."""
         for one in registrations:
-            # Not among the events that may be kept: what is registered late may have changed.
-            told = TypeAdapter(Registration).dump_python(one, mode="json")
+            # Not among the events that may be kept: until a later stage delivers them, the models
+            # may have changed.
+            sent = TypeAdapter(Registration).dump_python(one, mode="json")
             params = dict(flat(one.params))
-            self.queue.put({"event": "register", "registration": told, "params": params})
+            self.queue.put({"event": "register", "registration": sent, "params": params})
         self._put({"event": "end", "status": status, "time": now()})
         self.queue.put(None)
-        patience = PATIENCE_S if status == "FINISHED" else HASTE_S
-        patience += 10 * len(registrations)
+        seconds = FINISHED_WAIT_S if status == "FINISHED" else FAILED_WAIT_S
+        seconds += REGISTRATION_WAIT_S * len(registrations)
         try:
-            self.thread.join(patience)
+            self.thread.join(seconds)
         except BaseException:
             self._keep()
             raise
         reason = self.problem
         if self.thread.is_alive():
-            reason = f"no answer within {patience:.0f} s"
+            reason = f"no answer within {seconds:.0f} s"
         if not reason:
             return ""
         self._keep()
-        kept = f"the run is kept in {ROOT / 'spool'}"
-        return f"MLflow at {tracking_uri()} was not reached ({reason}); {kept}"
+        return f"MLflow at {tracking_uri()} was not reached ({reason}); the run is kept in {SPOOL}"
 
     def _keep(self) -> None:
         self.process.kill()
-        spool.keep(self.events)
+        spool.write(self.events)
 
     def _put(self, event: Event) -> None:
         self.events.append(event)
         self.queue.put(event)
 
-    def _feed(self) -> None:
-        """Hand events over as they come, then hear what was wrong."""
+    def _send(self) -> None:
+        """Send events as they come, then read what went wrong."""
         pipe, back = self.process.stdin, self.process.stdout
         assert pipe and back
         with contextlib.suppress(BrokenPipeError), pipe:
             while (event := self.queue.get()) is not None:
                 print(json.dumps(event), file=pipe, flush=True)
-        said = back.read().splitlines()
+        printed = back.read().splitlines()
         code = self.process.wait()
-        self.problem = (said or [f"its process ended with {code}"])[-1] if code else ""
+        self.problem = (printed or [f"its process ended with {code}"])[-1] if code else ""
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which this code is found first, whatever is installed."""
+    """Return an environment in which Python finds this code before any that is installed."""
     paths = [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -132,7 +134,7 @@ def _provenance() -> dict[str, str]:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested settings as (a.b, text), cut where MLflow would refuse them."""
+    """Yield nested settings as (a.b, text); MLflow refuses texts of more than 500 characters."""
     for name, part in value.items():
         if isinstance(part, Mapping):
             yield from flat(part, f"{prefix}{name}.")
