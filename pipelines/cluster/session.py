@@ -2,7 +2,7 @@
 
 By default a stage with workers starts an embedded Ray (`ray.init(address="local")`), which no other
 Ray on the machine is part of, without dashboard; in a job it joins the cluster that runs the job,
-which may come to have too little for it. A job whose stage maps has joined before (`ahead`).
+which may come to have too little for it.
 """
 
 import logging
@@ -29,8 +29,6 @@ from pipelines.storage import jobs
 
 # What is kept for as long as a Ray is held, by what it is for.
 kept: dict[Any, Any] = {}
-# Whether a Ray was joined that nobody holds yet.
-_ahead = False
 # What a session sets, and sets back.
 SET = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_OVERRIDE_JOB_RUNTIME_ENV")
 # What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
@@ -47,11 +45,9 @@ def hold(*shares: Workers) -> Iterator[None]:
     None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
     that is there serves. ConfigError where this machine or cluster can never hold a share.
     """
-    global _ahead
     if held() or not (jobs.job() or any(share.most for share in shares)):
         yield
         return
-    joined, _ahead = _ahead, False
     # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     variables = {name: os.environ.get(name) for name in SET}
@@ -59,8 +55,7 @@ def hold(*shares: Workers) -> Iterator[None]:
         try:
             with quiet():
                 if jobs.job():
-                    if not joined:
-                        _join()
+                    _join()
                     if AUTOSCALES not in os.environ:
                         require_room(shares, nodes())
                 else:
@@ -81,14 +76,7 @@ def hold(*shares: Workers) -> Iterator[None]:
 
 def held() -> bool:
     """Whether a Ray is held here. Who never imported it has none, and is spared the import."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized()) and not _ahead
-
-
-def join_ahead() -> None:
-    """Join the Ray whose job this is, for who holds it first."""
-    global _ahead
-    _join()
-    _ahead = True
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def _join() -> None:

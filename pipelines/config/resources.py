@@ -1,7 +1,4 @@
-"""What stages may use: so many workers side by side, each with CPUs and GPUs of its own.
-
-A job reads this before it has imported torch.
-"""
+"""How many workers a stage may use, and the CPUs and GPUs of each."""
 
 from pathlib import Path
 from typing import Annotated, Self
@@ -15,10 +12,10 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Workers(Config):
-    """So many `workers` side by side, each with CPUs and GPUs (or a share of one) of its own.
+    """A number of workers that run at the same time, each with its own CPUs and GPUs.
 
-    0 works without a Ray, in the stage's own process, one piece after another (in a job of a
-    cluster: one at a time).
+    `gpus` may be a fraction. 0 workers means no Ray: the tasks run one after another in the
+    process of the stage, and in a job one after another on a node of the cluster.
     """
 
     workers: Annotated[int, Field(ge=0)]
@@ -27,36 +24,36 @@ class Workers(Config):
 
     @property
     def device(self) -> str:
-        """Where tensors live; Ray shows each worker the GPU that is its own."""
+        """The device of the tensors; Ray makes only its own GPU visible to each worker."""
         return "cuda" if self.gpus else "cpu"
 
     @property
     def least(self) -> int:
-        """The fewest workers it can do with."""
+        """The smallest number of workers that is enough."""
         return 1
 
     @property
     def most(self) -> int:
-        """The most workers it takes."""
+        """The largest number of workers that is used."""
         return self.workers
 
 
 class TrainingWorkers(Workers):
-    """Workers of one training; `cpus` are the threads of each.
+    """The workers of one training; `cpus` is the number of threads of each.
 
-    [least, most] takes what is there, and goes on with what is left.
+    [least, most] starts with as many as there is room for, and continues with those that are left.
     """
 
     workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)]  # type: ignore[assignment]
 
     @property
     def least(self) -> int:
-        """The fewest workers it can do with."""
+        """The smallest number of workers that is enough."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most(self) -> int:
-        """The most workers it takes."""
+        """The largest number of workers that is used."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @model_validator(mode="after")
@@ -67,13 +64,13 @@ class TrainingWorkers(Workers):
 
 
 class TrialWorkers(Workers):
-    """Trials of a search, each a process of its own."""
+    """The trials of a search, each in its own process."""
 
     workers: Count
 
 
 class Override(Config):
-    """Other resources for one stage."""
+    """Resources of one stage that differ from those of the others."""
 
     train: TrainingWorkers | None = None
     shards: Workers | None = None
@@ -81,10 +78,10 @@ class Override(Config):
 
 
 class Resources(Config):
-    """What the stages may use; tracked by no stage, since no result depends on it.
+    """What the stages may use. No stage depends on it, since no result does.
 
-    `train` is for one training, `shards` for crafting and scoring, `trials` for those of a search.
-    `stages` says it anew for a stage, as `evaluate`, or for one of its instances, as
+    `train` is for one training, `shards` for crafting and scoring, `trials` for a search. `stages`
+    overrides them for one stage, such as `evaluate`, or for one instance of a stage, such as
     `train_purifier@student`.
     """
 
@@ -94,9 +91,9 @@ class Resources(Config):
     stages: dict[str, Override]
 
     def of(self, stage: str) -> "Resources":
-        """Return what one stage may use."""
+        """Return the resources of one stage."""
         own = self.stages.get(stage) or self.stages.get(stage.partition("@")[0], Override())
-        changes = {name: share for name, share in own if share is not None}
+        changes = {name: workers for name, workers in own if workers is not None}
         return self.model_copy(update={**changes, "stages": {}})
 
     @model_validator(mode="after")
