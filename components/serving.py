@@ -10,11 +10,11 @@ from torch import Tensor
 
 from components.data.draws import Draws, fresh
 from components.models.defense import Defense
-from components.models.purifiers.contract import changed
+from components.models.purifiers.contract import mean_squared_change
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers an image (N,).
 
     `error` is the mean squared change of its pixels, `detector_score` how odd it looks to the purifier,
@@ -27,7 +27,7 @@ class Answer:
     detector_score: Tensor
 
 
-def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
+def predict(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Prediction:
     """Answer images (N,C,H,W) in [0,1], `batch` at a time.
 
     Without a seed noise is fresh. With one, image k has the noise of id k in role `score`: equal
@@ -38,13 +38,13 @@ def answer(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Answer:
         for rows in torch.arange(len(x), device=x.device).split(batch):  # type: ignore[no-untyped-call]
             draws = fresh(len(rows), x.device) if seed is None else Draws(seed, "score", rows)
             parts.append(_answered(defense, x[rows], draws))
-    columns = ([getattr(part, field.name) for part in parts] for field in fields(Answer))
-    return Answer(*(torch.cat(column) for column in columns))
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(Prediction))
+    return Prediction(*(torch.cat(column) for column in columns))
 
 
-def _answered(defense: Defense, x: Tensor, draws: Draws) -> Answer:
+def _answered(defense: Defense, x: Tensor, draws: Draws) -> Prediction:
     purifier = defense.purifier
     assert purifier is not None
     purified = defense.purify(x, draws)
     detector_score = purifier.detector_score(x, draws, purified)
-    return Answer(purified, defense.classifier(purified), changed(x, purified), detector_score)
+    return Prediction(purified, defense.classifier(purified), mean_squared_change(x, purified), detector_score)

@@ -29,7 +29,7 @@ from components.models.classifiers import ClassifierConfig
 from components.models.purifiers import Inference, Purifier, PurifierConfig
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
-KEPT = 2
+STATES_KEPT = 2
 
 
 class ModelCard(Config):
@@ -166,11 +166,11 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 
 
 def save_state(folder: Path, epoch: int, packed: bytes) -> None:
-    """Store the state after `epoch`, keeping the `KEPT` newest."""
+    """Store the state after `epoch`, keeping the `STATES_KEPT` newest."""
     path = folder / f"epoch-{epoch:06d}"
     write_bytes(path / "state.pt", packed)
     write_json(path / MANIFEST, {"sha256": sha256(path / "state.pt")})
-    for old in sorted(folder.glob("epoch-*"))[:-KEPT]:
+    for old in sorted(folder.glob("epoch-*"))[:-STATES_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 

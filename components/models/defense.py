@@ -71,7 +71,7 @@ class Defense(nn.Module):
         return logits
 
 
-def fold(defense: Defense) -> Defense:
+def fold_batch_norm(defense: Defense) -> Defense:
     """Return a copy with every BatchNorm folded into the convolution before it, in channels-last
     layout: equal up to rounding, but faster.
 
@@ -201,7 +201,7 @@ class Target:
             seen = [self._detector_score(x, draw * self.eot + k) for k in range(self.eot)]
         return torch.stack(seen).mean(0)
 
-    def suspect(self, x: Tensor, draw: int) -> Tensor:
+    def detector_gradient(self, x: Tensor, draw: int) -> Tensor:
         """Return the input gradient of the detector score (N,C,H,W), averaged over the EOT draws."""
         gradients = []
         for k in range(self.eot):

@@ -184,10 +184,10 @@ def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> No
             raise ValueError(f"{where}: a {model.kind} is no purifier by itself: say its inference")
         return
     try:
-        inference.require(model)
+        inference.require_fit(model)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    offered = inference.offers()
+    offered = inference.stand_ins()
     for mode in defended.ladder:
         if mode in STAND_INS and mode not in offered:
             raise ValueError(

@@ -19,10 +19,10 @@ from mlflow.models import set_model
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from components import serving
 from components.models.checkpoints import load, load_purifier, read_card
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig
-from components.serving import answer
 
 # Images of one request at most.
 MAX_IMAGES = 10_000
@@ -74,20 +74,20 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """
         x, seed = read_request(model_input, self.shape)
         try:
-            answered = answer(self.defense, x, seed, BATCH)
+            predicted = serving.predict(self.defense, x, seed, BATCH)
         except Exception as error:
             # Otherwise the server answers that the request was bad, and sends the traceback along.
             _log.exception("the defense failed")
             kind = type(error).__name__
             raise ServingError(f"the defense failed on this request ({kind})") from None
         names = np.array([*self.class_names, None], dtype=object)
-        best = torch.where(answered.logits.isfinite().all(1), answered.logits.argmax(1), -1)
+        best = torch.where(predicted.logits.isfinite().all(1), predicted.logits.argmax(1), -1)
         return {
-            "purified": _json_ready(answered.purified),
-            "logits": _json_ready(answered.logits),
+            "purified": _json_ready(predicted.purified),
+            "logits": _json_ready(predicted.logits),
             "label": names[best.numpy()],
-            "reconstruction_error": _json_ready(answered.error),
-            "attack_score": _json_ready(answered.detector_score),
+            "reconstruction_error": _json_ready(predicted.error),
+            "attack_score": _json_ready(predicted.detector_score),
         }
 
 

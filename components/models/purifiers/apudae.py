@@ -61,7 +61,7 @@ class Turn(Config):
 class Apudae(Inference):
     """`steps` descents of `rate` in pixels (Adam), or per unit of gradient (SGD)."""
 
-    of: ClassVar[tuple[str, ...]] = ("denoiser", "red_net")
+    network_kinds: ClassVar[tuple[str, ...]] = ("denoiser", "red_net")
 
     kind: Literal["apudae"]
     steps: Annotated[int, Field(ge=1)]
@@ -72,7 +72,7 @@ class Apudae(Inference):
     noise_255: Annotated[float, Field(ge=0)]
     transform: Turn | None
 
-    def offers(self) -> tuple[StandIn, ...]:
+    def stand_ins(self) -> tuple[StandIn, ...]:
         """One pass can stand in for the descent; for Adam's, which masks itself, more can."""
         return ("direct",) if self.optimiser == "sgd" else ("direct", "plain", "detached")
 
@@ -88,7 +88,7 @@ class _Apudae(Purifier):
         super().__init__()
         self.config, self.denoiser = config, denoiser
         self.stochastic = config.noise_255 > 0 or config.transform is not None
-        self.stand_ins = config.offers()
+        self.stand_ins = config.stand_ins()
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._descended(x, draws, self.config.optimiser)
@@ -99,7 +99,7 @@ class _Apudae(Purifier):
             return passed
         return self._descended(x, draws, kind)
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         return self.denoiser.detector_score(x)
 
     def _turned(self, x: Tensor, draws: Draws | None) -> Tensor:

@@ -26,7 +26,7 @@ from components.data.draws import Draws, fresh
 StandIn = Literal["direct", "plain", "detached", "short", "soft"]
 
 
-def changed(x: Tensor, purified: Tensor) -> Tensor:
+def mean_squared_change(x: Tensor, purified: Tensor) -> Tensor:
     """Return the mean squared change of the pixels of every image (N,)."""
     return (x - purified).square().flatten(1).mean(1)
 
@@ -49,7 +49,7 @@ class Purifier(nn.Module):
 
         `purified`, where the caller has it, is what it made of `x` under the same draws.
         """
-        return self.raw_detector_score(x, self._drawn(x, draws), purified)
+        return self.compute_detector_score(x, self._drawn(x, draws), purified)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         """Clean `x`; `draws` is given whenever the purifier is stochastic."""
@@ -59,12 +59,12 @@ class Purifier(nn.Module):
         """Clean `x` by the stand-in `kind`, one of `stand_ins`."""
         raise NotImplementedError(kind)
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the detection score (N,): by default the mean squared change to the image.
 
         What is `purified` already need not be so again.
         """
-        return changed(x, self.purify(x, draws) if purified is None else purified)
+        return mean_squared_change(x, self.purify(x, draws) if purified is None else purified)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
         """Learn, once trained, how clean training pixels (M,C,H,W) look; nothing by default."""
@@ -78,19 +78,19 @@ class Purifier(nn.Module):
 class Inference(Config):
     """Base of every way to use a trained network as a purifier; `of` are the kinds of network."""
 
-    of: ClassVar[tuple[str, ...]]
+    network_kinds: ClassVar[tuple[str, ...]]
 
     kind: str
 
-    def offers(self) -> tuple[StandIn, ...]:
+    def stand_ins(self) -> tuple[StandIn, ...]:
         """Return the stand-ins that the purifier will have."""
         return ()
 
-    def require(self, model: Config) -> None:
+    def require_fit(self, model: Config) -> None:
         """Raise ValueError where this does not fit the section of a network, before training it."""
         kind = str(getattr(model, "kind", "control"))
-        if kind not in self.of:
-            fits = " or ".join(self.of)
+        if kind not in self.network_kinds:
+            fits = " or ".join(self.network_kinds)
             raise ValueError(f"{self.kind} needs a model of kind {fits}, not {kind}")
 
     def wrap(self, network: nn.Module) -> Purifier:

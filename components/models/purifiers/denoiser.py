@@ -85,7 +85,7 @@ class DenoisingAutoencoder(Purifier):
         self.clean_mean.copy_(errors.mean())
         self.clean_std.copy_(errors.std().clamp_min(1e-6))
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the reconstruction error, in deviations of clean images from their mean (N,)."""
         return (self.error(x, purified) - self.clean_mean) / self.clean_std
 

@@ -122,7 +122,7 @@ class DefenseGan(Inference):
     The paper's: 200, 10, and the code's rate 10 per unit of the mean squared error.
     """
 
-    of: ClassVar[tuple[str, ...]] = ("gan",)
+    network_kinds: ClassVar[tuple[str, ...]] = ("gan",)
 
     kind: Literal["defense_gan"]
     # The image counts that precedes the last step, so that one iteration would be no descent.
@@ -130,7 +130,7 @@ class DefenseGan(Inference):
     restarts: Annotated[int, Field(ge=1)]
     rate: Annotated[float, Field(gt=0)]
 
-    def offers(self) -> tuple[StandIn, ...]:
+    def stand_ins(self) -> tuple[StandIn, ...]:
         """Fewer iterations from one start can stand in for all."""
         return ("short",)
 
@@ -142,13 +142,13 @@ class DefenseGan(Inference):
 
 
 class _DefenseGan(Purifier):
-    """Its `raw_detector_score`, the mean squared change, is the best start's error: the paper's detector."""
+    """Its `compute_detector_score`, the mean squared change, is the best start's error: the paper's detector."""
 
     stochastic = True
 
     def __init__(self, config: DefenseGan, pair: GenerativePair) -> None:
         super().__init__()
-        self.stand_ins = config.offers()
+        self.stand_ins = config.stand_ins()
         self.config, self.latent, self.generator = config, pair.latent, pair.generator
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:

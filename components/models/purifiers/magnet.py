@@ -85,7 +85,7 @@ class MagNetPurifier(Purifier):
         self.error_mean.copy_(errors.mean(0))
         self.error_std.copy_(errors.std(0, correction=0).clamp_min(1e-6))
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the larger error, each in deviations of clean images from their mean (N,)."""
         # One score; the paper has a threshold for each error.
         return ((self.errors(x) - self.error_mean) / self.error_std).amax(1)

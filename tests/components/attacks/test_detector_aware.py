@@ -24,7 +24,7 @@ class Watchful(Purifier):
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return x
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         return x[:, 0, 0].square().sum(1)
 
 
@@ -104,10 +104,10 @@ def test_small_differences_in_suspicion_count(classifier: Classifier, test_set: 
     """The order of the weights is no matter, however small the numbers of the detector are."""
 
     class Faint(Watchful):
-        def raw_detector_score(
+        def compute_detector_score(
             self, x: Tensor, draws: Draws | None, purified: Tensor | None
         ) -> Tensor:
-            return 1e-6 * super().raw_detector_score(x, draws, purified)
+            return 1e-6 * super().compute_detector_score(x, draws, purified)
 
     data = test_set[torch.arange(48)]
     defense = Defense(classifier, Faint()).freeze()

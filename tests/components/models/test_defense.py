@@ -12,7 +12,7 @@ from toys import Detached, Noisy, Rounded
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ClassifierConfig
-from components.models.defense import Defense, Mode, bind, fold, margin
+from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
 from components.models.purifiers import Purifier, PurifierConfig
 
 AUTOENCODER = {
@@ -194,7 +194,7 @@ def test_folding_changes_nothing_but_the_time(purifier: str, name: str, test_set
     x, _, draws = batch(test_set)
     defense = Defense(classifier_of(name), purifier_of(purifier)).freeze()
     before = deepcopy(defense.state_dict())
-    folded = fold(defense)
+    folded = fold_batch_norm(defense)
     norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not norms and any(isinstance(m, nn.BatchNorm2d) for m in defense.modules())
     assert torch.allclose(folded.purify(x, draws), defense.purify(x, draws), atol=1e-5)
@@ -209,7 +209,7 @@ def test_a_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
     defense = Defense(classifier_of("resnet"), purifier_of("autoencoder")).freeze()
     gradients = [
         bind(one, "full", draws, 1).evaluate(x, labels, margin, 0).gradient.flatten(1)
-        for one in (defense, fold(defense))
+        for one in (defense, fold_batch_norm(defense))
     ]
     assert F.cosine_similarity(*gradients).min() > 1 - 1e-5
 

@@ -17,7 +17,7 @@ from toys import LINF
 
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
-from components.models.checkpoints import KEPT, latest_state, pack_state, save_state, state_digest
+from components.models.checkpoints import STATES_KEPT, latest_state, pack_state, save_state, state_digest
 from components.models.classifiers import SmallCnn
 from components.models.purifiers import PurifierConfig
 from components.training.classification import AdversarialClassification, Classification
@@ -195,7 +195,7 @@ def test_the_newest_states_are_kept_and_none_is_none(tmp_path: Path) -> None:
         stored = latest_state(tmp_path)
         assert stored is not None and stored["weight"] == epoch
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["epoch-000003", "epoch-000004"] and len(names) == KEPT >= 2
+    assert names == ["epoch-000003", "epoch-000004"] and len(names) == STATES_KEPT >= 2
     for path in tmp_path.glob("*/state.pt"):
         flip_a_bit(path)
     assert latest_state(tmp_path) is None

@@ -24,11 +24,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from toys import write_model
 
+from components import serving
 from components.data.draws import Draws
 from components.models.checkpoints import fingerprint
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig, Purifier
-from components.serving import answer
 from pipelines.tasks.subject import Subject
 from pipelines.tracking import registry
 from pipelines.tracking.registry import Registration
@@ -176,7 +176,7 @@ class Counting(Purifier):
 def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: Path) -> None:
     purifier, x = Counting(), byte_pixels()
     defense = Defense(subject(folder, "koo").defense().classifier, purifier).freeze()
-    found = answer(defense, x, SEED, 5)
+    found = serving.predict(defense, x, SEED, 5)
     assert purifier.purified == 3, "one purification for each batch of at most five"
     draws = Draws(SEED, "score", torch.arange(len(x)))
     assert torch.equal(found.detector_score, purifier.detector_score(x, draws))

@@ -51,7 +51,7 @@ class DiffDefense(Inference):
     The authors' code: released, 4, 5, 15 and rate 25.
     """
 
-    of: ClassVar[tuple[str, ...]] = ("ddpm",)
+    network_kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
 
     kind: Literal["diffdefense"]
     mode: Literal["released", "faithful"]
@@ -66,13 +66,13 @@ class DiffDefense(Inference):
             raise ValueError("iterations: 1 is no descent where the image precedes the last step")
         return self
 
-    def offers(self) -> tuple[StandIn, ...]:
+    def stand_ins(self) -> tuple[StandIn, ...]:
         """Fewer iterations can stand in for all."""
         return ("short",)
 
-    def require(self, model: Config) -> None:
+    def require_fit(self, model: Config) -> None:
         """Raise ValueError where the ddpm has seen fewer steps than are to be taken."""
-        super().require(model)
+        super().require_fit(model)
         assert isinstance(model, Ddpm)
         _reached(self.steps, model.steps)
 
@@ -118,7 +118,7 @@ class _DiffDefense(Purifier):
         super().__init__()
         self.config, self.network = config, network
         self.short, self.judged = min(short, config.iterations), min(judged, config.iterations)
-        self.stand_ins = config.offers()
+        self.stand_ins = config.stand_ins()
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         return self._best(x, draws, self.config.iterations, self.config.iterations)
@@ -127,7 +127,7 @@ class _DiffDefense(Purifier):
         # At the same rates, and from the best start: another's derivative says nothing of it.
         return self._best(x, draws, self.judged, self.short)
 
-    def raw_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
+    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
         """Return the mean squared error of what is made, averaged over the starts (N,)."""
         assert draws is not None
         errors = []

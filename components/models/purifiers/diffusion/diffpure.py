@@ -31,7 +31,7 @@ class DiffPure(Inference):
     `ddpm` draws new noise in every step but the last, `ddim` draws none.
     """
 
-    of: ClassVar[tuple[str, ...]] = ("ddpm",)
+    network_kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
 
     kind: Literal["diffpure"]
     t_star: Annotated[int, Field(ge=0)]
@@ -47,13 +47,13 @@ class DiffPure(Inference):
             )
         return self
 
-    def offers(self) -> tuple[StandIn, ...]:
+    def stand_ins(self) -> tuple[StandIn, ...]:
         """Fewer steps can stand in for all."""
         return ("short",)
 
-    def require(self, model: Config) -> None:
+    def require_fit(self, model: Config) -> None:
         """Raise ValueError where the ddpm has seen less noise than `t_star` asks for."""
-        super().require(model)
+        super().require_fit(model)
         assert isinstance(model, Ddpm)
         _reached(self.t_star, model.steps)
 
@@ -72,7 +72,7 @@ class _DiffPure(Purifier):
 
     def __init__(self, config: DiffPure, network: Diffusion) -> None:
         super().__init__()
-        self.network, self.stand_ins = network, config.offers()
+        self.network, self.stand_ins = network, config.stand_ins()
         self.random = config.sampler == "ddpm"
         move = ancestral if self.random else ddim
         count = config.t_star + 1

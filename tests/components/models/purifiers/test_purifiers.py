@@ -137,7 +137,7 @@ def test_an_inference_names_the_networks_it_takes_and_refuses_the_others(name: s
     inference = TypeAdapter(InferenceConfig).validate_python(WRAPPED[name][1])
     for kind, section in {**SAMPLES, **GENERATIVE}.items():
         network = TypeAdapter(PurifierConfig).validate_python(section).build(SHAPES[0])
-        if kind in inference.of:
+        if kind in inference.network_kinds:
             assert isinstance(inference.wrap(network), Purifier)
         else:
             with pytest.raises(ValueError, match=name):
