@@ -1,19 +1,17 @@
-"""Reads data/{train,val}, all models and the pool, writes reports/tuning/<study>.
+"""Search for better settings of a defense: one study of params.yaml.
 
-`limpid tune NAME` searches what `tuning.studies.NAME` of params.yaml says, by Ray Tune
-with Optuna, and ASHA where trials train; killed, the same command goes on where it was. It changes
-no parameters: `limpid configure --from reports/tuning/NAME/best.yaml` adopts what it
-found. The test split is out of its reach: what is found here is measured by `dvc repro`.
+Reads data/{train,val}, all models and the pool, writes reports/tuning/<study>. Ray Tune runs the
+trials that Optuna proposes, and ASHA stops weak ones early where trials train; a killed search
+continues when the same command runs again. It changes no parameters:
+`limpid configure --from reports/tuning/NAME/best.yaml` adopts what it found. It never sees the test
+split: `dvc repro` measures what was adopted.
 """
 
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.live import Live
 
 from components.attacks import AttackConfig
 from components.data.shards import write_bytes, write_json
@@ -24,22 +22,23 @@ from pipelines.config.sections import Defended, Finetuned, Name, Purifier, Scori
 from pipelines.config.views import ThreatView
 from pipelines.config.yaml_files import write_yaml
 from pipelines.reporting import leaderboard
-from pipelines.reporting.leaderboard import Trial
+from pipelines.reporting.leaderboard import Report, SearchMonitor, Trial
 from pipelines.runner.console import show
 from pipelines.runner.context import Context
 from pipelines.storage import job_files, jobs
-from pipelines.tasks.trial import Task, attempt
+from pipelines.tasks.trial import StudySetup, run_trial
 
-TURNED = ("purifiers", "students", "atop", "defenses")
+# The sections that a trial may change.
+SECTIONS = ("purifiers", "students", "atop", "defenses")
 GOALS = {"robust": "max", "clean": "max", "seconds_per_image": "min"}
-# A trial that trains in workers of its own only waits for them.
-WAITING = 0.01
+# The CPUs of a trial that only waits for its training workers.
+WAITING_CPUS = 0.01
 STUDY = "study"
 SYNC_S = 15
 
 
 class TuneParams(ThreatView):
-    """One study, and the sections its trials may turn."""
+    """One study, and the sections its trials may change."""
 
     study: Study
     purifiers: dict[str, Purifier]
@@ -51,7 +50,7 @@ class TuneParams(ThreatView):
     tracks = {
         **ThreatView.tracks,
         "study": "tuning.studies.{name}",
-        **{name: name for name in (*TURNED, "attacks", "scoring")},
+        **{name: name for name in (*SECTIONS, "attacks", "scoring")},
     }
 
 
@@ -66,17 +65,16 @@ def run(
     pool: Path,
     out: Path,
 ) -> dict[str, float]:
-    """Search, rank the trials, and write what `configure --from` adopts."""
-    document = params.model_dump(mode="json", by_alias=True, include=set(TURNED))
-    task = Task(
+    """Run the trials of a study, rank them, and write what `configure --from` adopts."""
+    document = params.model_dump(mode="json", by_alias=True, include=set(SECTIONS))
+    setup = StudySetup(
         params.study, document, params, params.attacks, params.scoring, _resources(context),
         *(folder.absolute() for folder in (train, val, models, pool)),
     )  # fmt: skip
-    for turned, domain in params.study.space.items():
-        for end in domain.bounds():
-            task.sections({turned: end})
-    trials = _search(task, context)
-    ranked = leaderboard.rank(trials, params.study)
+    for key, domain in params.study.space.items():
+        for bound in domain.bounds():
+            setup.sections({key: bound})
+    ranked = leaderboard.rank(_search(setup, context), params.study)
     show(leaderboard.table(ranked, params.study))
     out.mkdir(parents=True)
     write_json(out / "trials.json", [vars(trial) for trial in ranked])
@@ -87,47 +85,47 @@ def run(
             if trial.front:
                 path = out / "front" / f"{trial.name}.yaml"
                 write_bytes(path, write_yaml(nest(trial.values)).encode())
-    leaderboard.draw(out, ranked, params.study)
     return {"trials": len(ranked), **best.figures}
 
 
-def _search(task: Task, context: Context) -> list[Trial]:
-    """Run all trials, or those that are left of an interrupted search."""
-    # Else Tune prints a page of its own about every search.
+def _search(setup: StudySetup, context: Context) -> list[Trial]:
+    """Run all trials, or those that an interrupted search has left."""
+    # Otherwise Tune prints a page of its own about every search.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
     folder = _folder(context)
-    own, train = task.resources.trials, task.resources.train
-    # Those of all trials at once, which train side by side.
-    theirs = train.model_copy(update={"workers": own.workers * train.most})
-    trainable = tune.with_parameters(_trial, task=task, work=str(context.work.absolute()))
-    share = {"CPU": WAITING if train.most else own.cpus}
+    path = f"{folder}/{STUDY}"
+    own, train = setup.resources.trials, setup.resources.train
+    # The training workers of all trials that run at once.
+    training = train.model_copy(update={"workers": own.workers * train.most})
+    trainable = tune.with_parameters(_trial, setup=setup, work=str(context.work.absolute()))
+    needed = {"CPU": WAITING_CPUS if train.most else own.cpus}
     if own.gpus:
-        share["GPU"] = own.gpus
-    trainable = tune.with_resources(trainable, share)
-    with session.hold(own, theirs), _Board(folder, task.study, context) as board:
-        path = f"{folder}/{STUDY}"
+        needed["GPU"] = own.gpus
+    trainable = tune.with_resources(trainable, needed)
+    monitor = SearchMonitor(setup.study, context, lambda: _read_trials(path))
+    with session.hold(own, training), monitor:
         with session.quiet():
             if tune.Tuner.can_restore(path):
                 tuner = tune.Tuner.restore(
                     path, trainable=trainable, resume_unfinished=True, restart_errored=True
                 )
             else:
-                tuner = _tuner(task, trainable, folder)
-            results = session.run_in_thread(tuner.fit, board.look)
+                tuner = _tuner(setup, trainable, folder)
+            results = session.run_in_thread(tuner.fit, monitor.update)
         reasons = [str(r.error).strip().splitlines()[-1] for r in results if r.error]
-    trials = board.trials()
+    trials = monitor.trials()
     if not any(trial.right for trial in trials):
-        raise ValueError(f"no trial came to an end: {(reasons or ['none was run'])[0]}")
+        raise ValueError(f"no trial ran to its end: {(reasons or ['none was run'])[0]}")
     if reasons:
         failed = f"{len(reasons)} of {len(results)} trials failed"
-        context.progress.say(f"{failed}, the first by {reasons[0]}")
+        context.progress.say(f"{failed}, the first with: {reasons[0]}")
     return trials
 
 
 def _resources(context: Context) -> Resources:
-    """Return what trials may use: one that trains in its own process trains with its own share."""
+    """Return the resources of trials; one that trains in its own process trains with its own."""
     resources = context.resources
     if resources.train.most:
         return resources
@@ -136,30 +134,30 @@ def _resources(context: Context) -> Resources:
 
 
 def _folder(context: Context) -> str:
-    """Return where a search keeps what it needs to go on."""
+    """Return where a search keeps what it needs to continue: this disk, or the store of a job."""
     if jobs.job():
         return f"{os.environ[jobs.STORAGE]}/ray/{context.work.name}"
     return str(context.work.absolute() / "ray")
 
 
-def _tuner(task: Task, trainable: Any, folder: str) -> Any:
-    """Set a search up whose first trial is what params.yaml says now."""
+def _tuner(setup: StudySetup, trainable: Any, folder: str) -> Any:
+    """Return a new search, whose first trial has the present values of params.yaml."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    study = task.study
+    study = setup.study
     alone = study.goal == "robust"
     metric: Any = "robust" if alone else list(GOALS)
     mode: Any = "max" if alone else list(GOALS.values())
-    now = {place: get(task.document, place) for place in study.space}
-    standing = all(domain.contains(now[place]) for place, domain in study.space.items())
+    present = {key: get(setup.document, key) for key in study.space}
+    inside = all(domain.contains(present[key]) for key, domain in study.space.items())
     search = OptunaSearch(
-        {place: _distribution(domain) for place, domain in study.space.items()},
-        metric=metric, mode=mode, seed=task.shared.seed,
-        points_to_evaluate=[now] if standing else None,
+        {key: _distribution(domain) for key, domain in study.space.items()},
+        metric=metric, mode=mode, seed=setup.shared.seed,
+        points_to_evaluate=[present] if inside else None,
     )  # fmt: skip
-    epochs = task.epochs(task.sections({}))
+    epochs = setup.epochs(setup.sections({}))
     scheduler = ASHAScheduler(
         time_attr="epoch", metric="robust", mode="max", max_t=max(epochs, study.grace + 1),
         grace_period=study.grace, reduction_factor=study.reduction,
@@ -170,7 +168,7 @@ def _tuner(task: Task, trainable: Any, folder: str) -> Any:
             search_alg=search,
             scheduler=scheduler if alone else None,
             num_samples=study.trials,
-            max_concurrent_trials=task.resources.trials.workers,
+            max_concurrent_trials=setup.resources.trials.workers,
         ),
         run_config=tune.RunConfig(
             name=STUDY,
@@ -191,85 +189,33 @@ def _distribution(domain: Domain) -> Any:
     return known.FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
 
 
-def _trial(config: dict[str, Value], task: Task, work: str) -> None:
+def _trial(config: dict[str, Value], setup: StudySetup, work: str) -> None:
     """Run one trial in a process of Ray Tune."""
     from ray import tune
 
     job_files.localise()
     name = tune.get_context().get_trial_id()
-    attempt(task, config, Path(work) / "trials" / name, tune.report)
+    run_trial(setup, config, Path(work) / "trials" / name, tune.report)
 
 
-class _Board:
-    """Follows a search by the files its trials write: on the screen, and in MLflow.
-
-    Not by callbacks, which would be stored with the search and come back without their threads.
-    """
-
-    def __init__(self, folder: str, study: Study, context: Context) -> None:
-        self.folder, self.study, self.context = folder, study, context
-        self.seen: dict[str, int] = {}
-        self.live: Live | None = None
-
-    def __enter__(self) -> "_Board":
-        if sys.stdout.isatty():
-            self.live = Live(refresh_per_second=2)
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def trials(self) -> list[Trial]:
-        """Return every trial that has reported, as it stands."""
-        return [trial for trial, _ in self._read()]
-
-    def look(self) -> None:
-        """Show and log what is new."""
-        news = False
-        for trial, reports in self._read():
-            for report in reports[self.seen.get(trial.name, 0) :]:
-                news = True
-                figures, epoch = _numbers(report)
-                self.context.metrics.nested(trial.name, trial.values, figures, epoch)
-                if self.live is None:
-                    self.context.progress.say(leaderboard.line(trial, self.study))
-            self.seen[trial.name] = len(reports)
-        if self.live and news:
-            ranked = leaderboard.rank(self.trials(), self.study)
-            self.live.update(leaderboard.table(ranked, self.study))
-
-    def _read(self) -> Iterator[tuple[Trial, Sequence[Mapping[str, Any]]]]:
-        for text in _results(f"{self.folder}/{STUDY}"):
-            lines = text.splitlines(keepends=True)
-            said = [json.loads(line) for line in lines if line.endswith("\n")]
-            # Tune repeats the last report when a trial ends, a resumed trial those of before.
-            reports = list({report["epoch"]: report for report in said}.values())
-            if reports:
-                last = reports[-1]
-                yield Trial.of(last["trial_id"], last["config"], last), reports
+def _read_trials(folder: str) -> Iterator[tuple[Trial, Sequence[Report]]]:
+    """Yield every trial that has reported, with its reports, from the files of Ray Tune."""
+    for text in _result_files(folder):
+        lines = text.splitlines(keepends=True)
+        # The last line may be half written.
+        written = [json.loads(line) for line in lines if line.endswith("\n")]
+        # Tune repeats the last report when a trial ends, and a resumed trial its earlier ones.
+        reports = list({report["epoch"]: report for report in written}.values())
+        if reports:
+            last = reports[-1]
+            yield Trial.of(last["trial_id"], last["config"], last), reports
 
 
-def _results(folder: str) -> list[str]:
-    """Return what the trials of a search have written, from this disk or from the store."""
+def _result_files(folder: str) -> list[str]:
+    """Return the result files of all trials, from this disk or from the store of a job."""
     if jobs.job() is None:
         return [path.read_text() for path in sorted(Path(folder).glob("*/result.json"))]
     there, root = jobs.store(), os.environ[jobs.STORAGE]
     names = there.names(folder.removeprefix(f"{root}/"))
     found = [there.read(name) for name in names if name.endswith("/result.json")]
     return [content.decode() for content in found if content is not None]
-
-
-def _numbers(report: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-    figures = {name: float(report[name]) for name in leaderboard.FIGURES if name in report}
-    return figures, int(report["epoch"])
-
-
-def _command(argv: Sequence[str]) -> list[str]:
-    """Let a person say the name alone: the folders are then those of dvc.yaml."""
-    if len(argv) == 1 and not argv[0].startswith("-"):
-        folders = {"train": "data/train", "val": "data/val", "models": "models", "pool": "pool"}
-        folders["out"] = f"reports/tuning/{argv[0]}"
-        return ["--name", argv[0], *(w for k, v in folders.items() for w in (f"--{k}", v))]
-    return list(argv)

@@ -1,7 +1,7 @@
-"""One trial of a search: train what its values touch, then attack the defense.
+"""One trial of a search: train the networks its values change, then attack the defense.
 
-All that is looked at are training and validation images: the test split is no argument here.
-Nothing in this module knows what searches.
+A trial uses training and validation images alone: the test split is no argument here. How values
+are chosen is not known here either.
 """
 
 import copy
@@ -34,15 +34,16 @@ from pipelines.tasks.subject import Subject
 from pipelines.tasks.training import Recipe, build_task, recipe_of
 
 Figures = dict[str, Any]
-# How many images are cleaned to see how long it takes.
+# How many images the time of one is measured on.
 TIMED = 32
 
 
 @dataclass(frozen=True)
-class Task:
+class StudySetup:
     """What all trials of a study share.
 
-    `document` holds the sections of params.yaml that a trial may turn, as plain values.
+    `document` holds the sections of params.yaml that a trial may change, as plain values; `train`,
+    `val`, `models` and `pool` are absolute folders.
     """
 
     study: Study
@@ -57,25 +58,28 @@ class Task:
     pool: Path
 
     def sections(self, values: Mapping[str, Value]) -> Trained:
-        """Return the sections with `values` in place; ConfigError where they cannot be."""
+        """Return the sections with `values` in place; ConfigError where they are not valid."""
         try:
             return Trained.model_validate(put(self.document, values))
         except ValidationError as error:
-            tried = ", ".join(f"{place} = {value}" for place, value in values.items())
-            raise ConfigError(f"a trial with {tried} is none: {explain(error)}") from None
+            tried = ", ".join(f"{key} = {value}" for key, value in values.items())
+            raise ConfigError(f"a trial with {tried} is not valid: {explain(error)}") from None
 
     def retrained(self, sections: Trained) -> list[str]:
-        """Return the networks that the study's domains touch, in the order of training."""
-        touched: list[str] = []
+        """Return the networks that each trial trains, in training order.
+
+        These are the networks with a parameter in the space of the study, and those made from them.
+        """
+        names: list[str] = []
         for name in sections.lineage(sections.defenses[self.study.defense].model):
             start = f"{sections.section_of(name)}.{name}."
-            own = any(place.startswith(start) for place in self.study.space)
-            if own or set(sections.lineage(name)) & set(touched):
-                touched.append(name)
-        return touched
+            own = any(key.startswith(start) for key in self.study.space)
+            if own or set(sections.lineage(name)) & set(names):
+                names.append(name)
+        return names
 
     def epochs(self, sections: Trained) -> int:
-        """Return how long the last network of a trial trains; 1 where nothing is trained."""
+        """Return the epochs of the last network that a trial trains; 1 where it trains none."""
         retrained = self.retrained(sections)
         if not retrained:
             return 1
@@ -84,20 +88,20 @@ class Task:
 
     @property
     def device(self) -> str:
-        """Where a trial attacks what it trained: where it trains, if that is in its process."""
+        """The device of its attacks: its own if it trains in workers, else the one it trains on."""
         return (self.resources.trials if self.resources.train.most else self.resources.train).device
 
-    def judge(self, inference: Inference | None) -> "Judge":
-        """Return who judges the networks of this study."""
-        standing = (self.models / "standard").absolute()
-        return Judge(
-            standing, inference, self.val.absolute(), self.study, self.attacks, self.scoring,
+    def scorer(self, inference: Inference | None) -> "TrialScorer":
+        """Return what scores the networks of this study, used with this inference."""
+        classifier = (self.models / "standard").absolute()
+        return TrialScorer(
+            classifier, inference, self.val.absolute(), self.study, self.attacks, self.scoring,
             self.shared.threat, self.shared.seed, self.shared.batch,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Judge:
+class TrialScorer:
     """Attacks a purifier on validation images, in front of the classifier it protects."""
 
     classifier: Path
@@ -111,15 +115,15 @@ class Judge:
     batch: int
 
     def images(self) -> ImageSet:
-        """Return the validation images that are looked at."""
+        """Return the first validation images, as many as the study says."""
         val = image_set.read(self.val)
         return val[torch.arange(min(self.study.images, len(val)))]
 
-    def figures(self, defense: Defense) -> Figures:
-        """Return accuracy when clean and under the worst of the ladder, with its interval.
+    def score(self, defense: Defense) -> Figures:
+        """Return the clean accuracy and that under the worst attack of the ladder, with interval.
 
-        `right` are the shares of right answers under the worst (N,). As in the headline, the noise
-        that chooses the worst does not score it.
+        `right` is the fraction of draws right under the worst attack, by image (N,). As in the
+        headline, the noise that selects the worst attack is not the noise that scores it.
         """
         images = self.images()
         sets = {CLEAN: images.pixels()}
@@ -149,31 +153,31 @@ class Judge:
         }
 
     def seconds(self, defense: Defense) -> float:
-        """Return the seconds that cleaning one image takes."""
+        """Return the seconds that purifying one image takes."""
         some = self.images()[torch.arange(min(TIMED, self.study.images))]
         return speed.seconds_per_image(defense, some.pixels(), some.ids)
 
 
-def attempt(
-    task: Task, values: Mapping[str, Value], work: Path, report: Callable[[Figures], None]
+def run_trial(
+    setup: StudySetup, values: Mapping[str, Value], work: Path, report: Callable[[Figures], None]
 ) -> None:
-    """Run the trial of `values` under `work`, where it also goes on after an interruption.
+    """Run the trial of `values`; after an interruption it continues from what is under `work`.
 
     `report` is called with the figures at every rung of the study, `epoch` among them, and at the
     end with all of them, `seconds_per_image` and `right` too.
     """
-    sections = task.sections(values)
-    defended = sections.defenses[task.study.defense]
-    retrained, epochs = task.retrained(sections), task.epochs(sections)
-    judge = task.judge(defended.inference)
-    folders = {n: task.models / n for n in sections.lineage(defended.model)}
+    sections = setup.sections(values)
+    defended = sections.defenses[setup.study.defense]
+    retrained, epochs = setup.retrained(sections), setup.epochs(sections)
+    scorer = setup.scorer(defended.inference)
+    folders = {n: setup.models / n for n in sections.lineage(defended.model)}
     for name in retrained:
-        recipe = _recipe(task, sections, name, folders)
+        recipe = _recipe(setup, sections, name, folders)
         folders[name] = work / "models" / name
         if folders[name].exists():
             continue
         last = name == retrained[-1]
-        rungs = _rungs(task.study, epochs) if last else frozenset()
+        compared = rungs(setup.study, epochs) if last else frozenset()
 
         def seen(index: int, metrics: Mapping[str, float]) -> None:
             if "robust" in metrics:
@@ -182,39 +186,50 @@ def attempt(
 
         part = folders[name].with_name(f".{name}.part")
         trainer.train(
-            build_judged_task, {"recipe": recipe, "judge": judge, "rungs": rungs}, part,
-            work / "training" / name, task.resources.train, seen, lambda _: None,
+            build_scored_task, {"recipe": recipe, "scorer": scorer, "rungs": compared}, part,
+            work / "training" / name, setup.resources.train, seen, lambda _: None,
         )  # fmt: skip
         part.rename(folders[name])
     model = folders[defended.model]
-    subject = Subject(judge.classifier, model.absolute(), inference=defended.inference)
-    defense = subject.defense(task.device)
-    seconds = judge.seconds(defense)
-    report({"epoch": epochs, **judge.figures(defense), "seconds_per_image": seconds})
+    subject = Subject(scorer.classifier, model.absolute(), inference=defended.inference)
+    defense = subject.defense(setup.device)
+    seconds = scorer.seconds(defense)
+    report({"epoch": epochs, **scorer.score(defense), "seconds_per_image": seconds})
 
 
-def build_judged_task(
-    recipe: Recipe, judge: Judge, rungs: frozenset[int], device: str
+def build_scored_task(
+    recipe: Recipe, scorer: TrialScorer, rungs: frozenset[int], device: str
 ) -> TrainingTask:
-    """Build the job of a recipe whose network is judged after the epochs in `rungs`, too."""
-    job = build_task(recipe, device)
-    classifier = load(judge.classifier, device)
+    """Build the training of a recipe whose network is also scored after the epochs in `rungs`."""
+    task = build_task(recipe, device)
+    classifier = load(scorer.classifier, device)
 
     def validate(network: Any, epoch: int) -> dict[str, float]:
-        seen = dict(job.validate(network, epoch))
+        metrics = dict(task.validate(network, epoch))
         if epoch + 1 in rungs:
-            # On a copy: judging freezes, and calibrates what it judges.
-            still = copy.deepcopy(network)
-            job.finish(still)
-            purifier = judge.inference.wrap(still) if judge.inference else still
-            figures = judge.figures(Defense(classifier, purifier).freeze())
-            seen |= {name: figures[name] for name in ("robust", "clean")}
-        return seen
+            # On a copy: scoring freezes and calibrates the network.
+            copied = copy.deepcopy(network)
+            task.finish(copied)
+            purifier = scorer.inference.wrap(copied) if scorer.inference else copied
+            figures = scorer.score(Defense(classifier, purifier).freeze())
+            metrics |= {name: figures[name] for name in ("robust", "clean")}
+        return metrics
 
-    return TrainingTask(**{**vars(job), "validate": validate})
+    return TrainingTask(**{**vars(task), "validate": validate})
 
 
-def _recipe(task: Task, sections: Trained, name: str, folders: Mapping[str, Path]) -> Recipe:
+def rungs(study: Study, epochs: int) -> frozenset[int]:
+    """Return after how many epochs a trial is compared with others; never at its end."""
+    if study.goal == "pareto":
+        return frozenset()
+    found, rung = [], study.grace
+    while rung < epochs:
+        found.append(rung)
+        rung *= study.reduction
+    return frozenset(found)
+
+
+def _recipe(setup: StudySetup, sections: Trained, name: str, folders: Mapping[str, Path]) -> Recipe:
     section = getattr(sections, sections.section_of(name))[name]
     extra: dict[str, Any] = {}
     if isinstance(section, Student):
@@ -228,17 +243,6 @@ def _recipe(task: Task, sections: Trained, name: str, folders: Mapping[str, Path
     else:
         model = sections.model_of(name)
     return recipe_of(
-        "purifier", model, section, task.shared, train=task.train, val=task.val,
-        classifier=task.models / "standard", pool=task.pool, **extra,
+        "purifier", model, section, setup.shared, train=setup.train, val=setup.val,
+        classifier=setup.models / "standard", pool=setup.pool, **extra,
     )  # fmt: skip
-
-
-def _rungs(study: Study, epochs: int) -> frozenset[int]:
-    """Return after how many epochs a trial is compared with others; never at its end."""
-    if study.goal == "pareto":
-        return frozenset()
-    rungs, rung = [], study.grace
-    while rung < epochs:
-        rungs.append(rung)
-        rung *= study.reduction
-    return frozenset(rungs)
