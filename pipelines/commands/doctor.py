@@ -1,4 +1,7 @@
-"""Look for what would stop the next `dvc repro`, and say what to do; change nothing."""
+"""Look for what would stop the next `dvc repro`, and change nothing.
+
+Every fault is printed with what to do about it; notes say what runs and what is kept.
+"""
 
 import argparse
 import fcntl

@@ -1,16 +1,19 @@
-"""Reads data/train and the classifier, writes the pool: x' against the frozen classifier."""
+"""Craft the pool: an adversarial example of every training image.
+
+Reads data/train and the classifier that is attacked, writes pool.
+"""
 
 from pathlib import Path
 
 from pipelines.config.sections import Pool
 from pipelines.config.views import ThreatView
 from pipelines.runner.context import Context
-from pipelines.tasks.crafting import Order, craft_all
+from pipelines.tasks.crafting import SetSpec, craft_all
 from pipelines.tasks.subject import Subject
 
 
 class PoolParams(ThreatView):
-    """The attack of the pool, and the threat it stays in."""
+    """The attack that makes the pool, and the threat model it obeys."""
 
     pool: Pool
     tracks = {**ThreatView.tracks, "pool": "pool"}
@@ -19,10 +22,10 @@ class PoolParams(ThreatView):
 def run(
     params: PoolParams, context: Context, *, train: Path, classifier: Path, out: Path
 ) -> dict[str, float]:
-    """Craft x' for every training image."""
-    order = Order(
+    """Craft an adversarial example of every training image."""
+    spec = SetSpec(
         Subject(classifier.absolute()), "full", params.pool.attack, train.absolute(),
         params.threat, params.seed, params.batch, out,
     )  # fmt: skip
-    craft_all([order], context)
+    craft_all([spec], context)
     return {}

@@ -1,4 +1,7 @@
-"""Reads data/{train,val}, the classifier, the pool and two teachers, writes the student."""
+"""Distil a purifier from two teachers.
+
+Reads data/{train,val}, the classifier, the pool and the teachers, writes models/<student>.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Reads data/{train,val}, the classifier, the pool and a purifier, writes it fine-tuned by AToP."""
+"""Fine-tune a purifier by AToP.
+
+Reads data/{train,val}, the classifier, the pool and the purifier, writes models/<name>.
+"""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Reads data/test, a classifier and a purifier, writes adversarial/<defense>: sets and probes.
+"""Attack a defense by its ladder and probe it.
 
-`<mode>/<attack>/` are the sets of the defense's ladder, crafted through it; the mode `classifier`
-is not crafted here, since it replays what was crafted against the bare classifier. `checks.json`
-holds the probes that need gradients.
+Reads data/test, the classifier and the purifier, writes adversarial/<defense>: `<mode>/<attack>/`
+holds one set of the ladder, `checks.json` the outcomes of the probes. The mode `classifier` is not
+crafted here: it replays the sets that were crafted against the bare classifier.
 """
 
 from pathlib import Path

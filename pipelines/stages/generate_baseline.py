@@ -1,4 +1,8 @@
-"""Reads data/test and a classifier, writes adversarial/<baseline>: sets and probes, no purifier."""
+"""Attack a bare classifier and probe it.
+
+Reads data/test and the classifier, writes adversarial/<baseline>: a set of adversarial examples for
+every attack of its ladder, and checks.json.
+"""
 
 from pathlib import Path
 

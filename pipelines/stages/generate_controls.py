@@ -1,4 +1,8 @@
-"""Reads data/test and the classifier, writes adversarial/controls: the sets of all controls."""
+"""Attack all controls by their ladders and probe them.
+
+Reads data/test and the classifier, writes adversarial/controls: the sets of every control, and its
+checks.json.
+"""
 
 from pathlib import Path
 
@@ -24,6 +28,6 @@ def run(
         out / name: (Subject(classifier.absolute(), control=control.purifier), control.ladder)
         for name, control in params.controls.items()
     }
-    out.mkdir()  # Also where there is none.
+    out.mkdir()  # Also without any control.
     generate(subjects, params, test, context)
     return {}

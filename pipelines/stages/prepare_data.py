@@ -1,4 +1,7 @@
-"""Reads the source named in params.yaml, writes data/{train,val,test}: Parquet parts + manifest."""
+"""Prepare the training, validation and test images.
+
+Reads the source named in params.yaml, writes data/{train,val,test}: Parquet shards and a manifest.
+"""
 
 import csv
 import io
@@ -8,15 +11,15 @@ from components.data import image_set
 from components.data.shards import write_bytes
 from components.sources import DataConfig, prepare
 from pipelines.config.views import View
-from pipelines.layout import ROOT
+from pipelines.layout import DOWNLOADS, REJECTS
 from pipelines.runner.context import Context
 
-# The source lies on this machine, whatever cluster is named.
+# The source is on this machine, also where a cluster is named.
 LOCAL = True
 
 
 class PrepareParams(View):
-    """The source and how its splits are cut."""
+    """The source, and how its splits are cut."""
 
     seed: int
     data: DataConfig
@@ -31,7 +34,7 @@ def run(
     prepared = prepare(
         params.data,
         params.seed,
-        ROOT / "downloads",
+        DOWNLOADS,
         lambda name, done, total: context.progress.advance(done, total, f"bytes of {name}"),
     )
     for warning in prepared.warnings:
@@ -43,7 +46,7 @@ def run(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "row", "reason"])
     writer.writerows((reject.file, reject.row, reject.reason) for reject in prepared.rejects)
-    write_bytes(Path("reports/rejects.csv"), text.getvalue().encode())
+    write_bytes(REJECTS, text.getvalue().encode())
     return {
         "train": len(prepared.train),
         "val": len(prepared.val),

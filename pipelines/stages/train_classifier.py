@@ -1,4 +1,7 @@
-"""Reads data/{train,val}, writes a classifier as a model folder."""
+"""Train a classifier.
+
+Reads data/{train,val}, writes models/<classifier>.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from pipelines.tasks import training
 
 
 class ClassifierParams(ThreatView):
-    """One entry of `classifiers`, and the threat adversarial training holds against."""
+    """One entry of `classifiers`, and the threat that adversarial training uses."""
 
     classifier: Classifier
     tracks = {**ThreatView.tracks, "classifier": "classifiers.{name}"}

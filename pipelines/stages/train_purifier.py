@@ -1,4 +1,7 @@
-"""Reads data/{train,val}, the classifier and the pool, writes a purifier as a model folder."""
+"""Train a purifier in front of the frozen classifier.
+
+Reads data/{train,val}, the classifier and the pool, writes models/<purifier>.
+"""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Crafting: one task per part of the data, finished parts kept by their own key.
+"""Crafting: one task per set and shard of the data; finished shards are kept by a key.
 
-A set that was crafted before with the same attack, threat, gradient mode, models, images, seed and
-code is not crafted again, whatever else in params.yaml has changed: one more attack costs itself,
-and an interrupted stage goes on where it was.
+The key covers everything that a shard depends on: attack, threat, gradient mode, models, images,
+seed and code. Whatever else in params.yaml has changed, a set with a known key is not crafted
+again: one more attack costs only itself, and an interrupted stage continues where it stopped.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from components.attacks import L2, Attack, Linf, craft
-from components.attacks.sets import seal, write_crafted
+from components.attacks.sets import write_crafted, write_crafted_manifest
 from components.data import image_set, shards
 from components.data.shards import shard_name
 from components.models.defense import Mode
-from pipelines.layout import ROOT
+from pipelines.layout import CRAFTED
 from pipelines.runner.context import Context
 from pipelines.runner.provenance import code_digests
 from pipelines.storage import job_files
@@ -29,8 +29,8 @@ from pipelines.tasks.subject import Subject
 
 
 @dataclass(frozen=True)
-class Order:
-    """One adversarial set to craft, and where to."""
+class SetSpec:
+    """One adversarial set to craft: the attack, the folder of images, and the folder to write."""
 
     subject: Subject
     mode: Mode
@@ -54,37 +54,37 @@ class Order:
         }
 
 
-def craft_all(orders: Sequence[Order], context: Context) -> None:
-    """Craft every order, parts side by side; what is in the keep already is only copied."""
-    if not orders:
+def craft_all(specs: Sequence[SetSpec], context: Context) -> None:
+    """Craft every set, shards side by side; shards that are known already are only copied."""
+    if not specs:
         return
     code = code_digests(sys.modules[__name__])
-    facts = [order.facts() for order in orders]
-    kept = [ROOT / "sets" / _key(one, code) for one in facts]
-    images = image_set.read_by_shard(orders[0].images)
+    facts = [spec.facts() for spec in specs]
+    kept = [CRAFTED / _key(one, code) for one in facts]
+    images = image_set.read_by_shard(specs[0].images)
     tasks: list[dict[str, Any]] = [
-        {"order": order, "part": part, "path": (folder / shard_name(part)).absolute()}
-        for part in range(len(images))
-        for order, folder in zip(orders, kept, strict=True)
+        {"spec": spec, "shard": shard, "path": (folder / shard_name(shard)).absolute()}
+        for shard in range(len(images))
+        for spec, folder in zip(specs, kept, strict=True)
     ]
     there = job_files.available([task["path"] for task in tasks])
     missing = [task for task, done in zip(tasks, there, strict=True) if not done]
     context.map(craft_shard, missing)
-    for order, folder, fact in zip(orders, kept, facts, strict=True):
-        order.out.mkdir(parents=True, exist_ok=True)
-        for part in range(len(images)):
-            job_files.download(folder.absolute() / shard_name(part))
-            shutil.copyfile(folder / shard_name(part), order.out / shard_name(part))
-        seal(order.out, images[0].shape, fact)
+    for spec, folder, fact in zip(specs, kept, facts, strict=True):
+        spec.out.mkdir(parents=True, exist_ok=True)
+        for shard in range(len(images)):
+            job_files.download(folder.absolute() / shard_name(shard))
+            shutil.copyfile(folder / shard_name(shard), spec.out / shard_name(shard))
+        write_crafted_manifest(spec.out, images[0].shape, fact)
 
 
-def craft_shard(order: Order, part: int, path: Path, device: str) -> None:
-    """Craft one part of one set; runs in a worker."""
+def craft_shard(spec: SetSpec, shard: int, path: Path, device: str) -> None:
+    """Craft one shard of one set; runs in a worker."""
     torch.set_num_threads(1)
-    (images,) = image_set.read_by_shard(order.images, part)
+    (images,) = image_set.read_by_shard(spec.images, shard)
     crafted = craft(
-        order.attack, order.subject.defense(device), order.mode, images, order.threat, order.seed,
-        order.batch,
+        spec.attack, spec.subject.defense(device), spec.mode, images, spec.threat, spec.seed,
+        spec.batch,
     )  # fmt: skip
     write_crafted(path, crafted)
     job_files.upload(path)

@@ -1,4 +1,4 @@
-"""Carved out of pipelines/generate_adversarial.py."""
+"""The ladders of some defenses: all their adversarial sets, and the probes that need gradients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from components.probes.models import unchanged
 from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
-from pipelines.tasks.crafting import Order, craft_all
+from pipelines.tasks.crafting import SetSpec, craft_all
 from pipelines.tasks.subject import Subject
 
 
@@ -26,9 +26,13 @@ def generate(
     subjects: Mapping[Path, tuple[Subject, Ladder]], params: CraftingView, test: Path,
     context: Context,
 ) -> None:  # fmt: skip
-    """Craft the ladders of some subjects, each into its folder, and write their probes."""
-    orders = [
-        Order(
+    """Craft the ladder of every subject into its folder, and write its probes there.
+
+    Raises ValueError where a model does not fit the images, or a purifier lacks a stand-in that its
+    ladder names.
+    """
+    specs = [
+        SetSpec(
             subject, cast(Mode, mode), params.attacks[attack], test.absolute(), params.threat,
             params.seed, params.batch, out / mode / attack,
         )
@@ -48,7 +52,7 @@ def generate(
                 f"{', '.join(known) or 'none'}"
             )
     with context.session():
-        craft_all(orders, context)
+        craft_all(specs, context)
         tasks = [
             {
                 "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
@@ -62,7 +66,7 @@ def generate(
 
 
 def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Tensor]:
-    """Return what was crafted with the exact gradient within the threat, by attack."""
+    """Return the sets of bounded attacks that were crafted with the exact gradient, by attack."""
     bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
     return [read_crafted(out / "full" / attack).images for attack in bounded]
 
@@ -76,9 +80,9 @@ def probe_subject(
     defense = subject.defense(device)
     before = state_digest(defense)
     full = ladder.get("full", [])
+    modes = [cast(Mode, mode) for mode in ladder if mode not in REPLAYED]
     findings = probe(
-        defense, [cast(Mode, mode) for mode in ladder if mode not in REPLAYED], image_set.read(test),
-        params.threat, params.seed, params.checks.images,
+        defense, modes, image_set.read(test), params.threat, params.seed, params.checks.images,
         max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), stored,
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]

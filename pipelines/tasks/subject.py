@@ -1,4 +1,4 @@
-"""Carved out of pipelines/crafting.py."""
+"""The defense under attack, as model folders that a worker can load."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from components.models.purifiers import Inference, Purifier
 
 @dataclass(frozen=True)
 class Subject:
-    """What is attacked: a classifier folder, and a purifier folder, a control or nothing.
+    """The defense under attack: a classifier folder with a purifier folder, a control or neither.
 
-    `inference` says how the network of a purifier folder is used.
+    `inference` says how the network of the purifier folder is used.
     """
 
     classifier: Path
@@ -27,7 +27,7 @@ class Subject:
 
     @property
     def bare(self) -> bool:
-        """Whether there is no purifier at all."""
+        """Whether the classifier stands alone."""
         return self.purifier is None and self.control is None
 
     def require_fit(self, images: ImageSet) -> None:
@@ -37,7 +37,7 @@ class Subject:
                 require_fit(folder, images)
 
     def defense(self, device: str = "cpu") -> Defense:
-        """Load it, frozen."""
+        """Load the defense, frozen."""
         classifier = load(self.classifier, device)
         purifier: Purifier | None = None
         if self.purifier is not None:
@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def _traits(self) -> tuple[Sequence[str], bool]:
-        """Load the networks once to ask; a bare classifier needs no asking."""
+        """Load the networks, once; a bare classifier need not be loaded."""
         if self.bare:
             return (), True
         defense = self.defense()
@@ -65,7 +65,7 @@ class Subject:
         return defense.purifier.stand_ins, defense.differentiable
 
     def facts(self) -> dict[str, str]:
-        """Return the fingerprints that say which models these are."""
+        """Return the fingerprints that identify the models."""
         purifier = "none"
         if self.purifier is not None:
             purifier = fingerprint(self.purifier)

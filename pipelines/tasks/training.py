@@ -1,7 +1,7 @@
-"""What every training stage does alike: read the folders, bind the objective, describe the result.
+"""Training one network: what all training stages do alike.
 
-Stages differ in the networks they start from and look through; `Recipe` says which, and `build`
-turns it into a `trainer.TrainingTask` inside each training worker.
+A `Recipe` says what to train on which folders. Inside each training worker, `build_task` reads the
+folders and turns the recipe into a `trainer.TrainingTask`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ from pipelines.runner.context import Context
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: what to build, on which folders, and what stays frozen beside it."""
+    """One training: the network, its data folders, and the frozen networks it learns with."""
 
     family: Literal["classifier", "purifier"]
     model: Config
@@ -69,7 +69,7 @@ def train(
     teachers: Sequence[Path] = (),
     **folders: Path,
 ) -> dict[str, float]:
-    """Train one network into `out`; `folders` are those of `Recipe`."""
+    """Train one network into the folder `out`; `folders` are fields of `Recipe`."""
     recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
     return trainer.train(
         build_task, {"recipe": recipe}, out, context.work, context.resources.train,
@@ -86,7 +86,7 @@ def recipe_of(
     teachers: Sequence[Path] = (),
     **folders: Path,
 ) -> Recipe:
-    """Return the recipe of one network, for workers in other folders than this one."""
+    """Return the recipe of one network, with absolute folders: workers run in other folders."""
     return Recipe(
         family=family,
         model=model,
@@ -101,7 +101,7 @@ def recipe_of(
 
 
 def build_task(recipe: Recipe, device: str) -> TrainingTask:
-    """Build the job of a recipe on a device; ValueError where folders do not fit together."""
+    """Build the training of a recipe on a device; ValueError where folders do not fit together."""
     train, val = image_set.read(recipe.train), image_set.read(recipe.val)
     for folder in (recipe.classifier, recipe.base, *recipe.teachers):
         if folder is not None:
@@ -119,21 +119,21 @@ def build_task(recipe: Recipe, device: str) -> TrainingTask:
             channels_last(network)
     objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
 
-    def right(network: Any) -> int:
+    def count_right(network: Any) -> int:
         defense = Defense(classifier, network) if classifier else Defense(network, None)
         counts = count_correct(
             defense, val.pixels(), val.labels, val.ids, recipe.seed, "train", 1, recipe.batch
         )
         return int(counts.sum())
 
-    # A generative network answers nothing by itself: its defenses are scored, not it.
-    answers = isinstance(model, Classifier | Purifier)
+    # A generative network classifies nothing by itself; the defenses that use it are scored.
+    scored = isinstance(model, Classifier | Purifier)
 
     def facts(network: Any) -> dict[str, Any]:
-        return {"validation": {"correct": right(network), "n": len(val)}} if answers else {}
+        return {"validation": {"correct": count_right(network), "n": len(val)}} if scored else {}
 
     def validate(network: Any, epoch: int) -> dict[str, float]:
-        return {"val_accuracy": right(network) / len(val)} if answers else {}
+        return {"val_accuracy": count_right(network) / len(val)} if scored else {}
 
     def finish(network: Any) -> None:
         if isinstance(network, Purifier):
@@ -143,7 +143,7 @@ def build_task(recipe: Recipe, device: str) -> TrainingTask:
         model=model,
         objective=objective,
         data=train,
-        attacked=_pool(recipe.pool, train),
+        attacked=_read_pool(recipe.pool, train),
         training=recipe.training,
         seed=recipe.seed,
         validate=validate,
@@ -172,7 +172,7 @@ def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCar
     )
 
 
-def _pool(folder: Path | None, train: ImageSet) -> Tensor | None:
+def _read_pool(folder: Path | None, train: ImageSet) -> Tensor | None:
     if folder is None:
         return None
     crafted = read_crafted(folder)
