@@ -1,8 +1,7 @@
-"""The Ray that a stage works on: one of its own, or that of the cluster whose job it is.
+"""The Ray session of a stage: an embedded Ray, or the cluster that runs the job of the stage.
 
-By default a stage with workers starts an embedded Ray (`ray.init(address="local")`), which no other
-Ray on the machine is part of, without dashboard; in a job it joins the cluster that runs the job,
-which may come to have too little for it.
+By default a stage with workers starts an embedded Ray (`ray.init(address="local")`), which shares
+nothing with other Rays on the machine and has no dashboard. In a job the stage joins the cluster.
 """
 
 import logging
@@ -13,25 +12,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from pipelines.cluster.capacity import AUTOSCALES, WAIT, nodes, require_room
 from pipelines.config.resources import TrainingWorkers, Workers
 from pipelines.errors import ConfigError
 from pipelines.storage import jobs
 
-# What is kept for as long as a Ray is held, by what it is for.
+# Objects that live as long as the session that is held, by key.
 kept: dict[Any, Any] = {}
-# What a session sets, and sets back.
-SET = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_OVERRIDE_JOB_RUNTIME_ENV")
-# What the workers of a job must know of their surroundings; keys and tokens are the nodes' own.
+# Environment variables that a session sets, and restores when it ends.
+CHANGED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_OVERRIDE_JOB_RUNTIME_ENV")
+# Environment variables that the workers of a job receive. Keys and tokens never travel: each node
+# has its own.
 CARRIED = (
     jobs.JOB, jobs.STORAGE, jobs.SCRATCH, "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
     "OMP_WAIT_POLICY", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", AUTOSCALES, WAIT,
@@ -39,35 +37,37 @@ CARRIED = (
 
 
 @contextmanager
-def hold(*shares: Workers) -> Iterator[None]:
-    """Hold a Ray with room for some shares: that of the job, or an embedded one started for it.
+def hold(*wanted: Workers) -> Iterator[None]:
+    """Hold a Ray session with room for these workers: join that of the job, or start one.
 
-    None is started for no worker, nor inside a Ray worker, as in a trial of a search: there the Ray
-    that is there serves. ConfigError where this machine or cluster can never hold a share.
+    Starts none where no worker is wanted, nor inside a Ray worker (such as a trial of a search),
+    which has a session already. Raises ConfigError where this machine or cluster can never hold
+    the workers.
     """
-    if held() or not (jobs.job() or any(share.most for share in shares)):
+    if held() or not (jobs.job() or any(workers.most for workers in wanted)):
         yield
         return
-    # Ray puts a handler of its own on SIGTERM, which would end the stage without a word.
+    # Ray installs its own handler of SIGTERM, which would end the stage without a message.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    variables = {name: os.environ.get(name) for name in SET}
+    variables = {name: os.environ.get(name) for name in CHANGED}
     try:
         try:
             with quiet():
                 if jobs.job():
                     _join()
                     if AUTOSCALES not in os.environ:
-                        require_room(shares, nodes())
+                        require_room(wanted, nodes())
                 else:
-                    _embed(shares)
+                    _embed(wanted)
         finally:
             for number, handler in handlers.items():
-                # Where it was interrupted meanwhile, the next time ends it at once.
+                # The default is there after an interruption: the next one ends the process at once.
                 if signal.getsignal(number) is not signal.SIG_DFL:
                     signal.signal(number, handler)
         yield
     finally:
-        _end()
+        kept.clear()
+        _shut_down()
         for name, value in variables.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -75,64 +75,65 @@ def hold(*shares: Workers) -> Iterator[None]:
 
 
 def held() -> bool:
-    """Whether a Ray is held here. Who never imported it has none, and is spared the import."""
+    """Return whether this process has a Ray session, without importing Ray for it."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def _join() -> None:
-    """Join the Ray whose job this is."""
+    """Join the cluster that runs this job."""
     import ray
 
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    # Else Ray takes it for a conflict that the job has some of them already.
+    # The job has some of these variables already, which Ray would report as a conflict.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
 
 
-def _embed(shares: Sequence[Workers]) -> None:
+def _embed(wanted: tuple[Workers, ...]) -> None:
+    """Start a Ray of this process, with room for the workers."""
     import ray
     import torch
 
-    # A token of its own, known to this process and its children alone: left to itself, Ray takes
-    # that of a cluster, or writes one that others may read into the home of its user.
+    # A token that only this process and its children know. By default Ray would use the token of a
+    # cluster, or write a new one, readable for others, to the user's home.
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN"] = _token()
-    found = torch.cuda.device_count()
-    waits = any(isinstance(share, TrainingWorkers) for share in shares)
-    for share in shares:
-        if max(share.least, 1) * share.gpus > found:
+    gpus = torch.cuda.device_count()
+    for workers in wanted:
+        least = max(workers.least, 1)
+        if least * workers.gpus > gpus:
             raise ConfigError(
-                f"resources in params.yaml ask for {max(share.least, 1)} workers with "
-                f"{share.gpus:g} GPU each, and this machine has {found}; gpus: 0 works on the CPU"
+                f"resources in params.yaml ask for {least} workers with {workers.gpus:g} GPU "
+                f"each, and this machine has {gpus}; gpus: 0 works on the CPU"
             )
-    _reaper()
+    _start_reaper()
+    # Ray Train and Tune run a coordinator, which takes a CPU of its own and only waits.
+    coordinators = any(isinstance(workers, TrainingWorkers) for workers in wanted)
     ray.init(
         address="local",
-        # Workers beyond the CPUs there are take turns; Ray Train and Tune have one that only waits.
-        num_cpus=sum(share.most * share.cpus for share in shares) + waits,
-        num_gpus=min(math.ceil(sum(share.most * share.gpus for share in shares)), found),
+        # The machine may have fewer CPUs: then the workers take turns.
+        num_cpus=sum(workers.most * workers.cpus for workers in wanted) + coordinators,
+        num_gpus=min(math.ceil(sum(workers.most * workers.gpus for workers in wanted)), gpus),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
-def _end() -> None:
-    """Shut Ray down; its autoscaler, which scales nothing here, would take a second to hear it."""
+def _shut_down() -> None:
+    """Shut Ray down, also where its start was interrupted and no session is held yet."""
     import ray
 
-    kept.clear()
-    for process in psutil.Process().children():
-        with suppress(psutil.Error):
-            if any(word.endswith("autoscaler/_private/monitor.py") for word in process.cmdline()):
-                process.kill()
     ray.shutdown()
 
 
 @cache
-def _reaper() -> subprocess.Popen[bytes]:
-    """Start what ends the rest of Ray, should this process be killed, with all its group or not."""
-    now = datetime.now().strftime("session_%Y-%m-%d_%H-%M-%S")  # As Ray begins its folders' names.
+def _start_reaper() -> subprocess.Popen[bytes]:
+    """Start the process that ends what is left of the embedded Ray if this process is killed.
+
+    It has its own session, so it survives when the whole process group is killed.
+    """
+    now = datetime.now().strftime("session_%Y-%m-%d_%H-%M-%S")  # How Ray begins a folder's name.
     return subprocess.Popen(
         [sys.executable, "-P", Path(__file__).with_name("reaper.py"), str(os.getpid()), now],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -142,13 +143,13 @@ def _reaper() -> subprocess.Popen[bytes]:
 
 @cache
 def _token() -> str:
-    """Return the token of this process's Ray, one for all its sessions: Ray keeps the first."""
+    """Return the token of this process, the same for all its sessions: Ray keeps the first."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Ray logs of itself; what goes wrong still reaches the caller as an exception."""
+    """Silence Ray's log messages; its exceptions still reach the caller."""
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -157,9 +158,10 @@ def quiet() -> Iterator[None]:
 
 
 def run_in_thread(function: Callable[[], Any], meanwhile: Callable[[], None] = lambda: None) -> Any:
-    """Call in a thread: in the main one Ray Train and Tune would take over Ctrl-C, and exit with 0.
+    """Call a function in a thread; return its result or raise its exception.
 
-    `meanwhile` is called again and again in this one.
+    Ray must not run in the main thread: Ray Train and Tune would take over Ctrl-C and exit with 0,
+    and waiting for a result would swallow it. The main thread calls `meanwhile` every 0.1 s.
     """
     results: list[Any] = []
     failures: list[BaseException] = []
