@@ -1,0 +1,1 @@
+"""What people read: the report, plots, leaderboards, registry entries. Nothing is counted here."""

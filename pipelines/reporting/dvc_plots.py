@@ -1,7 +1,7 @@
-"""What DVC shows: a few numbers of every defense, tables of what is drawn, a picture of the ladder.
+"""What DVC shows: a few numbers of every defense, tables of its curves, a picture of the ladder.
 
-Tables are CSV, a file to a curve; pages that DVC makes of them load Vega from the network. The
-picture, `ladder.svg`, needs nothing.
+Tables are CSV, one file per curve; the pages that DVC makes of them load Vega from the network. The
+picture, `ladder.svg`, needs no network.
 """
 
 import csv
@@ -14,36 +14,37 @@ from components.attacks.ladder import MODES
 from components.data.shards import write_bytes, write_json
 from components.evaluation.counting import Effort
 from components.models.defense import STAND_INS
-from pipelines.reporting.charts import radii
 from pipelines.reporting.networks import Model
-from pipelines.reporting.report import form
-from pipelines.reporting.wording import void_rungs
+from pipelines.reporting.report import template
+from pipelines.tasks.metrics import Metrics, RadiusPoint, Scored
 from pipelines.tasks.panels import Panel, enlarged
 
 PICTURE = "plots.svg.j2"
 
 
 def write_plots(
-    out: Path, metrics: Mapping[str, Any], efforts: Mapping[str, Mapping[str, Effort]],
+    out: Path, metrics: Metrics, efforts: Mapping[str, Mapping[str, Effort]],
     models: Sequence[Model], panels: Mapping[str, Panel],
 ) -> None:  # fmt: skip
-    """Write into the folder `out`; `efforts` are what is drawn of every entry, by its sets.
+    """Write into the folder `out`; `efforts` are those to draw of every entry, by its sets.
 
-    `compute/` holds what all of these sets together leave standing, each given so many passes,
-    `pictures/` the panel of every entry that has one.
+    `compute/` holds the fraction of images that all of these sets together have not fooled within
+    so many passes each, `pictures/` the panel of every entry that has one.
     """
-    scored = metrics["defenses"]
+    scored = metrics.defenses
     ladders = {name: list(_ladder(name, scored[name])) for name in efforts}
     _table(out / "ladder.csv", [step for ladder in ladders.values() for step in ladder])
-    write_bytes(out / "ladder.svg", _picture(ladders, scored, metrics["threat_model"]["n"]))
+    write_bytes(out / "ladder.svg", _picture(ladders, scored, metrics.threat_model.n))
     for name, sets in efforts.items():
-        # DVC knows no plot of nothing: where nobody probed, the curve is its left end.
-        probe = radii(scored[name]) or {0.0: scored[name]["clean"]}
-        rows = [{"radius": radius, **score} for radius, score in probe.items()]
+        # DVC refuses an empty plot: where nothing was probed, the curve is its left end.
+        clean = RadiusPoint(**dict(scored[name].clean), radius=0.0)
+        probe = scored[name].radius_curve or [clean]
+        columns = ("radius", "accuracy", "low", "high", "n")
+        rows = [{column: getattr(point, column) for column in columns} for point in probe]
         _table(out / "radius" / f"{name}.csv", rows)
         if sets:
             curve = Effort.together(list(sets.values())).curve()
-            rows = [{"passes": passes, "standing": share} for passes, share in curve]
+            rows = [{"passes": passes, "standing": standing} for passes, standing in curve]
             _table(out / "compute" / f"{name}.csv", rows)
     for name, panel in panels.items():
         write_bytes(out / "pictures" / f"{name}.png", enlarged(panel))
@@ -53,40 +54,40 @@ def write_plots(
             _table(out / "training" / f"{model.name}.csv", epochs)
 
 
-def write_headlines(out: Path, metrics: Mapping[str, Any]) -> None:
+def write_headlines(out: Path, metrics: Metrics) -> None:
     """Write into the folder `out` the few numbers of every entry that `dvc metrics` prints."""
-    for name, found in metrics["defenses"].items():
+    for name, found in metrics.defenses.items():
         few = {
-            "clean": found["clean"]["accuracy"],
-            "headline": found["headline"]["accuracy"],
-            "low": found["headline"]["low"],
-            "high": found["headline"]["high"],
-            "blocking_failed": len(found["checks"]["blocking_failed"]),
+            "clean": found.clean.accuracy,
+            "headline": found.headline.accuracy,
+            "low": found.headline.low,
+            "high": found.headline.high,
+            "blocking_failed": len(found.checks.blocking_failed),
         }
-        if found["white_box"] is not None:
-            few["white_box"] = found["white_box"]["accuracy"]
+        if found.white_box is not None:
+            few["white_box"] = found.white_box.accuracy
         write_json(out / f"{name}.json", few)
 
 
-def _ladder(name: str, found: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _ladder(name: str, found: Scored) -> Iterable[dict[str, Any]]:
     """Yield the clean accuracy, every rung and the headline of one entry."""
-    rungs = {mode: found["rungs"][mode] for mode in MODES if mode in found["rungs"]}
-    for rung, score in {"clean": found["clean"], **rungs, "headline": found["headline"]}.items():
-        counted = {key: score[key] for key in ("low", "high", "n", "accuracy")}
+    rungs = {mode: found.rungs[mode] for mode in MODES if mode in found.rungs}
+    for rung, score in {"clean": found.clean, **rungs, "headline": found.headline}.items():
+        counted = {key: getattr(score, key) for key in ("low", "high", "n", "accuracy")}
         yield {"step": f"{name}, {rung}", "defense": name, "rung": rung, **counted}
 
 
 def _picture(
-    ladders: Mapping[str, Sequence[Mapping[str, Any]]], scored: Mapping[str, Any], n: int
+    ladders: Mapping[str, Sequence[Mapping[str, Any]]], scored: Mapping[str, Scored], n: int
 ) -> bytes:
     rungs = {str(step["rung"]) for ladder in ladders.values() for step in ladder}
     used = [rung for rung in ("clean", *MODES) if rung in rungs and rung not in STAND_INS]
-    svg = form(PICTURE).render(
+    svg = template(PICTURE).render(
         ladders=ladders,
         n=n,
         used=[*used, *(["stand-in"] if rungs & set(STAND_INS) else [])],
-        bounds=[name for name in ladders if scored[name]["headline"]["upper_bound"]],
-        void={name: void_rungs(scored[name]) for name in ladders},
+        bounds=[name for name in ladders if scored[name].headline.upper_bound],
+        void={name: scored[name].void_rungs for name in ladders},
     )
     return svg.encode()
 

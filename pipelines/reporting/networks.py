@@ -1,4 +1,4 @@
-"""Carved out of pipelines/report.py."""
+"""The trained networks behind the scores: what they were made from, and their training curves."""
 
 import json
 import math
@@ -24,7 +24,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network that plays a part in the scores, and what it was made from."""
+    """A trained network behind the scores, and what it was made from."""
 
     name: str
     mark: str
@@ -38,7 +38,7 @@ class Model:
 def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Model]:
     """Yield the models behind the scores and, by their fingerprints, those they were made from.
 
-    What merely lies in the folder is passed over.
+    Other folders in `models` are ignored.
     """
     known: dict[str, Path] = {}
     for folder in sorted(path for path in models.iterdir() if path.is_dir()):
@@ -68,11 +68,11 @@ def _model(folder: Path, known: Mapping[str, Path]) -> Model:
     path = folder / "history.json"
     history: list[dict[str, float]] = json.loads(path.read_bytes()) if path.is_file() else []
     curves = {name: [epoch[name] for epoch in history] for name in (history or [{}])[0]}
-    shares = {name: curves.pop(name) for name in sorted(curves) if "accuracy" in name}
+    accuracies = {name: curves.pop(name) for name in sorted(curves) if "accuracy" in name}
     loss = {"loss": curves.pop("loss")} if "loss" in curves else {}
     plots = [
         Plot("loss", _rounded_up(max(max(line) for line in loss.values())) if loss else 1.0, loss),
-        Plot("accuracy, %", 100.0, {n: [100 * v for v in line] for n, line in shares.items()}),
+        Plot("accuracy, %", 100.0, {n: [100 * v for v in line] for n, line in accuracies.items()}),
     ]
     return Model(
         name=folder.name,

@@ -1,19 +1,18 @@
-"""What the registry is told of every scored defense: figures, tags, words and files.
+"""What is registered of every scored defense: figures, tags, a description and files.
 
-All of it is read from the metrics of an evaluation and the model folders it scored, so that it can
-be told again, to another store, without scoring anything again.
+All of it is read from the metrics of an evaluation and the model folders it scored, so that another
+store can be filled without scoring anything again.
 """
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from components.models.checkpoints import fingerprint, read_card
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError
-from pipelines.layout import PARAMS
+from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT
 from pipelines.reporting.wording import (
     MEANINGS,
     describe_subject,
@@ -22,34 +21,32 @@ from pipelines.reporting.wording import (
     not_beaten,
 )
 from pipelines.storage import timings
+from pipelines.tasks.metrics import Estimate, Headline, Metrics, Scored, ThreatModel
 from pipelines.tasks.subject import Subject
 from pipelines.tracking.registry import Registration, identity
 
-LOCK, REPORT = Path("dvc.lock"), Path("reports/report.html")
-PICTURES = Path("reports/plots/pictures")
-
 
 def registrations(
-    defenses: Mapping[str, Defended], metrics: Mapping[str, Any], models: Path, dataset: str
+    defenses: Mapping[str, Defended], metrics: Metrics, models: Path, dataset: str
 ) -> list[Registration]:
     """Describe every trained defense; the best without a failed blocking check is the candidate."""
-    found = {name: metrics["defenses"][name] for name in defenses}
-    sound = {n: m for n, m in found.items() if not m["checks"]["blocking_failed"]}
-    best = max(sound, key=lambda name: float(sound[name]["headline"]["low"]), default=None)
-    threat = metrics["threat_model"]
+    found = {name: metrics.defenses[name] for name in defenses}
+    sound = {name: one for name, one in found.items() if not one.checks.blocking_failed}
+    best = max(sound, key=lambda name: sound[name].headline.low, default=None)
     return [
-        _registration(name, defended, found[name], threat, models, dataset, name == best)
+        _registration(
+            name, defended, found[name], metrics.threat_model, models, dataset, name == best
+        )
         for name, defended in defenses.items()
     ]
 
 
 def _registration(
-    name: str, defended: Defended, found: Mapping[str, Any], threat: Mapping[str, Any],
-    models: Path, dataset: str, best: bool,
+    name: str, defended: Defended, found: Scored, threat: ThreatModel, models: Path, dataset: str,
+    best: bool,
 ) -> Registration:  # fmt: skip
     folders = {"classifier": models / "standard", "purifier": models / defended.model}
     inference = defended.inference.model_dump(mode="json") if defended.inference else None
-    failed = found["checks"]["blocking_failed"]
     subject = Subject(folders["classifier"], folders["purifier"], inference=defended.inference)
     return Registration(
         name=name,
@@ -64,77 +61,78 @@ def _registration(
         metrics=_figures(name, found),
         tags={
             "defense": name,
-            "worst_case": _short(found["headline"]),
-            "clean": _short(found["clean"]),
-            "blocking_failed": ", ".join(failed),
-            "warnings": ", ".join(found["checks"]["warnings"])[:4000],
-            "threat": json.dumps(threat),
+            "worst_case": _short(found.headline),
+            "clean": _short(found.clean),
+            "blocking_failed": ", ".join(found.checks.blocking_failed),
+            "warnings": ", ".join(found.checks.warnings)[:4000],
+            "threat": json.dumps(threat.model_dump(mode="json"), sort_keys=True),
             "limpid.candidate": "yes" if best else "no",
             **{f"dvc.lock.{path}": md5 for path, md5 in _locked(folders.values()).items()},
         },
         description=describe(name, describe_subject(subject), found, threat),
         artifacts=[REPORT, PARAMS, PICTURES / f"{name}.png"],
-        files={"scores.json": json.dumps(found, indent=1)},
+        files={"scores.json": json.dumps(found.model_dump(mode="json"), indent=1, sort_keys=True)},
     )
 
 
-def describe(name: str, what: str, found: Mapping[str, Any], threat: Mapping[str, Any]) -> str:
-    """Say of one defense what it is worth, for somebody who never saw the code."""
-    head, clean = found["headline"], found["clean"]
-    said = [
-        f"**{name}**: {what}, in front of a standard-trained classifier.",
-        f"{clean['accuracy']:.1%} of {clean['n']} clean test images are right, and "
-        f"{head['accuracy']:.1%} (95 % interval {head['low']:.1%} to {head['high']:.1%}) under the "
-        f"worst of {len(found['attacks'])} attacks, chosen image by image. The attacker: "
+def describe(name: str, subject: str, found: Scored, threat: ThreatModel) -> str:
+    """Say of one defense what it is worth, for readers who do not know the code."""
+    head, clean = found.headline, found.clean
+    sentences = [
+        f"**{name}**: {subject}, in front of a standard-trained classifier.",
+        f"{clean.accuracy:.1%} of {clean.n} clean test images are right, and "
+        f"{head.accuracy:.1%} (95 % interval {head.low:.1%} to {head.high:.1%}) under the "
+        f"worst of {len(found.attacks)} attacks, chosen image by image. The attacker: "
         f"{describe_threat(threat)}.",
     ]
-    if head["upper_bound"]:
-        said.append("**A blocking check failed: this is an upper bound and no result.**")
-    said += [
-        f"- {check}: {MEANINGS.get(check.partition('/')[0], '')}"
-        for check in found["checks"]["blocking_failed"]
+    if head.upper_bound:
+        sentences.append("**A blocking check failed: this is an upper bound and no result.**")
+    sentences += [
+        f"- {finding.name}: {MEANINGS.get(finding.check, '')}"
+        for finding in found.checks.failed()
+        if finding.level == "block"
     ]
-    rungs = [f"{rung} {score['accuracy']:.1%}" for rung, score in found["rungs"].items()]
-    said.append(f"By what the attacker knows: {', '.join(rungs)}.")
-    said += [sentence for sentence in (illusion(name, found),) if sentence]
+    rungs = [f"{rung} {score.accuracy:.1%}" for rung, score in found.rungs.items()]
+    sentences.append(f"By what the attacker knows: {', '.join(rungs)}.")
+    sentences += [sentence for sentence in (illusion(name, found),) if sentence]
     rivals = not_beaten(found)
     if rivals:
-        said.append(f"It {rivals}.")
-    return "\n\n".join(said)
+        sentences.append(f"It {rivals}.")
+    return "\n\n".join(sentences)
 
 
-def _short(score: Mapping[str, Any]) -> str:
-    low, high = 100 * score["low"], 100 * score["high"]
-    bound = "at most " if score.get("upper_bound") else ""
-    return f"{bound}{100 * score['accuracy']:.1f} % ({low:.1f} to {high:.1f}), n = {score['n']}"
+def _short(score: Estimate) -> str:
+    low, high = 100 * score.low, 100 * score.high
+    bound = "at most " if isinstance(score, Headline) and score.upper_bound else ""
+    return f"{bound}{100 * score.accuracy:.1f} % ({low:.1f} to {high:.1f}), n = {score.n}"
 
 
-def _figures(name: str, found: Mapping[str, Any]) -> dict[str, float]:
-    head, clean = found["headline"], found["clean"]
+def _figures(name: str, found: Scored) -> dict[str, float]:
+    head, clean = found.headline, found.clean
     figures = {
-        "headline": head["accuracy"],
-        "headline_low": head["low"],
-        "headline_high": head["high"],
-        "clean": clean["accuracy"],
-        "clean_low": clean["low"],
-        "clean_high": clean["high"],
-        "n": head["n"],
-        "blocking_failed_count": len(found["checks"]["blocking_failed"]),
-        **{f"rung_{rung}": score["accuracy"] for rung, score in found["rungs"].items()},
+        "headline": head.accuracy,
+        "headline_low": head.low,
+        "headline_high": head.high,
+        "clean": clean.accuracy,
+        "clean_low": clean.low,
+        "clean_high": clean.high,
+        "n": head.n,
+        "blocking_failed_count": len(found.checks.blocking_failed),
+        **{f"rung_{rung}": score.accuracy for rung, score in found.rungs.items()},
     }
     seconds = timings.known(image_of(name))
     return figures if seconds is None else {**figures, "ms_per_image": 1000 * seconds}
 
 
 def image_of(name: str) -> str:
-    """Return under which title the time of one image of a defense is kept."""
+    """Return the title in reports/timings.json of the time that one image of a defense takes."""
     return f"one image of {name}"
 
 
 def _locked(folders: Iterable[Path]) -> dict[str, str]:
-    """Return the md5 by which DVC locked each of these outs; nothing where it has not yet."""
+    """Return the md5 of each of these outs in dvc.lock; those it does not have are left out."""
     try:
-        stages = read_yaml(LOCK)["stages"]
+        stages = read_yaml(DVC_LOCK)["stages"]
     except (ConfigError, KeyError):
         return {}
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}

@@ -1,12 +1,12 @@
-"""what scores and checks mean, in sentences"""
+"""What scores and checks mean, in sentences."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from components.attacks.ladder import MODES
+from pipelines.tasks.metrics import EntryRole, Estimate, Scored, ThreatModel, rung_of
 from pipelines.tasks.subject import Subject
 
-ROLES = ("baseline", "defense", "control")
+ROLES: tuple[EntryRole, ...] = get_args(EntryRole)
 BLIND = {
     "transfer": "has only another classifier",
     "classifier": "ignores the purifier",
@@ -50,97 +50,83 @@ MEANINGS = {
 }
 
 
-def percent(share: float) -> str:
-    """Return a share as per cent with one digit: 0.942 is `94.2 %`."""
-    return f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """Return a fraction as per cent with one digit: 0.942 is `94.2 %`."""
+    return f"{100 * fraction:.1f} %"
 
 
-def interval(score: Mapping[str, Any]) -> str:
+def interval(score: Estimate) -> str:
     """Return the interval of a score in per cent."""
-    return f"{100 * score['low']:.1f}\N{EN DASH}{100 * score['high']:.1f}"
+    return f"{100 * score.low:.1f}\N{EN DASH}{100 * score.high:.1f}"
 
 
 def settings(value: Mapping[str, Any]) -> str:
     """Return nested settings on one line, the kind first: `pgd, steps 40, random_start yes`."""
 
-    def text(part: Any) -> str:
-        if isinstance(part, Mapping):
-            return f"({settings(part)})"
-        if part is None:
+    def text(one: Any) -> str:
+        if isinstance(one, Mapping):
+            return f"({settings(one)})"
+        if one is None:
             return "none"
-        return ("no", "yes")[part] if isinstance(part, bool) else str(part)
+        return ("no", "yes")[one] if isinstance(one, bool) else str(one)
 
     kind = [str(value["kind"])] if "kind" in value else []
     return ", ".join([*kind, *(f"{key} {text(value[key])}" for key in value if key != "kind")])
 
 
-def describe_threat(threat: Mapping[str, Any]) -> str:
+def describe_threat(threat: ThreatModel) -> str:
     """Say what the attacker may change; the radius in [0,1] and in 255ths."""
     radius = describe_radius(threat)
-    if threat["norm"] == "linf":
+    if threat.norm == "linf":
         return f"L-infinity, radius {radius}: no pixel changes by more"
     return f"L2, radius {radius}: no image moves further, in Euclidean distance over all its pixels"
 
 
-def describe_radius(threat: Mapping[str, Any]) -> str:
+def describe_radius(threat: ThreatModel) -> str:
     """Return the radius in 255ths and in [0,1]."""
-    if threat["norm"] == "linf":
-        eps = float(threat["eps_255"])
-        return f"{eps:g}/255 = {eps / 255:.4g}"
-    eps = float(threat["eps_l2"])
-    return f"{255 * eps:g}/255 = {eps:g}"
+    if threat.norm == "linf":
+        return f"{threat.eps_255:g}/255 = {threat.eps_255 / 255:.4g}"
+    return f"{255 * threat.eps_l2:g}/255 = {threat.eps_l2:g}"
 
 
-def illusion(name: str, found: Mapping[str, Any]) -> str:
+def illusion(name: str, found: Scored) -> str:
     """Say what is left of the rungs that show robustness where there is none; "" if none does."""
-    rungs = found["rungs"]
-    blind = [text.partition(":")[0] for text in found["illusions"]]
-    if not blind:
+    shown = found.illusory_rungs
+    if not shown:
         return ""
-    seen = ", ".join(
-        f"{percent(rungs[rung]['accuracy'])} when the attacker {BLIND[rung]}" for rung in blind
-    )
-    which = ("number is", "two numbers are", "three numbers are")[len(blind) - 1]
-    left = percent(found["white_box"]["accuracy"])
+    seen = ", ".join(f"{percent(one.seen)} when the attacker {BLIND[one.rung]}" for one in shown)
+    which = ("number is", "two numbers are", "three numbers are")[len(shown) - 1]
     return (
-        f"{name} shows {seen}, and {left} when the attacker differentiates through it: "
-        f"the first {which} no robustness."
+        f"{name} shows {seen}, and {percent(shown[0].left)} when the attacker differentiates "
+        f"through it: the first {which} no robustness."
     )
 
 
-def not_beaten(found: Mapping[str, Any]) -> str:
+def not_beaten(found: Scored) -> str:
     """Say which controls and bare classifiers a defense does not beat; "" if it beats them all."""
-    rivals = found.get("not_better_than", {})
-    said = [
-        f"{name} ({100 * rival['difference']:+.1f} points, p = {rival['p']:.2g})"
-        for name, rival in rivals.items()
+    rivals = [
+        f"{name} ({100 * rival.difference:+.1f} points, p = {rival.p:.2g})"
+        for name, rival in (found.not_better_than or {}).items()
     ]
-    return f"does not beat {', '.join(said)}" if said else ""
+    return f"does not beat {', '.join(rivals)}" if rivals else ""
 
 
-def no_better(name: str, found: Mapping[str, Any]) -> str:
+def no_better(name: str, found: Scored) -> str:
     """Say on how many sets a detector is no better than the control; "" if it mostly is better.
 
-    Sets of a void rung are passed over: there the attack had nothing to follow.
+    Sets of a void rung do not count: there the attack had no gradient to follow.
     """
-    if found["detection"] is None:
+    if found.detection is None:
         return ""
-    void = void_rungs(found)
     sets = [
-        each
-        for attack, each in found["detection"]["attacks"].items()
-        if attack.partition("/")[0] not in void
+        one
+        for attack, one in found.detection.attacks.items()
+        if rung_of(attack) not in found.void_rungs
     ]
-    as_well = sum(each["control_auc"] >= each["auc"] for each in sets)
+    as_well = sum(one.control_auc >= one.auc for one in sets)
     if 2 * as_well <= len(sets):
         return ""
     return f"{name} on {as_well} of {len(sets)} sets"
-
-
-def void_rungs(found: Mapping[str, Any]) -> list[str]:
-    """Return the rungs without a usable gradient: what was run there proves nothing."""
-    failed = {*found["checks"]["blocking_failed"], *found["checks"]["warnings"]}
-    return [mode for mode in MODES if f"gradient_present/{mode}" in failed]
 
 
 def describe_subject(subject: Subject) -> str:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,8 @@ import pyarrow as pa
 import torch
 
 from components.attacks.ladder import MODES, REPLAYED, SURROGATE
-from components.checks.scores import not_beaten
 from components.data import image_set
-from components.data.shards import write_json, write_shard
+from components.data.shards import write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
 from pipelines.config.sections import Baseline, Control, Defended, Ladder, Published, Scoring
@@ -28,12 +26,14 @@ from pipelines.reporting.networks import trained
 from pipelines.reporting.registration import image_of, registrations
 from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
-from pipelines.tasks import speed
-from pipelines.tasks.scoring import Entry, Plan, Result, headline, merge, score_shard, summary
+from pipelines.tasks import metrics, speed
+from pipelines.tasks.metrics import EntryRole, Metrics
+from pipelines.tasks.scoring import Entry, Plan, Result, merge, score_shard
 from pipelines.tasks.subject import Subject
+from pipelines.tasks.summary import compared, summary, threat_model
 from pipelines.tracking.registry import Registration
 
-# How many images are cleaned to see how long it takes.
+# How many images are purified to time one of them.
 TIMED = 16
 
 
@@ -68,111 +68,113 @@ def run(
     out_report: Path,
 ) -> dict[str, float]:
     """Score every baseline, defense and control on every set of its ladder."""
+    images = image_set.read(test)
+    learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
+    cases = json.loads(selftest.read_text())
+
     entries = _entries(params, models.absolute(), adversarial.absolute())
-    plan = Plan(
+    for entry in entries:
+        entry.subject.require_fit(images)
+    plan = _plan(params, val.absolute(), test.absolute(), models.absolute())
+
+    leaked = leakage(images.images, learnt)
+    results, seconds = _compute(entries, plan, context)
+    results = [replace(one, findings=[*one.findings, leaked]) for one in results]
+    pairs = list(zip(entries, results, strict=True))
+    scored = {entry.name: summary(entry, result, plan, images) for entry, result in pairs}
+    found = Metrics(
+        seed=params.seed,
+        selftest=metrics.Selftest(cases=len(cases), caught=sum(case["caught"] for case in cases)),
+        threat_model=threat_model(params.threat, len(images), params.scoring),
+        published={
+            name: metrics.PublishedFigures.model_validate(one.model_dump())
+            for name, one in params.published.items()
+        },
+        defenses=compared(entries, results, scored),
+    )
+
+    networks = list(trained(models, entries, plan))
+    efforts = {entry.name: drawn(entry, scored[entry.name], result) for entry, result in pairs}
+    metrics.write(out_metrics, found)
+    write_headlines(out_headlines, found)
+    write_shard(out_scores, _score_table(entries, results, images.ids.numpy()))
+    panels = first_panels(entries, results, scored, plan)
+    write_plots(out_plots, found, efforts, networks, panels)
+    write_report(out_report, found, entries, results, plan, networks)
+    for name, per_image in seconds.items():
+        context.record_time(image_of(name), per_image)
+    return {name: scored[name].headline.accuracy for name in params.defenses}
+
+
+def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:
+    surrogate = params.baselines.get(SURROGATE)
+    return Plan(
         threat=params.threat,
         attacks=params.attacks,
         scoring=params.scoring,
         seed=params.seed,
         batch=params.batch,
-        val=val.absolute(),
-        test=test.absolute(),
-        unseen=(models / "unseen").absolute(),
-        surrogate=(models / params.baselines[SURROGATE].classifier).absolute()
-        if SURROGATE in params.baselines
-        else None,
+        val=val,
+        test=test,
+        unseen=models / "unseen",
+        surrogate=models / surrogate.classifier if surrogate else None,
     )
-    images = image_set.read(test)
-    for entry in entries:
-        entry.subject.require_fit(images)
-    learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
-    leaked = leakage(images.images, learnt)
-    parts = range(len(image_set.read_by_shard(test)))
-    tasks = [{"entry": entry, "plan": plan, "part": p} for entry in entries for p in parts]
+
+
+def _compute(
+    entries: Sequence[Entry], plan: Plan, context: Context
+) -> tuple[list[Result], dict[str, float]]:
+    """Count every entry on every shard of the test set, and time the defenses."""
+    shards = len(image_set.read_by_shard(plan.test))
+    tasks = [
+        {"entry": entry, "plan": plan, "shard": shard}
+        for entry in entries
+        for shard in range(shards)
+    ]
+    subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
     with context.session():
-        pieces = context.map(score_shard, tasks)
-        subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
-        # All in one task, one after the other: they would slow each other down.
-        (seconds,) = context.map(time_all, [{"subjects": subjects, "test": test.absolute()}])
-    results = [merge(pieces[i : i + len(parts)]) for i in range(0, len(pieces), len(parts))]
-    cases = json.loads(selftest.read_text())
-    metrics: dict[str, Any] = {
-        "selftest": {"cases": len(cases), "caught": sum(case["caught"] for case in cases)},
-        "seed": params.seed,
-        "threat_model": {
-            **params.threat.model_dump(),
-            "n": len(images),
-            "select_draws": params.scoring.select_draws,
-            "score_draws": params.scoring.score_draws,
-        },
-        "published": {name: one.model_dump() for name, one in params.published.items()},
-        "defenses": {
-            entry.name: summary(
-                entry, replace(result, findings=[*result.findings, leaked]), plan, images
-            )
-            for entry, result in zip(entries, results, strict=True)
-        },
-    }
-    _compare(entries, results, metrics["defenses"])
-    scored = metrics["defenses"]
-    behind = list(trained(models, entries, plan))
-    efforts = {e.name: drawn(e, scored[e.name], r) for e, r in zip(entries, results, strict=True)}
-    write_json(out_metrics, metrics)
-    write_headlines(out_headlines, metrics)
-    write_shard(out_scores, _score_table(entries, results, images.ids.numpy()))
-    panels = first_panels(entries, results, scored, plan)
-    write_plots(out_plots, metrics, efforts, behind, panels)
-    write_report(out_report, metrics, entries, results, plan, behind)
-    for name, per_image in seconds.items():
-        context.record_time(image_of(name), per_image)
-    return {name: scored[name]["headline"]["accuracy"] for name in params.defenses}
+        counted = context.map(score_shard, tasks)
+        # One task times all of them in turn: side by side they would slow each other down.
+        (seconds,) = context.map(time_all, [{"subjects": subjects, "test": plan.test}])
+    starts = range(0, len(counted), shards)
+    return [merge(counted[start : start + shards]) for start in starts], seconds
 
 
 def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:
     """List what params.yaml scores: bare classifiers, defenses, controls."""
     standard = models / "standard"
-    subjects: list[tuple[str, str, Subject, Path, Ladder]] = [
-        ("baseline", name, Subject(models / section.classifier), adversarial / name, section.ladder)
-        for name, section in params.baselines.items()
+
+    def entry(role: EntryRole, name: str, subject: Subject, folder: Path, ladder: Ladder) -> Entry:
+        sets = {
+            f"{mode}/{attack}": (
+                adversarial / REPLAYED[mode] / "full" if mode in REPLAYED else folder / mode
+            )
+            / attack
+            for mode in MODES
+            for attack in params.attacks
+            if attack in ladder.get(mode, [])
+        }
+        return Entry(name, role, subject, folder / "checks.json", sets)
+
+    baselines = [
+        entry("baseline", name, Subject(models / one.classifier), adversarial / name, one.ladder)
+        for name, one in params.baselines.items()
     ]
-    subjects += [
-        (
-            "defense",
-            name,
-            Subject(standard, models / section.model, inference=section.inference),
-            adversarial / name,
-            section.ladder,
+    defenses = [
+        entry(
+            "defense", name, Subject(standard, models / one.model, inference=one.inference),
+            adversarial / name, one.ladder,
         )
-        for name, section in params.defenses.items()
-    ]
-    subjects += [
-        (
-            "control",
-            name,
-            Subject(standard, control=section.purifier),
-            adversarial / "controls" / name,
-            section.ladder,
+        for name, one in params.defenses.items()
+    ]  # fmt: skip
+    controls = [
+        entry(
+            "control", name, Subject(standard, control=one.purifier),
+            adversarial / "controls" / name, one.ladder,
         )
-        for name, section in params.controls.items()
-    ]
-    return [
-        Entry(
-            name=name,
-            role=role,
-            subject=subject,
-            probes=folder / "checks.json",
-            sets={
-                f"{mode}/{attack}": (
-                    adversarial / REPLAYED[mode] / "full" if mode in REPLAYED else folder / mode
-                )
-                / attack
-                for mode in MODES
-                for attack in params.attacks
-                if attack in ladder.get(mode, [])
-            },
-        )
-        for role, name, subject, folder, ladder in subjects
-    ]
+        for name, one in params.controls.items()
+    ]  # fmt: skip
+    return [*baselines, *defenses, *controls]
 
 
 def time_all(subjects: Mapping[str, Subject], test: Path, device: str) -> dict[str, float]:
@@ -189,20 +191,7 @@ def registered(
     params: EvaluateParams, dataset: str, *, models: Path, out_metrics: Path, **_: object
 ) -> list[Registration]:
     """Return the defenses to register, once the outputs are in place."""
-    metrics = json.loads(out_metrics.read_text())
-    return registrations(params.defenses, metrics, models, dataset)
-
-
-def _compare(entries: Sequence[Entry], results: Sequence[Result], scored: dict[str, Any]) -> None:
-    """Say of every defense which controls and bare classifiers it does not beat."""
-    shares = {e.name: headline(r)[1].accuracy() for e, r in zip(entries, results, strict=True)}
-    rivals = {entry.name: shares[entry.name] for entry in entries if entry.role != "defense"}
-    for entry in entries:
-        if entry.role == "defense":
-            scored[entry.name]["not_better_than"] = {
-                rival: {"difference": difference, "p": p}
-                for rival, (difference, p) in not_beaten(shares[entry.name], rivals).items()
-            }
+    return registrations(params.defenses, metrics.read(out_metrics), models, dataset)
 
 
 def _score_table(

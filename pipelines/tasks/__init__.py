@@ -1,0 +1,1 @@
+"""What workers do: train, craft, score and time; and the form of the metrics. No Ray, no MLflow."""

@@ -1,7 +1,7 @@
 """The form of reports/metrics.json: `evaluate` writes it, everything else reads it by `read`.
 
 Some values are sentences for people. The facts of each sentence stand beside it as numbers and
-names, and programs read only those. Names of sets are rung/attack (`full/pgd`); `rung_of` splits.
+names, and programs read only those. A set is named rung/attack, for example `full/pgd`.
 
 Every change of the form raises `SCHEMA_VERSION`.
 """
@@ -16,6 +16,7 @@ from components.config import Config
 from components.data.shards import DataError, write_json
 
 SCHEMA_VERSION: Final = 1
+EntryRole = Literal["baseline", "defense", "control"]
 
 
 class Estimate(Config):
@@ -142,7 +143,7 @@ class Scored(Config):
     Only defenses have `not_better_than`; no other entry has the key.
     """
 
-    role: Literal["baseline", "defense", "control"]
+    role: EntryRole
     stochastic: bool
     clean: Estimate
     headline: Headline
@@ -235,8 +236,8 @@ def read(path: Path) -> Metrics:
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version != SCHEMA_VERSION:
         raise DataError(
-            f"{path} has schema version {version}, and this Limpid reads {SCHEMA_VERSION}; "
-            "`dvc repro` renews it"
+            f"{path} has {'no schema version' if version is None else f'schema {version}'}, and "
+            f"this Limpid reads schema {SCHEMA_VERSION}; `dvc repro` renews it"
         )
     try:
         return Metrics.model_validate_json(content)
@@ -256,3 +257,8 @@ def write(path: Path, metrics: Metrics) -> None:
 def rung_of(name: str) -> str:
     """Return the rung of a set that is named rung/attack; of the clean images, "clean"."""
     return name.partition("/")[0]
+
+
+def attack_of(name: str) -> str:
+    """Return the attack of a set that is named rung/attack."""
+    return name.rpartition("/")[2]

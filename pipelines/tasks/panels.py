@@ -1,7 +1,7 @@
 """Pictures of a defense at work: what an attack changed, and what the purifier made of it.
 
-Only pictures and what is answered to them live here; the report lays them out. They are made where
-a defense is scored, of the very bytes and under the very noise that are scored.
+Panels hold pictures and the answers to them; the report lays them out. They are made in the worker
+that scores the defense, from the same bytes and under the same noise.
 """
 
 import base64
@@ -18,11 +18,11 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.defense import Defense
 
-# Side of a picture on the page in CSS pixels, met as nearly as whole magnification allows.
+# Side of a picture on the page in CSS pixels, approximately: magnification is a whole number.
 TILE_PX = 76
 
-# What is said under a picture, and whether that is right (None: nothing to be right about).
-Words = list[tuple[str, bool | None]]
+# The caption of each picture, and whether its answer is right (None: it is no answer).
+Captions = list[tuple[str, bool | None]]
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,34 @@ class Panel:
     sprite: str
     side: tuple[int, int]
     labels: list[str]
-    rows: dict[str, Words]
+    rows: dict[str, Captions]
 
 
-def look(
+def render(
     defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], seed: int, batch: int
 ) -> dict[str, Panel]:
-    """Picture `images` and what every set (S,C,H,W) made of them; no panels of no images.
+    """Return a panel for every set (S,C,H,W) crafted from `images`; none if there are no images.
 
-    Words under a picture are what the bare classifier says of that very picture: under a purified
-    one that is the answer of the defense. It is purified under its first draw of role `score`.
+    A caption is the answer of the bare classifier to that picture: under a purified picture it is
+    the answer of the defense. Images are purified under the first draw of role `score`.
     """
     if not sets or not len(images):
         return {}
     clean = images.pixels()
     purified = _purified(defense, images, list(sets.values()), seed, batch)
-    said = _say(defense, clean, images)
+    answers = _answers(defense, clean, images)
     height, width = images.shape[1:]
     scale = max(1, round(TILE_PX / max(height, width)))
     panels = {}
     for (name, attacked), restored in zip(sets.items(), purified, strict=True):
         change = (attacked - clean).abs()
         gain = max(1, math.floor(1 / max(float(change.max()), 1e-6)))
-        rows = {"clean": said, "adversarial": _say(defense, attacked, images)}
+        rows = {"clean": answers, "adversarial": _answers(defense, attacked, images)}
         pictures = [clean, attacked]
         if defense.purifier is not None:
-            rows["purified"] = _say(defense, restored, images)
+            rows["purified"] = _answers(defense, restored, images)
             pictures.append(restored)
-        lengths: Words = [(f"L2 {float(part.norm()):.2f}", None) for part in change]
+        lengths: Captions = [(f"L2 {float(one.norm()):.2f}", None) for one in change]
         panels[name] = Panel(
             sprite=_sprite([*pictures, gain * change]),
             side=(scale * width, scale * height),
@@ -84,20 +84,20 @@ def enlarged(panel: Panel) -> bytes:
 def _purified(
     defense: Defense, images: ImageSet, sets: Sequence[Tensor], seed: int, batch: int
 ) -> Sequence[Tensor]:
-    """Purify all sets together: a purifier that iterates takes hardly longer for many images."""
+    """Purify all sets together: to an iterating purifier, more images cost little more time."""
     device = next(defense.classifier.parameters()).device
     attacked, ids = torch.cat(list(sets)), images.ids.repeat(len(sets))
-    parts = []
+    batches = []
     with torch.no_grad():
         for start in range(0, len(attacked), batch):
             rows = slice(start, start + batch)
             draws = Draws(seed, "score", ids[rows].to(device))
-            parts.append(defense.purify(attacked[rows].to(device), draws).cpu())
-    return torch.cat(parts).chunk(len(sets))
+            batches.append(defense.purify(attacked[rows].to(device), draws).cpu())
+    return torch.cat(batches).chunk(len(sets))
 
 
-def _say(defense: Defense, x: Tensor, images: ImageSet) -> Words:
-    """Return what the bare classifier says of every picture, and whether it is right."""
+def _answers(defense: Defense, x: Tensor, images: ImageSet) -> Captions:
+    """Return the bare classifier's answer to every picture, and whether it is right."""
     device = next(defense.classifier.parameters()).device
     with torch.no_grad():
         confidence, answers = defense.classifier(x.to(device)).softmax(1).max(1)

@@ -1,4 +1,4 @@
-"""Carved out of pipelines/timings.py."""
+"""How long a defense takes to purify an image."""
 
 import time
 
@@ -10,18 +10,18 @@ from components.models.defense import Defense
 
 
 def seconds_per_image(defense: Defense, images: Tensor, ids: Tensor) -> float:
-    """Return how long cleaning one of these images (N,C,H,W) takes as one batch, the second time.
+    """Return the seconds per image that purifying a batch (N,C,H,W) takes on the second call.
 
-    Zero for a bare classifier. By the clock of this machine, with what else it does just then.
+    Zero for a bare classifier. This is wall-clock time, whatever else the machine is doing.
     """
     if defense.purifier is None:
         return 0.0
     device = next(defense.parameters()).device
     x, draws = images.to(device), Draws(0, "score", ids.to(device))
     with torch.no_grad():
-        # The first time of a shape is longer.
+        # The first call for a shape takes longer.
         defense.purify(x, draws)
         began = time.perf_counter()
-        # Bringing the result home waits for an accelerator.
+        # Copying the result to the CPU waits for the accelerator to finish.
         defense.purify(x, draws).cpu()
     return (time.perf_counter() - began) / len(images)

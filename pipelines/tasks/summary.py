@@ -1,0 +1,233 @@
+"""Summing up and judging what was counted of an entry, for reports/metrics.json.
+
+Every figure comes from a `Result`; sentences stand beside the figures they are about.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from components.attacks import L2, Attack, Linf
+from components.attacks.ladder import MODES
+from components.checks.scores import (
+    draws_enough,
+    full_is_strongest,
+    illusions,
+    not_beaten,
+    order_of_strength,
+    selection,
+    stand_ins_tried,
+    strong_enough,
+    undefended_falls,
+    white_is_strongest,
+)
+from components.checks.sets import rounding
+from components.data.image_set import ImageSet
+from components.evaluation.counting import CLEAN, Score, majority_of, per_class, worst, worst_of
+from components.evaluation.detection import detection
+from components.models.checkpoints import read_card
+from components.models.defense import STAND_INS
+from components.probes import Finding
+from components.probes.contract import Accuracies
+from components.probes.statistics import summarise, wilson
+from pipelines.config.sections import Scoring
+from pipelines.tasks import metrics
+from pipelines.tasks.metrics import Estimate, Scored, rung_of
+from pipelines.tasks.scoring import Entry, Plan, Result
+
+TRIES = 10
+CERTIFICATE = ("gradient_present", "gradient_correct", "eot_agreement")
+# Rungs whose attacks do not see through the purifier; `bpda` does where it has no gradient.
+WEAKER = ("transfer", "classifier", "bpda")
+
+
+def headline(result: Result) -> tuple[list[str], Score]:
+    """Return which set carries each image (N,), and how often the entry is then right."""
+    counted = result.within_threat()
+    return worst(counted, list(counted))
+
+
+def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Scored:
+    """Sum up one entry on the test images; `compared` adds what takes the other entries."""
+    counted = result.within_threat()
+    chosen, carried = headline(result)
+    rungs = _rungs(counted)
+    white_box = _white_box(entry, counted)
+    weaker = [mode for mode in WEAKER if mode in rungs and mode not in entry.white_box_rungs()]
+    seen = {mode: rungs[mode].accuracy() for mode in weaker}
+    shown = illusions(seen, white_box) if white_box is not None else []
+    judged = _judged(entry, result, rungs, counted, carried, plan)
+    findings = [_recorded(finding) for finding in (*result.findings, *judged)]
+    failed = [f.name for f in findings if not f.passed and f.level == "block"]
+    clean, unseen = result.scores[CLEAN], result.unseen
+    detector = detection(result.detector, result.inside, counted) if result.detector else None
+    classes = per_class(carried.accuracy(), images.labels.numpy(), images.class_names)
+    void = {f.about for f in findings if f.check == "gradient_present" and not f.passed}
+    return Scored(
+        role=entry.role,
+        stochastic=bool(clean.draws > 1),
+        clean=_estimate(clean.accuracy()),
+        headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
+        per_class={name: Estimate.model_validate(one) for name, one in classes.items()},
+        carried_by={n: chosen.count(n) for n in dict.fromkeys(chosen)},
+        rungs={mode: _estimate(score.accuracy()) for mode, score in rungs.items()},
+        void_rungs=[mode for mode in MODES if mode in void],
+        white_box=None if white_box is None else _estimate(white_box),
+        attacks=_attacks(result, plan),
+        detection=metrics.Detection.model_validate(detector) if detector else None,
+        retries=metrics.Retries(
+            worst_of_10=_estimate(worst_of(carried, TRIES)),
+            majority_of_10=_estimate(majority_of(carried, TRIES)),
+            clean_worst_of_10=_estimate(worst_of(clean, TRIES)),
+            clean_majority_of_10=_estimate(majority_of(clean, TRIES)),
+        ),
+        unseen_classifier=metrics.UnseenClassifier(
+            clean=_estimate(unseen[0].accuracy()), worst_examples=_estimate(unseen[1].accuracy())
+        ),
+        illusions=[f"{one.rung}: {one.seen:.1%}, {one.left:.1%} in white box" for one in shown],
+        illusory_rungs=[
+            metrics.IllusoryRung(rung=one.rung, seen=one.seen, left=one.left) for one in shown
+        ],
+        radius_curve=_radius_curve(result.findings),
+        checks=metrics.Checks(
+            blocking_failed=failed,
+            warnings=[f.name for f in findings if not f.passed and f.level == "warn"],
+            findings=findings,
+        ),
+        certificate={f.name: f.figures for f in findings if f.check in CERTIFICATE},
+    )
+
+
+def compared(
+    entries: Sequence[Entry], results: Sequence[Result], scored: Mapping[str, Scored]
+) -> dict[str, Scored]:
+    """Return the scores, each defense with the controls and bare classifiers it does not beat."""
+    right = {e.name: headline(r)[1].accuracy() for e, r in zip(entries, results, strict=True)}
+    rivals = {entry.name: right[entry.name] for entry in entries if entry.role != "defense"}
+    found = dict(scored)
+    for entry in entries:
+        if entry.role == "defense":
+            unbeaten = {
+                rival: metrics.Rival(difference=difference, p=p)
+                for rival, (difference, p) in not_beaten(right[entry.name], rivals).items()
+            }
+            found[entry.name] = found[entry.name].model_copy(update={"not_better_than": unbeaten})
+    return found
+
+
+def threat_model(
+    threat: Linf | L2, n: int, scoring: Scoring
+) -> metrics.LinfThreat | metrics.L2Threat:
+    """Return what all scores are about: the ball, the number of images, the draws."""
+    draws = {"select_draws": scoring.select_draws, "score_draws": scoring.score_draws}
+    if isinstance(threat, Linf):
+        return metrics.LinfThreat(norm=threat.norm, eps_255=threat.eps_255, n=n, **draws)
+    return metrics.L2Threat(norm=threat.norm, eps_l2=threat.eps_l2, n=n, **draws)
+
+
+def _estimate(accuracies: npt.NDArray[np.float64]) -> Estimate:
+    return Estimate.model_validate(summarise(accuracies))
+
+
+def _rungs(counted: Mapping[str, Score]) -> dict[str, Score]:
+    """Return the scores under the worst attack of every rung that was run, in ladder order."""
+    rungs = {}
+    for mode in MODES:
+        sets = {n: s for n, s in counted.items() if n == CLEAN or rung_of(n) == mode}
+        if len(sets) > 1:
+            rungs[str(mode)] = worst(sets, list(sets))[1]
+    return rungs
+
+
+def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Accuracies | None:
+    """Return the accuracies (N,) under the worst of all sets that see through the purifier.
+
+    As in the headline, the noise that selects the worst set of an image does not score it.
+    """
+    white = entry.white_box_rungs()
+    sets = {n: s for n, s in counted.items() if n == CLEAN or rung_of(n) in white}
+    return worst(sets, list(sets))[1].accuracy() if len(sets) > 1 else None
+
+
+def _attacks(result: Result, plan: Plan) -> dict[str, metrics.AttackScore]:
+    return {
+        name: metrics.AttackScore(
+            **dict(_estimate(score.accuracy())),
+            bounded=plan.bounded(name),
+            median_l2=float(np.median(result.distance[name])),
+            inside=float(result.inside[name].mean()),
+        )
+        for name, score in result.scores.items()
+        if name != CLEAN
+    }
+
+
+def _radius_curve(findings: Sequence[Finding]) -> list[metrics.RadiusPoint]:
+    """Return the scores of the probe at growing radii; none where there was no probe."""
+    for finding in findings:
+        if finding.name == "radius_pays":
+            accuracies = dict(finding.figures)
+            n = int(accuracies.pop("n"))
+            points = []
+            for radius, accuracy in sorted((float(key), one) for key, one in accuracies.items()):
+                low, high = wilson(accuracy, n)
+                points.append(
+                    metrics.RadiusPoint(radius=radius, accuracy=accuracy, low=low, high=high, n=n)
+                )
+            return points
+    return []
+
+
+def _recorded(finding: Finding) -> metrics.RecordedFinding:
+    check, _, about = finding.name.partition("/")
+    return metrics.RecordedFinding(**dict(finding), check=check, about=about)
+
+
+def _judged(
+    entry: Entry,
+    result: Result,
+    rungs: Mapping[str, Score],
+    counted: Mapping[str, Score],
+    carried: Score,
+    plan: Plan,
+) -> list[Finding]:
+    """Check the counts of an entry against each other."""
+    full = {
+        name: (plan.attack(name).kind, score.accuracy())
+        for name, score in counted.items()
+        if rung_of(name) == "full" and plan.bounded(name)
+    }
+    stochastic = carried.draws > 1
+    findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
+    stored, rounded = (round(float(s.accuracy().sum())) for s in (carried, result.rounded))
+    findings.append(rounding(stored, rounded, len(carried.score)))
+    singles = {name: score.accuracy() for name, score in counted.items()}
+    findings.append(selection(carried.accuracy(), singles))
+    draws = plan.scoring
+    findings.append(draws_enough(stochastic, draws.select_draws, draws.score_draws))
+    accuracies: dict[str, Accuracies] = {mode: score.accuracy() for mode, score in rungs.items()}
+    stand_ins = {str(mode): one for mode, one in accuracies.items() if mode in STAND_INS}
+    known = entry.subject.stand_ins()
+    findings += stand_ins_tried(known, stand_ins, accuracies.get("full"))
+    white_box = _white_box(entry, counted)
+    if white_box is not None:
+        white = (*entry.white_box_rungs(), "fixed_noise")
+        others = {mode: one for mode, one in accuracies.items() if mode not in white}
+        findings += full_is_strongest(white_box, others)
+        attacks: dict[str, list[Attack]] = {}
+        for name in counted:
+            if name != CLEAN and plan.bounded(name):
+                attacks.setdefault(rung_of(name), []).append(plan.attack(name))
+        findings.append(strong_enough(attacks, known, entry.subject.differentiable()))
+    else:
+        detail = "no attack followed the gradient of this defense, or a stand-in for it"
+        findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
+    if entry.subject.bare and _standard_trained(entry):
+        findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
+    return findings
+
+
+def _standard_trained(entry: Entry) -> bool:
+    objective: dict[str, str] = read_card(entry.subject.classifier).provenance["objective"]
+    return objective["kind"] == "classification"
