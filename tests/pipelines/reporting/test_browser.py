@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import PROBES, RIGHT, World
+from fake_evaluation import PROBES, RIGHT, FakeEvaluation
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no chromium and no chrome on the path")
-# Looks at the page as it is laid out, picks another defense and another attack, and looks again.
+# Inspects the page as laid out, picks another defense and another attack, and inspects it again.
 SCRIPT = """
 const seen = () => [...document.querySelectorAll("#images table")]
   .filter((table) => table.offsetParent !== null)
@@ -42,11 +42,11 @@ document.body.append(result);
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return World(tmp_path_factory.mktemp("world")).html()
+    return FakeEvaluation(tmp_path_factory.mktemp("evaluation")).html()
 
 
 def browse(page: Path, *options: str) -> tuple[str, list[str]]:
-    """Open a page without a network; return its DOM and what the browser's console said."""
+    """Open a page without a network; return its DOM and the messages of the browser's console."""
     done = subprocess.run(
         [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -60,27 +60,27 @@ def browse(page: Path, *options: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_it_opens_without_a_word_of_complaint_and_asks_the_network_for_nothing(
-    html: str, tmp_path: Path
-) -> None:
+def test_the_report_opens_without_errors_and_without_the_network(html: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(html)
     dom, console = browse(page)
     assert console == [] and 'id="scores"' in dom
-    # The page's own policy forbids every request, and the console would tell.
+    # The page's own policy forbids every request, and the console reports the attempt.
     page.write_text(html.replace("</main>", '<img src="https://example.org/a.png"></main>'))
     _, console = browse(page)
     assert console and "example.org" in console[0]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_what_is_shown_and_what_picking_shows(html: str, tmp_path: Path, width: int) -> None:
+def test_picking_a_defense_and_an_attack_shows_its_pictures(
+    html: str, tmp_path: Path, width: int
+) -> None:
     page, frame = tmp_path / "page.html", tmp_path / "frame.html"
     policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')
     assert policy.search(html)
     bare = policy.sub("", html)
     page.write_text(bare.replace("</body>", f"<script>{SCRIPT}</script></body>"))
-    # A window is at least 500 pixels wide; a frame is as wide as it is told.
+    # A window is at least 500 pixels wide; a frame takes any width.
     frame.write_text(
         f'<iframe src="page.html" style="border:0;width:{width}px;height:3000px"></iframe><script>'
         'onload = () => { const inner = document.querySelector("iframe").contentDocument;'

@@ -1,4 +1,4 @@
-"""The microscope shows the stored images and what the defense, as it is scored, makes of them."""
+"""Panels show the stored images, and what the defense makes of them as it is scored."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from components.models.accuracy import count_correct
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers.controls import GaussianNoise
-from pipelines.tasks.panels import Panel, look
+from pipelines.tasks.panels import Panel, render
 
 NOISE = GaussianNoise(kind="gaussian_noise", sigma=0.3)
 
@@ -33,10 +33,10 @@ def noisy(classifier: Classifier, test_set: ImageSet) -> Defense:
     return Defense(classifier, NOISE.build(test_set.shape)).freeze()
 
 
-def test_purified_is_what_is_scored(noisy: Defense, test_set: ImageSet) -> None:
+def test_purified_pictures_are_those_that_are_scored(noisy: Defense, test_set: ImageSet) -> None:
     few = test_set[torch.arange(4)]
     sets = {"full/a": few.pixels().flip(3), "full/b": few.pixels() * 0.8}
-    panels = look(noisy, few, sets, 7, 3)
+    panels = render(noisy, few, sets, 7, 3)
     assert list(panels) == list(sets)
     for name, x in sets.items():
         shown = tiles(panels[name])
@@ -44,17 +44,17 @@ def test_purified_is_what_is_scored(noisy: Defense, test_set: ImageSet) -> None:
         assert torch.allclose(shown["clean"], few.pixels()[:, 0], atol=0.003)
         assert torch.allclose(shown["adversarial"], x[:, 0], atol=0.003)
         assert torch.allclose(shown["purified"], purified[:, 0], atol=0.003)
-        # The first draw of the scores answers as the words below the purified pictures say.
+        # Under the first draw of role `score` the defense answers as the captions say.
         counted = count_correct(noisy, x, few.labels, few.ids, 7, "score", 1, 4)
         assert [right for _, right in panels[name].rows["purified"]] == list(counted > 0)
 
 
-def test_the_difference_is_amplified_and_says_by_how_much(
+def test_the_difference_is_amplified_and_labelled_with_the_factor(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     few = test_set[torch.arange(2)]
     moved = (few.pixels() + 0.12).clamp(0, 1)
-    (panel,) = look(Defense(classifier, None), few, {"full/a": moved}, 0, 4).values()
+    (panel,) = render(Defense(classifier, None), few, {"full/a": moved}, 0, 4).values()
     assert list(panel.rows) == ["clean", "adversarial", "|difference|, 8 times"]
     shown = tiles(panel)["|difference|, 8 times"]
     assert torch.allclose(shown, 8 * (moved - few.pixels())[:, 0], atol=0.03)
@@ -62,9 +62,11 @@ def test_the_difference_is_amplified_and_says_by_how_much(
     assert length == f"L2 {float((moved - few.pixels())[0].norm()):.2f}" and right is None
 
 
-def test_words_name_the_answer_and_how_sure(classifier: Classifier, test_set: ImageSet) -> None:
+def test_captions_name_the_answer_and_its_confidence(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
     few = test_set[torch.arange(5)]
-    (panel,) = look(Defense(classifier, None), few, {"full/a": few.pixels()}, 0, 4).values()
+    (panel,) = render(Defense(classifier, None), few, {"full/a": few.pixels()}, 0, 4).values()
     sure, answers = classifier(few.pixels()).softmax(1).max(1)
     expected = [
         (f"{few.class_names[a]} ({100 * s:.0f} %)", a == y)
@@ -73,6 +75,6 @@ def test_words_name_the_answer_and_how_sure(classifier: Classifier, test_set: Im
     assert panel.rows["clean"] == panel.rows["adversarial"] == expected
 
 
-def test_of_no_images_there_are_no_panels(classifier: Classifier, test_set: ImageSet) -> None:
+def test_there_are_no_panels_without_images(classifier: Classifier, test_set: ImageSet) -> None:
     none = test_set[torch.arange(0)]
-    assert look(Defense(classifier, None), none, {"full/a": none.pixels()}, 0, 4) == {}
+    assert render(Defense(classifier, None), none, {"full/a": none.pixels()}, 0, 4) == {}
