@@ -477,11 +477,11 @@ def test_each_part_gets_what_the_former_ones_left_and_the_lowest_margin_is_kept(
 def test_no_part_is_run_once_all_is_fooled(monkeypatch: pytest.MonkeyPatch) -> None:
     _, data = linear_task(4, 5)
     seen: list[list[int]] = []
-    margins = [dict.fromkeys(range(5), -1.0), dict.fromkeys(range(5), -2.0)]
+    margins = [dict.fromkeys(data.ids.tolist(), lowest) for lowest in (-1.0, -2.0)]
     monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
     defense = Defense(Constant([1.0, 0.0, 0.0, 0.0]), None).freeze()
     craft(STANDARD, defense, "full", data, LINF, 0, 5)
-    assert seen == [list(range(5))]
+    assert seen == [data.ids.tolist()]
 
 
 def test_against_a_random_defense_every_part_runs_on_every_image_and_the_stronger_is_kept(

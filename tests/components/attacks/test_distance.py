@@ -467,7 +467,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(
     planted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if planted:
-        monkeypatch.setattr("components.attacks.elastic_net.margin", masked)
+        monkeypatch.setattr("components.attacks.distance.elastic_net.margin", masked)
     model, data = linear_task(4, 40)
     shifted = Linear(model.weight, model.bias - 8)
     one, other = (
