@@ -1,0 +1,1 @@
+"""Checks of what is stored: adversarial sets, and scores against each other."""

@@ -1,4 +1,7 @@
-"""Doubts about counts: attacks out of order, rungs out of order, claims that n cannot carry."""
+"""Checks of scores: attacks and rungs in the order of their strength, claims that n can support.
+
+Accuracies are per image (N,). Comparisons are exact paired tests, with p-values adjusted by Holm.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +12,15 @@ from components.attacks import L2, Attack, Linf
 from components.probes.contract import SIGNIFICANT, Accuracies, Finding
 from components.probes.statistics import holm, more_fooled
 
-# The order of strength of attack kinds: none may be beaten by one of a lower tier.
-# Under noise APGD's choice of steps gains nothing on fixed ones (Lee and Kim 2023): there all that
-# iterates is one tier.
+# The order of strength of attack kinds: no attack may be beaten by one of a lower tier. Under noise
+# the adaptive steps of APGD are no better than fixed ones (Lee and Kim 2023), so against stochastic
+# defenses all iterative attacks are of one tier.
 TIERS = {
     "noise": 0, "fgsm": 1, "r_fgsm": 1, "bim": 2, "pgd": 2, "apgd_ce": 3, "apgd_dlr": 3,
     "apgd_t": 3, "autoattack": 4,
 }  # fmt: skip
-# Attacks that see answers only; what follows gradients should leave them nothing to find.
-BLIND = ("square", "flip")
+# Attacks without gradients. Attacks that follow gradients should leave them nothing to find.
+BLACK_BOX = ("square", "flip")
 LEAST_DRAWS = 10
 
 
@@ -26,8 +29,8 @@ def order_of_strength(
 ) -> list[Finding]:
     """Check 12: on the full rung no attack is beaten by one of a lower tier.
 
-    `full` maps a name to (kind, shares correct per image); compared with the union of all that is
-    stronger, by exact paired tests after Holm.
+    `full` maps names of attacks to (kind, accuracies). Each attack is compared with the worst, per
+    image, of all stronger ones.
     """
 
     def tier(kind: str, unknown: int) -> int:
@@ -35,11 +38,11 @@ def order_of_strength(
         return min(known, 2) if stochastic and kind in TIERS else known
 
     names, values = [], []
-    for name, (kind, shares) in full.items():
-        stronger = [s for k, s in full.values() if tier(k, -1) > tier(kind, 99)]
+    for name, (kind, accuracies) in full.items():
+        stronger = [right for k, right in full.values() if tier(k, -1) > tier(kind, 99)]
         if stronger:
             names.append(name)
-            values.append(more_fooled(shares, np.minimum.reduce(stronger)))
+            values.append(more_fooled(accuracies, np.minimum.reduce(stronger)))
     return [
         Finding(
             name=f"order_of_strength/{name}",
@@ -52,11 +55,11 @@ def order_of_strength(
 
 
 def full_is_strongest(full: Accuracies, others: Mapping[str, Accuracies]) -> list[Finding]:
-    """Checks 17 and 18: no weaker rung beats the union of the white rungs.
+    """Checks 17 and 18: no weaker rung beats `full`, the worst of all white-box rungs per image.
 
-    White are the full gradient and, where a purifier has them, its stand-ins.
+    White-box rungs are the full gradient and the stand-ins, if the purifier has any.
     """
-    adjusted = holm([more_fooled(shares, full) for shares in others.values()])
+    adjusted = holm([more_fooled(accuracies, full) for accuracies in others.values()])
     return [
         Finding(
             name=f"full_is_strongest/{rung}",
@@ -70,7 +73,7 @@ def full_is_strongest(full: Accuracies, others: Mapping[str, Accuracies]) -> lis
 
 @dataclass(frozen=True)
 class Illusion:
-    """How much of a weaker rung's accuracy is left in white box."""
+    """A rung whose accuracy `seen` is far above the accuracy `left` under white-box attacks."""
 
     rung: str
     seen: float
@@ -78,36 +81,37 @@ class Illusion:
 
 
 def illusions(rungs: Mapping[str, Accuracies], white: Accuracies) -> list[Illusion]:
-    """Return the rungs that show at least 10 points more than white-box attacks leave."""
+    """Return the rungs whose accuracy is at least 10 points, and significantly, above `white`."""
     left = float(white.mean())
     return [
-        Illusion(rung, float(shares.mean()), left)
-        for rung, shares in rungs.items()
-        if shares.mean() - left >= 0.1 and more_fooled(white, shares) < SIGNIFICANT
+        Illusion(rung, float(accuracies.mean()), left)
+        for rung, accuracies in rungs.items()
+        if accuracies.mean() - left >= 0.1 and more_fooled(white, accuracies) < SIGNIFICANT
     ]
 
 
 def white_is_strongest(full: Mapping[str, tuple[str, Accuracies]]) -> list[Finding]:
-    """Check 16: on the full rung, attacks that see answers only find next to nothing more.
+    """Check 16: on the full rung, attacks without gradients fool hardly any further images.
 
-    `full` as in `order_of_strength`. An honest small network lets Square fool a few images that
-    gradients miss; what blocks is a significant loss of over a point on at least 1,000 images.
+    `full` is as in `order_of_strength`. On an honest small network Square fools a few images that
+    gradients miss, so only a significant loss of over a point on at least 1,000 images blocks.
     """
-    seen = [shares for kind, shares in full.values() if kind not in BLIND]
+    by_gradient = [right for kind, right in full.values() if kind not in BLACK_BOX]
     findings = []
-    for name, (kind, shares) in full.items():
-        if kind not in BLIND or not seen:
+    for name, (kind, accuracies) in full.items():
+        if kind not in BLACK_BOX or not by_gradient:
             continue
-        union = np.minimum.reduce(seen)
-        lost = float((union - np.minimum(union, shares)).mean())
-        p = more_fooled(np.minimum(union, shares), union)
-        fired = lost > 0.002 and (p < SIGNIFICANT or lost > 0.02)
-        grave = fired and lost > 0.01 and len(union) >= 1000
+        white = np.minimum.reduce(by_gradient)
+        both = np.minimum(white, accuracies)
+        lost = float((white - both).mean())
+        p = more_fooled(both, white)
+        failed = lost > 0.002 and (p < SIGNIFICANT or lost > 0.02)
+        severe = failed and lost > 0.01 and len(white) >= 1000
         findings.append(
             Finding(
                 name=f"white_is_strongest/{name}",
-                level="block" if grave else "warn",
-                passed=not fired,
+                level="block" if severe else "warn",
+                passed=not failed,
                 detail=f"without gradients it fools a further {lost:.1%} of images (p = {p:.3g})",
             )
         )
@@ -119,22 +123,22 @@ def stand_ins_tried(
 ) -> list[Finding]:
     """Check 19: a purifier that iterates or rounds is attacked through all its stand-ins too.
 
-    `known` are the stand-ins it has, `stand_ins` the rungs that were run. Its own gradient may be
-    too noisy, masked or nil: the exact one through a descent by Adam has been seen to leave 63 % of
-    images where that of a single pass left 2 %.
+    `known` are the stand-ins that it has, `stand_ins` the rungs that ran. Its own gradient may be
+    too noisy, masked or zero: in one case the exact gradient through a descent by Adam left 63 % of
+    the images right, and that of a single pass 2 %.
     """
     if not known:
         return []
-    said = [f"{rung} {shares.mean():.1%}" for rung, shares in stand_ins.items()]
+    results = [f"{rung} {accuracies.mean():.1%}" for rung, accuracies in stand_ins.items()]
     if full is not None:
-        said.append(f"full gradient {full.mean():.1%}")
+        results.append(f"full gradient {full.mean():.1%}")
     left_out = [name for name in known if name not in stand_ins]
     return [
         Finding(
             name="stand_ins",
             level="block",
             passed=not left_out,
-            detail=f"right under {', '.join(said) or 'none'}; stand-ins not tried: "
+            detail=f"right under {', '.join(results) or 'none'}; stand-ins not tried: "
             f"{', '.join(left_out) or 'none'}",
         )
     ]
@@ -143,10 +147,10 @@ def stand_ins_tried(
 def strong_enough(
     rungs: Mapping[str, Sequence[Attack]], stand_ins: Sequence[str], differentiable: bool
 ) -> Finding:
-    """Check 26: an attack that sees through the purifier has the steps and the reach to count.
+    """Check 26: a strong attack (`Attack.strong`) went through the purifier.
 
-    The full gradient does by itself. Where nobody followed it far, or there is none, every stand-in
-    and BPDA must have been: one alone may be as blind as the gradient it stands for.
+    One on the full gradient is enough. If there is none, every stand-in and BPDA needs one: a
+    single stand-in may be as useless as the gradient that it stands for.
     """
     strong = {mode for mode, attacks in rungs.items() if any(one.strong() for one in attacks)}
     instead = [*stand_ins, "bpda"] if stand_ins or not differentiable else ["full"]
@@ -162,17 +166,19 @@ def strong_enough(
 
 
 def draws_enough(stochastic: bool, select: int, score: int) -> Finding:
-    """Check 22: a random defense is judged by many fresh draws, for selection and for scoring."""
+    """Check 22: a stochastic defense is judged by enough draws, for selection and for scoring."""
     passed = not stochastic or min(select, score) >= LEAST_DRAWS
-    what = f"{select} draws select, {score} others score" if stochastic else "one answer is enough"
-    return Finding(name="scoring_draws", level="block", passed=passed, detail=what)
+    detail = (
+        f"{select} draws select, {score} others score" if stochastic else "one answer is enough"
+    )
+    return Finding(name="scoring_draws", level="block", passed=passed, detail=detail)
 
 
 def selection(headline: Accuracies, singles: Mapping[str, Accuracies]) -> Finding:
-    """Say whether a single attack, on every image, does better than the worst chosen per image.
+    """Check that no single attack leaves less than the headline, the worst attack per image.
 
-    Only noise can make it so: what selects is not what scores, and among many equal attacks the
-    luckiest is chosen. Deterministic defenses pass by construction.
+    A deterministic defense always passes. Under noise it may fail: the noise that selects the worst
+    attack is not the noise that scores it, and among many equal attacks it selects the luckiest.
     """
     least = min(singles, key=lambda name: float(singles[name].mean()), default=None)
     lowest = float(singles[least].mean()) if least else 1.0
@@ -188,7 +194,7 @@ def selection(headline: Accuracies, singles: Mapping[str, Accuracies]) -> Findin
 def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
     """Check 25: an undefended, standard-trained classifier is fooled on nearly every image.
 
-    Blocks from 8/255 in L-infinity on; at a radius that is small, or not comparable, it warns.
+    It blocks from 8/255 in L-infinity on; at smaller radii, and in other norms, it only warns.
     """
     large = isinstance(threat, Linf) and threat.eps_255 >= 8
     return Finding(
@@ -200,16 +206,16 @@ def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
 
 
 def not_beaten(
-    shares: Accuracies, rivals: Mapping[str, Accuracies]
+    accuracies: Accuracies, rivals: Mapping[str, Accuracies]
 ) -> dict[str, tuple[float, float]]:
-    """Return the rivals that `shares` does not beat: (difference of means, p that it is chance).
+    """Return the rivals that `accuracies` does not beat, with (difference of means, p-value).
 
-    All are shares correct per image under the worst examples (N,); exact paired tests, Holm.
+    All are accuracies under the worst examples.
     """
     names = list(rivals)
-    values = holm([more_fooled(rivals[rival], shares) for rival in names])
+    values = holm([more_fooled(rivals[rival], accuracies) for rival in names])
     return {
-        rival: (float(shares.mean() - rivals[rival].mean()), p)
+        rival: (float(accuracies.mean() - rivals[rival].mean()), p)
         for rival, p in zip(names, values, strict=True)
         if p >= SIGNIFICANT
     }

@@ -1,4 +1,4 @@
-"""Doubts about stored adversarial sets: the bytes, what they were crafted for, and how hard."""
+"""Checks of stored adversarial sets: their bytes, their provenance, and the effort behind them."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,9 @@ from components.probes.contract import Finding
 def stored_set(
     name: str, images: Tensor, ids: Tensor, labels: Tensor, data: ImageSet, threat: Linf | L2 | None
 ) -> list[Finding]:
-    """Checks 1, 2 and 7 on the bytes that were read back: the ball, the range, every image once.
+    """Checks 1, 2 and 7 on stored images (N,C,H,W): the ball, the range, every image once.
 
-    `threat` is None for attacks without a ball, whose range is checked all the same.
+    For attacks without a ball `threat` is None, and only the range is checked.
     """
     complete = torch.equal(ids, data.ids) and torch.equal(labels, data.labels)
     findings = [
@@ -29,36 +29,36 @@ def stored_set(
     ]
     if complete:
         whole = Linf(norm="linf", eps_255=255.0)
-        held = "inside the ball, " if threat else "without a ball: "
+        ball = "inside the ball, " if threat else "without a ball: "
         broken = violations(images, data.pixels(), threat or whole)
         findings.append(
             Finding(
                 name=f"threat_model/{name}",
                 level="block",
                 passed=not broken,
-                detail="; ".join(broken) or f"{held}in [0,1], finite, float32",
+                detail="; ".join(broken) or f"{ball}in [0,1], finite, float32",
             )
         )
     return findings
 
 
-def agreement(name: str, what: Mapping[str, tuple[str, str]]) -> Finding:
-    """Check 30: the set was crafted against the very models it is scored on.
+def agreement(name: str, digests: Mapping[str, tuple[str, str]]) -> Finding:
+    """Check 30: the set was crafted against exactly the models on which it is scored.
 
-    `what` maps a name to (fingerprint at crafting, fingerprint now).
+    `digests` maps what it was crafted with to (digest at crafting, digest now).
     """
-    odd = [part for part, (then, now) in what.items() if then != now]
+    changed = [what for what, (then, now) in digests.items() if then != now]
     detail = "crafted against the models that are scored"
-    if odd:
-        detail = f"crafted against another {' and '.join(odd)}: a transfer, not robust accuracy"
-    return Finding(name=f"provenance/{name}", level="block", passed=not odd, detail=detail)
+    if changed:
+        detail = f"crafted against another {' and '.join(changed)}: a transfer, not robust accuracy"
+    return Finding(name=f"provenance/{name}", level="block", passed=not changed, detail=detail)
 
 
 def effort(name: str, attack: Attack, crafted: Crafted) -> Finding:
-    """Check 26: an image that withstood was attacked for as long as the attack's name promises.
+    """Check 26: every image that withstood cost the backward passes that the attack promises.
 
-    Counted in backward passes, as they were stored. A few images may lie so close to the boundary
-    that the copy with folded normalisation was fooled and the defense itself is not.
+    A few images may have cost fewer. They lie so close to the boundary that the copy with folded
+    normalisation, which attacks run on, was fooled, and the defense itself is not.
     """
     withstood = ~crafted.success
     spent, promised = crafted.backward[withstood], attack.effort()
@@ -75,7 +75,10 @@ def effort(name: str, attack: Attack, crafted: Crafted) -> Finding:
 
 
 def rounding(exact: int, rounded: int, n: int) -> Finding:
-    """Check 3: the worst examples, rounded to 8 bits, fool about as many of n images."""
+    """Check 3: the worst examples fool about as many of n images after rounding to 8 bits.
+
+    `exact` and `rounded` are how many images are right before and after.
+    """
     return Finding(
         name="quantisation",
         level="warn",

@@ -1,0 +1,1 @@
+"""Evaluation: right answers counted and summed up, for defenses and for purifiers as detectors."""

@@ -1,10 +1,11 @@
-"""Scores: forward passes, counting, intervals, paired tests. No gradient is taken here.
+"""Scores: right answers are counted by forward passes alone.
 
 The headline is defined as follows. A is the clean image and every attack of the primary threat;
-each attack stored one image per test image, chosen with noise of role `attack` alone. Per test
-image the worst of A is chosen by the share correct over draws of role `select`, ties by the fixed
-order of A; the headline is the mean share correct of these choices over new draws of role
-`score`. So the noise that selects never scores. A deterministic defense has one draw of each.
+each attack stored one image per test image, chosen with noise of role `attack` alone. For each test
+image the worst of A is selected: the one of lowest accuracy over draws of role `select`, the first
+in the fixed order of A where several are equal. The headline is the mean accuracy of the selected
+images over new draws of role `score`: the noise that selects the worst attack is not the noise that
+scores it. For a deterministic defense one draw serves both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,32 +20,33 @@ from components.attacks import Crafted
 from components.data.draws import Role
 from components.models.accuracy import Counts, count_correct
 from components.models.defense import Defense
+from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
 
-# The name of the clean images among the sets.
+# The name of the clean images among the adversarial sets.
 CLEAN = "clean"
-# Points of a curve over passes, to every tenfold.
-TO_TENFOLD = 16
+# Points of `Effort.curve` per factor of ten in passes.
+PER_DECADE = 16
 
 
 @dataclass(frozen=True)
 class Score:
-    """How often each test image was classified right: `select` and `score` (N,) out of `draws`."""
+    """How often each test image was classified right, of `draws`: `select` and `score` (N,)."""
 
     draws: int
     select: Counts
     score: Counts
 
-    def accuracy(self) -> npt.NDArray[np.float64]:
-        """Return the share of right answers per image, under the scoring noise."""
+    def accuracy(self) -> Accuracies:
+        """Return the accuracy per image (N,), under the scoring noise."""
         return self.score / self.draws
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a set cost: forward and backward passes on every image (N,), and which are `fooled`.
+    """The cost of a set: forward and backward `passes` on every image (N,), and which are `fooled`.
 
-    Where the attack stops at success (`Attack.stops`), an image was fooled when its passes ended.
+    If the attack stops at success (`Attack.stops`), a fooled image was fooled by its last pass.
     """
 
     passes: Counts
@@ -52,30 +54,33 @@ class Effort:
 
     @classmethod
     def of(cls, crafted: Crafted) -> "Effort":
-        """Count both kinds of passes together."""
+        """Return the effort behind a set, both kinds of passes added."""
         passes = crafted.forward + crafted.backward
         return cls(passes.numpy(), crafted.success.numpy())
 
     @classmethod
     def together(cls, efforts: "Sequence[Effort]") -> "Effort":
-        """Return what several sets of the same images cost, each given as many passes."""
+        """Return the effort of several attacks on the same images that run side by side.
+
+        After k passes of each, an image is fooled if one of them has fooled it.
+        """
         fooled = np.stack([effort.fooled for effort in efforts])
         passes = np.stack([effort.passes for effort in efforts])
         first = np.where(fooled, passes, passes.max(0)).min(0)
         return cls(first, fooled.max(0))
 
     def longest(self) -> int:
-        """Return the most passes spent on an image."""
+        """Return the largest number of passes on an image."""
         return int(self.passes.max(initial=1))
 
     def curve(self) -> list[tuple[int, float]]:
-        """Return (k, share of the images that k passes did not fool), to the last that were spent.
+        """Return pairs (k, fraction of images that k passes did not fool), for k up to `longest()`.
 
-        The k are whole numbers, evenly spaced by their logarithm.
+        The k are whole numbers, evenly spaced on a logarithmic scale.
         """
         most = self.longest()
-        evenly = np.geomspace(1, most, 1 + int(np.ceil(TO_TENFOLD * np.log10(most))))
-        counts = np.unique(evenly.round().astype(np.int64))
+        spaced = np.geomspace(1, most, 1 + int(np.ceil(PER_DECADE * np.log10(most))))
+        counts = np.unique(spaced.round().astype(np.int64))
         return [(int(k), float(1 - (self.fooled & (self.passes <= k)).mean())) for k in counts]
 
 
@@ -83,9 +88,9 @@ def count_score(
     defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
     select_draws: int, score_draws: int, batch: int,
 ) -> Score:  # fmt: skip
-    """Count right answers under `role`, and apart from those under the noise that selects.
+    """Count right answers under noise of `role` to score, and under other noise to select.
 
-    A deterministic defense is asked once, for both.
+    A deterministic defense is evaluated once, for both.
     """
     draws = score_draws if defense.stochastic else 1
     scored = count_correct(defense, images, labels, ids, seed, role, draws, batch)
@@ -96,20 +101,21 @@ def count_score(
 
 
 def per_class(
-    shares: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], names: Sequence[str]
+    accuracies: Accuracies, labels: npt.NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, dict[str, float | int]]:
     """Return accuracy, interval and n of every class that has images, in the order of classes."""
     return {
-        name: summarise(shares[labels == index])
+        name: summarise(accuracies[labels == index])
         for index, name in enumerate(names)
         if (labels == index).any()
     }
 
 
 def worst(scores: Mapping[str, Score], order: Sequence[str]) -> tuple[list[str], Score]:
-    """Return per image the name of the worst entry by `select`, and the scores of these choices.
+    """Return per image the name of its worst set by `select`, and the scores on these sets.
 
-    Ties go to the first in `order`. The result's `score` is of noise that had no part in choosing.
+    Of equal sets the first in `order` is taken. `score` of the result is under noise that did not
+    select.
     """
     select = np.stack([scores[name].select / scores[name].draws for name in order])
     chosen = select.argmin(axis=0)
@@ -117,27 +123,27 @@ def worst(scores: Mapping[str, Score], order: Sequence[str]) -> tuple[list[str],
     draws = max(scores[name].draws for name in order)
 
     def pick(of: str) -> Counts:
-        stack = np.stack([getattr(scores[n], of) * (draws // scores[n].draws) for n in order])
-        return np.asarray(stack[chosen, rows], dtype=np.int64)
+        counts = np.stack([getattr(scores[n], of) * (draws // scores[n].draws) for n in order])
+        return np.asarray(counts[chosen, rows], dtype=np.int64)
 
     return [order[index] for index in chosen], Score(draws, pick("select"), pick("score"))
 
 
-def worst_of(score: Score, tries: int) -> npt.NDArray[np.float64]:
-    """Return per image the chance that `tries` of its draws, taken at random, are all right."""
+def worst_of(score: Score, tries: int) -> Accuracies:
+    """Return per image the probability that `tries` random draws are all right."""
     tries = min(tries, score.draws)
     ways = comb(score.draws, tries)
     return np.array([comb(int(right), tries) / ways for right in score.score])
 
 
-def majority_of(score: Score, tries: int) -> npt.NDArray[np.float64]:
-    """Return per image the chance that more than half of `tries` random draws are right."""
+def majority_of(score: Score, tries: int) -> Accuracies:
+    """Return per image the probability that over half of `tries` random draws are right."""
     tries = min(tries, score.draws)
     ways = comb(score.draws, tries)
 
-    def chance(right: int) -> float:
+    def probability(right: int) -> float:
         wrong = score.draws - right
         needed = range(tries // 2 + 1, tries + 1)
         return sum(comb(right, k) * comb(wrong, tries - k) for k in needed) / ways
 
-    return np.array([chance(int(right)) for right in score.score])
+    return np.array([probability(int(right)) for right in score.score])

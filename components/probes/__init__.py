@@ -1,9 +1,8 @@
-"""Doubts about a score, and the probes behind them.
+"""Probes: checks that need the defense itself, its gradients or attacks on it.
 
-A check says what it looked at, whether it passed, and how grave a failure is. Probes need gradients
-and are taken where attacks are crafted (`probe`); the rest judges stored sets (`sets`) and counts
-(`scores`). `docs/evaluation.md` says of every name when it is raised, what that means and what to
-do next.
+`probe` runs them where adversarial sets are crafted. Checks of stored sets and of scores are in
+components/checks. The table in docs/evaluation.md says of every check when it fails, what that
+means and what to do next; the numbers of checks are those of the table.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
     images: int, eot: int, stored: Sequence[Tensor] | None,
 ) -> list[Finding]:  # fmt: skip
-    """Probe a defense on the first `images` images of `data`: models, gradients, eps = 1.
+    """Probe a defense on the first `images` images of `data`, in the gradient modes of its ladder.
 
-    `eot` is the number of draws its attacks average over. With `stored`, what the attacks of the
-    full rung that stay in the ball made of all images (N,C,H,W), the trials that cost attacks of
-    their own are run too.
+    `eot` is the number of draws that its attacks average over. `stored` are the images (N,C,H,W)
+    that the bounded attacks of the full rung made of `data`. With them the thorough probes run as
+    well, which cost attacks of their own.
     """
     device = next(defense.classifier.parameters()).device
     rows = torch.arange(min(len(data), images))
@@ -40,7 +39,7 @@ def probe(
     bench = Bench(defense, x, labels, ids, threat, seed)
     findings = [
         models.convention(data.pixels()),
-        *models.answers(defense, x, labels, bench.draws),
+        *models.check_logits(defense, x, labels, bench.draws),
     ]
     for mode in modes:
         findings.append(gradients.gradient_present(defense, mode, x, labels, bench.draws))

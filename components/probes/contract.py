@@ -1,4 +1,4 @@
-"""What a check says: a finding, how grave it is, and the figures behind it."""
+"""The finding that every check returns."""
 
 from typing import Literal
 
@@ -7,17 +7,17 @@ import numpy.typing as npt
 
 from components.config import Config
 
-# Exact paired tests raise a check below this, after Holm's correction.
+# The p-value under which a paired test fails a check, after Holm's correction.
 SIGNIFICANT = 0.01
 
+# Fraction of right answers per image (N,).
 Accuracies = npt.NDArray[np.float64]
 
 
 class Finding(Config):
-    """The outcome of one check: `detail` is a sentence with the figures.
+    """The outcome of one check: `detail` is a sentence, `figures` are its numbers for programs.
 
-    `block` means that the number it concerns is shown as an upper bound and never as a result.
-    `figures` are those of the detail that a program may want.
+    If a check of level `block` fails, the score it is about is an upper bound and not a result.
     """
 
     name: str

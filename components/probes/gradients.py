@@ -1,8 +1,8 @@
-"""Doubts about gradients: whether they are there, are right, and agree with each other.
+"""Checks of gradients: whether they exist, are right, and agree with each other.
 
-Together these are the certificate that stands beside every result: the share of images without a
-usable gradient, the cosine between the gradient and what differences measure in float64 with the
-noise frozen, and the cosine of two independent EOT estimates.
+Three figures of them are the certificate beside every result: the fraction of images without a
+usable gradient, the cosine between the gradient and central differences (float64, noise frozen),
+and the cosine of two independent EOT estimates.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from components.data.draws import Draws
 from components.models.defense import Defense, Mode, bind, margin
 from components.probes.contract import Finding
 
-MEASURED = 8
-DIRECTIONS = 4
-# Two step lengths of the differences; where they disagree by more than KINK, a ReLU bends between.
+# Images and random directions that gradients are measured on.
+MEASURED, DIRECTIONS = 8, 4
+# Step lengths of the differences. Where the two differ by more than KINK, a ReLU bends between.
 STEPS = (1e-5, 2e-6)
 KINK = 0.01
+# The least cosine between gradient and differences that passes.
 FAITHFUL = 0.95
 EOT_SIZES = (1, 5, 10, 20)
-LARGE = 1e3
+LARGE_LOGIT = 1e3
 
 Scalar = Callable[[Tensor], Tensor]  # images (N,C,H,W) -> one number each (N,)
 
@@ -34,46 +35,47 @@ def gradient_present(
 ) -> Finding:
     """Check 9: the margin has a usable gradient with respect to the input.
 
-    Of a purifier that says it has none, this condemns the rung alone: other rungs carry the number.
+    It only warns where the purifier is declared not differentiable: then this rung is void, and the
+    score rests on other rungs.
     """
     void = mode in ("full", "fixed_noise") and not defense.differentiable
-    share = _unusable(_input_gradient(defense, mode, x, labels, draws, margin))
-    detail = f"{share:.1%} of {len(x)} images have a zero or non-finite gradient in mode {mode}" + (
-        "; attacks in this mode have nothing to follow" if share > 0.01 else ""
-    )
+    unusable = _unusable(_input_gradient(defense, mode, x, labels, draws, margin))
+    detail = f"{unusable:.1%} of {len(x)} images have a zero or non-finite gradient in mode {mode}"
+    if unusable > 0.01:
+        detail += "; attacks in this mode have nothing to follow"
     return Finding(
         name=f"gradient_present/{mode}",
         level="warn" if void else "block",
-        passed=share <= 0.01,
+        passed=unusable <= 0.01,
         detail=detail,
-        figures={"unusable": share},
+        figures={"unusable": unusable},
     )
 
 
 def loss_alive(defense: Defense, mode: Mode, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
     """Check 20: the cross-entropy has a gradient where the margin has one.
 
-    Logits on a large scale saturate it: attacks on that loss alone then stand still.
+    Very large logits saturate the cross-entropy; attacks on that loss then stand still.
     """
     with torch.no_grad():
         scale = float(defense(x, draws).abs().amax())
-    dead = _unusable(_input_gradient(defense, mode, x, labels, draws, cross_entropy))
-    alive = _unusable(_input_gradient(defense, mode, x, labels, draws, margin))
+    missing = _unusable(_input_gradient(defense, mode, x, labels, draws, cross_entropy))
+    margin_missing = _unusable(_input_gradient(defense, mode, x, labels, draws, margin))
     return Finding(
         name=f"loss_alive/{mode}",
         level="warn",
-        passed=scale <= LARGE and dead <= alive + 0.01,
-        detail=f"largest logit {scale:.3g}; {dead:.1%} of {len(x)} images have no gradient of the "
-        f"cross-entropy, {alive:.1%} none of the margin",
+        passed=scale <= LARGE_LOGIT and missing <= margin_missing + 0.01,
+        detail=f"largest logit {scale:.3g}; {missing:.1%} of {len(x)} images have no gradient of "
+        f"the cross-entropy, {margin_missing:.1%} none of the margin",
     )
 
 
 def gradient_correct(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
-    """Check 10: along random directions the gradient says what central differences measure.
+    """Check 10: along random directions the gradient equals central differences.
 
-    In float64, with the noise frozen, on the whole defense and on either half by itself: a
-    purifier that is cut out of the graph in part shows in its own half. Directions along which two
-    step lengths disagree cross a kink and say nothing; if most do, nothing is differentiable here.
+    In float64, with the noise frozen, for the whole defense and for each half alone: a path that is
+    cut out of the purifier shows in the cosine of the purifier. Directions along which two step
+    lengths disagree cross a kink and are left out; if most do, the cosine is 0.
     """
     exact = deepcopy(defense).double()
     x, labels, draws = x[:MEASURED].double(), labels[:MEASURED], draws[_first(x)]
@@ -102,10 +104,10 @@ def gradient_correct(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) 
 
 
 def eot_agreement(defense: Defense, x: Tensor, labels: Tensor, draws: Draws, eot: int) -> Finding:
-    """Check 21: two independent estimates of the gradient, of `eot` draws each, point one way."""
+    """Check 21: two independent estimates of the gradient, of `eot` draws each, agree."""
     rows, most = _first(x), max(*EOT_SIZES, eot)
     target = bind(defense, "full", draws[rows], 1)
-    # An estimate is the mean over its draws, so the large ones hold the small ones.
+    # An estimate is a mean over draws, so the larger ones reuse the draws of the smaller ones.
     singles = [
         target.evaluate(x[rows], labels[rows], margin, draw).gradient for draw in range(2 * most)
     ]
@@ -142,7 +144,7 @@ def _unusable(gradient: Tensor) -> float:
 
 
 def _cosine(scalar: Scalar, x: Tensor, draws: Draws) -> float:
-    """Return the median over images of the cosine over directions; 0 where nothing can be said."""
+    """Return the median over images of the cosine over directions; 0 if most cross a kink."""
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         value = scalar(point)
@@ -152,10 +154,10 @@ def _cosine(scalar: Scalar, x: Tensor, draws: Draws) -> float:
         slope = slope if found is None else found.nan_to_num(0, 0, 0)
     claimed, measured, smooth = [], [], []
     for index in range(DIRECTIONS):
-        way = draws.redraw(index).normal(tuple(x.shape[1:]), "direction").double()
-        way = way / way.flatten(1).norm(dim=1)[:, None, None, None]
-        coarse, fine = (_difference(scalar, x, way, step) for step in STEPS)
-        claimed.append((slope * way).sum((1, 2, 3)))
+        direction = draws.redraw(index).normal(tuple(x.shape[1:]), "direction").double()
+        direction = direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
+        coarse, fine = (_difference(scalar, x, direction, step) for step in STEPS)
+        claimed.append((slope * direction).sum((1, 2, 3)))
         measured.append(fine)
         size = torch.maximum(coarse.abs(), fine.abs()).clamp_min(1e-9)
         smooth.append(((coarse - fine).abs() <= KINK * size) & fine.isfinite())
@@ -168,7 +170,7 @@ def _cosine(scalar: Scalar, x: Tensor, draws: Draws) -> float:
     return float(cosines.median())
 
 
-def _difference(scalar: Scalar, x: Tensor, way: Tensor, step: float) -> Tensor:
+def _difference(scalar: Scalar, x: Tensor, direction: Tensor, step: float) -> Tensor:
     with torch.no_grad():
-        found: Tensor = (scalar(x + step * way) - scalar(x - step * way)) / (2 * step)
+        found: Tensor = (scalar(x + step * direction) - scalar(x - step * direction)) / (2 * step)
     return found

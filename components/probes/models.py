@@ -1,4 +1,4 @@
-"""Doubts about the models: what goes in, what comes out, and whether they hold still."""
+"""Checks of the models: what goes in, what comes out, and that nothing changes meanwhile."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,16 @@ from components.models.defense import Defense
 from components.probes.contract import SIGNIFICANT, Finding
 from components.probes.statistics import more_fooled
 
-# Two answers differ if they are further apart than this share of their length; AutoAttack's rule.
-SAME = 1e-4
-ANSWERS = 5
-BATCHES = (1, 7)
+# Logits further apart than this fraction of their norm are different; AutoAttack's rule.
+TOLERANCE = 1e-4
+REPEATS = 5
+BATCH_SIZES = (1, 7)
+# Added to ids to make ids that no image has.
+UNKNOWN = 1_000_003
 
 
 def convention(pixels: Tensor) -> Finding:
-    """Check 4: what is attacked are pixels in [0,1], not normalised and not 0..255 (N,C,H,W)."""
+    """Check 4: pixels (N,C,H,W) are in [0,1], neither normalised nor in 0..255."""
     low, high = pixels.amin().item(), pixels.amax().item()
     mean, std = pixels.mean().item(), pixels.std().item()
     passed = low >= 0 and high <= 1 and 0.02 <= mean <= 0.98 and std > 0.02
@@ -26,7 +28,7 @@ def convention(pixels: Tensor) -> Finding:
 
 
 def logits_sound(logits: Tensor) -> Finding:
-    """Check 5: logits (N,K) are finite, no softmax, and not the same for every image."""
+    """Check 5: logits (N,K) are finite, not softmaxed, and not the same for every image."""
     finite = bool(logits.isfinite().all())
     sums = logits.sum(1)
     softmax = finite and bool(
@@ -34,80 +36,82 @@ def logits_sound(logits: Tensor) -> Finding:
     )
     constant = finite and len(logits) > 1 and bool(logits.std(0).max() < 1e-6)
     faults = [("not finite", not finite), ("already softmaxed", softmax), ("constant", constant)]
-    found = [name for name, is_so in faults if is_so]
+    found = [name for name, present in faults if present]
     detail = f"logits of {len(logits)} images are " + (", ".join(found) or "finite and varied")
     return Finding(name="logits", level="block", passed=not found, detail=detail)
 
 
-def answers(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> list[Finding]:
+def check_logits(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> list[Finding]:
     """Checks 5, 11, 29 and batch independence, on pixels (N,C,H,W) with labels (N,)."""
     with torch.no_grad():
-        given = [defense(x, draws.redraw(draw)) for draw in range(ANSWERS)]
-    spread = max(_apart(answer, given[0]) for answer in given)
-    random = spread > SAME
+        logits = [defense(x, draws.redraw(draw)) for draw in range(REPEATS)]
+    spread = max(_relative_distance(one, logits[0]) for one in logits)
+    random = spread > TOLERANCE
     declared = "stochastic" if defense.stochastic else "deterministic"
-    detail = f"declared {declared}; {ANSWERS} answers differ by {spread:.1e} of their length"
+    detail = f"declared {declared}; {REPEATS} answers differ by {spread:.1e} of their length"
     return [
-        logits_sound(given[0]),
+        logits_sound(logits[0]),
         Finding(
             name="randomness_declared",
             level="block",
             passed=random == defense.stochastic,
             detail=detail,
         ),
-        _alone(defense, x, draws, given[0]),
-        _anonymous(defense, x, labels, draws),
+        _batch_independence(defense, x, draws, logits[0]),
+        _labels_unseen(defense, x, labels, draws),
     ]
 
 
-def _alone(defense: Defense, x: Tensor, draws: Draws, together: Tensor) -> Finding:
-    """Return whether an image is answered alike in any company, under the same noise."""
-    apart = 0.0
+def _batch_independence(defense: Defense, x: Tensor, draws: Draws, whole: Tensor) -> Finding:
+    """Compare logits of small batches with `whole` (N,K), those of one batch, under equal noise."""
+    largest = 0.0
     with torch.no_grad():
-        for size in BATCHES:
+        for size in BATCH_SIZES:
             for start in range(0, min(len(x), 3 * size), size):
                 rows = torch.arange(start, min(start + size, len(x)), device=x.device)
-                apart = max(apart, _apart(defense(x[rows], draws[rows]), together[rows]))
+                distance = _relative_distance(defense(x[rows], draws[rows]), whole[rows])
+                largest = max(largest, distance)
     return Finding(
         name="batch_independence",
         level="block",
-        passed=apart <= 10 * SAME,
-        detail=f"answers in batches of 1, 7 and {len(x)} differ by {apart:.1e} of their length",
+        passed=largest <= 10 * TOLERANCE,
+        detail=f"answers in batches of 1, 7 and {len(x)} differ by {largest:.1e} of their length",
     )
 
 
-def _anonymous(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
-    """Check 29: the answer depends on the picture and on noise, never on whose picture it is.
+def _labels_unseen(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
+    """Check 29: the prediction depends on pixels and noise alone, never on the image's id.
 
-    An image's id reaches a purifier with its noise. Every image is shown under the id of another:
-    one that knows labels by id names that one's class, more often than under ids nobody knows.
+    A purifier gets the id with the noise. Here every image comes with the id of another one. A
+    defense that looks labels up by id then predicts the class of that other image, more often than
+    it does under ids that no image has.
     """
-    strange = Draws(draws.seed, draws.role, draws.ids + 1_000_003)
-    shown = x.roll(1, 0)
-    repeats = ANSWERS if defense.stochastic else 1
-    named = []
+    unknown = Draws(draws.seed, draws.role, draws.ids + UNKNOWN)
+    swapped = x.roll(1, 0)
+    repeats = REPEATS if defense.stochastic else 1
+    rates = []
     with torch.no_grad():
-        for noise in (draws, strange):
-            said = [defense(shown, noise.redraw(k)).argmax(1) == labels for k in range(repeats)]
-            named.append(torch.stack(said).double().mean(0).cpu().numpy())
-    p = more_fooled(named[1], named[0])
+        for noise in (draws, unknown):
+            hits = [defense(swapped, noise.redraw(k)).argmax(1) == labels for k in range(repeats)]
+            rates.append(torch.stack(hits).double().mean(0).cpu().numpy())
+    p = more_fooled(rates[1], rates[0])
     return Finding(
         name="labels_unseen",
         level="block",
         passed=p >= SIGNIFICANT,
-        detail=f"shown under another's id, that one's class is named for {named[0].mean():.1%}, "
-        f"under an unknown id for {named[1].mean():.1%} (p = {p:.3g})",
+        detail=f"shown under another's id, that one's class is named for {rates[0].mean():.1%}, "
+        f"under an unknown id for {rates[1].mean():.1%} (p = {p:.3g})",
     )
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    """Return the largest distance between rows of logits (N,K), as a share of their length."""
-    lengths = other.norm(dim=1).clamp_min(1e-12)
-    return float(((one - other).norm(dim=1) / lengths).max()) if len(one) else 0.0
+def _relative_distance(one: Tensor, other: Tensor) -> float:
+    """Return the largest distance between rows of logits (N,K), as a fraction of their norm."""
+    norms = other.norm(dim=1).clamp_min(1e-12)
+    return float(((one - other).norm(dim=1) / norms).max()) if len(one) else 0.0
 
 
 def recorded_accuracy(now: int, then: int, n: int) -> Finding:
-    """Check 6: the bare classifier answers as it did when it was trained, on the same images."""
+    """Check 6: the bare classifier is right on as many of n images as when it was trained."""
     allowed = 0.001 * n
     return Finding(
         name="recorded_accuracy",
@@ -118,7 +122,7 @@ def recorded_accuracy(now: int, then: int, n: int) -> Finding:
 
 
 def unchanged(before: str, after: str, training: bool) -> Finding:
-    """Check 8: scoring left every parameter and buffer as it was, all modules in eval mode."""
+    """Check 8: scoring changed no parameter and no buffer, and all modules were in eval mode."""
     passed = before == after and not training
     detail = "weights and buffers unchanged, eval mode"
     if not passed:
@@ -127,10 +131,9 @@ def unchanged(before: str, after: str, training: bool) -> Finding:
 
 
 def leakage(test: Tensor, others: Sequence[tuple[str, Tensor]]) -> Finding:
-    """Check 29: no test image (N,C,H,W) uint8 is, byte for byte, in a split that was learnt from.
+    """Check 29: no test image (N,C,H,W) uint8 is, byte for byte, in `others`, the training splits.
 
-    A handful can come from the source itself; one in a hundred moves no accuracy by more than a
-    point, and is said all the same.
+    It fails for a single image, though one in a hundred changes no accuracy by more than a point.
     """
     known = {image.numpy().tobytes() for image in test}
     counts = {name: sum(i.numpy().tobytes() in known for i in images) for name, images in others}

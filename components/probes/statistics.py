@@ -1,44 +1,54 @@
-"""Carved out of components/evaluation.py."""
+"""Intervals and exact paired tests; the unit is always the image."""
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import sqrt
 
 import numpy as np
-import numpy.typing as npt
+
+from components.probes.contract import Accuracies
 
 Z95 = 1.959963984540054
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a share among n independent images (Wilson 1927)."""
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of an accuracy on n independent images (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    centre = accuracy + Z95**2 / (2 * n)
+    half = Z95 * sqrt(accuracy * (1 - accuracy) / n + Z95**2 / (4 * n * n))
     scale = 1 + Z95**2 / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def summarise(shares: npt.NDArray[np.float64]) -> dict[str, float | int]:
-    """Return accuracy, Wilson interval (n = images, never images x draws) and n."""
-    share, n = float(shares.mean()) if len(shares) else 0.0, len(shares)
-    low, high = wilson(share, n)
-    return {"accuracy": share, "low": low, "high": high, "n": n}
+def summarise(accuracies: Accuracies) -> dict[str, float | int]:
+    """Return mean accuracy, Wilson interval (n = images, never images x draws) and n."""
+    mean, n = float(accuracies.mean()) if len(accuracies) else 0.0, len(accuracies)
+    low, high = wilson(mean, n)
+    return {"accuracy": mean, "low": low, "high": high, "n": n}
 
 
-def more_fooled(suspect: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
-    """Return the p-value that `suspect` fools images `reference` does not, beyond chance.
+def more_fooled(suspect: Accuracies, reference: Accuracies) -> float:
+    """Return the p-value of the hypothesis that `suspect` fools no more images than `reference`.
 
-    Both are shares correct per image (N,); the one-sided exact sign test over the images where
-    they differ (McNemar's test where shares are 0 or 1).
+    Both are accuracies per image (N,). This is the one-sided exact sign test over the images where
+    they differ (McNemar's test where all accuracies are 0 or 1).
     """
-    fewer = int((suspect < reference).sum())
-    more = int((suspect > reference).sum())
-    if fewer + more == 0:
-        return 1.0
-    n = fewer + more
-    ways = sum(comb(n, k) for k in range(fewer, n + 1))
-    return float(ways / 2**n)
+    lower = int(np.count_nonzero(suspect < reference))
+    higher = int(np.count_nonzero(suspect > reference))
+    # Quotients of whole numbers are rounded once: exact to the last bit, however small p is.
+    return _subsets(lower + higher, higher) / (1 << lower + higher)
+
+
+def _subsets(n: int, most: int) -> int:
+    """Return how many subsets of n things have at most `most` elements."""
+    if most > n // 2:
+        return (1 << n) - _subsets(n, n - most - 1)
+    total, ways = 0, 1
+    for size in range(most + 1):
+        total += ways
+        # Of C(n, size) to C(n, size + 1): far quicker than computing each anew.
+        ways = ways * (n - size) // (size + 1)
+    return total
 
 
 def holm(values: Sequence[float]) -> list[float]:

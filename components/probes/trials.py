@@ -1,6 +1,6 @@
-"""Doubts that take an attack to settle: whether effort pays, radius pays, and chance defends.
+"""Checks that run attacks of their own, on a few dozen images.
 
-Each runs on a few dozen images. `unbounded` always runs; the others are what `thorough` adds.
+`unbounded` always runs. The others run where `checks.thorough` is true.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
 from components.data.draws import Draws, Role
 from components.models.accuracy import count_correct
-from components.models.defense import Defense, Mode, Target, bind, fold
+from components.models.defense import Defense, Mode, Target, bind, fold_batch_norm
 from components.probes.contract import SIGNIFICANT, Accuracies, Finding
 from components.probes.statistics import holm, more_fooled
 
-UNBOUNDED = 64
+UNBOUNDED = 64  # images
 EOT = 4
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
-ANSWERS = 20
-PLANTED = 24
-GUESSES = 100
+SCORE_DRAWS = 20
+PLANTED = 24  # images
+GUESSES = 100  # random points, around one image
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Bench:
         return replace(self, x=self.x[rows], labels=self.labels[rows], ids=self.ids[rows])
 
     def run(self, attack: Attack, mode: Mode, threat: Linf | L2, seed: int) -> Tensor:
-        """Return what `attack` makes of the images."""
+        """Return the images that `attack` finds."""
         draws = Draws(seed, "attack", self.ids)
-        target = bind(fold(self.defense), mode, draws, getattr(attack, "eot", 1))
+        target = bind(fold_batch_norm(self.defense), mode, draws, getattr(attack, "eot", 1))
         return attack.run(target, self.x, self.labels, threat, draws).images
 
     def accuracies(self, images: Tensor, role: Role = "select") -> Accuracies:
-        """Return the shares of right answers under noise that no attack has seen (N,)."""
+        """Return the accuracy per image (N,), under noise that no attack has seen."""
         counts = count_correct(
-            self.defense, images, self.labels, self.ids, self.seed, role, ANSWERS, len(images)
+            self.defense, images, self.labels, self.ids, self.seed, role, SCORE_DRAWS, len(images)
         )
-        return counts / ANSWERS
+        return counts / SCORE_DRAWS
 
     def pgd(self, steps: int, eot: int = EOT) -> Pgd:
-        """Return PGD with a travel of 2.5 radii, whatever the number of steps."""
+        """Return PGD whose steps add up to 2.5 radii, whatever their number."""
         return Pgd(
             kind="pgd", steps=steps, step=2.5 / steps, restarts=1, random_start=True,
             early_stop=True, eot=eot,
@@ -71,10 +71,10 @@ class Bench:
 
 
 def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
-    """Check 15: with the whole image space allowed, an attack must reach (almost) zero.
+    """Check 15: if any image is allowed, an attack must bring the accuracy (almost) to zero.
 
-    From the image itself by gradient alone, and from an image of another class: the second must
-    succeed for any defense that looks at its input, the first for any whose gradient leads there.
+    It starts from the image itself, which succeeds if the gradient leads to another class, and from
+    an image of another class, which succeeds if the defense depends on its input at all.
     """
     if not modes:
         return []
@@ -89,11 +89,11 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
         )
         margins = attack.run(target, x, labels, whole, bench.draws).margin
         left["from itself"].append(int((margins > 0).sum()))
-        search = Search(target, x, labels, drop=True)
+        search = Search(target, x, labels, early_stop=True)
         search.rows = torch.arange(len(x), device=x.device)
         search.query(_of_another_class(target, x, labels))
         left["from another class"].append(int((search.margin > 0).sum()))
-        # One mode that gets there is enough, and the next may be dear.
+        # One mode that succeeds is enough, and the next may be expensive.
         if all(min(counts) <= allowed for counts in left.values()):
             break
     names = {"from itself": "unbounded_by_gradient", "from another class": "unbounded"}
@@ -109,29 +109,29 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
 
 
 def _of_another_class(target: Target, x: Tensor, labels: Tensor) -> Tensor:
-    """Return for every image the next one in the batch that is known for another class.
+    """Return for every image the next one of the batch that is classified right as another class.
 
-    Known are those the defense answers right; where there is no other, an image's negative.
+    If there is none, the negative of the image stands in.
     """
-    known, others = target.margins(x, labels, 0) > 0, 1 - x
+    right, others = target.margins(x, labels, 0) > 0, 1 - x
     for row in range(len(x)):
-        differing = ((labels != labels[row]) & known).nonzero().flatten()
+        differing = ((labels != labels[row]) & right).nonzero().flatten()
         if len(differing):
             others[row] = x[differing[(differing > row).int().argmax()]]
     return others
 
 
 def radii(bench: Bench) -> Finding:
-    """Check 14: a larger ball never protects; PGD-20 at growing radii, each by itself.
+    """Check 14: a larger radius never protects. PGD-20 attacks each radius separately.
 
-    Compared pairwise by exact tests after Holm: no radius fools what twice as much leaves.
+    No radius may fool significantly more images than the next larger one (paired tests, Holm).
     """
     curve = {0.0: bench.accuracies(bench.x)}
     for factor in RADII:
         images = bench.run(bench.pgd(20), "full", bench.threat.scaled(factor), bench.seed)
         curve[factor] = bench.accuracies(images)
     values = holm([more_fooled(curve[near], curve[far]) for near, far in pairwise(curve)])
-    figures = {f"{factor:g}": float(shares.mean()) for factor, shares in curve.items()}
+    figures = {f"{factor:g}": float(right.mean()) for factor, right in curve.items()}
     return Finding(
         name="radius_pays",
         level="block",
@@ -143,11 +143,11 @@ def radii(bench: Bench) -> Finding:
 
 
 def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
-    """Check 13: what all stored attacks on the full rung left right, more steps leave right too.
+    """Check 13: more steps fool no more images than the stored attacks on the full rung did.
 
-    `stored` are their images (N,C,H,W) each. APGD from new starts, with 100 and then 200 steps, may
-    lower the accuracy under the worst of all by at most max(1 %, 2 images), and under noise by no
-    more than chance does; else the stored accuracy is an upper bound.
+    `stored` are the images (N,C,H,W) of each. APGD from new starts, with 100 and then 200 steps,
+    may lower the accuracy under the worst of all by at most max(1 %, 2 images), and under noise by
+    no more than chance; else the stored accuracy is an upper bound.
     """
     sets = [bench.x, *stored]
     before = _worst(bench, sets)
@@ -168,7 +168,10 @@ def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
 
 
 def _worst(bench: Bench, sets: Sequence[Tensor]) -> Accuracies:
-    """Return the shares right (N,) on the worst of `sets`, chosen by one noise, scored by other."""
+    """Return the accuracy per image (N,) on the worst of `sets`.
+
+    The noise that selects the worst set is not the noise that scores it.
+    """
     chosen = np.stack([bench.accuracies(images, "select") for images in sets]).argmin(0)
     scored = np.stack([bench.accuracies(images, "score") for images in sets])
     worst: Accuracies = scored[chosen, np.arange(len(chosen))]
@@ -176,10 +179,10 @@ def _worst(bench: Bench, sets: Sequence[Tensor]) -> Accuracies:
 
 
 def fixed_noise(bench: Bench) -> Finding:
-    """Check 23: how much of the accuracy is owed to chance: the attacker knows the very noise.
+    """Check 23: how much accuracy is lost when the attacker knows the noise; warns above 10 points.
 
-    PGD-20 against noise that stays the same, scored under that same noise, beside PGD-20 with EOT
-    scored under fresh noise. It is no claim, and warns above ten points.
+    Compares PGD-20 against fixed noise, scored under that noise, with PGD-20 with EOT, scored under
+    fresh noise.
     """
     known = bench.run(bench.pgd(20), "fixed_noise", bench.threat, bench.seed)
     with torch.no_grad():
@@ -197,7 +200,7 @@ def fixed_noise(bench: Bench) -> Finding:
 
 
 def eot_enough(bench: Bench, eot: int) -> Finding:
-    """Check 21: twice the draws per gradient fool no more images (exact paired test)."""
+    """Check 21: twice as many draws per gradient fool no more images (exact paired test)."""
     some, twice = (
         bench.accuracies(bench.run(bench.pgd(20, size), "full", bench.threat, bench.seed))
         for size in (eot, 2 * eot)
@@ -213,7 +216,10 @@ def eot_enough(bench: Bench, eot: int) -> Finding:
 
 
 def repeatable(bench: Bench) -> Finding:
-    """Check 27: the same seed gives the same bytes and touches no global stream; seeds agree."""
+    """Check 27: the same seed gives the same bytes and leaves the global random stream untouched.
+
+    The detail has mean and deviation of the accuracy over three seeds.
+    """
     state = torch.random.get_rng_state()
     first, again = (bench.run(bench.pgd(10), "full", bench.threat, bench.seed) for _ in range(2))
     same = torch.equal(first, again) and torch.equal(state, torch.random.get_rng_state())
@@ -221,7 +227,7 @@ def repeatable(bench: Bench) -> Finding:
         bench.accuracies(bench.run(bench.pgd(10), "full", bench.threat, bench.seed + shift))
         for shift in (1, 2)
     ]
-    means = np.array([shares.mean() for shares in seeds])
+    means = np.array([right.mean() for right in seeds])
     return Finding(
         name="repeatable",
         level="warn",
@@ -235,60 +241,60 @@ def repeatable(bench: Bench) -> Finding:
 def planted(bench: Bench, attack: Attack) -> Finding:
     """Check 24: the attack finds adversarial examples that are known to exist.
 
-    For every image a head on the defense's own logits is given a boundary that one known point of
-    the ball crosses and none of many random ones does (after Zimmermann et al. 2022). Judges the
-    attack against this defense's gradient; noise is held fixed.
+    For every image, a head on the logits of the defense gets a boundary that one known point of the
+    ball crosses and no other of `GUESSES` random points does (after Zimmermann et al. 2022). A
+    failure means that the attack cannot use the gradient of this defense. The noise is fixed.
     """
-    found, sound = 0, 0
+    found, count = 0, 0
     for row in range(min(len(bench.x), PLANTED)):
         one = bench.pick(torch.tensor([row], device=bench.x.device))
         head = _head(one)
         if head is None:
             continue
-        sound += 1
+        count += 1
         defense = Defense(nn.Sequential(one.defense.classifier, head), one.defense.purifier)
         target = bind(defense.freeze(), "fixed_noise", one.draws, 1)
         zero = torch.zeros_like(one.labels)
         outcome = attack.run(target, one.x, zero, one.threat, one.draws)
         found += int(outcome.margin.item() <= 0)
-    share = found / sound if sound else 0.0
+    fraction = found / count if count else 0.0
     return Finding(
         name="planted",
         level="block",
-        passed=sound > 0 and share >= 0.95,
-        detail=f"{attack.kind} finds {found} of {sound} planted adversarial examples; random "
+        passed=count > 0 and fraction >= 0.95,
+        detail=f"{attack.kind} finds {found} of {count} planted adversarial examples; random "
         "search finds none",
-        figures={"share": share},
+        figures={"share": fraction},
     )
 
 
 class _Head(nn.Module):
-    """Two logits of logits (1,K): zero, and how far they lie beyond a boundary."""
+    """Turns logits (1,K) into two: zero, and how far they lie beyond a boundary."""
 
-    way: Tensor
+    direction: Tensor
     boundary: Tensor
 
-    def __init__(self, way: Tensor, boundary: Tensor) -> None:
+    def __init__(self, direction: Tensor, boundary: Tensor) -> None:
         super().__init__()
-        self.register_buffer("way", way)
+        self.register_buffer("direction", direction)
         self.register_buffer("boundary", boundary)
 
     def forward(self, logits: Tensor) -> Tensor:
-        beyond = logits @ self.way - self.boundary
+        beyond = logits @ self.direction - self.boundary
         return torch.stack([torch.zeros_like(beyond), beyond], 1)
 
 
 def _head(one: Bench) -> _Head | None:
-    """Plant an example around a single image, or None where no random point stands out."""
+    """Plant an example around a single image; return None if no random point stands out."""
     draws = one.draws.redraw(0)
     points = [one.threat.start(one.x, one.draws.redraw(k), "planted") for k in range(GUESSES)]
     with torch.no_grad():
         logits = torch.cat([one.defense(point, draws) for point in points])
         here = one.defense(one.x, draws)[0]
     far = (logits - here).norm(dim=1).argmax()
-    way = logits[far] - here
-    reach = logits @ way
-    rest = torch.cat([reach[:far], reach[far + 1 :], (here @ way)[None]]).max()
+    direction = logits[far] - here
+    reach = logits @ direction
+    rest = torch.cat([reach[:far], reach[far + 1 :], (here @ direction)[None]]).max()
     if not bool(reach[far] > rest):
         return None
-    return _Head(way, (reach[far] + rest) / 2)
+    return _Head(direction, (reach[far] + rest) / 2)

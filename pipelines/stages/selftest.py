@@ -1,4 +1,7 @@
-"""Plant every known lie, run the checks, and print which were caught."""
+"""Plant known lies into the harness and show which check caught each.
+
+Honest defenses must pass. Writes the results as JSON; exits with 5 where one case goes wrong.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -12,30 +15,33 @@ from rich.text import Text
 
 from components import selftest
 from components.data.shards import write_json
-from components.selftest import HONEST, LIES, Result
+from components.selftest import Result
 from pipelines import layout
-from pipelines.runner.console import ConsoleProgress, refuse
+from pipelines.errors import Failed
+from pipelines.runner.console import ConsoleProgress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 5 if a lie was not caught or an honest defense was flagged."""
+    """Run the command; raise Failed if a lie was not caught or an honest defense was flagged."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    usual = Path(layout.STAGES["selftest"]["out"])
-    parser.add_argument("--out", type=Path, default=usual, help=f"by default {usual}")
+    default = Path(layout.STAGES["selftest"]["out"])
+    parser.add_argument("--out", type=Path, default=default, help=f"by default {default}")
     out: Path = parser.parse_args(argv).out
     torch.set_num_threads(1)
-    watch = ConsoleProgress("selftest")
+    progress = ConsoleProgress("selftest")
     results: list[Result] = []
-    for result in selftest.run(selftest.toy()):
+    for result in selftest.run(selftest.train_toy()):
         results.append(result)
-        watch.advance(len(results), len(LIES) + len(HONEST), "cases")
-    watch.close()
+        progress.advance(len(results), len(selftest.LIES) + len(selftest.HONEST), "cases")
+    progress.close()
     write_json(out, [result.model_dump() for result in results])
     Console(highlight=False).print(_table(results))
     wrong = [result.case for result in results if not result.caught]
     if wrong:
-        return refuse(f"the harness is broken: {', '.join(wrong)}", 5)
-    print(f"{len(LIES)} lies caught by name, {len(HONEST)} honest cases left alone")
+        raise Failed(5, f"the harness is broken: {', '.join(wrong)}")
+    print(
+        f"{len(selftest.LIES)} lies caught by name, {len(selftest.HONEST)} honest cases left alone"
+    )
     return 0
 
 

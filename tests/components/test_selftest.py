@@ -1,54 +1,63 @@
-"""Every planted lie is caught by name, every honest case is left alone, and the command says so."""
+"""Every lie is caught by its check, every honest case passes, and the stage fails otherwise."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from components import selftest
 from components.probes import Finding
-from components.selftest import HONEST, LIES, Toy
-from pipelines.stages import selftest as command
+from components.selftest import HONEST, LIES, Case, Toy
+from pipelines.errors import Failed
+from pipelines.stages import selftest as stage
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    return selftest.toy()
+    return selftest.train_toy()
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_caught_by_name(lie: str, toy: Toy) -> None:
+def test_its_check_catches_the_lie(lie: str, toy: Toy) -> None:
     expected, case = LIES[lie]
     raised = [finding.name for finding in case(toy) if not finding.passed]
     assert expected in raised
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_the_honest_pass(case: str, toy: Toy) -> None:
+def test_honest_cases_pass_all_blocking_checks(case: str, toy: Toy) -> None:
     findings = HONEST[case](toy)
     assert findings
     assert [f for f in findings if not f.passed and f.level == "block"] == []
 
 
-def test_at_least_ten_honest_defenses_and_fifteen_lies() -> None:
+def test_there_are_at_least_ten_honest_defenses_and_fifteen_lies() -> None:
     assert sum(not case.startswith("known answer") for case in HONEST) >= 10
     assert len(LIES) >= 15
 
 
-def test_the_command_names_what_got_by(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_stage_names_every_case_that_goes_wrong(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blind(toy: Toy) -> list[Finding]:
+    def passes(toy: Toy) -> list[Finding]:
         return [Finding(name="logits", level="block", passed=True, detail="all is well")]
 
-    def jumpy(toy: Toy) -> list[Finding]:
+    def fails(toy: Toy) -> list[Finding]:
         return [Finding(name="logits", level="block", passed=False, detail="all is lost")]
 
-    monkeypatch.setattr(selftest, "toy", lambda: toy)
-    monkeypatch.setattr(selftest, "LIES", {"a lie": ("logits", jumpy)})
-    monkeypatch.setattr(selftest, "HONEST", {"an honest one": blind})
-    assert command.main([]) == 0
-    monkeypatch.setattr(selftest, "LIES", {"a lie": ("logits", blind)})
-    assert command.main([]) == 5
-    assert "a lie" in capsys.readouterr().err
-    monkeypatch.setattr(selftest, "LIES", {"a lie": ("logits", jumpy)})
-    monkeypatch.setattr(selftest, "HONEST", {"an honest one": jumpy})
-    assert command.main([]) == 5
-    assert "an honest one" in capsys.readouterr().err
+    def run(lie: Case, honest: Case) -> int:
+        monkeypatch.setattr(selftest, "LIES", {"a lie": ("logits", lie)})
+        monkeypatch.setattr(selftest, "HONEST", {"an honest one": honest})
+        return stage.main(["--out", str(tmp_path / "out.json")])
+
+    monkeypatch.setattr(selftest, "train_toy", lambda: toy)
+    assert run(fails, passes) == 0
+    with pytest.raises(Failed, match="the harness is broken: a lie") as caught:
+        run(passes, passes)
+    assert caught.value.code == 5
+    with pytest.raises(Failed, match="the harness is broken: an honest one") as caught:
+        run(fails, fails)
+    assert caught.value.code == 5
+    assert json.loads((tmp_path / "out.json").read_text())[1] == {
+        "case": "an honest one", "expected": None, "raised": ["logits"], "caught": False,
+    }  # fmt: skip

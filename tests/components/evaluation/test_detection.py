@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from components.data.draws import Draws
 from components.evaluation.counting import Score
 from components.evaluation.detection import (
-    Watched,
+    DetectorScores,
     auc,
     black_and_white,
     detection,
+    detector_scores,
     merge,
     rejected,
     roc,
     threshold,
-    watch,
     withstood,
 )
 from components.models.defense import Defense
@@ -82,34 +82,34 @@ def test_the_attacker_takes_what_fools_and_passes() -> None:
         "full/a": floats(9, 0, 9, 9),
         "bpda/b": floats(0, 9, 9, 9),
     }
-    watched = Watched(seen, seen, {}, floats(1, 1, 1, 1))
+    scores = DetectorScores(seen, seen, {}, floats(1, 1, 1, 1))
     counted = {
         "clean": score_of(1, 1, 1, 0),
         "full/a": score_of(0, 0, 0, 0),
         "bpda/b": score_of(1, 0, 0, 0),
     }
-    assert withstood(watched, counted, 1.0).tolist() == [1, 0, 1, 0]
-    assert withstood(watched, counted, np.inf).tolist() == [0, 0, 0, 0]
+    assert withstood(scores, counted, 1.0).tolist() == [1, 0, 1, 0]
+    assert withstood(scores, counted, np.inf).tolist() == [0, 0, 0, 0]
 
 
 def test_selection_and_scoring_share_no_draws() -> None:
     seen = {"clean": floats(0), "full/a": floats(0)}
-    watched = Watched(seen, seen, {}, floats(1))
+    scores = DetectorScores(seen, seen, {}, floats(1))
     clean = Score(4, np.array([3]), np.array([1]))
     attacked = Score(4, np.array([2]), np.array([4]))
-    assert withstood(watched, {"clean": clean, "full/a": attacked}, 1.0).tolist() == [1.0]
+    assert withstood(scores, {"clean": clean, "full/a": attacked}, 1.0).tolist() == [1.0]
     # Chosen since it seemed to pass, and refused under the noise that counts.
-    caught = Watched({"clean": floats(0), "full/a": floats(9)}, seen, {}, floats(1))
+    caught = DetectorScores({"clean": floats(0), "full/a": floats(9)}, seen, {}, floats(1))
     half = Score(4, np.array([1]), np.array([1]))
     assert withstood(caught, {"clean": clean, "full/a": half}, 1.0).tolist() == [1.0]
 
 
 def test_outside_the_ball_an_example_counts_as_clean() -> None:
     seen = {"clean": floats(1, 2), "full/cw": floats(8, 9)}
-    watched = Watched(seen, {"clean": floats(3, 4), "full/cw": floats(6, 7)}, {}, floats(0))
+    scores = DetectorScores(seen, {"clean": floats(3, 4), "full/cw": floats(6, 7)}, {}, floats(0))
     within = {"clean": np.array([True, True]), "full/cw": np.array([True, False])}
-    assert watched.inside(within).detector_score["full/cw"].tolist() == [8, 2]
-    assert watched.inside(within).foreseen["full/cw"].tolist() == [6, 4]
+    assert scores.inside(within).score["full/cw"].tolist() == [8, 2]
+    assert scores.inside(within).select["full/cw"].tolist() == [6, 4]
 
 
 class Halve(Purifier):
@@ -135,24 +135,20 @@ def test_watching_a_defense() -> None:
     x, ids = torch.rand(5, 1, 2, 2), torch.arange(5)
     sets = {"clean": x, "full/pgd": (x + 0.3).clamp(0, 1)}
 
-    def seen(purifier: Purifier | None, batch: int) -> Watched | None:
-        return watch(Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch)
+    def seen(purifier: Purifier | None, batch: int) -> DetectorScores | None:
+        return detector_scores(Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch)
 
     whole = seen(Halve(), 5)
     assert whole is not None
-    assert np.allclose(whole.detector_score["clean"], (x / 2).square().flatten(1).mean(1))
-    assert np.allclose(whole.validation, whole.detector_score["clean"][:3])
+    assert np.allclose(whole.score["clean"], (x / 2).square().flatten(1).mean(1))
+    assert np.allclose(whole.validation, whole.score["clean"][:3])
     apart = seen(Halve(), 2)
-    assert apart is not None and np.allclose(
-        apart.detector_score["full/pgd"], whole.detector_score["full/pgd"]
-    )
+    assert apart is not None and np.allclose(apart.score["full/pgd"], whole.score["full/pgd"])
     assert seen(None, 5) is None and seen(Nothing(), 5) is None
     assert merge([whole, None]) is None
-    assert whole.foreseen is whole.detector_score
+    assert whole.select is whole.score
     noisy = seen(Shifted(), 5)
-    assert noisy is not None and not np.allclose(
-        noisy.foreseen["clean"], noisy.detector_score["clean"]
-    )
+    assert noisy is not None and not np.allclose(noisy.select["clean"], noisy.score["clean"])
     both = merge([whole, whole])
     assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
 
@@ -164,10 +160,10 @@ def test_the_control_is_the_distance_from_black_and_white() -> None:
 
 def test_a_detector_summed_up() -> None:
     detector_score = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
-    watched = Watched(detector_score, detector_score, detector_score, floats(*range(100)))
+    scores = DetectorScores(detector_score, detector_score, detector_score, floats(*range(100)))
     within = {name: np.ones(4, dtype=bool) for name in detector_score}
     counted = {"clean": score_of(1, 1, 1, 1), "full/pgd": score_of(0, 0, 0, 1)}
-    found = detection(watched, within, counted)
+    found = detection(scores, within, counted)
     row = found["attacks"]["full/pgd"]
     assert row["auc"] == row["control_auc"] == pytest.approx(12.5 / 16)
     assert found["clean_rejected"]["5"]["accuracy"] == 0 and row["tpr_5"] == 0

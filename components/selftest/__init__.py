@@ -1,0 +1,42 @@
+"""Self-test of the harness: planted lies must be caught, honest defenses must pass.
+
+A lie is a fault that has inflated a published score, or nearly did. It is planted into a small
+classifier of real digits, and the named check must raise it (lies.py). Honest defenses of many
+kinds, and two answers that are known without any attack, must pass every check (honest.py).
+"""
+
+from collections.abc import Iterator, Sequence
+
+from components.config import Config
+from components.probes import Finding
+from components.selftest.honest import HONEST
+from components.selftest.lies import LIES
+from components.selftest.toy import Case, Toy, train_toy
+
+__all__ = ["HONEST", "LIES", "Case", "Result", "Toy", "run", "train_toy"]
+
+
+class Result(Config):
+    """One case: what was planted, the check that must raise it (None: no check may), the outcome.
+
+    `raised` are the names of all checks that failed; in honest cases, of those that block.
+    """
+
+    case: str
+    expected: str | None
+    raised: list[str]
+    caught: bool
+
+
+def run(toy: Toy) -> Iterator[Result]:
+    """Run every case, one result at a time."""
+    for name, (expected, case) in LIES.items():
+        raised = _failed(case(toy))
+        yield Result(case=name, expected=expected, raised=raised, caught=expected in raised)
+    for name, case in HONEST.items():
+        raised = _failed([finding for finding in case(toy) if finding.level == "block"])
+        yield Result(case=name, expected=None, raised=raised, caught=not raised)
+
+
+def _failed(findings: Sequence[Finding]) -> list[str]:
+    return [finding.name for finding in findings if not finding.passed]

@@ -1,0 +1,133 @@
+"""What the cases are made of: digits, small trained classifiers, purifiers of one function."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from components.attacks import Attack, Crafted, Linf, craft
+from components.checks.sets import stored_set
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.classifiers import Classifier, ResNet, SmallCnn
+from components.models.defense import Defense
+from components.models.purifiers import Purifier
+from components.probes import Finding, probe
+from components.sources.digits import Digits
+from components.training.classification import AdversarialClassification, Classification
+from components.training.contract import Frozen, InLoop, Objective
+from components.training.loop import Training, fit
+
+THREAT = Linf(norm="linf", eps_255=51)
+PROBED, TRAINED, BATCH = 48, 900, 48
+EOT = 4
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Digits to train on and digits to attack, and two classifiers trained on the former."""
+
+    train: ImageSet
+    test: ImageSet
+    classifier: Classifier
+    other: Classifier
+
+    def under_attack(self) -> ImageSet:
+        """Return the digits that sets are crafted from."""
+        return self.test[torch.arange(PROBED)]
+
+    def craft(self, attack: Attack, threat: Linf = THREAT) -> Crafted:
+        """Attack the bare classifier."""
+        defense = Defense(self.classifier, None).freeze()
+        return craft(attack, defense, "full", self.under_attack(), threat, 0, BATCH)
+
+
+Case = Callable[[Toy], list[Finding]]
+
+
+def train_toy() -> Toy:
+    """Train what the cases need; seconds on one core, the same weights every time."""
+    source = Digits(
+        kind="digits", max_reject_fraction=0, val=1, test=1, train_limit=None, test_limit=None
+    )
+    raw = source.load(Path()).train
+    order = torch.randperm(len(raw.labels), generator=torch.Generator().manual_seed(0))
+    images = ImageSet(
+        torch.from_numpy(raw.images)[order], torch.from_numpy(raw.labels)[order], order,
+        tuple(str(k) for k in range(10)),
+    )  # fmt: skip
+    train = images[torch.arange(TRAINED)]
+    test = images[torch.arange(TRAINED, TRAINED + 2 * PROBED)]
+    first, other = (
+        train_classifier(SmallCnn(kind="small_cnn", width=width), train) for width in (8, 6)
+    )
+    return Toy(train, test, first, other)
+
+
+def train_classifier(config: SmallCnn | ResNet, data: ImageSet, robust: bool = False) -> Classifier:
+    """Return a frozen classifier of `data`; `robust` trains it adversarially."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = config.build(data.shape, 10)
+    model.normalise_by(data.pixels())
+    frozen = Frozen(None, (), THREAT)
+    objective = Classification(kind="classification").bind(frozen)
+    if robust:
+        objective = AdversarialClassification(
+            kind="adversarial_classification",
+            attack=InLoop(steps=1, step=1.25, random_start=True, ramp=0.3),
+            w_clean=0.5,
+        ).bind(frozen)
+    train(model, objective, data, 5)
+    return model
+
+
+def train(model: nn.Module, objective: Objective, data: ImageSet, epochs: int) -> None:
+    """Train `model` in place, and freeze it."""
+    config = Training(
+        epochs=epochs, batch_size=50, optimiser="adam", learning_rate=0.01, weight_decay=0,
+        schedule="one_cycle", augmentation="none", precision="float32",
+    )  # fmt: skip
+    nothing: Mapping[str, float] = {}
+    for _ in fit(model, objective, data, None, config, 0, lambda *_: nothing, None):
+        pass
+    model.eval().requires_grad_(False)
+
+
+class FunctionPurifier(Purifier):
+    """A purifier made of one function of (x, draws); `random` is what it declares itself to be."""
+
+    def __init__(self, function: Callable[[Tensor, Draws | None], Tensor], random: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.stochastic = random
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """Return what the function returns."""
+        return self.function(x, draws)
+
+
+def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Case:
+    """Return the case of a defense that is probed as every defense is.
+
+    Without a `classifier` it is that of the toy.
+    """
+
+    def case(toy: Toy) -> list[Finding]:
+        defense = Defense(classifier or toy.classifier, purifier).freeze()
+        return probe(defense, ["full"], toy.test, THREAT, 0, PROBED, EOT, None)
+
+    return case
+
+
+def purifying(function: Callable[[Tensor, Draws | None], Tensor], random: bool = False) -> Case:
+    """Return the case of a `FunctionPurifier`."""
+    return probed(FunctionPurifier(function, random))
+
+
+def stored(toy: Toy, images: Tensor) -> list[Finding]:
+    """Check `images` (N,C,H,W) as a set that was read back from disk."""
+    data = toy.under_attack()
+    return stored_set("full/pgd", images, data.ids, data.labels, data, THREAT)
