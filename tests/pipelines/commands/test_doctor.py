@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it changes nothing."""
+"""The doctor names faults and running stages, and changes nothing."""
 
 import sqlite3
 import subprocess
@@ -17,7 +17,7 @@ HEALTHY = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: limpid prepare_data
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project in which nothing is wrong, by what the doctor looks at."""
+    """A project in which the doctor finds no fault."""
     monkeypatch.chdir(tmp_path)
     Path("dvc.lock").write_text(HEALTHY)
     Path(".dvc/tmp").mkdir(parents=True)
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_healthy_project_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_project_has_no_faults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(sqlite3.connect("mlflow.db")) as database:
         database.execute("create table runs (name text)")
     assert doctor.main([]) == 0
@@ -33,7 +33,7 @@ def test_a_healthy_project_is_left_alone(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "fault"),
     [
         ("dvc.lock", HEALTHY[:30], "dvc.lock is cut short or altered: `git checkout dvc.lock`"),
         ("dvc.lock", HEALTHY[:-36], "dvc.lock is cut short"),
@@ -42,25 +42,25 @@ def test_a_healthy_project_is_left_alone(folder: Path, capsys: pytest.CaptureFix
         ("mlflow.db", "no database at all" * 100, "mlflow.db is damaged"),
     ],
 )
-def test_what_is_wrong_is_named_and_not_touched(
-    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, said: str
+def test_damaged_files_are_named_and_not_changed(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, fault: str
 ) -> None:
     path = folder / name
     path.write_text(content)
     before = {p: sha256(p) for p in folder.rglob("*") if p.is_file()}
     assert doctor.main([]) == 4
     printed = capsys.readouterr().out
-    assert said in printed and "to put right: 1" in printed
+    assert fault in printed and "to put right: 1" in printed
     assert {p: sha256(p) for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_it_says_what_runs_and_what_is_kept(
+def test_running_stages_and_kept_work_are_listed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = folder / ".limpid/work/train_classifier-standard-0123456789ab/states"
     work.mkdir(parents=True)
     (work / "state.pt").write_bytes(b"0" * 2_000_000)
-    with locks.alone("evaluate"):
+    with locks.stage_lock("evaluate"):
         done = subprocess.run(
             [sys.executable, "-m", "pipelines", "doctor"],
             capture_output=True,

@@ -1,4 +1,4 @@
-"""The registry: what a version carries, and what may become the champion."""
+"""Registered versions carry their figures, and only sound ones become the champion."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import mlflow
 import project
 import pytest
 
-from pipelines.commands import promote
+from pipelines.__main__ import main
 from pipelines.config.schema import load
 from pipelines.reporting import registration
 from pipelines.reporting.wording import MEANINGS
@@ -21,7 +21,7 @@ MODEL = "limpid-digits"
 
 @pytest.fixture(scope="module")
 def synced(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an evaluation left behind, and a store that was told of it afterwards."""
+    """The results of an evaluation, and a store in which they were registered afterwards."""
     folder = tmp_path_factory.mktemp("registry") / "evaluated"
     folder.mkdir()
     for name in ("models", "reports", "components"):
@@ -31,7 +31,7 @@ def synced(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert promote.main(["--sync"]) == 0
+        assert promote(["--sync"]) == 0
     return folder
 
 
@@ -43,6 +43,10 @@ def store(synced: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.connect().delete_registered_model_alias(MODEL, registry.CHAMPION)
     yield synced
     mlflow.set_tracking_uri(None)
+
+
+def promote(argv: list[str]) -> int:
+    return main(["promote", *argv])
 
 
 def registered_versions() -> dict[str, Version]:
@@ -60,16 +64,16 @@ def artifact(folder: Path, defense: str) -> Path:
     return next((folder / "mlruns").rglob(f"*/artifacts/{model}"))
 
 
-def test_syncing_tells_a_fresh_store_all_and_twice_tells_it_once(
+def test_sync_registers_every_defense_once_in_an_empty_store(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = registered_versions()
     assert set(first) == set(project.tiny()["defenses"])
-    assert promote.main(["--sync"]) == 0
+    assert promote(["--sync"]) == 0
     assert {d: v.number for d, v in registered_versions().items()} == {
         d: v.number for d, v in first.items()
     }
-    assert promote.main([]) == 0
+    assert promote([]) == 0
     printed = capsys.readouterr().out
     found = json.loads((store / "reports/metrics.json").read_text())["defenses"]
     for name, version in first.items():
@@ -88,44 +92,44 @@ def test_syncing_tells_a_fresh_store_all_and_twice_tells_it_once(
     assert "clean test images" in words and "no pixel changes by more" in words
 
 
-def test_a_person_promotes_and_says_why(store: Path, capsys: pytest.CaptureFixture) -> None:
-    assert promote.main(["atop"]) == 2 and champion() == ""
-    assert "say why" in capsys.readouterr().err
-    assert promote.main(["atop", "--reason", "for the test"]) == 0
+def test_promoting_needs_a_reason_and_keeps_it(store: Path, capsys: pytest.CaptureFixture) -> None:
+    assert promote(["atop"]) == 2 and champion() == ""
+    assert "give a reason" in capsys.readouterr().err
+    assert promote(["atop", "--reason", "for the test"]) == 0
     assert champion() == "atop"
     assert registered_versions()["atop"].tags["limpid.champion_because"] == "for the test"
     number = str(registered_versions()["student_grey"].number)
-    assert promote.main([number, "--reason", "another"]) == 0
+    assert promote([number, "--reason", "another"]) == 0
     assert champion() == "student_grey"
     assert "instead of" in capsys.readouterr().out
 
 
-def test_the_best_by_the_worst_case_is_that_of_the_highest_lower_bound(store: Path) -> None:
+def test_by_worst_promotes_the_highest_lower_bound(store: Path) -> None:
     found = json.loads((store / "reports/metrics.json").read_text())["defenses"]
     sound = {
         name: found[name]["headline"]["low"]
         for name in project.tiny()["defenses"]
         if not found[name]["checks"]["blocking_failed"]
     }
-    assert promote.main(["--by", "worst"]) == 0
+    assert promote(["--by", "worst"]) == 0
     assert champion() == max(sound, key=sound.__getitem__)
 
 
-def test_what_failed_a_blocking_check_stays_what_it_is(
+def test_a_version_with_a_failed_blocking_check_is_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
     number = str(registered_versions()["atop"].number)
     client = registry.connect()
     before = registered_versions()["atop"].tags["blocking_failed"]
     client.set_model_version_tag(MODEL, number, "blocking_failed", "planted")
-    assert promote.main(["atop", "--reason", "no"]) == 2
+    assert promote(["atop", "--reason", "no"]) == 2
     assert "failed planted" in capsys.readouterr().err and champion() == ""
     client.set_model_version_tag(MODEL, number, "blocking_failed", before)
-    assert promote.main(["--by", "clean", "--min-clean", "1.01"]) == 2
+    assert promote(["--by", "clean", "--min-clean", "1.01"]) == 2
     assert "reaches 101.0% clean" in capsys.readouterr().err
 
 
-def test_a_failed_check_is_told_to_the_registry(store: Path) -> None:
+def test_a_failed_check_is_registered_with_the_defense(store: Path) -> None:
     metrics = json.loads((store / "reports/metrics.json").read_text())
     metrics["defenses"]["atop"]["checks"]["blocking_failed"] = ["planted"]
     metrics["defenses"]["atop"]["headline"]["upper_bound"] = True
@@ -137,7 +141,7 @@ def test_a_failed_check_is_told_to_the_registry(store: Path) -> None:
     assert MEANINGS["planted"] in atop.description
 
 
-def test_what_is_not_byte_for_byte_what_was_scored_is_refused(
+def test_altered_or_missing_artifacts_are_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
     weights = artifact(store, "student_grey") / "weights.safetensors"
@@ -147,51 +151,51 @@ def test_what_is_not_byte_for_byte_what_was_scored_is_refused(
         weights.unlink()
         if content is not None:
             weights.write_bytes(content)
-        assert promote.main(["student_grey", "--reason", "no"]) == 3
+        assert promote(["student_grey", "--reason", "no"]) == 3
         assert "is refused: its artifacts are not whole" in capsys.readouterr().err
         weights.write_bytes(whole)
     assert champion() == ""
-    assert promote.main(["student_grey", "--reason", "whole again"]) == 0
+    assert promote(["student_grey", "--reason", "whole again"]) == 0
 
 
-def test_other_networks_under_a_known_name_are_refused(
+def test_another_network_in_the_artifacts_is_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = artifact(store, "student_adaptive")
     shutil.rmtree(folder)
     shutil.copytree(store / "models/student_grey", folder)
-    assert promote.main(["student_adaptive", "--reason", "no"]) == 3
+    assert promote(["student_adaptive", "--reason", "no"]) == 3
     assert "are not those that were scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "reason"),
     [
         (["nobody", "--reason", "x"], "there is no nobody"),
         (["atop", "--by", "worst"], "not both"),
         (["--model", "limpid-mars"], "there is no version of limpid-mars"),
     ],
 )
-def test_what_cannot_be_promoted_is_one_sentence(
-    store: Path, argv: list[str], says: str, capsys: pytest.CaptureFixture
+def test_a_version_that_cannot_be_promoted_is_refused_in_one_sentence(
+    store: Path, argv: list[str], reason: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert promote.main(argv) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1
+    assert promote(argv) == 2
+    printed = capsys.readouterr().err
+    assert reason in printed and printed.count("\n") == 1
 
 
-def test_metrics_that_are_not_there_are_one_sentence(
+def test_missing_metrics_are_named_in_one_sentence(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (store / "reports/metrics.json").rename(store / "reports/away.json")
-    assert promote.main(["--sync"]) == 3
+    assert promote(["--sync"]) == 3
     (store / "reports/away.json").rename(store / "reports/metrics.json")
     assert capsys.readouterr().err.startswith("error: reports/metrics.json is missing")
 
 
-def test_a_store_that_is_away_is_one_sentence(
+def test_an_unreachable_store_is_named_in_one_sentence(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert promote.main([]) == 4
+    assert promote([]) == 4
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Image files are cleaned as the purifier cleans them, and nothing is lost or half written."""
+"""Image files become what the purifier makes of them; none is lost or half written."""
 
 import io
 import os
@@ -17,7 +17,8 @@ from torch import Tensor
 from toys import write_model
 
 from components.models.checkpoints import load
-from pipelines.commands.purify import GAP, SIDE_BY_SIDE, main
+from pipelines.__main__ import main
+from pipelines.commands.purify import GAP, SIDE_BY_SIDE
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
@@ -53,12 +54,16 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", AUTOENCODER, GREY, NAMES)
 
 
+def purify(*words: str) -> int:
+    return main(["purify", *words])
+
+
 def clean(model: Path, *images: Path, out: Path, options: tuple[str, ...] = ()) -> int:
-    return main(["--model", str(model), *map(str, images), "--out", str(out), *options])
+    return purify("--model", str(model), *map(str, images), "--out", str(out), *options)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (64, 2)])
-def test_a_file_becomes_what_the_purifier_makes_of_it(
+def test_a_file_is_written_as_the_purifier_returns_it(
     model: Path, tmp_path: Path, size: tuple[int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture, out = draw(tmp_path / "in.bmp", *size), tmp_path / "new/out"
@@ -95,7 +100,7 @@ def test_channels_are_those_of_the_model(tmp_path: Path) -> None:
     assert read_png(tmp_path / "out1/turned.png").shape == (1, 1, 16, 8)
 
 
-def test_a_folder_is_cleaned_and_what_is_no_image_is_named(
+def test_the_images_of_a_folder_are_cleaned_and_other_files_are_named(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = tmp_path / "in"
@@ -120,7 +125,7 @@ def test_a_folder_is_cleaned_and_what_is_no_image_is_named(
     ]
 
 
-def test_no_source_is_overwritten_and_no_result_of_the_same_run(
+def test_neither_sources_nor_results_of_the_same_run_are_overwritten(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = draw(tmp_path / "a/x.png"), draw(tmp_path / "b/x.bmp", 10, 10)
@@ -145,7 +150,7 @@ def test_no_source_is_overwritten_and_no_result_of_the_same_run(
         (DENOISER, (2, 8, 8), 3, "takes 2 channels, image files have 1 or 3"),
     ],
 )
-def test_models_that_clean_no_files_are_refused(
+def test_models_that_cannot_clean_files_are_refused(
     network: dict[str, Any], shape: tuple[int, ...], code: int, sentence: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -188,25 +193,25 @@ def test_a_defense_takes_its_inference_from_the_parameters(
 ) -> None:
     small, large = draw(line / "in.png"), draw(line / "large.png", 16, 16)
     out = line / "out"
-    assert main(["--defense", "apudae", str(small), str(large), "--out", str(out)]) == 0
+    assert purify("--defense", "apudae", str(small), str(large), "--out", str(out)) == 0
     descended = read_png(out / "in.png")
     assert clean(line / "models/denoiser", small, out=out) == 0
     assert not torch.equal(read_png(out / "in.png"), descended)
-    assert main(["--defense", "diffpure", str(small), str(large), "--out", str(out)]) == 3
+    assert purify("--defense", "diffpure", str(small), str(large), "--out", str(out)) == 3
     assert "large.png is 16 x 16, but this ddpm takes 8 x 8 alone" in capsys.readouterr().err
-    assert main(["--defense", "absent", str(small), "--out", str(out)]) == 2
+    assert purify("--defense", "absent", str(small), "--out", str(out)) == 2
     assert "has no defense absent; there are" in capsys.readouterr().err
     write_model(line / "models/ddpm", AUTOENCODER, GREY, NAMES)
-    assert main(["--defense", "diffpure", str(small), "--out", str(out)]) == 2
-    assert "diffpure goes back by a ddpm" in capsys.readouterr().err
+    assert purify("--defense", "diffpure", str(small), "--out", str(out)) == 2
+    assert "diffpure needs a ddpm" in capsys.readouterr().err
 
 
-def test_other_sizes_are_cleaned_by_the_very_same_weights(line: Path) -> None:
+def test_images_of_other_sizes_are_cleaned_with_the_same_weights(line: Path) -> None:
     """APuDAE descends the same on an image of another size: each corner of a tiling alike."""
     tile = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(np.tile(tile, (2, 4))).save(line / "tiled.png")
     out = line / "out"
-    assert main(["--defense", "apudae", str(line / "tiled.png"), "--out", str(out)]) == 0
+    assert purify("--defense", "apudae", str(line / "tiled.png"), "--out", str(out)) == 0
     found = read_png(out / "tiled.png")
     assert found.shape == (1, 1, 16, 32)
     assert torch.allclose(found[..., 8:16], found[..., 16:24], atol=0.02)

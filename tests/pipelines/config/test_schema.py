@@ -1,7 +1,5 @@
-"""Parameters: read strictly, refused in one sentence, composed from profiles."""
+"""Parameters are read strictly, and a mistake is refused in one sentence."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,14 +7,16 @@ import project
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.commands import configure
 from pipelines.config import schema
 from pipelines.config.resources import Resources
 from pipelines.config.schema import Params
+from pipelines.config.search_space import put
+from pipelines.config.views import View
 from pipelines.errors import ConfigError
 
 ROOT = project.ROOT
 TEXT = (ROOT / "profiles/digits.yaml").read_text()
+STUDENT = "students.student_adaptive"
 
 
 def refusal(tmp_path: Path, text: str) -> str:
@@ -36,7 +36,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "reason"),
     [
         ("eps_255: 51", "epss_255: 51", "did you mean eps_255?"),
         ("eps_255: 51", "eps_255: 0", "threat.eps_255"),
@@ -81,7 +81,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "model: *autoencoder\n    objective: {kind: normal_teacher}",
             "model: {kind: gan, latent: 8, width: 4}\n"
             "    objective: {kind: wgan_gp, critic_steps: 5}",
-            "names normal_teacher, a gan, which makes no image of an image",
+            "names normal_teacher, a gan, which maps no image to an image",
         ),
         ("trials: {workers: 2", "trials: {workers: 0", "resources.trials.workers"),
         ("base: masked", "base: maskd", "did you mean masked?"),
@@ -109,12 +109,14 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_wrong_parameters_are_refused_in_one_sentence(
+    tmp_path: Path, old: str, new: str, reason: str
+) -> None:
     assert old in TEXT
-    assert said in refusal(tmp_path, TEXT.replace(old, new, 1))
+    assert reason in refusal(tmp_path, TEXT.replace(old, new, 1))
 
 
-def test_resources_of_an_instance_come_before_those_of_its_stage() -> None:
+def test_resources_of_an_instance_override_those_of_its_stage() -> None:
     resources = schema.load().resources
     alone, other = ({"workers": n, "cpus": 1, "gpus": 0.0} for n in (0, 5))
     stages = {"generate_baseline": {"shards": alone}, "generate_baseline@b": {"shards": other}}
@@ -129,7 +131,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     assert schema.load(path).classifiers["standard"].training.learning_rate == 0.003
 
 
-def test_a_mistake_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_wrong_parameters_are_refused_before_a_stage_starts(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     (folder / "params.yaml").write_text(TEXT.replace("eps_255: 51", "epss_255: 51", 1))
     started = time.monotonic()
@@ -143,74 +145,10 @@ def test_a_mistake_is_said_before_anything_starts(tmp_path: Path) -> None:
     assert not (folder / "data").exists()
 
 
-@pytest.mark.parametrize("profile", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml")))
-def test_every_profile_is_whole(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    value = YAML(typ="safe", pure=True).load(configure.compose(profile, []))
-    assert Params.model_validate(value).classifiers
-
-
-def test_an_override_reaches_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    text = configure.compose(
-        "mnist", ["data.kind=parquet", "data.path=some where", "attacks.pgd.steps=7"]
-    )
-    made = Params.model_validate(YAML(typ="safe", pure=True).load(text))
-    assert made.data.kind == "parquet"
-    assert made.data.path == "some where"
-    # What both kinds of source know stays: how the splits are cut.
-    assert made.data.val == 1000
-    assert made.attacks["pgd"].steps == 7
-
-
-@pytest.mark.parametrize(
-    ("profile", "overrides", "said"),
-    [
-        ("mnis", [], "there are apudae-table2,"),
-        ("digits", ["threat.eps_255"], "section.key=value"),
-        ("digits", ["threat.eps_25=8"], "did you mean eps_255?"),
-        ("digits", ["threat.eps_255=["], "not readable"),
-    ],
-)
-def test_a_wrong_profile_or_override_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, profile: str, overrides: list[str], said: str
-) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
-        configure.compose(profile, overrides)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "kept"),
-    [
-        ([], True),
-        (["data.kind=mnist"], True),
-        (["data.kind=parquet", "data.path=here"], True),
-        (["data.kind=kmnist"], False),
-    ],
-)
-def test_figures_of_other_images_are_not_set_beside_ours(overrides: list[str], kept: bool) -> None:
-    text = configure.compose("diffdefense-table1", overrides)
-    made = YAML(typ="safe", pure=True).load(text)
-    assert bool(made["published"]) == kept
-
-
-def test_configure_writes_nothing_when_it_refuses(tmp_path: Path) -> None:
-    folder = project.copy_to(tmp_path / "project")
-    before = (folder / "params.yaml").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "configure", "digits", "threat.eps_25=8"],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert (folder / "params.yaml").read_bytes() == before
-
-
-def test_a_network_and_its_use_are_checked_before_it_is_trained(tmp_path: Path) -> None:
+def test_inference_that_does_not_fit_its_network_is_refused(tmp_path: Path) -> None:
     value = project.tiny()
-    for change, said in (
-        ({"inference": {"t_star": 20}}, "t_star: 20, but the ddpm knows indices 0 to 19"),
+    for change, reason in (
+        ({"inference": {"t_star": 20}}, "t_star: 20, but the ddpm was trained on indices 0 to 19"),
         ({"ladder": {"direct": ["pgd"]}}, "names direct; diffpure offers short"),
         ({"model": "denoiser"}, "diffpure needs a model of kind ddpm, not denoiser"),
     ):
@@ -222,7 +160,7 @@ def test_a_network_and_its_use_are_checked_before_it_is_trained(tmp_path: Path) 
             YAML(typ="safe").dump(
                 {**value, "defenses": {**value["defenses"], "diffpure": changed}}, file
             )
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=reason):
             schema.load(path)
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
@@ -230,3 +168,58 @@ def test_a_network_and_its_use_are_checked_before_it_is_trained(tmp_path: Path) 
         YAML(typ="safe").dump({**value, "defenses": {"bare": bare}}, file)
     with pytest.raises(ConfigError, match="a ddpm is no purifier by itself: say its inference"):
         schema.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (None, "name one of tuning.studies in params.yaml: there are student, atop"),
+        (
+            "studnt",
+            "params.yaml has no studnt in tuning.studies, did you mean student?; there are "
+            "student, atop",
+        ),
+        ("nobody", "params.yaml has no nobody in tuning.studies; there are student, atop"),
+    ],
+)
+def test_a_view_without_or_of_an_unknown_instance_lists_the_instances(
+    name: str | None, sentence: str
+) -> None:
+    class StudyGoal(View):
+        goal: str
+        tracks = {"goal": "tuning.studies.{name}.goal"}
+
+    params = schema.load(ROOT / "params.yaml")
+    assert StudyGoal.of(params, "student").goal == "robust"
+    with pytest.raises(ConfigError) as caught:
+        StudyGoal.of(params, name)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tuning.run": ["nobody"]}, "tuning.run names nobody"),
+        ({"tuning.studies.student.defense": "studnt_adaptive"}, "did you mean student_adaptive"),
+        ({"tuning.studies.student.ladder": {"bpda": ["pgd"]}}, "sees through the purifier"),
+        ({"tuning.studies.student.ladder": {"full": ["cw"]}}, "stay inside the threat"),
+        ({"tuning.studies.student.ladder": {"classifier": ["pgd"]}}, "sees through the purifier"),
+        ({"tuning.studies.student.ladder": {"full": ["pgd"], "transfer": ["pgd"]}}, "transfer"),
+        (
+            {"tuning.studies.student.space": {"classifiers.standard.model.width": "DOMAIN"}},
+            "plays no part in student_adaptive",
+        ),
+        ({"tuning.studies.student.space": {f"{STUDENT}.objective": "DOMAIN"}}, "no single value"),
+        ({"tuning.studies.student.space": {f"{STUDENT}.objective.bta": "DOMAIN"}}, "there is no"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused(change: dict, reason: str) -> None:
+    domain = {"kind": "uniform", "low": 0, "high": 1}
+    value = {
+        key: {k: domain if v == "DOMAIN" else v for k, v in given.items()}
+        if isinstance(given, dict)
+        else given
+        for key, given in change.items()
+    }
+    with pytest.raises(ValueError, match=reason):
+        Params.model_validate(put(project.tiny(), value))

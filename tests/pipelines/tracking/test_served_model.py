@@ -1,4 +1,4 @@
-"""What is served is what was scored, bit for bit, and a bad request gets one sentence."""
+"""A served defense answers bit for bit as it was scored; a bad request gets one sentence."""
 
 import json
 import os
@@ -32,7 +32,13 @@ from components.models.purifiers import InferenceConfig, Purifier
 from pipelines.tasks.subject import Subject
 from pipelines.tracking import registry
 from pipelines.tracking.registry import Registration
-from pipelines.tracking.served_model import BATCH, MOST, ServedDefense, ServingError, read_request
+from pipelines.tracking.served_model import (
+    BATCH,
+    MAX_IMAGES,
+    ServedDefense,
+    ServingError,
+    read_request,
+)
 from pipelines.tracking.tracker import Tracker
 
 SHAPE, NAMES = (1, 8, 8), [f"digit {label}" for label in range(10)]
@@ -142,7 +148,7 @@ def test_the_served_defense_is_the_one_that_is_scored(
 
 
 @EVERY
-def test_noise_is_fresh_unless_a_seed_is_given(models: dict[str, Any], name: str) -> None:
+def test_noise_is_fresh_unless_a_request_has_a_seed(models: dict[str, Any], name: str) -> None:
     x = byte_pixels().numpy()
     answers = [models[name].predict(x)["purified"] for _ in range(2)]
     assert np.array_equal(*answers) == (name not in ("atop", "diffdefense"))
@@ -150,7 +156,7 @@ def test_noise_is_fresh_unless_a_seed_is_given(models: dict[str, Any], name: str
     assert np.array_equal(*keyed)
 
 
-def test_many_images_are_answered_in_batches(folder: Path, models: dict[str, Any]) -> None:
+def test_large_requests_are_answered_in_batches(folder: Path, models: dict[str, Any]) -> None:
     x = byte_pixels(BATCH + 30)
     found = models["atop"].predict({"images": x.numpy(), "seed": SEED})["logits"]
     scored = subject(folder, "atop").defense()
@@ -173,7 +179,7 @@ class Counting(Purifier):
         return (x + draws.normal(tuple(x.shape[1:]), "grain")).clamp(0, 1)
 
 
-def test_an_image_is_purified_once_where_that_is_all_the_detector_needs(folder: Path) -> None:
+def test_an_image_is_purified_once_if_its_detector_score_needs_no_more(folder: Path) -> None:
     purifier, x = Counting(), byte_pixels()
     defense = Defense(subject(folder, "koo").defense().classifier, purifier).freeze()
     found = serving.predict(defense, x, SEED, 5)
@@ -204,7 +210,7 @@ def failing(folder: Path) -> ServedDefense:
     return served
 
 
-def test_what_is_no_number_is_null_in_json(failing: ServedDefense) -> None:
+def test_values_that_are_not_finite_become_null(failing: ServedDefense) -> None:
     text = StringIO()
     predictions_to_json(failing.predict(None, byte_pixels(3).numpy()), text)
     found = json.loads(text.getvalue(), parse_constant=pytest.fail)["predictions"]
@@ -215,7 +221,7 @@ def test_what_is_no_number_is_null_in_json(failing: ServedDefense) -> None:
     assert np.array_equal(np.array(found["purified"][1:], np.float32), byte_pixels(3)[1:])
 
 
-def test_our_own_failure_is_no_bad_request(failing: ServedDefense) -> None:
+def test_a_failing_defense_answers_500_without_details(failing: ServedDefense) -> None:
     failing.defense.purifier.fails = True
     with pytest.raises(ServingError, match=r"^the defense failed .* \(RuntimeError\)$") as caught:
         failing.predict(None, byte_pixels().numpy())
@@ -240,12 +246,12 @@ def as_bytes(x: Tensor) -> Any:
         {"images": byte_pixels().numpy(), "white": 1},
     ],
 )
-def test_fractions_and_bytes_are_told_apart(request_: Any) -> None:
+def test_fractions_and_bytes_are_distinguished(request_: Any) -> None:
     x, seed = read_request(request_, SHAPE)
     assert x.dtype == torch.float32 and torch.equal(x, byte_pixels()) and seed is None
 
 
-def test_nothing_is_guessed_about_zeros_and_ones() -> None:
+def test_images_of_zeros_and_ones_need_a_white_value() -> None:
     board = (torch.arange(64).view(1, *SHAPE) % 2).numpy()
     with pytest.raises(ServingError, match='say "white": 1 or "white": 255'):
         read_request(board, SHAPE)
@@ -258,7 +264,7 @@ def test_nothing_is_guessed_about_zeros_and_ones() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, True, "7", [1, 2], None, 2**70])
-def test_a_seed_is_one_whole_number(seed: Any) -> None:
+def test_a_seed_must_be_one_whole_number(seed: Any) -> None:
     request_ = {"images": byte_pixels().numpy(), "seed": seed}
     if seed is None:
         assert read_request(request_, SHAPE)[1] is None
@@ -292,7 +298,7 @@ def test_a_pickled_model_is_not_served(tmp_path: Path, monkeypatch: pytest.Monke
     assert marker.exists(), "it was not what it is taken for"
 
 
-def test_the_manual_serves_nothing_pickled() -> None:
+def test_commands_in_the_docs_refuse_pickled_models() -> None:
     for page in ("README.md", "docs/serving.md"):
         blocks = (ROOT / page).read_text().split("```")[1::2]
         serving = [block for block in blocks if "mlflow models serve" in block]
@@ -349,7 +355,7 @@ def post(url: str, body: Any, kind: str = "application/json") -> tuple[int, str]
         return error.code, error.read().decode()
 
 
-def test_over_http_it_is_bit_for_bit_the_same(folder: Path, server: str) -> None:
+def test_answers_over_http_equal_the_scored_defense(folder: Path, server: str) -> None:
     x = byte_pixels()
     scored, draws = subject(folder, "atop").defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
@@ -385,7 +391,7 @@ def planted(value: Any) -> list[Any]:
         ),
         (byte_pixels(2)[:, :, 1:].tolist(), "not (2, 1, 7, 8)"),
         ([], "not (0,)"),
-        ([[[[0.5] * 8] * 8]] * (MOST + 1), "not (10001, 1, 8, 8)"),
+        ([[[[0.5] * 8] * 8]] * (MAX_IMAGES + 1), "not (10001, 1, 8, 8)"),
         (planted(float("nan")), "these pixels go from nan to nan"),
         (planted(float("inf")), "to inf, but fractions must lie in [0, 1]"),
         (planted(1.5), "to 1.5, but"),
@@ -426,10 +432,9 @@ def test_a_bad_request_gets_one_sentence(server: str, inputs: Any, sentence: str
         (b"x", "image/png", 415),
     ],
 )
-def test_what_the_server_itself_refuses_is_no_success_either(
+def test_requests_that_mlflow_refuses_get_an_error_code_and_no_traceback(
     server: str, body: Any, kind: str, expected: int
 ) -> None:
-    """The words are MLflow's here."""
     code, answered = post(server, body, kind)
     assert code == expected
     assert not re.search(r'Traceback|\.py"', answered), answered

@@ -1,4 +1,4 @@
-"""Splits are cut fairly, ids are stable, and what cannot be prepared is refused."""
+"""Splits keep the class ratios, ids are stable, and unusable sources are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,17 +47,17 @@ NAMES = ("a", "b", "c", "d")
 RAW = RawData(split(80), split(20, seed=1), NAMES)
 
 
-def test_cuts_and_limits_are_fair_to_every_class() -> None:
+def test_splits_and_limits_keep_the_ratios_of_the_classes() -> None:
     made = given(replace(RAW, test=None), val=12, test=20, train_limit=16, test_limit=8)
-    for part, share in ((made.train, 4), (made.val, 3), (made.test, 2)):
-        assert torch.bincount(part.labels).tolist() == [share] * 4
+    for part, count in ((made.train, 4), (made.val, 3), (made.test, 2)):
+        assert torch.bincount(part.labels).tolist() == [count] * 4
     assert len(set(torch.cat([made.train.ids, made.val.ids, made.test.ids]).tolist())) == 36
     more = given(replace(RAW, test=None), val=12, test=20, train_limit=32)
     assert set(made.train.ids.tolist()) <= set(more.train.ids.tolist())
     assert same_images(made.val, more.val)
 
 
-def test_ids_are_places_in_the_source_with_rejects_counted() -> None:
+def test_ids_are_positions_in_the_source_with_rejects_counted() -> None:
     reject = (Reject("train/x.png", 1, "is broken"),)
     rows = np.delete(np.arange(81), 1)
     train = replace(RAW.train, rows=rows, rejects=reject)
@@ -91,7 +91,7 @@ def test_ids_are_places_in_the_source_with_rejects_counted() -> None:
         ),
     ],
 )
-def test_what_cannot_be_prepared_is_refused(
+def test_unusable_sources_and_impossible_splits_are_refused(
     raw: RawData, facts: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
