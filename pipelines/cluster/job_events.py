@@ -1,7 +1,7 @@
-"""What a stage says while it runs: to the screen and to MLflow, or from a job to who waits for it.
+"""Progress and metrics of a stage, sent from its job to the machine that waits for it.
 
-A job knows neither: it `emit`s every word as an event, which travels with its log and, should that
-be lost, with its result; `Listener` says it again on the side of the driver, each word once.
+In a job the `Emitter` turns every call into a numbered event, which travels in the log of the job
+and, should the log be lost, in its result. The `Listener` on the other side repeats each call once.
 """
 
 import json
@@ -12,66 +12,66 @@ from typing import Any, Protocol
 from pipelines.storage import timings
 from pipelines.storage.jobs import Event
 
-# Before every event in a log: no other line begins like it.
+# The start of every event in a log; no other line starts like it.
 MARK = "@limpid "
-# What a log says of a job, and what is said again when it has ended.
-OWN = ("error: ", "Running entrypoint for job")
+# Lines of a log that are not repeated: the failure, which is reported at the end, and Ray's own.
+DROPPED = ("error: ", "Running entrypoint for job")
 
 
 class Progress(Protocol):
-    """Who shows progress."""
+    """The display of progress."""
 
     def advance(
         self, done: int, total: int, unit: str, note: Mapping[str, float] | None = None
     ) -> None:
-        """Say that `done` of `total` units are done; `note` are the latest figures."""
+        """Show that `done` of `total` units are done; `note` holds the latest figures."""
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
 
 
 class MetricLogger(Protocol):
-    """Who keeps figures."""
+    """The log of metrics."""
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log figures at a step (an epoch)."""
+        """Log metrics at a step (an epoch)."""
 
     def nested(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
-        """Log figures of a part of this stage in a run of its own."""
+        """Log metrics of a part of this stage, such as a trial, in a run of its own."""
 
 
 class Emitter:
-    """Progress and book of a stage in a job: all that is said becomes an event."""
+    """Progress and metric logger of a stage in a job: every call becomes an event."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        # Threads speak too: each event has one number, and one line.
+        # Several threads emit: each event needs a number and a line of its own.
         self.lock = threading.Lock()
 
     def advance(
         self, done: int, total: int, unit: str, note: Mapping[str, float] | None = None
     ) -> None:
-        """Say that `done` of `total` units are done."""
+        """Emit that `done` of `total` units are done."""
         self._emit("advance", done, total, unit, dict(note or {}))
 
     def say(self, line: str) -> None:
-        """Say a line."""
+        """Emit a line."""
         self._emit("say", line)
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Say figures."""
+        """Emit metrics."""
         self._emit("log", dict(metrics), step)
 
     def nested(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
-        """Say figures of a part."""
+        """Emit metrics of a part of this stage."""
         self._emit("nested", name, dict(params), dict(metrics), step)
 
-    def took(self, title: str, seconds: float) -> None:
-        """Say how long something took."""
+    def record_time(self, title: str, seconds: float) -> None:
+        """Emit how long something took."""
         self._emit("took", title, seconds)
 
     def _emit(self, *event: Any) -> None:
@@ -81,38 +81,40 @@ class Emitter:
 
 
 class Listener:
-    """Says again what a job said; what comes twice is said once."""
+    """Repeats the events of a job, in order and each once, however often they are received."""
 
-    def __init__(self, screen: Progress, book: MetricLogger, other: Callable[[str], None]) -> None:
-        """`other` is told every line of a log that is no event."""
-        self.screen, self.book, self.other = screen, book, other
-        self.heard = 0
+    def __init__(
+        self, progress: Progress, metrics: MetricLogger, other: Callable[[str], None]
+    ) -> None:
+        """`other` receives every line of a log that is no event."""
+        self.progress, self.metrics, self.other = progress, metrics, other
+        self.received = 0
 
     def line(self, text: str) -> None:
-        """Hear one line of the log of a job."""
+        """Take one line of the log of a job."""
         if text.startswith(MARK):
             number, *event = json.loads(text.removeprefix(MARK))
-            self._hear(number, event)
-        elif text.strip() and not text.startswith(OWN):
+            self._repeat(number, event)
+        elif text.strip() and not text.startswith(DROPPED):
             self.other(text)
 
     def all(self, events: Sequence[Event]) -> None:
-        """Hear everything that was said, from a result."""
+        """Take all events of a job, from its result."""
         for number, event in enumerate(events, 1):
-            self._hear(number, event)
+            self._repeat(number, event)
 
-    def _hear(self, number: int, event: Event) -> None:
-        if number != self.heard + 1:
+    def _repeat(self, number: int, event: Event) -> None:
+        if number != self.received + 1:
             return
-        self.heard = number
+        self.received = number
         match event:
             case ["advance", done, total, unit, note]:
-                self.screen.advance(done, total, unit, note)
+                self.progress.advance(done, total, unit, note)
             case ["say", line]:
-                self.screen.say(line)
+                self.progress.say(line)
             case ["log", metrics, step]:
-                self.book.log(metrics, step)
+                self.metrics.log(metrics, step)
             case ["nested", name, params, metrics, step]:
-                self.book.nested(name, params, metrics, step)
+                self.metrics.nested(name, params, metrics, step)
             case ["took", title, seconds]:
-                timings.note(title, seconds)
+                timings.record(title, seconds)

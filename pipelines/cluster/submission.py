@@ -1,15 +1,14 @@
-"""Sends a stage to a Ray cluster as a job, and brings home what it makes.
+"""Runs a stage on a Ray cluster as a job, and downloads its outputs.
 
 Two environment variables name the cluster: RAY_API_SERVER_ADDRESS, Ray's jobs endpoint, and
-LIMPID_STORAGE, a store that the cluster and this machine both reach. Code alone travels with the
-job. The job is named by the key of the stage: who comes back finds it running and listens on, or
-done and only fetches. The log is for the eyes; what counts is the status of the job and the result
-in the store.
+LIMPID_STORAGE, a store that the cluster and this machine both reach. Only code travels with the
+job. A job is named by the key of its stage, so a driver that returns finds it running and follows
+it, or finished and only downloads. The log is for people; the status of the job and the result in
+the store decide what happened.
 """
 
 import os
 import platform
-import shlex
 import shutil
 import tempfile
 import time
@@ -26,92 +25,83 @@ from pipelines.cluster.job_events import Listener
 from pipelines.config.resources import Resources
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.storage import jobs
-from pipelines.storage.jobs import Failure, Result, Spec, result_of
-from pipelines.storage.object_store import Store
+from pipelines.storage.jobs import JobFolder, Result, Spec
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 OPEN = "LIMPID_CLUSTER_WITHOUT_TOKEN"
-OPEN_WORDS = "anyone-may-run-code-there"
-CODE_MIB = 5
+OPEN_CONSENT = "anyone-may-run-code-there"
+MAX_CODE_MIB = 5
 POLL_S, LOST_S, STOP_S, ANSWER_S = 0.5, 60.0, 15.0, 5.0
 
 
-def named() -> bool:
-    """Say whether a cluster is named for the stages of this machine; ConfigError where half is."""
-    if _inside() or not os.environ.get(ADDRESS):
+def cluster_is_named() -> bool:
+    """Return whether stages run on a cluster; ConfigError for one that is named without a store."""
+    if _inside_job() or not os.environ.get(ADDRESS):
         return False
     if not os.environ.get(jobs.STORAGE):
         raise ConfigError(
-            f"{ADDRESS} names a cluster, but {jobs.STORAGE} names no store that it and this "
-            "machine reach, as s3://bucket/limpid or file:///mnt/shared/limpid"
+            f"{ADDRESS} names a cluster, but {jobs.STORAGE} names no store that both it and this "
+            "machine reach, such as s3://bucket/limpid or file:///mnt/shared/limpid"
         )
     return True
 
 
-def by_hand() -> bool:
-    """Say whether this process was submitted as a job, but not by `run`."""
-    return _inside() and jobs.job() is None
+def submitted_by_hand() -> bool:
+    """Return whether this process is a job that a person submitted, and not `run`."""
+    return _inside_job() and jobs.job() is None
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be the same on both sides of the seam."""
+    """Return the versions that must be the same on this machine and on the cluster."""
     import ray
     import torch
 
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "ray": ray.__version__,
-        # How it was built differs by machine.
+        # What follows a "+" says how it was built, which differs by machine.
         "torch": torch.__version__.partition("+")[0],
     }
 
 
-def _inside() -> bool:
+def _inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def run(
-    name: str,
-    resources: Resources,
-    sent: Callable[[], Spec],
-    listener: Listener,
-) -> Result:
-    """Have a cluster do a stage, under the name of its key, unless it has been done.
+def run(name: str, resources: Resources, prepare: Callable[[], Spec], listener: Listener) -> Result:
+    """Run a stage as the job of this name, unless its result is in the store already.
 
-    `sent` sends what the stage reads and describes it, and is called only where the cluster can
-    hold the stage and does not do it yet.
-    Raises Failed with the exit code and sentence of the stage, ConnectionError when the cluster is
-    lost, ConfigError where it cannot run the stage.
+    `prepare` uploads the inputs and returns the spec; it is called only where the cluster can hold
+    the stage and does not run it yet. Raises Failed with the exit code and sentence of the stage,
+    ConnectionError when the cluster is lost, ConfigError where it cannot run the stage.
     """
-    store = jobs.store()
-    result = result_of(store, name)
+    folder = JobFolder(jobs.store(), name)
+    result = folder.result()
     if result is None:
         address = os.environ[ADDRESS]
-        _guarded(address)
+        _require_token(address)
         client = _client(address)
-        attempt, known = _newest(client, name)
-        if not known:
+        attempt, submitted = _latest_attempt(client, name)
+        if not submitted:
             _require_room(address, resources)
-            store.write(f"jobs/{name}/spec.json", sent().model_dump_json().encode())
+            folder.write_spec(prepare())
             _submit(client, name, attempt)
         status, last = _follow(client, f"{name}-{attempt}", listener)
-        result = result_of(store, name)
+        result = folder.result()
         if result is None:
-            raise _failed(store, name, attempt, status, last, listener)
+            raise _failed(folder, attempt, status, last, listener)
     listener.all(result.events)
     return result
 
 
-def _failed(
-    store: Store, name: str, attempt: int, status: str, last: str, listener: Listener
-) -> Failed:
-    """Return what the job said of its failure, or what Ray says of it."""
-    content = store.read(f"jobs/{name}/failure-{attempt}.json")
-    if content is not None:
-        failure = Failure.model_validate_json(content)
+def _failed(folder: JobFolder, attempt: int, status: str, last: str, listener: Listener) -> Failed:
+    """Return the failure that the job has stored, or what Ray says of it."""
+    job = f"{folder.name}-{attempt}"
+    failure = folder.failure(str(attempt))
+    if failure is not None:
         listener.all(failure.events)
-        return Failed(failure.code, f"{failure.message} (job {name}-{attempt})")
-    return Failed(4, f"the job {name}-{attempt} ended as {status} without a result: {last}")
+        return Failed(failure.code, f"{failure.message} (job {job})")
+    return Failed(4, f"the job {job} ended as {status} without a result: {last}")
 
 
 def _client(address: str) -> Any:
@@ -122,12 +112,15 @@ def _client(address: str) -> Any:
     except RuntimeError as error:
         raise ConnectionError(_first(error)) from None
     except (TypeError, KeyError, ValueError):
-        raise ConnectionError(f"what answers at {address} is no Ray") from None
+        raise ConnectionError(f"the server at {address} is no Ray cluster") from None
 
 
-def _guarded(address: str) -> None:
-    """Refuse a cluster that answers without a token: whoever reaches it runs code there."""
-    if os.environ.get(OPEN) == OPEN_WORDS:
+def _require_token(address: str) -> None:
+    """Refuse a cluster that accepts jobs without a token: everybody who reaches it runs code there.
+
+    Raises ConnectionError where no cluster answers.
+    """
+    if os.environ.get(OPEN) == OPEN_CONSENT:
         return
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=ANSWER_S):
@@ -139,13 +132,13 @@ def _guarded(address: str) -> None:
     except (OSError, ValueError) as error:
         raise ConnectionError(f"no cluster answers at {address}: {_first(error)}") from None
     raise ConfigError(
-        f"the cluster at {address} takes jobs without a token, so whoever reaches it runs code "
-        f"there: start it with RAY_AUTH_MODE=token, or set {OPEN}={OPEN_WORDS}"
+        f"the cluster at {address} takes jobs without a token, so everybody who reaches it can run "
+        f"code there: start it with RAY_AUTH_MODE=token, or set {OPEN}={OPEN_CONSENT}"
     )
 
 
 def _require_room(address: str, resources: Resources) -> None:
-    """Raise ConfigError at once for what this cluster can never hold, instead of waiting."""
+    """Raise ConfigError where this cluster can never hold the stage, instead of waiting."""
     if capacity.AUTOSCALES in os.environ:
         return
     from ray.util.state import list_nodes
@@ -159,8 +152,8 @@ def _require_room(address: str, resources: Resources) -> None:
     capacity.require_room([resources.train, resources.shards], alive)
 
 
-def _newest(client: Any, name: str) -> tuple[int, bool]:
-    """Return the number of the attempt to follow, and whether it is there already."""
+def _latest_attempt(client: Any, name: str) -> tuple[int, bool]:
+    """Return the number of the attempt to follow, and whether it is submitted already."""
     from ray.job_submission import JobStatus
 
     attempt = 1
@@ -177,7 +170,6 @@ def _newest(client: Any, name: str) -> tuple[int, bool]:
 
 
 def _submit(client: Any, name: str, attempt: int) -> None:
-    words = ["python", "-m", "pipelines.runner.job", str(attempt)]
     variables = {n: os.environ[n] for n in session.CARRIED if n in os.environ}
     variables |= {jobs.JOB: name, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
@@ -185,14 +177,14 @@ def _submit(client: Any, name: str, attempt: int) -> None:
         while True:
             try:
                 client.submit_job(
-                    entrypoint=shlex.join(words),
+                    entrypoint=f"python -m pipelines.runner.job {attempt}",
                     submission_id=f"{name}-{attempt}",
                     runtime_env={"working_dir": str(folder), "env_vars": variables},
                     entrypoint_num_cpus=0,
                 )
                 return
             except RuntimeError as error:
-                # A cluster that has only just begun has no agent yet that takes jobs.
+                # A cluster that has just started has no agent yet that takes jobs.
                 late = time.monotonic() - began > LOST_S
                 if late or "No available agent" not in str(error):
                     raise ConnectionError(_first(error)) from None
@@ -201,7 +193,7 @@ def _submit(client: Any, name: str, attempt: int) -> None:
 
 @contextmanager
 def _code() -> Iterator[Path]:
-    """Yield a folder with the code of this project and nothing else."""
+    """Yield a folder that holds the code of this project and nothing else."""
     root = Path(__file__).parent.parent.parent
     with tempfile.TemporaryDirectory() as name:
         folder, size = Path(name), 0
@@ -212,17 +204,19 @@ def _code() -> Iterator[Path]:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
                     size += path.stat().st_size
-        if size > CODE_MIB << 20:
-            raise ConfigError(f"the code is {size >> 20} MiB, and {CODE_MIB} travel with a job")
+        if size > MAX_CODE_MIB << 20:
+            raise ConfigError(
+                f"the code is {size >> 20} MiB; at most {MAX_CODE_MIB} travel with a job"
+            )
         yield folder
 
 
 def _follow(client: Any, job: str, listener: Listener) -> tuple[str, str]:
-    """Listen until the job has ended; return its status, and the last that Ray says of it.
+    """Read the log of a job until its end; return its status and Ray's last message of it.
 
-    An interruption stops the job. ConnectionError when the cluster does not answer for long.
+    An interruption stops the job. Raises ConnectionError when the cluster does not answer for long.
     """
-    heard, answered = 0, time.monotonic()
+    position, answered = 0, time.monotonic()
     try:
         while True:
             try:
@@ -236,10 +230,10 @@ def _follow(client: Any, job: str, listener: Listener) -> tuple[str, str]:
                 continue
             answered = time.monotonic()
             ended = info.status.is_terminal()
-            whole = len(log) if ended else log.rfind("\n") + 1
-            for line in log[heard:whole].splitlines():
+            whole_lines = len(log) if ended else log.rfind("\n") + 1
+            for line in log[position:whole_lines].splitlines():
                 listener.line(line)
-            heard = max(heard, whole)
+            position = max(position, whole_lines)
             if ended:
                 return str(info.status.value), _first(info.message or "Ray does not say why")
             time.sleep(POLL_S)
@@ -249,6 +243,7 @@ def _follow(client: Any, job: str, listener: Listener) -> tuple[str, str]:
 
 
 def _stop(client: Any, job: str) -> None:
+    """Stop a job, and wait a while for its end."""
     began = time.monotonic()
     try:
         client.stop_job(job)
@@ -265,13 +260,13 @@ def _first(error: object) -> str:
     return lines[0][:300]
 
 
-def bring(name: str, result: Result, outs: Mapping[str, Path]) -> None:
-    """Put the outputs of a job where they belong; DataError where the store has lost them."""
+def download(name: str, result: Result, outs: Mapping[str, Path]) -> None:
+    """Download the outputs of a job, by option; DataError where the store has lost them."""
     store = jobs.store()
     try:
         for option, path in outs.items():
             store.pull(result.outs[option], path)
     except DataError as error:
-        # Else the next run would only find the same again.
-        store.drop(f"jobs/{name}/result.json")
+        # Else the next run would find the same result without its outputs.
+        JobFolder(store, name).drop_result()
         raise DataError(f"{error}; the same command makes it anew") from None

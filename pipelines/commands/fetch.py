@@ -1,100 +1,104 @@
-"""`limpid fetch STAGE` brings home what a job that was submitted by hand has made.
+"""Download what a job that you submitted by hand has made, or send its inputs.
 
-`--send` goes the other way: it brings the inputs of a stage to the store, and says how to submit
-it. A stage that `dvc repro` sends to a cluster needs neither.
+`limpid fetch STAGE` downloads the outputs and logs the run in MLflow. `limpid fetch --send STAGE`
+uploads the inputs that are here, and prints the command that submits the stage. A stage that
+`dvc repro` sends to a cluster needs neither.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster.job_events import Listener
+from pipelines.cluster import submission
+from pipelines.cluster.job_events import Listener, MetricLogger, Progress
 from pipelines.cluster.session import CARRIED
 from pipelines.config import schema
 from pipelines.errors import ConfigError, Failed
-from pipelines.runner.console import Watch, refuse
-from pipelines.runner.exit_codes import outcome
-from pipelines.storage import jobs
+from pipelines.runner import stage
+from pipelines.runner.call import StageCall, parse
+from pipelines.storage import jobs, locks
+from pipelines.storage.jobs import JobFolder
 from pipelines.tracking.tracker import Tracker
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch or send; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", help="as DVC calls it: evaluate, train_classifier@standard")
-    parser.add_argument("--send", action="store_true", help="bring its inputs to the store")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("stage", help="its name in DVC: evaluate, train_classifier@standard")
+    parser.add_argument("--send", action="store_true", help="send its inputs to the store")
     given = parser.parse_args(argv)
-    try:
-        if jobs.STORAGE not in os.environ:
-            raise ConfigError(f"{jobs.STORAGE} does not name the store")
-        stage = _stage(given.stage)
-        if given.send:
-            _send(stage)
-        else:
-            _fetch(given.stage, stage)
-    except Exception as error:
-        code, message = outcome(error)
-        return refuse(message, code)
+    if jobs.STORAGE not in os.environ:
+        raise ConfigError(f"{jobs.STORAGE} names no store")
+    call = _call(given.stage)
+    if given.send:
+        _send(call)
+    else:
+        _fetch(call)
     return 0
 
 
-def _stage(name: str) -> Any:
-    """Return what DVC knows of a stage."""
+def _call(label: str) -> StageCall:
+    """Return the call of a stage by its name in DVC, as its command in dvc.yaml resolves."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
-        (stage,) = Repo(".").stage.collect(name)
-    except (DvcException, ValueError) as error:
-        raise ConfigError(f"dvc.yaml has no stage {name}: {error}") from None
-    return stage
+        found = list(Repo(".").stage.collect(label))
+    except DvcException as error:
+        raise ConfigError(f"dvc.yaml has no stage {label}: {error}") from None
+    if len(found) != 1:
+        names = ", ".join(stage.addressing for stage in found)
+        raise ConfigError(f"name one stage, and not {label}: {names or 'there is none'}")
+    # exec pipelines/limpid NAME --option value ...
+    _, _, name, *words = shlex.split(found[0].cmd)
+    module = importlib.import_module(f"pipelines.stages.{name}")
+    if not hasattr(module, "run"):
+        raise ConfigError(f"{name} runs on this machine alone")
+    return StageCall.of(module, parse(module, words), schema.load())
 
 
-def _send(stage: Any) -> None:
-    arguments = shlex.split(stage.cmd.removeprefix("exec "))
-    root = os.environ[jobs.STORAGE].rstrip("/")
-    outs = {str(out) for out in stage.outs}
-    shown = []
-    for argument in arguments:
-        path = Path(argument)
-        if argument in outs:
-            shown.append(f"{root}/{argument}")
-        elif path.exists() and not argument.startswith("-"):
-            jobs.publish(path, jobs.store().push(path), "sent")
-            shown.append(f"{root}/{argument}")
+def _send(call: StageCall) -> None:
+    """Upload the inputs that are here, and print the command that submits the stage."""
+    store = jobs.store()
+    for path in call.deps.values():
+        if path.exists():
+            jobs.publish(path, store.push(path), "sent")
         else:
-            shown.append(argument)
+            print(f"{path} is not here: the job takes what {store.uri} has under this name")
+    words = ["python", "-m", "pipelines", call.stage]
+    for option, value in call.options.items():
+        words += [
+            f"--{option.replace('_', '-')}",
+            str(value) if option == "name" else f"{store.uri}/{value.as_posix()}",
+        ]
     carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
     environment = shlex.quote(json.dumps({"env_vars": carried}))
     submit = f"ray job submit --working-dir . --runtime-env-json {environment}"
-    print(f"{submit} -- {shlex.join(shown)}")
+    print(f"{submit} -- {shlex.join(words)}")
 
 
-def _fetch(label: str, stage: Any) -> None:
-    paths = [Path(str(out)) for out in stage.outs]
-    found = {path: jobs.published(path) for path in paths}
-    if not found:
-        raise ConfigError(f"{label} makes nothing that could be fetched")
-    for path, one in found.items():
-        jobs.store().pull(one.listing, path)
-        print(f"{path} from the job {one.job}")
-    _retell(label, next(iter(found.values())).job)
-    print(f"dvc commit -f {label} tells DVC that this is what the stage makes")
-
-
-def _retell(label: str, job: str) -> None:
-    """Say what the job said, to MLflow as well."""
-    result = jobs.result_of(jobs.store(), job)
+def _fetch(call: StageCall) -> None:
+    """Download the outputs of the job that has published them, and log its run."""
+    name = jobs.published(next(iter(call.outs.values()))).job
+    result = JobFolder(jobs.store(), name).result()
     if result is None:
-        raise Failed(4, f"the store holds no result of {job}")
-    watch = Watch(label)
-    tracker = Tracker(label, f"limpid-{schema.load().data.kind}", {}, job)
-    Listener(watch, tracker, watch.say).all(result.events)
-    tracker.results(result.metrics)
-    problem = tracker.finish("FINISHED")
-    if problem:
-        watch.say(problem)
+        raise Failed(4, f"{jobs.store().uri} has no result of the job {name}")
+
+    def produce(
+        outs: Mapping[str, Path], progress: Progress, metrics: MetricLogger
+    ) -> Mapping[str, Any]:
+        Listener(progress, metrics, progress.say).all(result.events)
+        submission.download(name, result, outs)
+        return result.metrics
+
+    with locks.stage_lock(call.label):
+        # Its parameters may no longer be those of params.yaml.
+        stage.complete(call, Tracker(call.label, call.experiment, {}, name), produce)
+    for path in call.outs.values():
+        print(f"{path} from the job {name}")
+    print(f"dvc commit -f {call.label} makes DVC accept these outputs")

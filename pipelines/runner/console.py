@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: what is running, how far it is, how long it will take."""
+"""What a person sees on the terminal: progress, tables, one sentence for an error."""
 
 import re
 import sys
@@ -11,37 +11,36 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 LINE_EVERY_S = 10.0
-# Of a URL what stands before its host: a user and a password, or a key.
-ASKER = re.compile(r"(?<=://)[^/\s]+@")
+# What stands before the host of a URL: a user and a password, or a key.
+CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 
 
-def without_keys(text: str) -> str:
-    """Return a text whose URLs name nobody and no password."""
-    return ASKER.sub("", text)
+def without_credentials(text: str) -> str:
+    """Return the text without the user names, passwords and keys of its URLs."""
+    return CREDENTIALS.sub("", text)
 
 
 def refuse(message: str, code: int = 2) -> int:
-    """Say in one sentence what is wrong, and return the exit code: a user's mistake is 2."""
-    print(f"error: {without_keys(message)}", file=sys.stderr)
+    """Print what is wrong in one sentence; return the exit code, by default that of a wrong use."""
+    print(f"error: {without_credentials(message)}", file=sys.stderr)
     return code
 
 
 def show(table: Table) -> None:
-    """Print a table as wide as it is: in a narrower one digits would be cut off."""
+    """Print a table in its full width: a narrower one would lose digits."""
     console = Console(highlight=False)
-    room = console.options.update(max_width=1000)
-    console.width = max(console.width, Measurement.get(console, room, table).maximum)
+    unlimited = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
     console.print(table)
 
 
-class Watch:
-    """The progress of one stage: a live bar on a terminal, a line now and then elsewhere."""
+class ConsoleProgress:
+    """The progress of one stage: a live bar on a terminal, else a line every few seconds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.console = Console(stderr=False, highlight=False)
-        self.started = time.monotonic()
-        self.spoken = self.started
+        self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         if sys.stdout.isatty():
@@ -58,7 +57,7 @@ class Watch:
     def advance(
         self, done: int, total: int, unit: str, note: Mapping[str, float] | None = None
     ) -> None:
-        """Say that `done` of `total` units are done; `note` are the latest figures."""
+        """Show that `done` of `total` units are done; `note` holds the latest figures."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in (note or {}).items())
         if self.bar is not None:
             if self.task is None:
@@ -67,19 +66,21 @@ class Watch:
             self.bar.update(self.task, completed=done, total=total, unit=unit, note=figures)
             return
         now = time.monotonic()
-        if now - self.spoken >= LINE_EVERY_S:
-            self.spoken = now
+        if now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
             left = (now - self.started) * (total - done) / max(done, 1)
-            self.console.print(
-                f"{self.title}: {done}/{total} {unit}, about {left:.0f} s left  {figures}"
-            )
+            self._print(f"{self.title}: {done}/{total} {unit}, about {left:.0f} s left  {figures}")
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
-        self.console.print(without_keys(line))
+        self._print(without_credentials(line))
 
     def close(self) -> float:
         """End the display; return the seconds since it began."""
         if self.bar is not None:
             self.bar.stop()
         return time.monotonic() - self.started
+
+    def _print(self, line: str) -> None:
+        # Brackets are no markup, and a line stays whole where no terminal gives it a width.
+        self.console.print(line, markup=False, soft_wrap=True)

@@ -13,63 +13,80 @@ from components.training.loop import Diverged
 from pipelines import PARENT
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.layout import ROOT
-from pipelines.runner.console import without_keys
+from pipelines.runner.console import without_credentials
 
-STOPPED = threading.Event()
-# Before who waits for it gives up (`place.ENDING_S`). Who is still stopping a job loses nothing.
-STUCK_S = 18
 INTERRUPTED = "interrupted; the same command goes on from where it was"
+# In this order: the first kind that fits decides.
+CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (ConfigError, 2), (DataError, 3), (Diverged, 5), (ValueError, 2),
+)  # fmt: skip
+_interrupted = threading.Event()
+# A stuck process ends before the next one of its name stops waiting for it (`locks.ENDING_S`).
+# Within this time it can still stop its job.
+STUCK_S = 18
+
+
+def report(error: BaseException) -> int:
+    """Print the sentence for an error; return its exit code."""
+    code, sentence = outcome(error)
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """Return the exit code that fits an error, and one sentence for a person.
+    """Return the exit code for an error, and one sentence for a person.
 
-    What nobody foresaw leaves its traceback in a file.
+    An unforeseen error leaves its traceback in a file.
     """
     # Ray's compiled code turns our interruption into an exception of its own, and while Ray starts
-    # it has a handler of its own on SIGTERM.
+    # it has a handler of its own for SIGTERM.
     by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
-    if isinstance(error, Interrupted | KeyboardInterrupt) or by_ray or STOPPED.is_set():
+    if isinstance(error, Interrupted | KeyboardInterrupt) or by_ray or _interrupted.is_set():
         return 130, INTERRUPTED
-    text = without_keys(str(error))
-    kinds: tuple[tuple[type[BaseException], int], ...] = (
-        (ConfigError, 2), (DataError, 3), (Diverged, 5), (ValueError, 2),
-    )  # fmt: skip
-    for kind, code in kinds:
+    text = without_credentials(str(error))
+    for kind, code in CODES:
         if isinstance(error, kind):
             return code, text
     if isinstance(error, Failed):
         return error.code, text
     if isinstance(error, OSError | MemoryError):
         return 4, f"{type(error).__name__}: {text}"
-    ROOT.mkdir(exist_ok=True)
-    kept = ROOT / "last_error.txt"
-    kept.write_text(without_keys("".join(traceback.format_exception(error))))
     first = (text.strip().splitlines() or [""])[0][:300]
-    return 4, f"{type(error).__name__}: {first} (all of it in {kept})"
+    return 4, f"{type(error).__name__}: {first} ({_keep(error)})"
+
+
+def _keep(error: BaseException) -> str:
+    """Write a traceback to a file; return where it is."""
+    trace = without_credentials("".join(traceback.format_exception(error)))
+    file = ROOT / "last_error.txt"
+    try:
+        ROOT.mkdir(exist_ok=True)
+        file.write_text(trace)
+    except OSError as reason:
+        return f"its traceback is lost: {reason}"
+    return f"all of it in {file}"
 
 
 def interruptible() -> None:
-    """Let Ctrl-C and SIGTERM raise `Interrupted`, once; a second one ends at once.
+    """Make Ctrl-C and SIGTERM raise `Interrupted`, once; a second one ends the process at once.
 
-    Under DVC the death of DVC does so too: else the stage would go on, with nobody to take what it
-    makes, beside the next one. Compiled code that never comes back to hear it is ended with all.
+    Under DVC the death of DVC does the same: else the stage would go on, and write beside the next
+    one. If compiled code never returns to Python, a thread ends the process.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told)
-    threading.Thread(target=_insist, args=(heard,), daemon=True).start()
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender)
+    threading.Thread(target=_end_if_stuck, args=(receiver,), daemon=True).start()
     if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_outlive_nobody, args=(PARENT,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(PARENT,), daemon=True).start()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process.
+    """End this process at once.
 
-    At once: everything is written by then, and taking torch, Ray and MLflow apart would cost every
-    stage a second.
+    Everything is written by then, and the regular end of torch, Ray and MLflow takes a second.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -77,22 +94,24 @@ def leave(code: int) -> NoReturn:
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
-    STOPPED.set()
+    _interrupted.set()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Interrupted
 
 
-def _insist(heard: int) -> None:
-    while os.read(heard, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+def _end_if_stuck(receiver: int) -> None:
+    """Wait for a signal; end the process if it still runs some seconds later."""
+    while os.read(receiver, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
         pass
     time.sleep(STUCK_S)
-    # Not by `print`, which may wait for what is stuck.
+    # `print` could wait for a lock that the stuck code holds.
     os.write(2, f"error: {INTERRUPTED}\n".encode())
     os._exit(130)
 
 
-def _outlive_nobody(parent: int) -> None:
+def _end_with_parent(parent: int) -> None:
+    """Interrupt this process when its parent has died."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

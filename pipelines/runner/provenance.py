@@ -1,4 +1,4 @@
-"""What a result depends on: parameters, inputs and code, and the key made of them."""
+"""The key of a result: a digest of the parameters, inputs and code that it depends on."""
 
 import ast
 import hashlib
@@ -12,9 +12,11 @@ import torch
 from components.data import shards
 from components.data.shards import MANIFEST, DataError
 from pipelines.config.views import View
+from pipelines.storage.object_store import Listing
 
 SCHEMA = 1
 SOURCES = Path(__file__).parent.parent.parent
+# No result depends on these packages: a change of them must not retrain anything.
 PLUMBING = tuple(
     f"pipelines.{name}"
     for name in ("cluster", "config", "errors", "layout", "runner", "storage", "tracking")
@@ -22,9 +24,9 @@ PLUMBING = tuple(
 
 
 def stage_key(module: Any, view: View, inputs: Mapping[str, str]) -> str:
-    """Return the sha256 of all a result depends on: what is run, on what, by which code.
+    """Return the sha256 of all that the result of a stage depends on.
 
-    `inputs` are fingerprints by option.
+    `inputs` are the digests of the inputs by option.
     """
     facts = {
         "stage": module.__name__,
@@ -46,8 +48,7 @@ def code_of(module: Any) -> list[Path]:
     """Return the files a result depends on: the stage's own and all it imports of this project.
 
     Of `components` these are whole packages: a tagged union may reach any file of its package
-    through parameters, which no import shows. The plumbing is left out on purpose: changing it must
-    not retrain anything.
+    through parameters, which no import shows. `PLUMBING` is left out.
     """
     seen: set[Path] = set()
     waiting = [Path(module.__file__)]
@@ -60,7 +61,7 @@ def code_of(module: Any) -> list[Path]:
 
 
 def _imported(path: Path) -> Iterator[Path]:
-    """Yield the project files that a file imports, but for the plumbing."""
+    """Yield the project files that a file imports, without the plumbing."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -70,25 +71,37 @@ def _imported(path: Path) -> Iterator[Path]:
         for name in names:
             if name.startswith(("components.", "pipelines.")) and not name.startswith(PLUMBING):
                 base = SOURCES.joinpath(*name.split("."))
-                # A package of pipelines has nothing but a docstring in its `__init__`.
+                # A package of pipelines has only a docstring in its `__init__`.
                 inits = [base / "__init__.py"] if name.startswith("components.") else []
                 yield from filter(Path.is_file, [base.with_suffix(".py"), *inits])
 
 
 def _package(path: Path) -> list[Path]:
-    """Return all files of the package of `components` that a file is in, sub-packages too."""
+    """Return all files of the package of `components` that holds a file, with its sub-packages."""
     inner = path.relative_to(SOURCES).parts
     if inner[0] != "components" or len(inner) < 3:
         return []
     return sorted(SOURCES.joinpath(*inner[:2]).rglob("*.py"))
 
 
-def input_digest(folder: Path) -> str:
-    """Fingerprint an input: by its manifest where it has one, else by its files."""
-    if not folder.exists():
-        raise DataError(f"{folder} is missing: the stage that makes it has not run")
-    if (folder / MANIFEST).is_file():
-        return shards.fingerprint(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [f"{path.relative_to(folder)} {shards.sha256(path)}" for path in files]
+def input_digest(path: Path) -> str:
+    """Return the digest of an input: that of its manifest if it has one, else over its files."""
+    if not path.exists():
+        raise DataError(f"{path} is missing: the stage that makes it has not run")
+    if (path / MANIFEST).is_file():
+        return shards.fingerprint(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return _over(
+        {"" if f == path else f.relative_to(path).as_posix(): shards.sha256(f) for f in files}
+    )
+
+
+def listing_digest(listing: Listing) -> str:
+    """Return the `input_digest` of an input that lies in the store."""
+    digests = {file.path: file.sha256 for file in listing.files}
+    return digests[MANIFEST] if MANIFEST in digests else _over(digests)
+
+
+def _over(digests: Mapping[str, str]) -> str:
+    listing = [f"{path} {digest}" for path, digest in digests.items()]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Bytes that several processes or machines share: the store, jobs in it, locks, timings; no Ray."""

@@ -1,4 +1,4 @@
-"""Carved out of pipelines/place.py."""
+"""File locks between the processes that work in one project; the kernel frees those of the dead."""
 
 import contextlib
 import fcntl
@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.layout import ROOT
+from pipelines.layout import ROOT, RUNNING
 
-# How long a stage waits for another of its name that is ending, and how often it looks.
-ENDING_S, LOOK_S = 20.0, 0.25
+# How long a stage waits for another of its name to end, and the time between two tries.
+ENDING_S, RETRY_S = 20.0, 0.25
 
 
 @contextlib.contextmanager
 def lock(name: str, folder: Path = ROOT) -> Iterator[None]:
-    """Hold a lock of this name among the processes that work in this folder."""
+    """Hold the lock of this name in a folder; wait for it as long as it takes."""
     folder.mkdir(exist_ok=True)
     with (folder / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -24,22 +24,23 @@ def lock(name: str, folder: Path = ROOT) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(label: str) -> Iterator[None]:
-    """Be the only one here that runs a stage; BlockingIOError, naming the other, where it stays.
+def stage_lock(label: str) -> Iterator[None]:
+    """Keep other processes from running this stage here.
 
-    Who dies lets go by that. Another that is just ending is waited for.
+    One that is ending is waited for; BlockingIOError names one that does not end. The lock is
+    released when its process dies.
     """
-    folder = ROOT / "running"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / label).open("a+") as file:
-        for _ in range(int(ENDING_S / LOOK_S)):
+    RUNNING.mkdir(parents=True, exist_ok=True)
+    with (RUNNING / label).open("a+") as file:
+        for _ in range(int(ENDING_S / RETRY_S)):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            time.sleep(LOOK_S)
+            time.sleep(RETRY_S)
         else:
             file.seek(0)
-            raise BlockingIOError(f"{label} is being run already, by {file.read() or 'another'}")
+            holder = file.read() or "another process"
+            raise BlockingIOError(f"{label} is being run already, by {holder}")
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}")

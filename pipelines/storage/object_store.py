@@ -1,9 +1,8 @@
-"""Bytes in a place that many machines reach: a content-addressed store over `pyarrow.fs`.
+"""A content-addressed store over `pyarrow.fs`, which many machines reach.
 
-`cas/<aa>/<sha256>` holds every file that was ever pushed once, whoever pushed it; a `Listing` says
-of which of them a file or folder is made. What is pulled is verified byte by byte before it
-appears. Named objects (`read`, `write`) are small and may be written again; a reader finds the old
-or the new one, never half of one.
+`cas/<aa>/<sha256>` holds every pushed file once. A `Listing` names the files of which a file or
+folder is made. Pulled bytes are verified before they appear. Named objects (`read`, `write`) are
+small and may be written again; a reader finds the old or the new one, never half of one.
 
 A store is any URI that `pyarrow.fs` opens: `s3://bucket/limpid`, `gs://...`, `file:///mnt/shared`.
 """
@@ -29,11 +28,11 @@ from components.config import Config
 from components.data.shards import DataError, sha256, write_bytes
 
 T = TypeVar("T")
-# Between tries that an endpoint answers with an error; pyarrow has tried by itself before each.
+# The pauses between tries when an endpoint answers with an error; pyarrow retries by itself too.
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0)
 GIVE_UP_S = 60.0
-CHUNK, AT_ONCE = 1 << 22, 8
-# A wrong name, a missing permission, an unknown bucket: asking again gets the same answer.
+CHUNK, MAX_PARALLEL = 1 << 22, 8
+# A wrong name, a missing permission, an unknown bucket: another try gets the same answer.
 FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE", "HTTP status: 403")
 
 
@@ -46,7 +45,7 @@ def inside(path: str) -> str:
 
 
 class File(Config):
-    """One file of a listing: where it lies below its root ("" for a file alone), and its bytes."""
+    """One file of a listing: its path below the root ("" for a file alone), and its bytes."""
 
     path: Annotated[str, AfterValidator(inside)]
     size: int
@@ -54,7 +53,7 @@ class File(Config):
 
 
 class Listing(Config):
-    """What a file or folder is made of."""
+    """The files of which a file or folder is made."""
 
     files: tuple[File, ...]
 
@@ -64,12 +63,12 @@ class StoreError(OSError):
 
 
 class Store:
-    """A store by its URI; a client is opened where it is used, so that a store can be sent."""
+    """A store by its URI; its client is opened where it is used, so that a store can be pickled."""
 
     def __init__(self, uri: str) -> None:
-        """Raise ValueError where the URI is none."""
+        """Raise ValueError for a URI that cannot name a store."""
         self.uri = uri.rstrip("/")
-        self._left = threading.Event()
+        self._abandoned = threading.Event()
         if "@" in urlsplit(self.uri).netloc:
             raise ValueError(
                 "LIMPID_STORAGE holds a key, which everybody who may list jobs could read; give "
@@ -93,7 +92,7 @@ class Store:
         return files, root
 
     def push(self, path: Path) -> Listing:
-        """Store a file or a folder; only bytes that are not there yet travel."""
+        """Store a file or a folder; only bytes that the store lacks are uploaded."""
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         if not found and not path.is_dir():
             raise DataError(f"{path} is missing: the stage that makes it has not run")
@@ -105,18 +104,18 @@ class Store:
             for file in found
         ]  # fmt: skip
         blobs = {_blob(one.sha256): (one, file) for one, file in zip(listed, found, strict=True)}
-        there = self._sizes(list(blobs))
-        new = {n: file for n, (one, file) in blobs.items() if there.get(n) != one.size}
-        with self._side_by_side() as each:
-            list(each(lambda name: self._tried(partial(self._upload, name, new[name])), new))
+        stored = self._sizes(list(blobs))
+        new = {n: file for n, (one, file) in blobs.items() if stored.get(n) != one.size}
+        with self._in_parallel() as parallel_map:
+            list(parallel_map(lambda n: self._retry(partial(self._upload, n, new[n])), new))
         return Listing(files=tuple(listed))
 
     def pull(self, listing: Listing, path: Path, cache: Path | None = None) -> None:
-        """Put what a listing names at `path`, whole or not at all.
+        """Download the files of a listing to `path`, all of them or none.
 
-        With `cache`, a folder on the same disk, every file is fetched once for all that need it;
-        what is pulled must then not be written to. Raises DataError for bytes that are not those
-        of the listing, StoreError where they cannot be had.
+        With `cache`, a folder on the same disk, every file is downloaded once and linked into
+        place, and must not be written to. Raises DataError for bytes that are not those of the
+        listing or are gone, StoreError where the store does not answer.
         """
         part = path.with_name(f".{path.name}.{os.getpid()}.pulled")
         remove(part)
@@ -124,7 +123,7 @@ class Store:
             if all(one.path for one in listing.files):
                 part.mkdir(parents=True)
 
-            def bring(one: File) -> None:
+            def place(one: File) -> None:
                 target = part / one.path if one.path else part
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if cache is None:
@@ -132,8 +131,8 @@ class Store:
                 else:
                     _link(self._cached(one, cache), target)
 
-            with self._side_by_side() as each:
-                list(each(bring, listing.files))
+            with self._in_parallel() as parallel_map:
+                list(parallel_map(place, listing.files))
             remove(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             part.replace(path)
@@ -152,41 +151,41 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        return self._tried(get)
+        return self._retry(get)
 
     def write(self, name: str, content: bytes) -> None:
-        """Store a named object in place of what has its name."""
+        """Store a named object, in place of the one that has this name."""
         files, root = self._opened
         if isinstance(files, pafs.LocalFileSystem):
-            self._tried(lambda: write_bytes(Path(root, name), content))
+            self._retry(lambda: write_bytes(Path(root, name), content))
             return
 
         def put() -> None:
-            # The object appears when the stream is closed, and all of it is in one piece.
+            # The object appears when the stream is closed, all of it at once.
             with files.open_output_stream(f"{root}/{name}") as stream:
                 stream.write(content)
 
-        self._tried(put)
+        self._retry(put)
 
     def names(self, folder: str) -> list[str]:
         """Return the names of all objects below a folder, in order."""
         files, root = self._opened
         chosen = pafs.FileSelector(f"{root}/{folder}", allow_not_found=True, recursive=True)
-        found = self._tried(lambda: files.get_file_info(chosen))
+        found = self._retry(lambda: files.get_file_info(chosen))
         start = len(root) + 1
-        whole = [i for i in found if i.type == pafs.FileType.File and not _scratch(i.base_name)]
+        whole = [i for i in found if i.type == pafs.FileType.File and not _unfinished(i.base_name)]
         return sorted(info.path[start:] for info in whole)
 
     def drop(self, name: str) -> None:
         """Forget a named object."""
         files, root = self._opened
         with contextlib.suppress(FileNotFoundError):
-            self._tried(lambda: files.delete_file(f"{root}/{name}"))
+            self._retry(lambda: files.delete_file(f"{root}/{name}"))
 
     def _sizes(self, names: list[str]) -> dict[str, int]:
-        """Return the sizes of those that are there."""
+        """Return the sizes of those objects that the store has."""
         files, root = self._opened
-        found = self._tried(lambda: files.get_file_info([f"{root}/{name}" for name in names]))
+        found = self._retry(lambda: files.get_file_info([f"{root}/{name}" for name in names]))
         pairs = zip(names, found, strict=True)
         return {name: info.size for name, info in pairs if info.type == pafs.FileType.File}
 
@@ -209,7 +208,7 @@ class Store:
     def _cached(self, one: File, cache: Path) -> Path:
         kept = cache / one.sha256[:2] / one.sha256
         if not kept.is_file() or kept.stat().st_size != one.size:
-            # Two files of a listing may be the same bytes.
+            # Two files of a listing may have the same bytes, and are fetched at the same time.
             part = kept.with_name(f".{kept.name}.{os.getpid()}.{threading.get_ident()}")
             part.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -229,37 +228,37 @@ class Store:
                 self._copy(source, sink)
 
         try:
-            self._tried(get)
+            self._retry(get)
         except FileNotFoundError:
             raise DataError(f"{self.uri} no longer holds {one.path or target.name}") from None
         if sha256(target) != one.sha256:
             raise DataError(
                 f"{self.uri}/{_blob(one.sha256)} holds other bytes than its name says: delete it, "
-                "and the stage that made it brings it again"
+                "then run the stage that made it again"
             )
 
     @contextlib.contextmanager
-    def _side_by_side(self) -> Iterator[Callable[..., Any]]:
-        """Yield a `map` whose calls wait for the endpoint at the same time, a few at once."""
-        pool = ThreadPoolExecutor(max_workers=AT_ONCE)
+    def _in_parallel(self) -> Iterator[Callable[..., Any]]:
+        """Yield a `map` that makes its calls in a few threads."""
+        pool = ThreadPoolExecutor(max_workers=MAX_PARALLEL)
         try:
             yield pool.map
         except BaseException as error:
-            # Who is interrupted does not wait for what is on its way.
+            # An interruption does not wait for transfers that are on their way.
             if not isinstance(error, Exception):
-                self._left.set()
+                self._abandoned.set()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _copy(self, source: Any, sink: Any) -> None:
         while chunk := source.read(CHUNK):
-            if self._left.is_set():
-                raise StoreError(f"{self.uri} was left")
+            if self._abandoned.is_set():
+                raise StoreError(f"a transfer with {self.uri} was interrupted")
             sink.write(chunk)
 
-    def _tried(self, action: Callable[[], T]) -> T:
-        """Do it, again where the endpoint fails; StoreError when it does so for long."""
+    def _retry(self, action: Callable[[], T]) -> T:
+        """Call `action`, again where the endpoint fails; StoreError when it fails for long."""
         began = time.monotonic()
         for pause in (*BACKOFF_S, None):
             try:
@@ -271,8 +270,8 @@ class Store:
                     raise
                 late = time.monotonic() - began > GIVE_UP_S
                 final = any(word in str(error) for word in FINAL)
-                if pause is None or late or final or self._left.wait(pause):
-                    first = str(error).strip().splitlines()[0][:300]
+                if pause is None or late or final or self._abandoned.wait(pause):
+                    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
                     raise StoreError(f"the store {self.uri} does not answer: {first}") from None
         raise AssertionError
 
@@ -281,7 +280,7 @@ def _blob(digest: str) -> str:
     return f"cas/{digest[:2]}/{digest}"
 
 
-def _scratch(name: str) -> bool:
+def _unfinished(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 

@@ -1,27 +1,25 @@
-"""How long things took: what no metric may depend on, and what people want to know.
+"""How long things took, for people: no metric depends on it.
 
-`reports/timings.json` holds seconds by stage, and by image of each defense.
+`reports/timings.json` holds seconds by stage, and for one image of each defense.
 """
 
 import json
 import time
-from pathlib import Path
 
 from components.data.shards import write_json
+from pipelines.layout import TIMINGS
 from pipelines.storage.locks import lock
 
-TIMINGS = Path("reports/timings.json")
 
-
-def note(title: str, seconds: float) -> None:
-    """Keep what something took; several stages may end at once."""
+def record(title: str, seconds: float) -> None:
+    """Keep how long something took; several stages may do so at once."""
     with lock("timings"):
-        known = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
-        known[title] = {"seconds": float(f"{seconds:.4g}"), "ended": int(time.time())}
-        write_json(TIMINGS, known)
+        entries = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
+        entries[title] = {"seconds": float(f"{seconds:.4g}"), "ended": int(time.time())}
+        write_json(TIMINGS, entries)
 
 
 def known(title: str) -> float | None:
-    """Return what something took when it was last done, or None."""
+    """Return how many seconds something took the last time, or None."""
     entries = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
     return float(entries[title]["seconds"]) if title in entries else None

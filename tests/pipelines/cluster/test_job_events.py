@@ -1,4 +1,4 @@
-"""What a job says is heard once, whether it comes by the log, by the result, or by both."""
+"""The events of a job are repeated once, whether they arrive by log, by result, or by both."""
 
 import json
 from collections.abc import Mapping
@@ -10,30 +10,30 @@ from pipelines.cluster.job_events import Emitter, Listener
 from pipelines.storage import timings
 
 
-class Ears:
-    """Progress and book that remember what they are told."""
+class Recorder:
+    """Progress and metric logger that keep their calls."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def advance(
         self, done: int, total: int, unit: str, note: Mapping[str, float] | None = None
     ) -> None:
-        self.heard.append(("advance", done, total, unit, note))
+        self.calls.append(("advance", done, total, unit, note))
 
     def say(self, line: str) -> None:
-        self.heard.append(("say", line))
+        self.calls.append(("say", line))
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self.heard.append(("log", metrics, step))
+        self.calls.append(("log", metrics, step))
 
     def nested(
         self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
     ) -> None:
-        self.heard.append(("nested", name, params, metrics, step))
+        self.calls.append(("nested", name, params, metrics, step))
 
 
-SAID: list[tuple[Any, ...]] = [
+CALLS: list[tuple[Any, ...]] = [
     ("say", "a line\nof two"),
     ("advance", 1, 3, "epochs", {"loss": 0.1}),
     ("log", {"loss": 0.1}, 0),
@@ -43,7 +43,7 @@ SAID: list[tuple[Any, ...]] = [
 
 @pytest.fixture
 def job(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[list[Any]]]:
-    """The log of a job and the events of its result, as they arrive at the driver."""
+    """The log of a job and the events of its result, as the driver receives them."""
     emitter = Emitter()
     emitter.say("a line\nof two")
     emitter.advance(1, 3, "epochs", {"loss": 0.1})
@@ -54,37 +54,37 @@ def job(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[list[Any]]]
 
 
 @pytest.mark.parametrize("arrived", [0, 1, 3, 5])
-def test_what_the_log_lost_the_result_has(
+def test_the_result_completes_a_log_that_was_cut_off(
     job: tuple[list[str], list[list[Any]]], arrived: int
 ) -> None:
     log, events = job
-    ears, other = Ears(), []
-    listener = Listener(ears, ears, other.append)
+    recorder, other = Recorder(), []
+    listener = Listener(recorder, recorder, other.append)
     for line in log[:arrived]:
         listener.line(line)
-    # A driver that comes back hears all of it again.
+    # A driver that returns reads the log from its start.
     for line in log[:arrived]:
         listener.line(line)
     listener.all(events)
-    assert ears.heard == SAID
+    assert recorder.calls == CALLS
     assert set(other) <= {"something that a library prints"}
 
 
 def test_a_gap_in_the_log_is_filled_in_order(job: tuple[list[str], list[list[Any]]]) -> None:
     log, events = job
-    ears = Ears()
-    listener = Listener(ears, ears, lambda line: None)
+    recorder = Recorder()
+    listener = Listener(recorder, recorder, lambda line: None)
     for line in (log[0], log[-1]):
         listener.line(line)
-    assert ears.heard == SAID[:1]
+    assert recorder.calls == CALLS[:1]
     listener.all(events)
-    assert ears.heard == SAID
+    assert recorder.calls == CALLS
 
 
-def test_times_are_kept_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[str, float] = {}
-    monkeypatch.setattr(timings, "note", kept.__setitem__)
+def test_times_of_a_job_are_recorded_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: dict[str, float] = {}
+    monkeypatch.setattr(timings, "record", recorded.__setitem__)
     emitter = Emitter()
-    emitter.took("one image of koo", 0.25)
-    Listener(Ears(), Ears(), print).all(emitter.events)
-    assert kept == {"one image of koo": 0.25}
+    emitter.record_time("one image of koo", 0.25)
+    Listener(Recorder(), Recorder(), print).all(emitter.events)
+    assert recorded == {"one image of koo": 0.25}

@@ -46,30 +46,30 @@ def test_what_a_cluster_has_lost_is_waited_for_and_not_for_ever(
     nodes: list[dict[str, float]] = [{"CPU": 1.0}]
     monkeypatch.setattr(capacity, "nodes", lambda: nodes)
     said: list[str] = []
-    patience = capacity.CapacityWatch(
+    watch = capacity.CapacityWatch(
         TrainingWorkers(workers=[2, 4], cpus=1, gpus=0), 2, said.append
     )
-    patience.look()
+    watch.check()
     assert "waiting for a node: 2 x 1 CPU needed, and there are 1 nodes" in said[0]
     nodes.append({"CPU": 1.0})
-    patience.look()
-    assert len(said) == 1 and patience.lacking_since is None
+    watch.check()
+    assert len(said) == 1 and watch.lacking_since is None
     del nodes[-1]
-    patience.look()
-    patience.check()
-    patience.seconds = -1
+    watch.check()
+    watch.raise_if_given_up()
+    watch.seconds = -1
     # A cluster that grows as it is asked may have it yet.
     monkeypatch.setenv(capacity.AUTOSCALES, "1")
-    patience.look()
-    patience.check()
+    watch.check()
+    watch.raise_if_given_up()
     monkeypatch.delenv(capacity.AUTOSCALES)
-    patience.look()
+    watch.check()
     with pytest.raises(ConnectionError, match="gave up after 0 s: 2 x 1 CPU needed"):
-        patience.check()
+        watch.raise_if_given_up()
     assert len(said) == 3
     monkeypatch.setenv(capacity.WAIT, "5m")
     with pytest.raises(ConfigError, match="LIMPID_WAIT_S is '5m', and should be a number"):
-        capacity.CapacityWatch(patience.share, 1, said.append)
+        capacity.CapacityWatch(watch.workers, 1, said.append)
 
 
 def test_who_was_given_up_removes_nothing_of_who_goes_on(
@@ -97,9 +97,9 @@ def test_who_was_given_up_removes_nothing_of_who_goes_on(
 
 def test_a_cluster_of_other_versions_is_refused() -> None:
     ours = submission.versions()
-    job._compare(ours)
+    job.require_versions(ours)
     with pytest.raises(ConfigError, match=r"ray 1\.0 there and \d"):
-        job._compare({**ours, "ray": "1.0"})
+        job.require_versions({**ours, "ray": "1.0"})
 
 
 def test_an_unknown_stage_among_resources_is_named(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_gpu_without_memory_is_said_with_what_to_do(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from pipelines import place
-with locks.alone("evaluate"):
+from pipelines.storage import locks
+with locks.stage_lock("evaluate"):
     print("held", flush=True)
     time.sleep(float(sys.argv[1]))
 """
@@ -194,20 +194,20 @@ def test_a_stage_that_runs_is_not_run_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job_files, "ENDING_S", 0.5)
+    monkeypatch.setattr(locks, "ENDING_S", 0.5)
     other = hold(60)
     with (
         pytest.raises(
             BlockingIOError, match=f"evaluate is being run already, by process {other.pid}"
         ),
-        locks.alone("evaluate"),
+        locks.stage_lock("evaluate"),
     ):
         pass
-    with locks.alone("prepare_data"):
+    with locks.stage_lock("prepare_data"):
         pass
     other.kill()
     other.wait()
-    with locks.alone("evaluate"):
+    with locks.stage_lock("evaluate"):
         pass
 
 
@@ -217,7 +217,7 @@ def test_a_stage_that_is_ending_is_waited_for(
     monkeypatch.chdir(tmp_path)
     other = hold(1)
     began = time.monotonic()
-    with locks.alone("evaluate"):
+    with locks.stage_lock("evaluate"):
         assert time.monotonic() - began > 0.5
     other.wait()
 
@@ -225,8 +225,8 @@ def test_a_stage_that_is_ending_is_waited_for(
 KILLED = """
 import os, signal
 import psutil
-from pipelines import session
-from pipelines.resources import Workers
+from pipelines.cluster import session
+from pipelines.config.resources import Workers
 
 with session.hold(Workers(workers=1, cpus=1, gpus=0)):
     print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
@@ -244,10 +244,10 @@ def test_nothing_of_an_embedded_ray_outlives_who_was_killed(tmp_path: Path) -> N
 
 STUCK = """
 import ctypes
-from pipelines import exits
+from pipelines.runner import exit_codes
 
-exits.STUCK_S = 0.5
-exits.interruptible()
+exit_codes.STUCK_S = 0.5
+exit_codes.interruptible()
 mutex = ctypes.create_string_buffer(64)
 lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
