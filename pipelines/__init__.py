@@ -1,7 +1,7 @@
 """Where things run and where bytes are stored; no mathematics.
 
-Importing this package sets environment defaults that torch, Ray and MLflow read when they are
-imported, and does nothing else:
+Importing this package ends a process whose Python is too old or too new. It sets environment
+defaults that torch, Ray and MLflow read when they are imported, and does nothing else:
 - idle OpenMP threads wait passively (spinning ones make two processes on two cores 14 times
   slower, `benchmarks/threads.py`);
 - Ray Train notices within half a second, not two, that its workers have finished;
@@ -11,6 +11,13 @@ imported, and does nothing else:
 """
 
 import os
+import sys
+
+if not (3, 11) <= sys.version_info[:2] < (3, 14):
+    # In the syntax of every Python: an old one cannot read the modules of this package.
+    about = sys.executable + " is Python " + sys.version.split()[0]
+    sys.stderr.write("error: Limpid needs Python 3.11 to 3.13, and " + about + "\n")
+    sys.exit(4)
 
 # The process that started this one. Read here, because it may die while torch is imported.
 PARENT = os.getppid()
