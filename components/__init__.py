@@ -1,13 +1,15 @@
-"""Tensors in, tensors out: everything Limpid computes, with no Ray, DVC or MLflow in sight.
+"""Everything Limpid computes, in pure torch: no Ray, DVC or MLflow, no YAML, no command line.
 
-The floors, lowest first (a module imports only from floors below its own; `pyproject.toml`
-holds this as import contracts)::
+The layers, lowest first; a package imports only from layers below its own (held by the import
+contracts in `pyproject.toml`)::
 
-    draws, shards, data      noise keyed per image; Parquet folders; labelled images
-    sources                  where raw images come from
-    classifiers, purifiers   networks
-    defense                  a classifier behind a purifier, and what an attack sees of it
-    attacks, checkpoints     perturbations; model folders
-    objectives, training     what is minimised; how
-    evaluation, checks       scores; doubts about scores
+    config                  base class of every section of the parameters
+    data                    labelled images, Parquet shards, noise keyed per image
+    sources                 where raw images come from
+    models                  classifiers, purifiers, checkpoints; `Defense` and `Target`
+    attacks, serving        perturbations and adversarial sets; a defense behind an endpoint
+    probes                  measurements and trials on one defense
+    training, evaluation    objectives and the training loop; counted scores
+    checks                  doubts about scores
+    selftest                the same checks against defenses that are known to be broken
 """

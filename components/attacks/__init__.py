@@ -1,8 +1,7 @@
-"""Attacks: one file a family, one line a kind in `AttackConfig`, and `craft`, which runs them.
+"""Attacks: one module per family, the union of all kinds, and `craft`, which runs them.
 
-`craft` freezes nothing on trust: it takes a `Defense` (frozen, in eval mode), runs the attack in
-fixed batches, and measures success, distance and range on the images it returns, because an
-attack never grades itself.
+`craft` takes a frozen `Defense` in eval mode and attacks it in fixed batches. Success, distance and
+pixel range are measured on the images that come back: an attack never grades itself.
 """
 
 from dataclasses import dataclass
@@ -27,8 +26,11 @@ from components.attacks.square import Square
 from components.attacks.stadv import StAdv
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
-from components.models.defense import Defense, Mode, bind, fold
+from components.models.defense import Defense, Mode, bind, fold_batch_norm
 
+# The one place where an attack is added: a kind listed here can be used in params.yaml and by every
+# stage. Only a kind that has a rank in the order of strength is named once more, with its tier, in
+# `components/checks/scores.py`.
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
     | ApgdCe | ApgdDlr | ApgdT | FabT | AutoAttack | Square | Flip
@@ -36,7 +38,7 @@ AttackConfig = Annotated[
     Field(discriminator="kind"),
 ]  # fmt: skip
 
-# Float32 cannot hold most radii exactly; this much above one is rounding and not an attack.
+# Float32 cannot represent most radii exactly: an excess up to this is rounding, not a violation.
 SLACK = 1e-6
 
 __all__ = [
@@ -54,10 +56,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Crafted:
-    """An adversarial set: images (N,C,H,W) float32 beside ids and labels, and what they cost.
+    """An adversarial set: ids and labels (N,) int64, images (N,C,H,W) float32 in [0,1], and costs.
 
-    `success` (N,) bool is the outcome of the defense on the returned image under one draw of role
-    `attack`; `iterations`, `forward` and `backward` count what was spent on the image.
+    `success` (N,) bool: the defense misclassifies the returned image under one draw of its noise
+    (role `attack`). `iterations`, `forward` and `backward` (N,) int64 count the iterations and
+    passes spent on each image.
     """
 
     ids: Tensor
@@ -75,15 +78,15 @@ def craft(
 ) -> Crafted:  # fmt: skip
     """Attack every image of `data` in batches of `batch`; noise is keyed by image, role `attack`.
 
-    Raises ValueError where the attack cannot be run against this defense, AssertionError where an
-    attack broke its own threat.
+    Raises ValueError if the attack does not apply to this defense or threat, and AssertionError if
+    a bounded attack returns images outside the threat.
     """
     device = next(defense.parameters()).device
-    folded, parts = fold(defense), []
+    folded, batches = fold_batch_norm(defense), []
     for start in range(0, len(data), batch):
         rows = data[torch.arange(start, min(start + batch, len(data)))]
-        parts.append(_craft(attack, defense, folded, mode, rows, threat, seed, device))
-    return Crafted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        batches.append(_craft(attack, defense, folded, mode, rows, threat, seed, device))
+    return Crafted(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
 
 
 def _craft(
@@ -100,16 +103,17 @@ def _craft(
         assert not broken, f"{type(attack).__name__} left the threat: {broken}"
     with torch.no_grad():
         logits = defense(images, draws)
-    # Logits that are not numbers classify nothing.
+    # Logits that are not finite classify nothing.
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     columns = (images, ~right, outcome.iterations, target.passes.forward, target.passes.backward)
     return (data.ids, data.labels, *(column.cpu() for column in columns))
 
 
 def violations(images: Tensor, clean: Tensor, threat: Linf | L2) -> list[str]:
-    """Say in words how `images` break the threat around `clean` (N,C,H,W); nothing if they hold.
+    """Return in words how `images` (N,C,H,W) break the threat around `clean`; empty if they do not.
 
-    Measured in float64: finite, in [0,1], float32, within the radius up to `SLACK`.
+    Images must be float32, finite, in [0,1], and at most the radius plus `SLACK` away from `clean`,
+    measured in float64.
     """
     found = []
     if images.dtype != torch.float32:

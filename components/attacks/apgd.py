@@ -1,9 +1,9 @@
-"""Auto-PGD (Croce and Hein 2020, algorithm 1): the step length is chosen by the attack itself.
+"""Auto-PGD (APGD; Croce and Hein 2020, algorithm 1): PGD that chooses its own step length.
 
-It climbs the cross-entropy (`apgd_ce`), the difference-of-logits ratio (`apgd_dlr`) or, towards
-each of `targets` runner-up classes, the targeted form of that ratio (`apgd_t`); with 100 steps
-these are parts of AutoAttack. Written from the paper; the random start is scaled to the surface of
-the ball, as in the authors' code, so that outcomes can be compared.
+It maximises the cross-entropy (`apgd_ce`), the difference-of-logits ratio (`apgd_dlr`, equation 6)
+or the targeted form of that ratio towards each of `targets` runner-up classes (`apgd_t`, equation
+7); with 100 steps these belong to AutoAttack. Written from the paper. The random start is scaled to
+the surface of the ball, as in the authors' code, so that outcomes can be compared.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,18 @@ from components.attacks.gradient import cross_entropy
 from components.data.draws import Draws
 from components.models.defense import Loss, Target, margin
 
-LossOf = Callable[[Tensor], Loss]  # rows of the batch -> the loss of exactly these rows
+# Maps rows of the batch to the loss of exactly these rows: a targeted loss differs between rows.
+RowLoss = Callable[[Tensor], Loss]
+# The paper's: weight of the new step beside the previous one, and the fraction of steps that must
+# raise the loss for the step length to stay.
 MOMENTUM = 0.75
 RHO = 0.75
 
 
 class ApgdCe(Attack):
-    """APGD on the cross-entropy."""
+    """APGD on the cross-entropy, `restarts` runs of `steps` steps."""
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["apgd_ce"]
     steps: Positive
@@ -35,28 +38,28 @@ class ApgdCe(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every start and every step is one pass."""
+        """One backward pass per start and per step."""
         return self.restarts * (self.steps + 1)
 
     def strong(self) -> bool:
-        """Ten steps at least; how far they reach is the attack's own choice."""
+        """At least ten steps; the attack chooses their length itself."""
         return self.steps >= 10
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image of lowest margin."""
-        search = Search(target, images, labels, drop=True)
-        return _climb(search, threat, draws, self.steps, self.restarts, cross_entropy)
+        """Return the iterate of lowest margin."""
+        search = Search(target, images, labels, early_stop=True)
+        return _run_restarts(search, threat, draws, self.steps, self.restarts, cross_entropy)
 
 
 class ApgdDlr(Attack):
-    """APGD on the DLR loss, which knows neither the scale nor the shift of the logits.
+    """APGD on the DLR loss, which does not change if the logits are scaled or shifted.
 
-    Needs three classes, else ValueError.
+    Raises ValueError with fewer than three classes.
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["apgd_dlr"]
     steps: Positive
@@ -64,28 +67,28 @@ class ApgdDlr(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every start and every step is one pass."""
+        """One backward pass per start and per step."""
         return self.restarts * (self.steps + 1)
 
     def strong(self) -> bool:
-        """Ten steps at least; how far they reach is the attack's own choice."""
+        """At least ten steps; the attack chooses their length itself."""
         return self.steps >= 10
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image of lowest margin."""
-        search = Search(target, images, labels, drop=True)
-        return _climb(search, threat, draws, self.steps, self.restarts, dlr)
+        """Return the iterate of lowest margin."""
+        search = Search(target, images, labels, early_stop=True)
+        return _run_restarts(search, threat, draws, self.steps, self.restarts, dlr)
 
 
 class ApgdT(Attack):
-    """APGD on the targeted DLR loss, one run per target class, the likeliest classes first.
+    """APGD on the targeted DLR loss: one run per target class, the most likely classes first.
 
-    Needs four classes; `targets` beyond K - 1 is a ValueError.
+    Raises ValueError with fewer than four classes or with more than K - 1 `targets`.
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["apgd_t"]
     steps: Positive
@@ -93,18 +96,18 @@ class ApgdT(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every start and every step is one pass."""
+        """One backward pass per start and per step."""
         return self.targets * (self.steps + 1)
 
     def strong(self) -> bool:
-        """Ten steps at least; how far they reach is the attack's own choice."""
+        """At least ten steps; the attack chooses their length itself."""
         return self.steps >= 10
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image of lowest margin."""
-        search = Search(target, images, labels, drop=True)
+        """Return the iterate of lowest margin."""
+        search = Search(target, images, labels, early_stop=True)
         with torch.no_grad():
             logits = target(images, 0)
         classes = logits.shape[1]
@@ -113,17 +116,22 @@ class ApgdT(Attack):
                 f"apgd_t needs 4 classes and at most {classes - 1} targets here, "
                 f"but has {classes} classes and targets: {self.targets}"
             )
-        aims = runners_up(logits, labels)
+        ranked = runners_up(logits, labels)
         for index in range(self.targets):
             search.restart()
-            loss_of = _towards(aims[:, index])
-            _ascend(search, threat, draws.redraw(index), self.steps, loss_of)
+            loss_for = _targeted_loss(ranked[:, index])
+            _run_apgd(search, threat, draws.redraw(index), self.steps, loss_for)
         return search.outcome()
 
 
 @dataclass
 class _State:
-    """One APGD run, row by row: iterates (n,C,H,W), and losses, steps and counters (n,)."""
+    """The state of one APGD run over its n active rows.
+
+    `x`, `previous`, `top` (best so far) and their gradients are (n,C,H,W), `step` (n,1,1,1), losses
+    and counters (n,). `rises` counts the steps since the last checkpoint that raised the loss;
+    `halved` and `checked_loss` are what that checkpoint decided and saw.
+    """
 
     x: Tensor
     previous: Tensor
@@ -138,76 +146,84 @@ class _State:
     halved: Tensor
 
     def keep(self, rows: Tensor) -> None:
+        """Keep only these rows."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
 
-def _climb(
+def _run_restarts(
     search: Search, threat: Linf | L2, draws: Draws, steps: int, restarts: int, loss: Loss
 ) -> Outcome:
     for restart in range(restarts):
         search.restart()
-        _ascend(search, threat, draws.redraw(restart), steps, lambda rows: loss)
+        _run_apgd(search, threat, draws.redraw(restart), steps, lambda rows: loss)
     return search.outcome()
 
 
-def _ascend(search: Search, threat: Linf | L2, draws: Draws, steps: int, loss_of: LossOf) -> None:
-    """Run APGD once over the rows at work; what it finds is kept by `search`."""
+def _run_apgd(
+    search: Search, threat: Linf | L2, draws: Draws, steps: int, loss_for: RowLoss
+) -> None:
+    """Run APGD once over the active rows of `search`, which records every iterate."""
     if not len(search.rows):
         return
-    state = _begin(search, threat, draws[search.rows], loss_of)
+    state = _begin(search, threat, draws[search.rows], loss_for)
     checkpoints, since = _checkpoints(steps), 0
     for iteration in range(steps):
-        state.keep(search.alive())
+        state.keep(search.drop_fooled())
         if not len(search.rows):
             return
         _move(state, threat, search.origin, 1.0 if iteration == 0 else MOMENTUM)
-        seen = search.evaluate(state.x, loss_of(search.rows))
-        state.rises += seen.loss > state.loss
-        state.loss, state.gradient = seen.loss, seen.gradient
-        higher = seen.loss > state.top_loss
-        for top, now in ((state.top, state.x), (state.top_gradient, seen.gradient)):
+        found = search.evaluate(state.x, loss_for(search.rows))
+        state.rises += found.loss > state.loss
+        state.loss, state.gradient = found.loss, found.gradient
+        higher = found.loss > state.top_loss
+        for top, now in ((state.top, state.x), (state.top_gradient, found.gradient)):
             top[higher] = now[higher]
-        state.top_loss = torch.maximum(state.top_loss, seen.loss)
+        state.top_loss = torch.maximum(state.top_loss, found.loss)
         since += 1
         if iteration + 1 in checkpoints:
-            _halve(state, since)
+            _halve_steps(state, since)
             since = 0
 
 
-def _begin(search: Search, threat: Linf | L2, draws: Draws, loss_of: LossOf) -> _State:
+def _begin(search: Search, threat: Linf | L2, draws: Draws, loss_for: RowLoss) -> _State:
+    """Evaluate a random start on the surface of the ball."""
     origin = search.origin
-    x = threat.project(origin + threat.eps * direction(threat, draws, origin, "apgd"), origin)
-    seen = search.evaluate(x, loss_of(search.rows))
+    x = threat.project(
+        origin + threat.eps * random_direction(threat, draws, origin, "apgd"), origin
+    )
+    found = search.evaluate(x, loss_for(search.rows))
     count = len(x)
     zeros = torch.zeros(count, device=x.device)
     return _State(
         x=x,
         previous=x.clone(),
-        gradient=seen.gradient,
-        loss=seen.loss,
+        gradient=found.gradient,
+        loss=found.loss,
         top=x.clone(),
-        top_gradient=seen.gradient.clone(),
-        top_loss=seen.loss.clone(),
+        top_gradient=found.gradient.clone(),
+        top_loss=found.loss.clone(),
         step=torch.full((count, 1, 1, 1), 2 * threat.eps, device=x.device, dtype=x.dtype),
         rises=zeros.clone(),
-        checked_loss=seen.loss.clone(),
+        checked_loss=found.loss.clone(),
         halved=torch.ones(count, dtype=torch.bool, device=x.device),
     )
 
 
 def _move(state: _State, threat: Linf | L2, origin: Tensor, momentum: float) -> None:
+    """Take a projected gradient step with momentum, in place (algorithm 1)."""
     stepped = threat.project(threat.ascend(state.x, state.gradient, state.step), origin)
     inertia = (1 - momentum) * (state.x - state.previous)
     moved = state.x + momentum * (stepped - state.x) + inertia
     state.previous, state.x = state.x, threat.project(moved, origin)
 
 
-def _halve(state: _State, since: int) -> None:
-    """At a checkpoint: where progress stalled, halve the step and go back to the best iterate.
+def _halve_steps(state: _State, since: int) -> None:
+    """At a checkpoint, `since` steps after the last: halve the step of every row that has stalled.
 
-    Condition 1: the loss rose in at most RHO of the steps. Condition 2: the step was not halved
-    last time, and still the best loss did not improve.
+    Such a row also goes back to its best iterate. It has stalled if the loss rose in at most RHO of
+    the steps (condition 1), or if the step was not halved at the last checkpoint and the best loss
+    has not risen since (condition 2).
     """
     stalled = ~state.halved & (state.checked_loss >= state.top_loss)
     halve = (state.rises <= RHO * since) | stalled
@@ -220,8 +236,8 @@ def _halve(state: _State, since: int) -> None:
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """Return the iterations after which the step is reconsidered (the paper's p_j, in steps)."""
-    interval, shortest, shrink = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    """Return the iterations after which the step length is reconsidered (the paper's w_j)."""
+    interval, shortest, shrink = (max(int(fraction * steps), 1) for fraction in (0.22, 0.06, 0.03))
     points, at = set(), interval
     while at <= steps:
         points.add(at)
@@ -230,8 +246,8 @@ def _checkpoints(steps: int) -> set[int]:
     return points
 
 
-def direction(threat: Linf | L2, draws: Draws, origin: Tensor, use: str) -> Tensor:
-    """Return random differences (N,C,H,W) of length one in the norm of the threat."""
+def random_direction(threat: Linf | L2, draws: Draws, origin: Tensor, use: str) -> Tensor:
+    """Return random perturbations (N,C,H,W) of length one in the norm of the threat."""
     shape = tuple(origin.shape[1:])
     if isinstance(threat, Linf):
         noise = 2 * draws.uniform(shape, use).to(origin.dtype) - 1
@@ -242,25 +258,28 @@ def direction(threat: Linf | L2, draws: Draws, origin: Tensor, use: str) -> Tens
 
 
 def runners_up(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the classes (N,K), likeliest first; the true one comes last."""
+    """Return the classes (N,K) by falling logit, the true class last."""
     return logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
 
 
-def _towards(aims: Tensor) -> LossOf:
-    """Croce and Hein 2020, equation 7, towards class `aims` (N,): see `targeted_dlr`."""
+def _targeted_loss(classes: Tensor) -> RowLoss:
+    """Return `targeted_dlr` towards `classes` (N,), one for each row of the batch."""
 
-    def loss_of(rows: Tensor) -> Loss:
-        return lambda logits, labels: targeted_dlr(logits, labels, aims[rows])
+    def loss_for(rows: Tensor) -> Loss:
+        return lambda logits, labels: targeted_dlr(logits, labels, classes[rows])
 
-    return loss_of
+    return loss_for
 
 
-def targeted_dlr(logits: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
-    """Return -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2) per image (N,), z_k the k-th largest logit."""
+def targeted_dlr(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Return -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2) per image (N,), t in `classes` (N,).
+
+    z_k is the k-th largest logit. Croce and Hein 2020, equation 7.
+    """
     ordered = logits.sort(dim=1, descending=True).values
     true = logits.gather(1, labels[:, None]).squeeze(1)
-    aim = logits.gather(1, aims[:, None]).squeeze(1)
-    return -(true - aim) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    other = logits.gather(1, classes[:, None]).squeeze(1)
+    return -(true - other) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:

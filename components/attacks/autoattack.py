@@ -1,8 +1,8 @@
 """AutoAttack (Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble
-of diverse parameter-free attacks"): four attacks, each on the images the former ones left right.
+of diverse parameter-free attacks"): several attacks, each on the images that none before it fooled.
 
-The name means the published ensemble and nothing less, so there are no settings but its version:
-`standard` for deterministic defenses, `rand` for random ones, as the authors' code has them.
+The name stands for the published ensemble and nothing less, so its only setting is the version:
+`standard` for deterministic defenses, `rand` for stochastic ones, as in the authors' code.
 """
 
 from collections.abc import Sequence
@@ -22,44 +22,47 @@ STEPS = 100
 TARGETS = 9
 QUERIES = 5000
 EOT = 20
-# The first draw that no part has used.
-UNSEEN = 10 * STEPS * EOT
+# The number of the first draw that no attack of the ensemble has used.
+UNUSED_DRAW = 10 * STEPS * EOT
 
 
 class AutoAttack(Attack):
     """`standard`: APGD-CE, APGD-T, FAB-T, Square. `rand`: APGD-CE and APGD-DLR with EOT.
 
-    `standard` needs four classes and a deterministic defense, `rand` three and a random one, else
-    ValueError. With `rand` both attacks run on every image: one draw is no success.
+    With `rand` both attacks run on every image, since fooling under one draw is no success. Raises
+    ValueError unless `standard` meets a deterministic defense and at least four classes, or `rand`
+    a stochastic defense and at least three.
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["autoattack"]
     version: Literal["standard", "rand"]
 
     @property
     def eot(self) -> int:
-        """How many draws of the noise of the defense a gradient is averaged over."""
+        """The number of draws of the defense's noise that are averaged per gradient."""
         return EOT if self.version == "rand" else 1
 
     def effort(self) -> int:
-        """What its parts take, with the fewest classes there may be."""
-        return self.eot * sum(part.effort() for part in self.parts(4))
+        """The sum over the ensemble, for the least number of classes (4)."""
+        return self.eot * sum(attack.effort() for attack in self.ensemble(4))
 
     def strong(self) -> bool:
-        """By its name."""
+        """Always."""
         return True
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image of lowest margin; the iterations of all parts are added up.
+        """Return the image of lowest margin; iterations are summed over the ensemble.
 
-        Against a random defense, the stronger of the two that its parts found (`strongest`).
+        Against a stochastic defense, return the stronger of the two images found (`strongest`).
         """
         if target.stochastic != (self.version == "rand"):
-            kind, other = ("random", "rand") if target.stochastic else ("deterministic", "standard")
+            kind, other = (
+                ("stochastic", "rand") if target.stochastic else ("deterministic", "standard")
+            )
             raise ValueError(
                 f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
             )
@@ -69,11 +72,11 @@ class AutoAttack(Attack):
             return self._rand(target, images, labels, threat, draws, classes)
         best, iterations = images.clone(), torch.zeros_like(labels)
         margins = torch.full((len(images),), torch.inf, device=images.device)
-        for part in self.parts(classes):
+        for attack in self.ensemble(classes):
             rows = (margins > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
-            found = part.run(target[rows], images[rows], labels[rows], threat, draws[rows])
+            found = attack.run(target[rows], images[rows], labels[rows], threat, draws[rows])
             iterations[rows] += found.iterations
             lower = found.margin < margins[rows]
             best[rows[lower]], margins[rows[lower]] = found.images[lower], found.margin[lower]
@@ -83,17 +86,19 @@ class AutoAttack(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
         classes: int,
     ) -> Outcome:  # fmt: skip
-        found = [p.run(target, images, labels, threat, draws) for p in self.parts(classes)]
+        """Run every attack on every image; return the strongest images under unused draws."""
+        found = [a.run(target, images, labels, threat, draws) for a in self.ensemble(classes)]
         best, margins = strongest(
             target,
-            torch.stack([each.images for each in found]),
+            torch.stack([outcome.images for outcome in found]),
             labels,
-            range(UNSEEN, UNSEEN + EOT),
+            range(UNUSED_DRAW, UNUSED_DRAW + EOT),
         )
-        return Outcome(best, margins, torch.stack([each.iterations for each in found]).sum(0))
+        iterations = torch.stack([outcome.iterations for outcome in found]).sum(0)
+        return Outcome(best, margins, iterations)
 
-    def parts(self, classes: int) -> Sequence[Attack]:
-        """Return the attacks in their order, against a classifier of so many classes."""
+    def ensemble(self, classes: int) -> Sequence[Attack]:
+        """Return the attacks in the order they run, against a classifier of so many `classes`."""
         ce = ApgdCe(kind="apgd_ce", steps=STEPS, restarts=1, eot=self.eot)
         if self.version == "rand":
             return ce, ApgdDlr(kind="apgd_dlr", steps=STEPS, restarts=1, eot=self.eot)

@@ -1,8 +1,10 @@
-"""What an attack is: a section that, given a target, images and labels, returns one image each.
+"""What attacks share: threat models, the base class `Attack`, and `Search` for iterative ones.
 
-An attack minimises the margin of the true class and reports what it found; it never grades
-itself. Two rules hold for all: against a deterministic target an image may be left alone once it
-is fooled (`early_stop`), against a stochastic one never, since one lucky draw is no success.
+An attack is a section of the parameters that, given a target, images and labels, returns one image
+for each. It minimises the margin of the true class (true logit less the largest other logit; not
+positive means fooled) and reports what it found; it never grades itself. Against a deterministic
+target an attack may stop working on an image once it is fooled; against a stochastic one it never
+may, since an image that fools under one draw of the noise may fail under the next.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Linf(Config):
-    """Every pixel may move by `eps_255` / 255."""
+    """L-inf threat model: every pixel may change by at most `eps_255` / 255."""
 
     norm: Literal["linf"]
     eps_255: Annotated[float, Field(gt=0, le=255)]
@@ -31,15 +33,15 @@ class Linf(Config):
         return self.eps_255 / 255
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Return the nearest image to `x` (N,C,H,W) in the ball around `origin` and in [0,1]."""
+        """Project `x` (N,C,H,W) onto the ball around `origin` and [0,1]."""
         return torch.minimum(torch.maximum(x, origin - self.eps), origin + self.eps).clamp(0, 1)
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
-        """Move `x` by `step` along the steepest direction of this norm."""
+        """Take a step of length `step` in steepest ascent for this norm: along the sign."""
         return x + step * gradient.sign()
 
     def start(self, origin: Tensor, draws: Draws, use: str) -> Tensor:
-        """Return a uniformly random image of the ball."""
+        """Return a random image of the ball: uniform noise in every pixel."""
         noise = 2 * draws.uniform(tuple(origin.shape[1:]), use).to(origin.dtype) - 1
         return self.project(origin + self.eps * noise, origin)
 
@@ -53,7 +55,7 @@ class Linf(Config):
 
 
 class L2(Config):
-    """The image may move by `eps_l2` in Euclidean distance over all its pixels in [0,1]."""
+    """L2 threat model: the image may move by at most `eps_l2`, over all pixels in [0,1]."""
 
     norm: Literal["l2"]
     eps_l2: Annotated[float, Field(gt=0)]
@@ -64,20 +66,20 @@ class L2(Config):
         return self.eps_l2
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Return `x` pulled into the ball around `origin`, then clipped to [0,1].
+        """Scale `x` (N,C,H,W) into the ball around `origin`, then clip it to [0,1].
 
-        Clipping only shortens the difference, so the result lies in both.
+        Clipping only shortens the perturbation, so the result lies in both.
         """
         delta = x - origin
         norm = _length(delta).clamp_min(1e-12)
         return (origin + delta * (self.eps / norm).clamp(max=1)).clamp(0, 1)
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
-        """Move `x` by `step` along the normalised gradient."""
+        """Take a step of length `step` along the normalised gradient."""
         return x + step * gradient / _length(gradient).clamp_min(1e-12)
 
     def start(self, origin: Tensor, draws: Draws, use: str) -> Tensor:
-        """Return a random image of the ball: a Gaussian direction at a uniform radius."""
+        """Return a random image of the ball: a Gaussian direction, a uniform radius."""
         shape = tuple(origin.shape[1:])
         noise = draws.normal(shape, use).to(origin.dtype)
         radius = draws.uniform((1, 1, 1), f"{use} radius").to(origin.dtype)
@@ -95,17 +97,17 @@ class L2(Config):
 Threat = Annotated[Linf | L2, Field(discriminator="norm")]
 
 
-# Against a random defense: how many images of a search are asked again in the end, besides the
-# last, and by how many draws at least and at most.
-HELD = 4
-ASKED = (2, 16)
+# A search against a stochastic target ends by evaluating this many of its best images once more,
+# besides the last one, under at least and at most so many fresh draws.
+FINALISTS = 4
+FINAL_DRAWS = (2, 16)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack found: images (N,C,H,W), their margins and the iterations spent (N,).
+    """What an attack found: images (N,C,H,W), their margins (N,) and the iterations spent (N,).
 
-    Of a stochastic target the margin is a mean over draws.
+    For a stochastic target the margin is a mean over draws.
     """
 
     images: Tensor
@@ -116,56 +118,64 @@ class Outcome:
 class Attack(Config):
     """Base of every attack section.
 
-    `bounded` attacks stay inside the primary threat; the others minimise a distance instead.
-    `stopping` ones are made to leave an image alone once it is fooled; the others go on: for a
-    smaller distance, for less detector_score, or by their number of steps.
+    `bounded`: the attack stays inside the threat; other attacks minimise a distance instead, or
+    bound something else. `early_stopping`: by its design the attack stops working on an image once
+    it is fooled; other attacks go on to lower the distance or the detector score, or to finish a
+    fixed number of steps.
     """
 
     bounded: ClassVar[bool] = True
-    stopping: ClassVar[bool] = False
+    early_stopping: ClassVar[bool] = False
 
     kind: str
 
     def effort(self) -> int:
-        """Return how many backward passes an image that withstands has cost at least."""
+        """Return the least number of backward passes spent on an image that is never fooled."""
         return 0
 
-    def stops(self) -> bool:
-        """Say whether an image of a deterministic defense is left alone once it is fooled."""
-        return self.stopping and bool(getattr(self, "early_stop", True))
+    def stops_early(self) -> bool:
+        """Say whether, on a deterministic defense, the attack leaves an image once it is fooled."""
+        return self.early_stopping and bool(getattr(self, "early_stop", True))
 
     def strong(self) -> bool:
-        """Say whether a claim may rest on this attack: it has the steps and the reach."""
+        """Say whether a claim of robustness may rest on this attack: it takes enough steps."""
         return False
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Attack `images` (N,C,H,W) in [0,1]; `draws` are the attack's own random choices."""
+        """Attack `images` (N,C,H,W) in [0,1]; `draws` is the noise of the attack's own choices."""
         raise NotImplementedError
 
 
+def nan_as_fooled(margins: Tensor) -> Tensor:
+    """Replace NaN by minus infinity: NaN logits classify nothing, so they count as fooled."""
+    return margins.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+
 def _length(delta: Tensor) -> Tensor:
+    """Return the Euclidean length of each image (N,1,1,1)."""
     lengths: Tensor = delta.flatten(1).norm(dim=1)
     return lengths[:, None, None, None]
 
 
 class Search:
-    """The bookkeeping every iterative attack shares: rows still at work, best image of each.
+    """The bookkeeping of an iterative attack: the active rows of the batch, the best image of each.
 
-    `rows` index the batch; all tensors handed in or out belong to those rows. The image of lowest
-    margin is kept, so against a deterministic target more effort can never give a weaker result.
-    With `drop`, rows leave once they are fooled.
+    `rows` are the indices of the active rows; all tensors passed in and returned belong to them.
+    The image of lowest margin is kept, so against a deterministic target more effort never gives a
+    weaker result. With `early_stop`, a row stops being active once it is fooled.
 
-    Against a stochastic target no row leaves, and the lowest margin of many looks is a lucky one:
-    an early, weaker iterate beats the last by its noise alone. So the `HELD` images that looked
-    best and the last one are asked once more in the end, all under the same fresh draws.
+    Against a stochastic target every row stays active, and the lowest margin of many queries is
+    biased: an early, weaker iterate can beat the last one by its noise alone. So `outcome`
+    evaluates the `FINALISTS` images of lowest margin and the last one again, all under the same
+    fresh draws.
     """
 
-    def __init__(self, target: Target, images: Tensor, labels: Tensor, drop: bool) -> None:
+    def __init__(self, target: Target, images: Tensor, labels: Tensor, early_stop: bool) -> None:
         self.target, self.images, self.labels = target, images, labels
-        self.drop = drop and not target.stochastic
-        self.looks = 0
+        self.early_stop = early_stop and not target.stochastic
+        self.queries = 0
         self.finalists = _Finalists(images) if target.stochastic else None
         self.best = images.clone()
         self.margin = torch.full((len(images),), torch.inf, device=images.device)
@@ -176,48 +186,49 @@ class Search:
 
     @property
     def origin(self) -> Tensor:
-        """The clean images of the rows at work."""
+        """The clean images of the active rows."""
         return self.images[self.rows]
 
     def restart(self) -> None:
-        """Put every row back to work that is not fooled yet (all of them without `drop`)."""
+        """Make all rows active again; with `early_stop`, only those that are not fooled yet."""
         rows = torch.arange(len(self.images), device=self.images.device)
-        self.rows = rows[self.margin > 0] if self.drop else rows
+        self.rows = rows[self.margin > 0] if self.early_stop else rows
 
     def query(self, x: Tensor) -> Tensor:
-        """Evaluate `x` without gradient, keep what is better, return the margins."""
-        margin = self.target[self.rows].margins(x, self.labels[self.rows], self.looks)
-        self._keep(x, margin)
+        """Evaluate `x` without gradient, record it, return the margins."""
+        margin = self.target[self.rows].margins(x, self.labels[self.rows], self.queries)
+        self.record(x, margin)
         return margin
 
     def evaluate(self, x: Tensor, loss: Loss) -> Evaluation:
-        """Evaluate `x` with the gradient of `loss`, keep what is better."""
-        seen = self.target[self.rows].evaluate(x, self.labels[self.rows], loss, self.looks)
-        self._keep(x, seen.margin)
+        """Evaluate `x` with the gradient of `loss`, record it, return the evaluation."""
+        found = self.target[self.rows].evaluate(x, self.labels[self.rows], loss, self.queries)
+        self.record(x, found.margin)
         self.iterations[self.rows] += 1
-        return seen
+        return found
 
-    def alive(self) -> Tensor:
-        """Drop the rows that are fooled; return which of the former rows (bool) stay."""
-        stay = self.margin[self.rows] > 0 if self.drop else torch.ones_like(self.rows).bool()
+    def drop_fooled(self) -> Tensor:
+        """With `early_stop`, deactivate the rows that are fooled; return which rows stay (bool)."""
+        stay = self.margin[self.rows] > 0 if self.early_stop else torch.ones_like(self.rows).bool()
         self.rows = self.rows[stay]
         return stay
 
     def outcome(self) -> Outcome:
-        """Return what was found."""
+        """Return the best image of every row; for a stochastic target, chosen under fresh draws."""
         if self.finalists:
-            # A share of what the search has cost, and no less than a look of it.
-            spent, eot = self.looks * self.target.eot, self.target.eot
-            asked = max(eot, ASKED[0], min(spent // 5, ASKED[1]))
+            # A fifth of the draws that the search has used, within bounds, and never less than
+            # `eot`.
+            used, eot = self.queries * self.target.eot, self.target.eot
+            count = max(eot, FINAL_DRAWS[0], min(used // 5, FINAL_DRAWS[1]))
             self.best, self.margin = strongest(
-                self.target, self.finalists.candidates(), self.labels, range(spent, spent + asked)
+                self.target, self.finalists.candidates(), self.labels, range(used, used + count)
             )
         return Outcome(self.best, self.margin, self.iterations)
 
-    def _keep(self, x: Tensor, margin: Tensor) -> None:
-        self.looks += 1
-        # NaN logits classify nothing, and count as fooled rather than as robust.
-        margin = margin.float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    def record(self, x: Tensor, margin: Tensor) -> None:
+        """Count a query, and keep the images `x` of the active rows whose `margin` is a new low."""
+        self.queries += 1
+        margin = nan_as_fooled(margin.float())
         if self.finalists:
             self.finalists.enter(self.rows, x.detach(), margin)
         better = margin < self.margin[self.rows]
@@ -226,41 +237,41 @@ class Search:
 
 
 class _Finalists:
-    """The `HELD` images of each row that looked best under noise, and the last one."""
+    """For each row the `FINALISTS` images of lowest margin under noise, and the last image."""
 
     def __init__(self, images: Tensor) -> None:
         self.last = images.clone()
-        self.images = images.repeat(HELD, *[1] * images.ndim).view(HELD, *images.shape)
-        self.margins = torch.full((HELD, len(images)), torch.inf, device=images.device)
+        self.images = images.repeat(FINALISTS, *[1] * images.ndim).view(FINALISTS, *images.shape)
+        self.margins = torch.full((FINALISTS, len(images)), torch.inf, device=images.device)
 
     def enter(self, rows: Tensor, x: Tensor, margins: Tensor) -> None:
-        """Let the images `x` of `rows` in, in place of the least of those that are there."""
-        worst, place = self.margins[:, rows].max(0)
-        better, allowed = margins < worst, margins < torch.inf
-        self.margins[place[better], rows[better]] = margins[better]
-        self.images[place[better], rows[better]] = x[better]
+        """Let `x` of `rows` replace the finalist of largest margin, where its margin is lower."""
+        largest, slot = self.margins[:, rows].max(0)
+        lower, allowed = margins < largest, margins < torch.inf
+        self.margins[slot[lower], rows[lower]] = margins[lower]
+        self.images[slot[lower], rows[lower]] = x[lower]
         self.last[rows[allowed]] = x[allowed]
 
     def candidates(self) -> Tensor:
-        """Return the images (`HELD` + 1, N, C, H, W)."""
+        """Return the images (`FINALISTS` + 1, N, C, H, W)."""
         return torch.cat([self.images, self.last[None]])
 
 
 def strongest(
     target: Target, candidates: Tensor, labels: Tensor, draws: range
 ) -> tuple[Tensor, Tensor]:
-    """Return of several images for each row (M,N,C,H,W) the strongest (N,C,H,W), and its margin.
+    """Return the strongest of M `candidates` (M,N,C,H,W) per row, and its mean margin (N,).
 
-    All are asked under the same draws of the noise of the defense, which nothing has seen before.
-    The strongest is right under the fewest; of two that are right equally often it has the lower
-    mean margin. Logits that are NaN classify nothing: minus infinity, as in a search.
+    All are evaluated under the same `draws` of the defense's noise, which should be unused so far.
+    The strongest is classified correctly under the fewest draws; ties go to the lower mean margin.
+    A NaN margin counts as minus infinity, as in `nan_as_fooled`.
     """
     with torch.no_grad():
-        asked = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
-    margins = torch.stack(asked).float().nan_to_num(-torch.inf).clamp(max=1e6)
+        by_draw = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
+    margins = torch.stack(by_draw).float().nan_to_num(-torch.inf).clamp(max=1e6)
     means = margins.mean(0)
     finite = means.clamp(min=-1e6)
-    # The second counts less than half a draw, however large margins are.
+    # The tie-break weighs less than half a draw, however large the margins are.
     best = ((margins > 0).sum(0) + 0.49 * finite / (1 + finite.abs())).argmin(0)
     rows = torch.arange(len(labels), device=labels.device)
     return candidates[best, rows], means[best, rows]

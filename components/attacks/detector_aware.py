@@ -1,11 +1,11 @@
-"""An attack that knows the detector: fool the classifier without looking attacked.
+"""A detector-aware attack: fool the classifier while keeping the detector score low.
 
-It climbs cross-entropy less `weight` times the detector score of the purifier, once for every weight,
-and keeps what fools with the least detector_score. Where it `sees` the classifier alone, this is
-APuDAE's counter-attack B (Kalaria et al., equation 15), made blind to the purification; where it
-sees the defense, purification is in its gradient too. The detector score is in the purifier's own
-units, so a weight says nothing across purifiers: give them a wide range. Without a purifier this
-is plain PGD.
+For every weight it ascends cross-entropy less `weight` times the detector score of the purifier,
+and it returns the fooling image of lowest detector score. With `sees: classifier` the cross-entropy
+is that of the bare classifier, so purification is ignored: counter-attack B of APuDAE (Kalaria et
+al., equation 15). With `sees: defense` the gradient goes through the purification too. The detector
+score is in the purifier's own units, so the same weight means something else for every purifier:
+give a wide range. Without a purifier this is plain PGD.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import ASKED, L2, Attack, Linf, Outcome, Positive
+from components.attacks.contract import FINAL_DRAWS, L2, Attack, Linf, Outcome, Positive
 from components.attacks.gradient import Factor, cross_entropy
 from components.data.draws import Draws
 from components.models.defense import Target
 
 
 class DetectorAware(Attack):
-    """PGD of `steps` times `step` radii for each of `weights`, from the image itself."""
+    """PGD of `steps` steps of `step` radii for each of `weights`, from the image itself."""
 
     kind: Literal["detector_aware"]
     sees: Literal["classifier", "defense"]
@@ -33,51 +33,62 @@ class DetectorAware(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every step for every weight is one pass."""
+        """One backward pass per step and weight."""
         return self.steps * len(self.weights)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return per image what fools with the least detector_score, else what has the least margin."""
-        looks = count()
-        # All are compared under the same noise, which no gradient has seen: else the luckiest wins.
-        gradients = self.effort() * (1 if self.sees == "classifier" else 2)
-        judged = -(-ASKED[1] // target.eot) if target.stochastic else 1
-        first = range(gradients, gradients + judged)
-        second = range(first.stop, first.stop + judged)
-        best, odd = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
-        margins = odd.clone()
-
-        def keep(x: Tensor) -> None:
-            # NaN logits classify nothing, and count as fooled rather than as robust.
-            margin = torch.stack([target.margins(x, labels, k) for k in first]).mean(0)
-            margin = margin.float().nan_to_num(-torch.inf)
-            detector_score = (
-                torch.stack([target.detector_score(x, k) for k in second]).mean(0).float()
-            )
-            fools, fooled = margin <= 0, margins <= 0
-            either = torch.where(fooled, detector_score < odd, True)
-            better = torch.where(fools, either, ~fooled & (margin < margins))
-            best[better], odd[better], margins[better] = (
-                x[better],
-                detector_score[better],
-                margin[better],
-            )
-
-        keep(images)
+        """Return the fooling image of lowest detector score, else the image of lowest margin."""
+        best = _Best(images, *self._unused_queries(target))
+        best.update(target, images, labels)
+        queries = count()
         for weight in self.weights:
             x = images
             for _ in range(self.steps):
-                gradient = self._gradient(target, x, labels, weight, looks)
+                gradient = self._gradient(target, x, labels, weight, queries)
                 x = threat.project(threat.ascend(x, gradient, self.step * threat.eps), images)
-            keep(x)
-        return Outcome(best, margins, torch.full_like(labels, self.effort()))
+            best.update(target, x, labels)
+        return Outcome(best.images, best.margins, torch.full_like(labels, self.effort()))
+
+    def _unused_queries(self, target: Target) -> tuple[range, range]:
+        """Return the queries that compare images, for margins and for detector scores.
+
+        All images are compared under the same noise, which no gradient has seen: otherwise the
+        image with the luckiest noise would win.
+        """
+        gradients = self.effort() * (1 if self.sees == "classifier" else 2)
+        number = -(-FINAL_DRAWS[1] // target.eot) if target.stochastic else 1
+        margins = range(gradients, gradients + number)
+        return margins, range(margins.stop, margins.stop + number)
 
     def _gradient(
-        self, target: Target, x: Tensor, labels: Tensor, weight: float, looks: Iterator[int]
+        self, target: Target, x: Tensor, labels: Tensor, weight: float, queries: Iterator[int]
     ) -> Tensor:
+        """Return the gradient of cross-entropy less `weight` times the detector score."""
         bare = self.sees == "classifier"
-        # The classifier alone draws no noise, and so uses up no look.
-        fool = target.evaluate(x, labels, cross_entropy, 0 if bare else next(looks), bare)
-        return fool.gradient - weight * target.suspect(x, next(looks))
+        # The bare classifier draws no noise, so evaluating it uses up no query.
+        fool = target.evaluate(x, labels, cross_entropy, 0 if bare else next(queries), bare)
+        return fool.gradient - weight * target.detector_gradient(x, next(queries))
+
+
+class _Best:
+    """The best image of each row so far, with its margin and detector score (N,)."""
+
+    def __init__(self, images: Tensor, for_margins: range, for_scores: range) -> None:
+        self.images = images.clone()
+        self.scores = torch.full((len(images),), torch.inf, device=images.device)
+        self.margins = self.scores.clone()
+        self.for_margins, self.for_scores = for_margins, for_scores
+
+    def update(self, target: Target, x: Tensor, labels: Tensor) -> None:
+        """Keep `x` where it is better: fooling before not fooling, then score, then margin."""
+        margins = torch.stack([target.margins(x, labels, k) for k in self.for_margins]).mean(0)
+        # NaN logits classify nothing, and count as fooled rather than as robust.
+        margins = margins.float().nan_to_num(-torch.inf)
+        scores = torch.stack([target.detector_score(x, k) for k in self.for_scores]).mean(0).float()
+        fools, fooled = margins <= 0, self.margins <= 0
+        either = torch.where(fooled, scores < self.scores, True)
+        better = torch.where(fools, either, ~fooled & (margins < self.margins))
+        self.images[better] = x[better]
+        self.scores[better], self.margins[better] = scores[better], margins[better]

@@ -1,9 +1,10 @@
-"""Attacks that follow the sign (or the direction) of the gradient: FGSM, BIM, PGD; and noise.
+"""Attacks by plain gradient ascent on the cross-entropy: FGSM, RAND+FGSM, BIM, PGD; and noise.
 
 Papers: Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Tramer et
-al. 2018 (RAND+FGSM), Wong et al. 2020 (one step from a random start), Athalye et al. 2018
-(expectation over transformation).
-Step lengths are multiples of the radius of the threat.
+al. 2018 (RAND+FGSM), Wong et al. 2020 (FGSM from a random start), Athalye et al. 2018 (EOT,
+expectation over transformation: `eot` draws of the defense's noise are averaged per gradient).
+Under L-inf a step follows the sign of the gradient, under L2 its direction. Step lengths are given
+in multiples of the radius.
 """
 
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ Factor = Annotated[float, Field(gt=0)]
 
 
 class Noise(Attack):
-    """A random image of the ball, the worst of `tries`: what any real attack must beat."""
+    """The strongest of `tries` random images of the ball: the baseline every attack must beat."""
 
     kind: Literal["noise"]
     tries: Positive
@@ -30,22 +31,23 @@ class Noise(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the try with the lowest margin."""
-        search = Search(target, images, labels, drop=False)
+        """Return the random image of lowest margin, or the clean one if none is lower."""
+        search = Search(target, images, labels, early_stop=False)
         for attempt in range(self.tries):
             search.query(threat.start(images, draws.redraw(attempt), "noise"))
         return search.outcome()
 
 
 class Pgd(Attack):
-    """`steps` ascents of the cross-entropy, each `step` times the radius, projected back.
+    """PGD: `steps` steps of `step` times the radius, each projected back onto the ball.
 
-    With `early_stop`, "fooled at any iterate" counts: fooled images are left alone and the iterate
-    of lowest margin is returned. Without it the last iterate is, as training wants it. Against a
-    stochastic target it is the strongest of several either way (`Search`).
+    With `early_stop` an image counts as fooled if any iterate fools: it is then left alone, and the
+    iterate of lowest margin is returned. Without it the last iterate is returned, as adversarial
+    training needs it. Against a stochastic target the strongest of several iterates is returned
+    either way (`Search`).
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["pgd"]
     steps: Positive
@@ -62,17 +64,17 @@ class Pgd(Attack):
         return self
 
     def effort(self) -> int:
-        """Every step of every restart is one pass."""
+        """One backward pass per step and restart."""
         return self.steps * self.restarts
 
     def strong(self) -> bool:
-        """Ten steps at least, which together travel one and a half radii."""
-        return _far(self.steps, self.step)
+        """At least ten steps, which together are at least 1.5 radii long."""
+        return _enough_travel(self.steps, self.step)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return one image per row; see the class for which."""
+        """Return the iterate of lowest margin, or the last one; see the class."""
         if not self.early_stop and not target.stochastic:
             start = threat.start(images, draws, "start") if self.random_start else images
             last = ascend(target, start, images, labels, threat, self.steps, self.step)
@@ -82,24 +84,24 @@ class Pgd(Attack):
             threat.start(images, draws.redraw(restart), "start") if self.random_start else images
             for restart in range(self.restarts)
         )
-        return _pursue(target, starts, images, labels, threat, self.steps, self.step)
+        return _multi_start(target, starts, images, labels, threat, self.steps, self.step)
 
 
-def _pursue(
+def _multi_start(
     target: Target, starts: Iterable[Tensor], images: Tensor, labels: Tensor, threat: Linf | L2,
     steps: int, step: float,
 ) -> Outcome:  # fmt: skip
-    """Run PGD from each of `starts`, leaving out what is fooled; return the lowest margins."""
-    search = Search(target, images, labels, drop=True)
+    """Run PGD from each of `starts`, always on the images that are not fooled yet."""
+    search = Search(target, images, labels, early_stop=True)
     for start in starts:
         search.restart()
         x = start[search.rows]
         for _ in range(steps):
             gradient = search.evaluate(x, cross_entropy).gradient
-            alive = search.alive()
+            stay = search.drop_fooled()
             if not len(search.rows):
                 break
-            ascended = threat.ascend(x[alive], gradient[alive], step * threat.eps)
+            ascended = threat.ascend(x[stay], gradient[stay], step * threat.eps)
             x = threat.project(ascended, search.origin)
         if len(search.rows):
             search.query(x)
@@ -110,20 +112,21 @@ def ascend(
     target: Target, start: Tensor, images: Tensor, labels: Tensor, threat: Linf | L2,
     steps: int, step: float,
 ) -> Tensor:  # fmt: skip
-    """Return the last of `steps` iterates from `start` in the ball around `images`: bare PGD."""
+    """Run bare PGD from `start` in the ball around `images`; return the last iterate."""
     x = start
-    for look in range(steps):
-        gradient = target.evaluate(x, labels, cross_entropy, look).gradient
+    for query in range(steps):
+        gradient = target.evaluate(x, labels, cross_entropy, query).gradient
         x = threat.project(threat.ascend(x, gradient, step * threat.eps), images)
     return x
 
 
 class Fgsm(Attack):
-    """One step of `step` times the radius, projected back; 1 from the image, 1.25 from a random
-    start (FGSM-RS of Wong et al.).
+    """FGSM: one step of `step` times the radius, projected back onto the ball.
+
+    The papers take `step` 1 from the image itself, and 1.25 from a random start (Wong et al. 2020).
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["fgsm"]
     random_start: bool
@@ -133,20 +136,19 @@ class Fgsm(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image after the step, or the clean one where that was wrong already."""
+        """Return the image after the step; the clean image where it is misclassified already."""
         start = threat.start(images, draws, "start") if self.random_start else images
-        return _pursue(target, [start], images, labels, threat, 1, self.step)
+        return _multi_start(target, [start], images, labels, threat, 1, self.step)
 
 
 class RFgsm(Attack):
-    """RAND+FGSM (Tramer et al. 2018): `alpha` of the radius at random, the rest by the gradient.
+    """RAND+FGSM (Tramer et al. 2018): a random step, then a gradient step.
 
-    Under L-inf the random step is along the sign of Gaussian noise, under L2 along the noise. The
-    two steps together are as long as the radius; a full step after the random one would leave the
-    ball.
+    The random step takes `alpha` of the radius, along the sign of Gaussian noise under L-inf and
+    along the noise itself under L2. The gradient step takes the rest, so both stay in the ball.
     """
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["r_fgsm"]
     alpha: Annotated[float, Field(gt=0, lt=1)]
@@ -155,16 +157,16 @@ class RFgsm(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the image after both steps, or the one of lower margin before them."""
+        """Return the image of lowest margin: the clean one, or after one or both steps."""
         noise = draws.normal(tuple(images.shape[1:]), "start").to(images.dtype)
         start = threat.project(threat.ascend(images, noise, self.alpha * threat.eps), images)
-        return _pursue(target, [start], images, labels, threat, 1, 1 - self.alpha)
+        return _multi_start(target, [start], images, labels, threat, 1, 1 - self.alpha)
 
 
 class Bim(Attack):
-    """PGD from the image itself."""
+    """BIM: PGD from the image itself, with early stop."""
 
-    stopping: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
 
     kind: Literal["bim"]
     steps: Positive
@@ -172,21 +174,22 @@ class Bim(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every step is one pass."""
+        """One backward pass per step."""
         return self.steps
 
     def strong(self) -> bool:
-        """Ten steps at least, which together travel one and a half radii."""
-        return _far(self.steps, self.step)
+        """At least ten steps, which together are at least 1.5 radii long."""
+        return _enough_travel(self.steps, self.step)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
-        return _pursue(target, [images], images, labels, threat, self.steps, self.step)
+        return _multi_start(target, [images], images, labels, threat, self.steps, self.step)
 
 
-def _far(steps: int, step: float) -> bool:
+def _enough_travel(steps: int, step: float) -> bool:
+    """Say whether PGD is strong enough to carry a claim: steps and their length together."""
     return steps >= 10 and steps * step >= 1.5
 
 

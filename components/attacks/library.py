@@ -1,13 +1,16 @@
-"""Attacks by torchattacks, wrapped so that its traps cannot bite.
+"""Attacks of the library torchattacks, wrapped so that its side effects stay outside.
 
-torchattacks reseeds the global random stream (here: a forked one), sets the mode of the model it is
-given and leaves gradients in its parameters (here: a throw-away module around the target, with one
-parameter of no account), counts no passes (the target does), and trusts its own clipping (here:
-projected once more). It asks about rows it does not name, so noise cannot be bound to images: what
-it offers is refused against a stochastic target.
+- It reseeds the global random stream: here it runs in a forked one.
+- It sets the mode of the model and leaves gradients in its parameters: here it gets a throw-away
+  module around the target, with one dummy parameter.
+- It counts no passes: the target does.
+- It relies on its own clipping: here the result is projected once more.
+- It evaluates subsets of the batch without saying which images they are, so noise cannot be keyed
+  per image: here it is refused for stochastic targets.
 
-Only what is right in the pinned 3.3.0 stands here. NI-FGSM (Lin et al. 2020) does not: its look
-ahead is longer than in the paper by the number of pixels, and out of the ball and of [0,1].
+Only attacks that are right in the pinned version 3.3.0 are wrapped. NI-FGSM (Lin et al. 2020) is
+not: its look-ahead step is as many times too long as the image has pixels, and leaves the ball and
+[0,1].
 """
 
 from collections.abc import Callable
@@ -17,18 +20,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
-from components.attacks.square import margins
+from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
 from components.data.draws import Draws
 from components.models.defense import Target
 
 
 class MiFgsm(Attack):
-    """MI-FGSM (Dong et al. 2018): `steps` of `step` times the radius along the accumulated sign.
+    """MI-FGSM (Dong et al. 2018): `steps` steps of `step` times the radius, with momentum.
 
-    `decay` is the share of the accumulated gradient that is carried on; 1 in the paper. Made to
-    transfer: the last iterate is returned, fooling or not. An image whose gradient vanishes stays
-    where that happens. For L-inf and deterministic targets.
+    Each step follows the sign of the accumulated gradient, of which `decay` is carried on to the
+    next (1 in the paper). Made to transfer, so the last iterate is returned, fooling or not. An
+    image stays where its gradient vanishes. Raises ValueError for L2 and for stochastic targets.
     """
 
     kind: Literal["mi_fgsm"]
@@ -37,36 +39,37 @@ class MiFgsm(Attack):
     decay: Annotated[float, Field(ge=0)]
 
     def effort(self) -> int:
-        """Every step is one pass."""
+        """One backward pass per step."""
         return self.steps
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the last iterate; images that are wrong already are left as they are."""
+        """Return the last iterate; the clean image where it is misclassified already."""
         if not isinstance(threat, Linf):
             raise ValueError("mi_fgsm steps along the sign: for linf threats only, not l2")
-        # Imported here because it takes a second, which no stage without it should pay.
+        # Imported here because it takes a second, which only those who use it should pay.
         import torchattacks
 
         eps, length = threat.eps, self.step * threat.eps
-        return borrowed(
+        return run_torchattack(
             lambda model: torchattacks.MIFGSM(model, eps, length, self.steps, self.decay),
             self.kind, self.steps, target, images, labels, threat,
         )  # fmt: skip
 
 
-def borrowed(
+def run_torchattack(
     make: Callable[[nn.Module], Any], kind: str, steps: int, target: Target, images: Tensor,
     labels: Tensor, threat: Linf | L2,
 ) -> Outcome:  # fmt: skip
-    """Run the attack of torchattacks that `make` builds on the images that are still right.
+    """Run the attack that `make` builds for a module, on the images that are classified correctly.
 
-    Raises ValueError for a stochastic target.
+    `steps` is the number of iterations that are reported for them. Raises ValueError for a
+    stochastic target.
     """
     if target.stochastic:
         raise ValueError(f"{kind} cannot bind noise to images: not for stochastic defenses")
-    found, margin = images.clone(), margins(target, images, labels, 0)
+    found, margin = images.clone(), nan_as_fooled(target.margins(images, labels, 0))
     rows = (margin > 0).nonzero().flatten()
     spent = torch.zeros_like(labels).index_fill_(0, rows, steps)
     if len(rows):
@@ -74,14 +77,14 @@ def borrowed(
         with torch.random.fork_rng():
             moved = make(_Module(target[rows])).forward(origin, labels[rows])
         found[rows] = threat.project(moved.detach(), origin)
-        margin[rows] = margins(target[rows], found[rows], labels[rows], 1)
+        margin[rows] = nan_as_fooled(target[rows].margins(found[rows], labels[rows], 1))
     return Outcome(found, margin.float(), spent)
 
 
 class _Module(nn.Module):
-    """A target in the form torchattacks wants: a module with a parameter, so with a device.
+    """A target as torchattacks needs it: a module that has a parameter, and so a device.
 
-    The target is no submodule, so neither modes nor gradients get at the networks behind it.
+    The target is no submodule: its networks are out of reach of `train()` and of gradients.
     """
 
     def __init__(self, target: Target) -> None:
@@ -95,7 +98,7 @@ class _Module(nn.Module):
 
 
 class _Logits(torch.autograd.Function):
-    """Logits (N,K) whose graph leads to the pixels and to no parameter, each pass counted."""
+    """Logits (N,K) that are differentiable in the pixels but in no parameter; counts passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Target) -> Tensor:

@@ -1,7 +1,8 @@
-"""Adversarial sets on disk: parts with a manifest, images in float32 since rounding moves them.
+"""Adversarial sets on disk: Parquet shards with a manifest (`components.data.shards`).
 
 Columns: `id`, `label`, `image` (fixed-size binary: float32, C x H x W), `success`, `iterations`,
-`forward`, `backward`. The manifest says what was attacked, how, and by what.
+`forward`, `backward`. Images are stored in float32: rounded to bytes they could leave the ball or
+stop fooling. The manifest says what was attacked, how, and with which attack.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from components.attacks import Crafted
 from components.data.image_set import Shape, fixed_size_column
-from components.data.shards import finish, read_manifest, read_parts, write_shard
+from components.data.shards import read_manifest, read_shards, write_manifest, write_shard
 
 COUNTS = ("iterations", "forward", "backward")
 
@@ -29,7 +30,7 @@ def schema(shape: Shape) -> pa.Schema:
 
 
 def write_crafted(path: Path, crafted: Crafted) -> None:
-    """Write one part."""
+    """Write one shard of a set."""
     flat = np.ascontiguousarray(crafted.images.numpy()).reshape(len(crafted.ids), -1)
     channels, height, width = crafted.images.shape[1:]
     image = pa.FixedSizeBinaryArray.from_buffers(
@@ -41,16 +42,16 @@ def write_crafted(path: Path, crafted: Crafted) -> None:
     write_shard(path, pa.table(arrays, schema=schema((channels, height, width))))
 
 
-def seal(folder: Path, shape: Shape, facts: Mapping[str, Any]) -> None:
-    """Finish a set: the manifest over its parts, with `facts` about how it was made."""
-    finish(folder, {"shape": list(shape), **facts})
+def write_crafted_manifest(folder: Path, shape: Shape, facts: Mapping[str, Any]) -> None:
+    """Finish a set: write the manifest over its shards, with `facts` about how it was made."""
+    write_manifest(folder, {"shape": list(shape), **facts})
 
 
 def read_crafted(folder: Path) -> Crafted:
-    """Return a set, verified against its manifest; DataError if a byte is not as written."""
+    """Return a set, verified against its manifest; raise DataError if a byte has changed."""
     channels, height, width = read_manifest(folder)["shape"]
     shape = (channels, height, width)
-    table = pa.concat_tables(read_parts(folder, schema(shape)))
+    table = pa.concat_tables(read_shards(folder, schema(shape)))
     flat = fixed_size_column(table, "image", np.dtype(np.float32))
 
     def column(name: str) -> Tensor:

@@ -1,9 +1,9 @@
-"""Noise keyed per image: the same image gets the same noise in any batch, order or worker.
+"""Noise keyed per image: an image gets the same noise in any batch, order or worker.
 
-A stream is named by (seed, role, image id, draw) and the use the noise is put to; two roles
-never share a stream, so an attacker cannot fit the very draws that are scored. The generator is
-counter-based (the SplitMix64 finaliser of Steele, Lea and Flood, OOPSLA 2014, over a hashed key),
-written in int64 tensor arithmetic, so a whole batch is drawn at once on any device.
+A stream is keyed by seed, role, image id, draw and use. Two roles never share a stream, so an
+attack cannot fit the draws that are used for scoring. The generator is counter-based (the
+SplitMix64 finaliser of Steele, Lea and Flood, OOPSLA 2014, over a hashed key) and written in int64
+tensor arithmetic, so a whole batch is drawn at once on any device.
 """
 
 import math
@@ -33,15 +33,15 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    """Shift right logically; torch's own shift of int64 carries the sign along."""
+    """Shift right logically (torch shifts int64 arithmetically)."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """A handle on one draw of noise for a batch of images; index it as the batch is indexed.
+    """One draw of noise for a batch of images; index it in the same way as the batch.
 
-    `ids` (N,) int64 are image ids, `draw` counts repetitions of the noise for the same image.
+    `ids` (N,) int64 are image ids; `draw` numbers independent repetitions for the same image.
     """
 
     seed: int
@@ -56,31 +56,32 @@ class Draws:
         return replace(self, ids=self.ids[rows])
 
     def redraw(self, draw: int) -> "Draws":
-        """Return the same streams at repetition `draw`."""
+        """Return the same images at repetition `draw`."""
         return replace(self, draw=draw)
 
     def uniform(self, shape: tuple[int, ...], use: str) -> Tensor:
-        """Return (N, *shape) float32 in [0, 1); `use` names what the noise is for."""
-        # 24 bits fill a float32 mantissa exactly, so 1.0 can not come out by rounding.
+        """Return uniform noise (N, *shape), float32 in [0, 1); `use` names what it is for."""
+        # 24 bits fit a float32 mantissa exactly, so rounding cannot give 1.0.
         return (_shift(self._bits(math.prod(shape), use), 40).float() / (1 << 24)).view(
             len(self), *shape
         )
 
     def normal(self, shape: tuple[int, ...], use: str) -> Tensor:
-        """Return (N, *shape) float32 standard normal noise (Box and Muller, 1958)."""
+        """Return standard normal noise (N, *shape), float32 (Box and Muller, 1958)."""
         count = math.prod(shape)
         bits = self._bits(2 * count, use)
-        # Float64 inside keeps devices equal to the last float32 bit, short of libm itself.
+        # Float64 keeps devices equal to the last float32 bit, up to their log and cos.
         radius = (_shift(bits[:, :count], 11).double() + 1) / (1 << 53)
         angle = _shift(bits[:, count:], 11).double() / (1 << 53)
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
         return normal.float().view(len(self), *shape)
 
     def permutation(self, count: int, use: str) -> Tensor:
-        """Return (N, count) int64: an independent random order of 0..count-1 per image."""
+        """Return a random order of 0..count-1 for each image: (N, count) int64."""
         return self._bits(count, use).argsort(dim=1, stable=True)
 
     def _bits(self, count: int, use: str) -> Tensor:
+        """Return random int64 values (N, count) over all 64 bits."""
         name = zlib.crc32(f"{self.role}/{use}".encode())
         stream = (self.seed * 0x1_0000_0001 + name) * _GOLDEN + self.draw * 0xD1B54A32D192ED03
         key = _mix(_mix(self.ids * _signed(_GOLDEN)) ^ _signed(stream))
@@ -89,6 +90,6 @@ class Draws:
 
 
 def fresh(count: int, device: torch.device) -> Draws:
-    """Return draws nobody can foresee, for a purifier that is served rather than scored."""
+    """Return unpredictable draws for `count` images: for serving, where nothing is scored."""
     ids = torch.randint(1 << 62, (count,), device=device)
     return Draws(int(torch.randint(1 << 62, ()).item()), "clean", ids)

@@ -1,7 +1,7 @@
-"""Labelled images and the form they are prepared in.
+"""Labelled images, in memory and on disk.
 
-`ImageSet` is what everything downstream takes: resident uint8 images, labels and ids. On disk it
-is a folder of Parquet parts (`components.shards`) with columns `id` (int64, unique over all
+All code downstream takes an `ImageSet`: uint8 images, labels and ids in memory. On disk it is a
+folder of Parquet shards (`components.data.shards`) with columns `id` (int64, unique over all
 splits), `image` (fixed-size binary: uint8, C x H x W) and `label` (int64).
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from components.data.shards import (
     DataError,
-    finish,
     read_manifest,
-    read_parts,
+    read_shards,
     shard_name,
+    write_manifest,
     write_shard,
 )
 
@@ -55,27 +55,27 @@ class ImageSet:
 
 
 def schema(shape: Shape) -> pa.Schema:
-    """Return the Parquet schema of prepared images of this shape."""
+    """Return the Parquet schema of images of this shape."""
     size = int(np.prod(shape))
     return pa.schema([("id", pa.int64()), ("image", pa.binary(size)), ("label", pa.int64())])
 
 
 def write(folder: Path, data: ImageSet, rows_per_part: int) -> None:
-    """Write a split as parts of `rows_per_part` rows, manifest last."""
+    """Write a split as shards of `rows_per_part` rows, and then its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, start in enumerate(range(0, len(data), rows_per_part)):
         rows = torch.arange(start, min(start + rows_per_part, len(data)))
         write_shard(folder / shard_name(index), _table(data[rows]))
-    finish(folder, {"shape": list(data.shape), "class_names": list(data.class_names)})
+    write_manifest(folder, {"shape": list(data.shape), "class_names": list(data.class_names)})
 
 
 def read(folder: Path) -> ImageSet:
-    """Return a prepared split, verified; raise DataError if a byte is not as it was written."""
+    """Return a split, verified against its manifest; raise DataError if a byte has changed."""
     return _concatenate(read_by_shard(folder))
 
 
 def read_by_shard(folder: Path, only: int | None = None) -> list[ImageSet]:
-    """Return a prepared split part by part, or `only` one: a part is the unit of sharded work."""
+    """Return a split shard by shard, or `only` one shard: the unit of distributed work."""
     manifest = read_manifest(folder)
     try:
         channels, height, width = manifest["shape"]
@@ -83,31 +83,32 @@ def read_by_shard(folder: Path, only: int | None = None) -> list[ImageSet]:
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{folder}/manifest.json does not give shape and class_names") from None
     shape = (channels, height, width)
-    parts = [_images(table, shape, names) for table in read_parts(folder, schema(shape), only)]
-    if not parts:
-        raise DataError(f"{folder} holds no images")
-    for part in parts:
-        if part.labels.min() < 0 or part.labels.max() >= len(names):
+    shards = [_images(table, shape, names) for table in read_shards(folder, schema(shape), only)]
+    if not shards:
+        raise DataError(f"{folder} contains no images")
+    for shard in shards:
+        if shard.labels.min() < 0 or shard.labels.max() >= len(names):
             raise DataError(f"{folder} has labels outside 0..{len(names) - 1}")
-    return parts
+    return shards
 
 
 def stratified(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Choose `count` rows, each class in proportion (largest remainder); True marks the chosen.
+    """Choose `count` rows at random with every class in proportion; return a mask of the chosen.
 
-    Depends only on labels, count and seed. Raises ValueError when `count` exceeds the rows.
+    Numbers per class are rounded by largest remainder. The result depends only on labels, count and
+    seed. Raises ValueError unless `count` lies in 0..N.
     """
     if not 0 <= count <= len(labels):
         raise ValueError(f"{count} rows asked of a set of {len(labels)}")
     classes, sizes = np.unique(labels, return_counts=True)
     quotas = sizes * (count / max(len(labels), 1))
-    shares = np.floor(quotas).astype(np.int64)
-    for index in np.argsort(-(quotas - shares), kind="stable")[: count - int(shares.sum())]:
-        shares[index] += 1
+    counts = np.floor(quotas).astype(np.int64)
+    for index in np.argsort(-(quotas - counts), kind="stable")[: count - int(counts.sum())]:
+        counts[index] += 1
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=np.bool_)
-    for name, share in zip(classes, shares, strict=True):
-        chosen[rng.permutation(np.flatnonzero(labels == name))[:share]] = True
+    for label, number in zip(classes, counts, strict=True):
+        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
     return chosen
 
 
@@ -133,7 +134,7 @@ def _images(table: pa.Table, shape: Shape, class_names: tuple[str, ...]) -> Imag
 
 
 def fixed_size_column(table: pa.Table, name: str, dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
-    """Return a fixed-size binary column as an array (rows, values) that owns its memory."""
+    """Return a fixed-size binary column as an array (rows, values) of its own memory."""
     column = table[name].combine_chunks()
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     width = table.schema.field(name).type.byte_width
@@ -149,10 +150,10 @@ def fixed_size_column(table: pa.Table, name: str, dtype: "np.dtype[Any]") -> npt
     return np.concatenate(arrays).reshape(table.num_rows, width).view(dtype)
 
 
-def _concatenate(parts: Sequence[ImageSet]) -> ImageSet:
+def _concatenate(shards: Sequence[ImageSet]) -> ImageSet:
     return ImageSet(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        torch.cat([part.ids for part in parts]),
-        parts[0].class_names,
+        torch.cat([shard.images for shard in shards]),
+        torch.cat([shard.labels for shard in shards]),
+        torch.cat([shard.ids for shard in shards]),
+        shards[0].class_names,
     )

@@ -1,8 +1,8 @@
-"""A folder of Parquet parts with a manifest: how tables of images lie on disk.
+"""A folder of Parquet shards with a manifest: how tables of images are stored.
 
-Parts are written with page checksums and read with their verification, because a flipped bit is
-otherwise returned as a wrong image without a word. `manifest.json` names every part with rows,
-size and sha256 and is written last: a folder without it is not finished.
+Shards are written with page checksums, which are verified when they are read: without them a
+flipped bit would be returned as a wrong image, and no error raised. `manifest.json` lists rows,
+size and sha256 of every shard. It is written last, so a folder without it is unfinished.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ MANIFEST = "manifest.json"
 
 
 class DataError(ValueError):
-    """Data that must not be used: damaged, incomplete, or not of the declared form."""
+    """Data that must not be used: damaged, incomplete, or of another form than declared."""
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of part number `index`."""
+    """Return the file name of shard number `index`."""
     return f"part-{index:05d}.parquet"
 
 
@@ -34,7 +34,7 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it exists whole or not at all."""
+    """Write a file atomically: it exists whole or not at all, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,13 +48,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, with sorted keys so that equal values are equal bytes."""
+    """Write JSON atomically, with sorted keys, so that equal values give equal bytes."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Write one part, whole or not at all, the same bytes for the same table."""
+    """Write one shard atomically; the same table gives the same bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -67,52 +67,52 @@ def write_shard(path: Path, table: pa.Table) -> None:
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def finish(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest over the parts in `folder`, with `facts` beside their checksums."""
-    parts = sorted(folder.glob("part-*.parquet"))
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Finish a folder: write the manifest over its shards, with `facts` beside their checksums."""
+    shards = sorted(folder.glob("part-*.parquet"))
     files = [
         {
-            "path": part.name,
-            "rows": pq.read_metadata(part).num_rows,
-            "size": part.stat().st_size,
-            "sha256": sha256(part),
+            "path": shard.name,
+            "rows": pq.read_metadata(shard).num_rows,
+            "size": shard.stat().st_size,
+            "sha256": sha256(shard),
         }
-        for part in parts
+        for shard in shards
     ]
     rows = sum(int(file["rows"]) for file in files)
     write_json(folder / MANIFEST, {**facts, "rows": rows, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a finished folder; raise DataError where there is none."""
+    """Return the manifest of a finished folder; raise DataError if it is missing or broken."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST}: it is missing or was never finished")
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path} is not readable as JSON: {error}") from None
+        raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise DataError(f"{path} does not list its files")
     return manifest
 
 
-def read_parts(folder: Path, schema: pa.Schema, only: int | None = None) -> list[pa.Table]:
-    """Return the parts of a folder in order, or `only` one, verified against manifest and schema.
+def read_shards(folder: Path, schema: pa.Schema, only: int | None = None) -> list[pa.Table]:
+    """Return the shards of a folder in order, or `only` one, verified by manifest and schema.
 
-    Raises DataError for a part that is missing, extra, altered or of another schema.
+    Raises DataError for a shard that is missing, extra, altered or of another schema.
     """
     manifest = read_manifest(folder)
     listed = [str(file["path"]) for file in manifest["files"]]
-    found = sorted(part.name for part in folder.glob("*.parquet"))
+    found = sorted(shard.name for shard in folder.glob("*.parquet"))
     if sorted(listed) != found:
-        odd = sorted(set(listed) ^ set(found))
-        raise DataError(f"{folder} and its manifest disagree about {', '.join(odd)}")
+        different = sorted(set(listed) ^ set(found))
+        raise DataError(f"{folder} and its manifest disagree about {', '.join(different)}")
     files = manifest["files"] if only is None else [manifest["files"][only]]
-    return [_read_part(folder / file["path"], file["sha256"], schema) for file in files]
+    return [_read_shard(folder / file["path"], file["sha256"], schema) for file in files]
 
 
-def _read_part(path: Path, digest: str, schema: pa.Schema) -> pa.Table:
+def _read_shard(path: Path, digest: str, schema: pa.Schema) -> pa.Table:
     if sha256(path) != digest:
         raise DataError(f"{path} was altered: its sha256 is not the one in the manifest")
     try:
@@ -125,6 +125,6 @@ def _read_part(path: Path, digest: str, schema: pa.Schema) -> pa.Table:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of a finished folder's manifest: it changes with any byte inside."""
+    """Return the sha256 of a finished folder's manifest: it changes if any byte of a shard does."""
     read_manifest(folder)
     return sha256(folder / MANIFEST)

@@ -1,8 +1,9 @@
-"""The attack of Carlini and Wagner 2017 in L2: the nearest image that is classified otherwise.
+"""CW-L2 (Carlini and Wagner 2017): the nearest misclassified image in L2.
 
-Minimises |x' - x|^2 + c * max(margin + confidence, 0) over w, x' = (tanh(w) + 1) / 2, by Adam,
-with c found per image by bisection (`searches`; 1 is the papers' fixed c). It has no ball: its
-result is an image and a distance. Every image is optimised on its own, whatever its batch.
+Minimises |x' - x|^2 + c * max(margin + confidence, 0) over w, with x' = (tanh(w) + 1) / 2, by Adam.
+The weight c is found per image by bisection over `searches` values; `searches: 1` keeps it fixed.
+It has no ball: its result is an image and a distance. Each image is optimised on its own, whatever
+the batch.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -15,12 +16,12 @@ from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
-# tanh reaches neither 0 nor 1: pixels are pulled in by this much so that they can move at all.
+# atanh is infinite for pixels of 0 and 1: scaling by this keeps w finite, so they can move.
 INSIDE = 1 - 1e-6
 
 
 class CwL2(Attack):
-    """Carlini and Wagner in L2: `c` to start from, `searches` values of c, `steps` of Adam each."""
+    """CW-L2: `searches` values of c, starting with `c`, and `steps` steps of Adam for each."""
 
     bounded: ClassVar[bool] = False
 
@@ -33,19 +34,19 @@ class CwL2(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every step of every search is one pass."""
+        """One backward pass per step and value of c."""
         return self.searches * self.steps
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the nearest fooling image found, or the clean one where there was none."""
-        found = _Found(images, target.margins(images, labels, 0))
-        looks = 1
+        """Return the nearest fooling image found, or the clean one if there was none."""
+        found = _Nearest(images, target.margins(images, labels, 0))
+        query = 1
         c = torch.full((len(images),), self.c, device=images.device)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
         for _ in range(self.searches):
-            hit = torch.zeros_like(labels, dtype=torch.bool)
+            fooled = torch.zeros_like(labels, dtype=torch.bool)
             w = torch.atanh((2 * images - 1) * INSIDE)
             adam = _Adam(w, self.learning_rate)
             for _ in range(self.steps):
@@ -54,20 +55,20 @@ class CwL2(Attack):
                 def hinge(logits: Tensor, labels: Tensor) -> Tensor:
                     return (margin(logits, labels) + self.confidence).clamp_min(0)
 
-                seen = target.evaluate(x, labels, hinge, looks)
-                looks += 1
-                hit |= found.update(x, images, seen.margin, self.confidence)
-                slope = 2 * (x - images) + c[:, None, None, None] * seen.gradient
-                w = adam.step(w, slope * (1 - torch.tanh(w) ** 2) / 2)
-            high = torch.where(hit, torch.minimum(high, c), high)
-            low = torch.where(hit, low, torch.maximum(low, c))
+                evaluation = target.evaluate(x, labels, hinge, query)
+                query += 1
+                fooled |= found.update(x, images, evaluation.margin, self.confidence)
+                gradient = 2 * (x - images) + c[:, None, None, None] * evaluation.gradient
+                w = adam.step(w, gradient * (1 - torch.tanh(w) ** 2) / 2)
+            high = torch.where(fooled, torch.minimum(high, c), high)
+            low = torch.where(fooled, low, torch.maximum(low, c))
             c = torch.where(high.isinf(), c * 10, (low + high) / 2)
         count = torch.full_like(labels, self.searches * self.steps)
         return Outcome(found.images, found.margin, count)
 
 
-class _Found:
-    """The nearest fooling image of each row so far."""
+class _Nearest:
+    """The nearest fooling image of each row so far; the clean image until there is one."""
 
     def __init__(self, images: Tensor, margins: Tensor) -> None:
         self.images, self.margin = images.clone(), margins.float()
@@ -75,27 +76,29 @@ class _Found:
         self.distance = torch.where(wrong, 0.0, torch.inf).to(images.device)
 
     def update(self, x: Tensor, images: Tensor, margins: Tensor, confidence: float) -> Tensor:
+        """Keep the fooling images that are nearer; return which of `x` (N,C,H,W) fool (N,)."""
         distance = (x - images).flatten(1).norm(dim=1)
-        # `not (margin > -confidence)`, so that NaN counts as fooled.
-        hit = ~(margins > -confidence) & ~(margins > 0)
-        nearer = hit & (distance < self.distance)
+        # Written as `not (margin > -confidence)`, so that NaN counts as fooled.
+        fools = ~(margins > -confidence) & ~(margins > 0)
+        nearer = fools & (distance < self.distance)
         self.images[nearer] = x[nearer].detach()
         self.margin[nearer] = margins[nearer].float()
         self.distance = torch.where(nearer, distance, self.distance)
-        return hit
+        return fools
 
 
 class _Adam:
-    """Adam over a batch (Kingma and Ba 2015); every element is its own problem."""
+    """Adam (Kingma and Ba 2015) with its usual constants; no element affects another."""
 
     def __init__(self, w: Tensor, rate: float) -> None:
         self.rate, self.count = rate, 0
         self.first, self.second = torch.zeros_like(w), torch.zeros_like(w)
 
-    def step(self, w: Tensor, slope: Tensor) -> Tensor:
+    def step(self, w: Tensor, gradient: Tensor) -> Tensor:
+        """Return `w` after one step."""
         self.count += 1
-        self.first = 0.9 * self.first + 0.1 * slope
-        self.second = 0.999 * self.second + 0.001 * slope**2
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
         first = self.first / (1 - 0.9**self.count)
         second = self.second / (1 - 0.999**self.count)
         return w - self.rate * first / (second.sqrt() + 1e-8)

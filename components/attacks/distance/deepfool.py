@@ -1,12 +1,13 @@
-"""DeepFool (Moosavi-Dezfooli et al. 2016, algorithm 2): across the nearest linearised boundary.
+"""DeepFool (Moosavi-Dezfooli et al. 2016, algorithm 2): step across the nearest boundary.
 
-At each step every boundary between the true class and another is replaced by its tangent, and the
-image is moved onto the nearest one in L2; the sum of the moves, stretched by 1 + `overshoot`,
-carries it across. It has no ball: its result is an image and a distance.
+In each step the boundary between the true class and every other class is linearised, and the image
+moves onto the nearest one in L2. The sum of the moves, scaled by 1 + `overshoot`, takes it across.
+It has no ball: its result is an image and a distance.
 
-Three departures from the paper: iterates are clipped to [0,1], as is usual; the stretched image is
-looked at in every step, not only once the bare iterate is across, which on a flat boundary would
-hang on a rounding; and it runs from the true class, so that what is wrong already is left alone.
+Departures from the paper: iterates are clipped to [0,1], as is usual. The scaled image is evaluated
+in every step, not only once the unscaled iterate is across, which on a flat boundary would depend
+on rounding. And the moves start from the true class instead of the predicted one, so an image that
+is misclassified already is left alone.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -21,11 +22,11 @@ from components.models.defense import Target
 
 
 class DeepFool(Attack):
-    """At most `steps` moves among the `classes` likeliest classes, the true one included.
+    """At most `steps` moves, among the `classes` most likely classes including the true one.
 
-    Against a stochastic target gradients and margins are means over `eot` draws, every image is
-    looked at in all steps, moves whenever it is found on the true side, and the strongest of
-    several counts (`Search`), whether it fools more often than not or less.
+    Against a stochastic target gradients and margins are means over `eot` draws. Every image then
+    runs through all steps and moves whenever it is on the true side, and the strongest of several
+    images is returned (`Search`), even if it fools in less than half of the draws.
     """
 
     bounded: ClassVar[bool] = False
@@ -37,28 +38,28 @@ class DeepFool(Attack):
     eot: Positive
 
     def effort(self) -> int:
-        """Every step is one pass for each other class."""
+        """One backward pass per step and other class."""
         return self.steps * (self.classes - 1)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the first fooling image, or the clean one where there was none.
+        """Return the first fooling image, or the clean one if there was none.
 
-        Raises ValueError for more `classes` than the target knows.
+        Raises ValueError if there are fewer than `classes` classes.
         """
-        rivals = _rivals(target, images, labels, self.classes)
-        search = _Search(target, images, labels, drop=True)
+        others = _likeliest_others(target, images, labels, self.classes)
+        search = _JacobianSearch(target, images, labels, early_stop=True)
         clean = search.margin.clone()
         x = search.origin
         for _ in range(self.steps):
             if not len(search.rows):
                 break
-            gaps, slopes = search.jacobian(x, rivals)
-            x = (x + onto_nearest(gaps, slopes)).clamp(0, 1)
-            stretched = search.origin + (1 + self.overshoot) * (x - search.origin)
-            search.query(stretched.clamp(0, 1))
-            x = x[search.alive()]
+            gaps, gradients = search.jacobian(x, others)
+            x = (x + onto_nearest(gaps, gradients)).clamp(0, 1)
+            scaled = search.origin + (1 + self.overshoot) * (x - search.origin)
+            search.query(scaled.clamp(0, 1))
+            x = x[search.drop_fooled()]
         found = search.outcome()
         if target.stochastic:
             return found
@@ -67,24 +68,25 @@ class DeepFool(Attack):
         return Outcome(nearest, torch.where(fooled, found.margin, clean), found.iterations)
 
 
-class _Search(Search):
-    """A search that also asks how single logits change."""
+class _JacobianSearch(Search):
+    """A search that also evaluates the gradients of single logits."""
 
     def jacobian(self, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gaps and slopes of `classes` (all rows of the batch) at `x`; keep what is better.
+        """Evaluate `x`, record it, and return gaps (n,k) and their gradients (n,k,C,H,W).
 
-        The bare iterate may be across where the stretched one is across and out again.
+        A gap is the logit of one of `classes` (N,k) less the true one. The unscaled iterate is
+        recorded since it may fool where the scaled one has left the region again.
         """
-        margin, gaps, slopes = self.target[self.rows].jacobian(
-            x, self.labels[self.rows], classes[self.rows], self.looks
+        margin, gaps, gradients = self.target[self.rows].jacobian(
+            x, self.labels[self.rows], classes[self.rows], self.queries
         )
-        self._keep(x, margin)
+        self.record(x, margin)
         self.iterations[self.rows] += 1
-        return gaps, slopes
+        return gaps, gradients
 
 
-def _rivals(target: Target, images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return the `classes` - 1 likeliest other classes (N,k) of the clean images."""
+def _likeliest_others(target: Target, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the `classes` - 1 most likely other classes (N,k) of the clean images."""
     with torch.no_grad():
         logits = target(images, 0)
     if classes > logits.shape[1]:
@@ -94,17 +96,17 @@ def _rivals(target: Target, images: Tensor, labels: Tensor, classes: int) -> Ten
     return logits.scatter(1, labels[:, None], -torch.inf).topk(classes - 1).indices
 
 
-def onto_nearest(gaps: Tensor, slopes: Tensor) -> Tensor:
-    """Return the move (N,C,H,W) onto the nearest of k linearised boundaries (algorithm 2, 5-9).
+def onto_nearest(gaps: Tensor, gradients: Tensor) -> Tensor:
+    """Return the move (N,C,H,W) onto the nearest of k boundaries (algorithm 2, lines 5 to 9).
 
-    `gaps` (N,k) are logits less the true one, `slopes` (N,k,C,H,W) their gradients. A boundary
-    that is behind already, or whose gap is not a number, asks for no move; a boundary without a
-    slope is infinitely far, and a slope that is not a number counts as zero.
+    `gaps` (N,k) are logits less the true one, `gradients` (N,k,C,H,W) theirs. There is no move if
+    the nearest boundary is crossed already or its gap is NaN. A boundary with a zero gradient is
+    infinitely far away; NaN in a gradient counts as zero.
     """
-    short = -gaps.to(slopes.dtype).clamp_max(0)
-    slopes = slopes.nan_to_num(0, 0, 0)
-    length = slopes.flatten(2).norm(dim=2).clamp_min(1e-12)
-    nearest = (short / length).argmin(1)
+    missing = -gaps.to(gradients.dtype).clamp_max(0)
+    gradients = gradients.nan_to_num(0, 0, 0)
+    length = gradients.flatten(2).norm(dim=2).clamp_min(1e-12)
+    nearest = (missing / length).argmin(1)
     rows = torch.arange(len(gaps), device=gaps.device)
-    stride: Tensor = (short / length**2)[rows, nearest]
-    return (stride[:, None, None, None] * slopes[rows, nearest]).nan_to_num(0, 0, 0)
+    scale: Tensor = (missing / length**2)[rows, nearest]
+    return (scale[:, None, None, None] * gradients[rows, nearest]).nan_to_num(0, 0, 0)
