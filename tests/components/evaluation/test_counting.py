@@ -325,8 +325,8 @@ def test_where_an_attack_stops_its_passes_end_when_the_image_is_fooled(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
     attack = parse_attack(name)
-    if not attack.stops():
-        assert not attack.stopping or not attack.early_stop
+    if not attack.stops_early():
+        assert not attack.early_stopping or not attack.early_stop
         return
     after, fell, far = [], 0, LINF.scaled(2.5)
     for row in range(12):
