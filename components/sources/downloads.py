@@ -1,4 +1,4 @@
-"""Fetch published archives: over https, resumed, and never in place before the checksum agrees."""
+"""Fetch published archives over https; resumed, and not in place before the checksum agrees."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 class Archive:
     """A published file: its name, the hosts that have it, its md5 and its length in bytes.
 
-    `schemes` is what a url may be and be redirected to; only tests serve archives over http.
+    `schemes` are those that a url and its redirects may have; only tests use http.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Archive:
 
 
 def fetch(archive: Archive, folder: Path, progress: Progress) -> Path:
-    """Return the path of the archive in `folder`, downloaded unless it is there and whole.
+    """Return the path of the archive in `folder`; download it unless it is there and complete.
 
-    Every host is tried, and tried again where it failed rather than lied; what came through of
-    a cut transfer waits in `<name>.part` and is continued. Raises DataError if a host sent other
-    bytes than were published, ConnectionError if none could be reached.
+    All hosts are tried in turn, `ROUNDS` times; one that sent wrong bytes is not tried again. An
+    interrupted transfer stays in `<name>.part` and is resumed. Raises DataError if a host sent
+    wrong bytes and none the right ones, ConnectionError if no host could be reached.
     """
     final = folder / archive.name
     if final.exists() and mismatch(archive, final) is None:
@@ -64,7 +64,7 @@ def fetch(archive: Archive, folder: Path, progress: Progress) -> Path:
 
 
 def local(archive: Archive, mirror: Path) -> Path:
-    """Return the path of an archive in a folder of the user's, verified and left as it is."""
+    """Return the path of an archive in the user's folder `mirror`, after verifying it."""
     path = mirror / archive.name
     if not path.is_file():
         raise DataError(f"the mirror {mirror} has no {archive.name}; get it from {archive.urls[0]}")
@@ -75,18 +75,18 @@ def local(archive: Archive, mirror: Path) -> Path:
 
 
 def mismatch(archive: Archive, path: Path) -> str | None:
-    """Return in what a file differs from the published archive, or None."""
+    """Return how a file differs from the published archive, or None if it does not."""
     size = path.stat().st_size
     if size != archive.bytes:
         return f"it has {size} bytes instead of {archive.bytes}"
     with path.open("rb") as file:
-        # Md5 is what the publishers give: it finds damage, https vouches for the sender.
+        # The publishers give md5. It finds damage; https makes sure of the host.
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return None if found == archive.md5 else f"its md5 is {found} instead of {archive.md5}"
 
 
 def _download(archive: Archive, url: str, part: Path, progress: Progress) -> None:
-    """Bring `part` to its full length from one host and verify it; wrong bytes are removed."""
+    """Complete `part` from one host and verify it; a file of wrong bytes is removed."""
     if part.exists() and part.stat().st_size > archive.bytes:
         part.unlink()
     start = part.stat().st_size if part.exists() else 0
@@ -100,12 +100,12 @@ def _download(archive: Archive, url: str, part: Path, progress: Progress) -> Non
     wrong = mismatch(archive, part)
     if wrong:
         part.unlink()
-        # The host of an earlier attempt may be to blame: then this one gets a clean start.
+        # The wrong bytes may be from another host: then this one is tried again from the start.
         raise ConnectionError(f"resumed, but {wrong}") if start else DataError(wrong)
 
 
 def _request(archive: Archive, url: str, start: int) -> HTTPResponse:
-    """Open a url from byte `start` on, following redirects to the allowed schemes alone."""
+    """Open a url from byte `start` on; redirects are followed to allowed schemes only."""
     _check_scheme(url, archive)
     headers = {"User-Agent": "limpid"} | ({"Range": f"bytes={start}-"} if start else {})
     opener = urllib.request.build_opener(_Redirects(archive))
@@ -116,10 +116,10 @@ def _request(archive: Archive, url: str, start: int) -> HTTPResponse:
 
 
 def _continues(response: HTTPResponse, start: int, archive: Archive) -> bool:
-    """Say whether the answer goes on from byte `start`; raise if it is not the archive at all."""
+    """Return whether the response resumes at byte `start`; raise if it is not the archive."""
     kind = response.headers.get_content_type()
     if kind == "text/html":
-        raise ConnectionError("the answer is a web page: is there a sign-in to this network?")
+        raise ConnectionError("the answer is a web page; does this network ask for a sign-in?")
     resumed = response.status == 206
     if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         raise ConnectionError(f"asked for bytes from {start}, but it sent others")
@@ -133,7 +133,7 @@ def _continues(response: HTTPResponse, start: int, archive: Archive) -> bool:
 def _copy(
     archive: Archive, response: HTTPResponse, file: Any, done: int, progress: Progress
 ) -> None:
-    """Write the answer as it comes; raise ConnectionError where it ends too early."""
+    """Write the response to `file`; raise ConnectionError if it ends too early."""
     while done < archive.bytes:
         chunk = response.read1(min(CHUNK, archive.bytes - done))
         if not chunk:
@@ -151,7 +151,7 @@ def _check_scheme(url: str, archive: Archive) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to allowed schemes, so that https is never left on the way."""
+    """Follows redirects to allowed schemes only, so that no redirect leaves https."""
 
     def __init__(self, archive: Archive) -> None:
         self.archive = archive

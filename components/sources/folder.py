@@ -1,26 +1,26 @@
-"""A folder of image files: `train/<class>/*.png`, and the same under `test` where there is one.
+"""A folder of image files: `train/<class>/*.png`, and the same under `test` if it exists.
 
-Nothing is followed or guessed: a class is a real folder in `train`, an image is a file directly
-in it. Hidden files are passed over; everything else is listed among the rejects.
+A class is a folder in `train`, and no symbolic link to one; an image is a file directly in it.
+Hidden files are skipped; everything else is listed among the rejects.
 """
 
 from pathlib import Path
 from typing import Literal
 
 from components.data.shards import DataError
-from components.sources.images import MAX_BYTES, EncodedSource, Gathering
+from components.sources.images import MAX_BYTES, EncodedSource, SplitBuilder
 from components.sources.raw import Progress, RawData, RawSplit, silent
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ImageFolder(EncodedSource):
-    """Image files sorted into one folder per class; the sorted names of those are the classes."""
+    """Image files in one folder per class; the sorted names of the folders are the classes."""
 
     kind: Literal["image_folder"]
 
     def load(self, scratch: Path, progress: Progress = silent) -> RawData:
-        """Read `train` and, where it exists, `test`."""
+        """Read `train` and, if it exists, `test`."""
         root = Path(self.path)
         if not (root / "train").is_dir():
             raise DataError(f"{root} has no folder `train` with one folder of images per class")
@@ -28,10 +28,10 @@ class ImageFolder(EncodedSource):
         train = self._read(root, "train", names, None)
         if not (root / "test").exists():
             return RawData(train, None, names)
-        strange = {path.name for path in _classes(root / "test")} - set(names)
-        if strange:
+        unknown = {path.name for path in _classes(root / "test")} - set(names)
+        if unknown:
             raise DataError(
-                f"{root / 'test'} has the class {min(strange)}, which `train` does not have"
+                f"{root / 'test'} has the class {min(unknown)}, which `train` does not have"
             )
         height, width = train.images.shape[2:]
         return RawData(train, self._read(root, "test", names, (height, width)), names)
@@ -39,21 +39,21 @@ class ImageFolder(EncodedSource):
     def _read(
         self, root: Path, split: str, names: tuple[str, ...], shape: tuple[int, int] | None
     ) -> RawSplit:
-        gathered = Gathering(str(root / split), self, shape)
+        builder = SplitBuilder(str(root / split), self, shape)
         for path in _entries(root / split):
             if path.name not in names or path.is_symlink():
-                gathered.reject(_name(root, path), None, "is not a folder of a class")
+                builder.reject(_name(root, path), None, "is not a folder of a class")
                 continue
             images = _entries(path)
             if not images:
                 raise DataError(f"{path} is empty, but every class needs images")
             for image in images:
-                _add(gathered, image, names.index(path.name), _name(root, image))
-        return gathered.split()
+                _add(builder, image, names.index(path.name), _name(root, image))
+        return builder.build()
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, sorted, hidden names left out."""
+    """Return the sorted entries of a folder, without hidden ones."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -68,15 +68,15 @@ def _name(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _add(gathered: Gathering, path: Path, label: int, name: str) -> None:
+def _add(builder: SplitBuilder, path: Path, label: int, name: str) -> None:
     if path.is_dir():
-        return gathered.reject(name, None, "is a folder inside a class and is not entered")
+        return builder.reject(name, None, "is a folder inside a class and is not entered")
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
-        return gathered.reject(name, None, f"is not a file named {', '.join(SUFFIXES)}")
+        return builder.reject(name, None, f"is not a file named {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        return gathered.reject(name, None, f"cannot be read: {error.strerror}")
-    gathered.packed += len(content)
-    gathered.add(content, label, name)
+        return builder.reject(name, None, f"cannot be read: {error.strerror}")
+    builder.packed += len(content)
+    builder.add(content, label, name)

@@ -1,7 +1,7 @@
-"""Read IDX files, tars and pickles without trusting them: in memory, in part, and bounded.
+"""Read IDX files, tars and pickles that may be hostile: in memory, within limits of size.
 
-Nothing is ever extracted to disk, and pickles are read by an unpickler that knows arrays and
-plain values and nothing else.
+Nothing is extracted to disk. Pickles are read by an unpickler that allows arrays and plain values
+only.
 """
 
 import gzip
@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from components.data.shards import DataError
 
-# The largest archive read here unpacks to 187 MB: one that claims more than this is another.
+# The largest archive read here unpacks to 187 MB; what claims more than this is no such archive.
 MAX_UNPACKED = 200_000_000
-# Long names and other extended headers of a tar, which Python reads whole however long they are.
+# Extended headers of a tar, such as long names: Python reads them whole, however long they are.
 NAMES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
@@ -53,15 +53,15 @@ def read_idx(path: Path, rank: int) -> Bytes:
 def read_tar(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
     """Return the wanted members of a gzipped tar, in memory.
 
-    Raises DataError for a damaged archive, one that lacks a member or unpacks to too much, and
-    one with members no dataset needs: links, devices, absolute paths, paths through `..`.
+    Raises DataError if the archive is damaged, lacks a member, unpacks to too much, or has members
+    that no data set needs: links, devices, absolute paths, paths through `..`.
     """
     members: dict[str, bytes] = {}
     total = 0
     try:
         with tarfile.open(path, "r:gz", tarinfo=_Member) as tar:
             for member in tar:
-                if not _harmless(member):
+                if not _is_safe(member):
                     raise DataError(f"{path} has the member {member.name}, which is not safe")
                 total += member.size
                 if total > MAX_UNPACKED:
@@ -78,7 +78,7 @@ def read_tar(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar, whose long name is not read where it is longer than any file has."""
+    """A member of a tar; one with a name longer than any real file has is not read."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in NAMES and self.size > MAX_NAME:
@@ -87,7 +87,7 @@ class _Member(tarfile.TarInfo):
         return found
 
 
-def _harmless(member: tarfile.TarInfo) -> bool:
+def _is_safe(member: tarfile.TarInfo) -> bool:
     path = PurePosixPath(member.name)
     plain = member.isfile() or member.isdir()
     return plain and not path.is_absolute() and ".." not in path.parts
@@ -99,9 +99,9 @@ def _empty_array(*ignored: object) -> Bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the three names that an array is pickled with, and refuses every other."""
+    """Knows the three names that a pickled array refers to, and refuses every other."""
 
-    known: ClassVar[dict[tuple[str, str], Any]] = {
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): _empty_array,
         ("numpy._core.multiarray", "_reconstruct"): _empty_array,
         ("numpy", "ndarray"): "ndarray",
@@ -109,17 +109,20 @@ class _ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a known name; raise UnpicklingError for any other."""
-        if (module, name) not in self.known:
+        """Return an allowed name; raise UnpicklingError for any other."""
+        if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-        return self.known[module, name]
+        return self.allowed[module, name]
 
 
 def unpickle(content: bytes, where: str) -> dict[Any, Any]:
-    """Return a pickled dict of lists, numbers, text and arrays; raise DataError for all else."""
+    """Return a pickled dict of lists, numbers, text and arrays; raise DataError for all else.
+
+    `where` names the file in the error.
+    """
     try:
         value = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    # Damaged pickles raise nearly anything, and it is always the file that is to blame.
+    # A damaged pickle may raise nearly any exception; the cause is always the file.
     except Exception as error:
         raise DataError(f"{where} cannot be read as plain data: {error}") from None
     if not isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""From one encoded image file to pixels, and from many files to one split.
+"""Decode an encoded image to pixels, and build a split of many.
 
-The conversion is fixed, so that the same bytes are the same pixels everywhere: the first frame,
+The conversion is fixed, so that the same bytes give the same pixels everywhere: the first frame,
 turned upright by its EXIF tag; palettes and CMYK to RGB; one bit to 0 and 255; 16-bit grey v to
-round(v / 257); transparency laid on white; RGB to grey by ITU-R 601 luma, grey to RGB three
-times the same; then, if a size is asked for, resized bilinearly with antialiasing. Colour
-profiles are ignored. Of 16-bit colour Pillow itself keeps the high byte.
+round(v / 257); transparent pixels on white; RGB to grey by ITU-R 601 luma, grey to RGB by repeating
+it; last, if a size is asked for, resized bilinearly with antialiasing. Colour profiles are ignored.
+Pillow itself reduces 16-bit colour to its high byte.
 """
 
 import io
@@ -22,11 +22,11 @@ from components.sources.raw import RawSplit, Reject, SourceConfig
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 16_000_000
 MAX_BYTES = 16_000_000
-# Pictures of one colour shrink to a thousandth; a whole split of such is no set of images.
+# An image of one colour compresses a thousandfold; a split of nothing else is no data set.
 MAX_PIXEL_BYTES, MAX_GROWTH = 100_000_000, 200
 
 Side = Annotated[int, Field(ge=1, le=4096)]
-# YAML has lists and no tuples, so the tuple alone is exempt from strictness; its sides are not.
+# YAML has lists and no tuples, so the tuple itself is not strict; its sides are.
 Size = Annotated[tuple[Side, Side], Field(strict=False)]
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,9 +34,9 @@ Pixels = npt.NDArray[np.uint8]
 class EncodedSource(SourceConfig):
     """A source of encoded images under the folder `path`.
 
-    Images become `channels` channels (1: grey, 3: RGB) and `size` [height, width]. Null keeps them
-    as they are: the first good image then says whether all are grey, and those that differ from
-    it in size are rejected.
+    Images are converted to `channels` (1: grey, 3: RGB) and to `size` [height, width]. If these are
+    null, the first usable image decides: all get its channels, and those of another size are
+    rejected.
     """
 
     path: str
@@ -47,7 +47,7 @@ class EncodedSource(SourceConfig):
 def decode(content: bytes, channels: int | None, size: tuple[int, int] | None) -> Pixels | str:
     """Return an encoded image as (C,H,W) uint8, or the reason why it cannot be used.
 
-    With `channels` None a grey image has one channel and any other three.
+    If `channels` is None, a grey image has one channel and any other three.
     """
     image = _open(content)
     if isinstance(image, str):
@@ -62,7 +62,7 @@ def decode(content: bytes, channels: int | None, size: tuple[int, int] | None) -
 
 
 def _open(content: bytes) -> Image.Image | str:
-    """Return the decoded image, upright, or why it is none; huge ones are never decoded."""
+    """Return the decoded image, upright, or why it cannot be used; huge images are not decoded."""
     if len(content) > MAX_BYTES:
         return f"is {len(content)} bytes long, over the limit of {MAX_BYTES}"
     try:
@@ -75,13 +75,13 @@ def _open(content: bytes) -> Image.Image | str:
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         return f"is not one of {', '.join(FORMATS)}"
-    # Pillow's decoders raise nearly anything over damaged bytes, and one image is not the set.
+    # Decoders raise nearly any exception on damaged bytes; one bad image must not stop the rest.
     except Exception as error:
         return f"cannot be decoded: {error}"
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """Return an 8-bit image without transparency, in mode L, RGB or one Pillow converts."""
+    """Return an 8-bit image without transparency, in a mode that Pillow converts to L or RGB."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         values[values == image.info.get("transparency")] = 65535
@@ -92,11 +92,11 @@ def _flat(image: Image.Image) -> Image.Image:
     return image.convert("RGB") if image.mode == "P" else image
 
 
-class Gathering:
-    """A split in the making: images are added one by one and must all be of one shape.
+class SplitBuilder:
+    """Builds a split of images that are added one by one and must all have one shape.
 
-    Without a `shape` (H,W) given, the first good image sets it; `where` names the split, and
-    `packed` is how many bytes of it were read from disk.
+    If no `shape` (H,W) is given, the first usable image sets it. `where` names the split in errors;
+    the caller adds to `packed` the bytes that it reads from disk.
     """
 
     def __init__(self, where: str, source: EncodedSource, shape: tuple[int, int] | None) -> None:
@@ -106,7 +106,7 @@ class Gathering:
         self.shape = shape
         self.rejects: list[Reject] = []
         self.packed = 0
-        # One growing buffer instead of a list of arrays: stacking those would hold them twice.
+        # One growing buffer, because stacking a list of arrays would hold all of them twice.
         self._pixels = bytearray()
         self._labels: list[int] = []
         self._rows: list[int] = []
@@ -115,9 +115,9 @@ class Gathering:
         return len(self._labels) + len(self.rejects)
 
     def add(self, content: bytes, label: int, file: str, row: int | None = None) -> None:
-        """Decode an image and keep it, or keep the reason why not.
+        """Decode an image and keep it, or the reason why it cannot be used.
 
-        Raises DataError where so many bytes come of so few that it must be meant.
+        Raises DataError if the images unpack to so many bytes that the file must be hostile.
         """
         pixels = decode(content, self.channels, self.size)
         if isinstance(pixels, str):
@@ -132,16 +132,16 @@ class Gathering:
         self._pixels += pixels.tobytes()
         if len(self._pixels) > max(MAX_PIXEL_BYTES, MAX_GROWTH * self.packed):
             raise DataError(
-                f"{self.where} unpacks {self.packed} bytes to {len(self._pixels)} or more: more "
-                f"than {MAX_GROWTH} times, so these are no pictures; `size` makes images smaller"
+                f"{self.where} unpacks {self.packed} bytes to {len(self._pixels)} or more, over "
+                f"{MAX_GROWTH} times as many: these are no real images; `size` makes them smaller"
             )
 
     def reject(self, file: str, row: int | None, reason: str) -> None:
-        """Note an image that is left out."""
+        """Record an image that is left out."""
         self.rejects.append(Reject(file, row, reason))
 
-    def split(self) -> RawSplit:
-        """Return what was gathered; raise DataError if no image was good."""
+    def build(self) -> RawSplit:
+        """Return the split; raise DataError if it has no usable image."""
         if self.shape is None or not self._labels:
             first = self.rejects[0] if self.rejects else None
             why = f"the first, {first.file}, {first.reason}" if first else "there are none"

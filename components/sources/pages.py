@@ -1,8 +1,8 @@
-"""What the pages of a Parquet file unpack to, by their own headers.
+"""The unpacked size of a Parquet file, by the headers of its pages.
 
-A reader allocates what the header of a page says, whatever the footer says of all of them: a few
-kilobytes can be pages of gigabytes under a footer that speaks of kilobytes. Headers are structs in
-Thrift's compact protocol (https://github.com/apache/parquet-format, PageHeader).
+A reader allocates the size in the header of each page, whatever the footer says: a file of
+kilobytes can hold pages of gigabytes under a footer that speaks of kilobytes. Headers are structs
+in Thrift's compact protocol (https://github.com/apache/parquet-format, PageHeader).
 """
 
 from collections.abc import Collection
@@ -11,16 +11,16 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
-# The numbers of the two fields that say how large a page is.
+# The ids of the two fields of a header that hold the sizes of its page.
 UNPACKED, PACKED = 2, 3
-# No header nests deeper, and no honest one is longer.
+# No header nests deeper, and no real one has longer text.
 DEPTH, LONGEST = 4, 1 << 20
 
 
-def unpacked(path: Path, metadata: pq.FileMetaData, columns: Collection[str]) -> int:
-    """Return how many bytes all pages of these columns unpack to, by their paths in the schema.
+def unpacked_bytes(path: Path, metadata: pq.FileMetaData, columns: Collection[str]) -> int:
+    """Return how many bytes all pages of some columns, named by their paths, unpack to.
 
-    Raises ValueError for headers that are none.
+    Raises ValueError for a header that cannot be read.
     """
     total = 0
     with path.open("rb") as file:
@@ -28,29 +28,29 @@ def unpacked(path: Path, metadata: pq.FileMetaData, columns: Collection[str]) ->
             for column in map(group.column, range(group.num_columns)):
                 if column.path_in_schema not in columns:
                     continue
-                place = column.data_page_offset
+                position = column.data_page_offset
                 if column.has_dictionary_page:
-                    place = min(place, column.dictionary_page_offset or place)
-                end = place + column.total_compressed_size
-                while place < end:
-                    file.seek(place)
+                    position = min(position, column.dictionary_page_offset or position)
+                end = position + column.total_compressed_size
+                while position < end:
+                    file.seek(position)
                     header = _struct(file, DEPTH)
                     if min(header.get(PACKED, -1), header.get(UNPACKED, -1)) < 0:
-                        raise ValueError(f"the page at byte {place} has no sizes")
+                        raise ValueError(f"the page at byte {position} has no sizes")
                     total += header[UNPACKED]
-                    place = file.tell() + header[PACKED]
+                    position = file.tell() + header[PACKED]
     return total
 
 
 def _struct(file: BinaryIO, depth: int) -> dict[int, int]:
-    """Return the whole numbers among the fields of a struct, and pass over all others."""
+    """Return the whole numbers among the fields of a struct by their ids; skip all others."""
     found: dict[int, int] = {}
     number = 0
     while head := _byte(file):
         number = number + (head >> 4) if head >> 4 else _signed(file)
         match head & 15:
             case 1 | 2:
-                pass  # True or false says so by its kind.
+                pass  # A boolean has its value in its type, and no bytes.
             case 4 | 5 | 6:
                 found[number] = _signed(file)
             case 8:

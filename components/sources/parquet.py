@@ -1,9 +1,9 @@
 """Parquet files as public hubs hold image datasets: encoded images beside integer labels.
 
-Under `path`: `train.parquet`, shards `train-*.parquet`, or `train/*.parquet`, and the same for
-`test` where there is one. The column `image` is a struct with a binary `bytes`, or binary itself;
-`label` is an integer. Files from elsewhere are read in small batches and only these columns,
-because a few hundred bytes of Parquet can unpack to gigabytes.
+Under `path` lie `train.parquet`, `train-*.parquet` or `train/*.parquet`, and the same for `test` if
+there is a test split. The column `image` is a struct with a binary `bytes`, or binary itself;
+`label` is an integer. Only these columns are read, in small batches, because a few hundred bytes of
+Parquet can unpack to gigabytes.
 """
 
 import json
@@ -17,26 +17,26 @@ import pyarrow.parquet as pq
 
 from components.data.shards import DataError
 from components.sources import pages
-from components.sources.images import MAX_BYTES, EncodedSource, Gathering
+from components.sources.images import MAX_BYTES, EncodedSource, SplitBuilder
 from components.sources.raw import Progress, RawData, silent
 
-# A dictionary page hands the same large value to every row: few rows at once bound the memory.
+# A dictionary page gives one large value to many rows: few rows at a time bound the memory.
 BATCH_ROWS = 8
-# Encoded images hardly compress: a file that shrank this much holds something else.
+# Encoded images hardly compress: a file that unpacks to many times its size holds something else.
 MAX_RATIO = 50
-# No image file of any format is smaller: more rows than this are the same ones again and again.
+# No image file is smaller, so a file with more rows than fit repeats them.
 SMALLEST = 25
-# Names and metadata in a damaged footer need not be UTF-8, so this is a matter of ValueError too.
+# ValueError, too: names and metadata in a damaged footer need not be UTF-8.
 DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
 class ParquetFiles(EncodedSource):
-    """Images and labels in Parquet files; class names from their metadata, else 0..K-1."""
+    """Images and labels in Parquet files; class names are in their metadata, else 0..K-1."""
 
     kind: Literal["parquet"]
 
     def load(self, scratch: Path, progress: Progress = silent) -> RawData:
-        """Read the files of `train` and, where there are any, of `test`."""
+        """Read the files of `train` and, if there are any, of `test`."""
         root = Path(self.path)
         train_files, test_files = _files(root, "train"), _files(root, "test")
         if not train_files:
@@ -44,19 +44,19 @@ class ParquetFiles(EncodedSource):
                 f"{root} has no train.parquet, train-*.parquet or train/*.parquet to read"
             )
         names = _class_names(train_files + test_files)
-        train = Gathering(f"train of {root}", self, None)
-        highest = _gather(train, train_files, len(names) if names else None, root)
-        names = names or _numbered(highest, train)
+        train = SplitBuilder(f"train of {root}", self, None)
+        highest = _add_all(train, train_files, len(names) if names else None, root)
+        names = names or _number_names(highest, train)
         if not test_files:
-            return RawData(train.split(), None, names)
-        split = train.split()
-        test = Gathering(f"test of {root}", self, train.shape)
-        _gather(test, test_files, len(names), root)
-        return RawData(split, test.split(), names)
+            return RawData(train.build(), None, names)
+        split = train.build()
+        test = SplitBuilder(f"test of {root}", self, train.shape)
+        _add_all(test, test_files, len(names), root)
+        return RawData(split, test.build(), names)
 
 
 def _files(root: Path, split: str) -> list[Path]:
-    """Return the files of a split in order; raise DataError where they are not clearly all."""
+    """Return the files of a split in order; raise DataError unless they are clearly complete."""
     patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
     found = [sorted(root.glob(pattern)) for pattern in patterns]
     forms = [files for files in found if files]
@@ -77,7 +77,7 @@ def _open(file: Path) -> pq.ParquetFile:
         parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20)
         schema = parquet.schema_arrow
         found = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        unpacked = pages.unpacked(file, parquet.metadata, ("image", "image.bytes", "label"))
+        unpacked = pages.unpacked_bytes(file, parquet.metadata, ("image", "image.bytes", "label"))
     except DAMAGE as error:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from None
     if not (_is_image(schema, "image") and _is_label(schema, "label")):
@@ -109,7 +109,7 @@ def _is_label(schema: pa.Schema, name: str) -> bool:
 
 
 def _field(schema: pa.Schema, name: str) -> pa.Field | None:
-    """Return a column that is there exactly once and is of no extension type, known or not."""
+    """Return a column, if it exists exactly once and has no extension type, known or not."""
     index = schema.get_field_index(name)
     if index < 0 or b"ARROW:extension:name" in (schema.field(index).metadata or {}):
         return None
@@ -117,8 +117,8 @@ def _field(schema: pa.Schema, name: str) -> pa.Field | None:
 
 
 def _class_names(files: list[Path]) -> tuple[str, ...] | None:
-    """Return the class names that all files agree on, or None where none gives any."""
-    found = {_declared(file) for file in files}
+    """Return the class names that all files agree on, or None if no file has any."""
+    found = {_declared_names(file) for file in files}
     if len(found) > 1:
         raise DataError(
             f"{files[0].parent}: the files differ in their class names or their order: "
@@ -127,8 +127,8 @@ def _class_names(files: list[Path]) -> tuple[str, ...] | None:
     return found.pop()
 
 
-def _declared(file: Path) -> tuple[str, ...] | None:
-    """Return the class names in a file's metadata: our own key, or that of Hugging Face."""
+def _declared_names(file: Path) -> tuple[str, ...] | None:
+    """Return the class names in a file's metadata, under our own key or that of Hugging Face."""
     metadata: dict[bytes, bytes] = _open(file).schema_arrow.metadata or {}
     if b"label_names" in metadata:
         names: Any = metadata[b"label_names"].decode(errors="replace").split(",")
@@ -143,32 +143,32 @@ def _declared(file: Path) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names)
 
 
-def _numbered(highest: int, train: Gathering) -> tuple[str, ...]:
-    """Return the names "0" to the highest label, which may not outnumber the images."""
+def _number_names(highest: int, train: SplitBuilder) -> tuple[str, ...]:
+    """Return the names "0" to the highest label; raise DataError for more classes than images."""
     seen = len(train)
     if highest >= seen:
         raise DataError(f"{train.where} has the label {highest} but only {seen} images in all")
     return tuple(str(number) for number in range(highest + 1))
 
 
-def _gather(gathered: Gathering, files: list[Path], classes: int | None, root: Path) -> int:
-    """Add the images of all files, labels checked to be in 0..classes-1; return the highest."""
+def _add_all(builder: SplitBuilder, files: list[Path], classes: int | None, root: Path) -> int:
+    """Add the images of all files, check labels to be in 0..classes-1; return the highest label."""
     highest = 0
     allowed = "0 or more" if classes is None else f"0 to {classes - 1}"
     for file in files:
-        gathered.packed += file.stat().st_size
+        builder.packed += file.stat().st_size
         for row, (content, label) in enumerate(_rows(file)):
             if label is None or label < 0 or (classes is not None and label >= classes):
                 raise DataError(f"{file}, row {row}: the label is {label}, allowed is {allowed}")
             if content is None:
                 raise DataError(f"{file}, row {row}: the image has no bytes")
-            gathered.add(content, label, file.relative_to(root).as_posix(), row)
+            builder.add(content, label, file.relative_to(root).as_posix(), row)
             highest = max(highest, label)
     return highest
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes | None, int | None]]:
-    """Yield image and label of every row, None for a null at any depth."""
+    """Yield image and label of every row; a null, also inside the struct, is None."""
     parquet = _open(file)
     nested = pa.types.is_struct(parquet.schema_arrow.field("image").type)
     columns = ["image.bytes" if nested else "image", "label"]

@@ -1,4 +1,4 @@
-"""The contract of a source: what it reads, and what it could not use."""
+"""The contract of a source: its settings, the images that it reads, and those that it rejects."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from pydantic import Field
 from components.config import Config
 
 Progress = Callable[[str, int, int], None]
-"""Told the name of a download, and its bytes so far and in all."""
+"""Called with the name of a download, the bytes so far and the total."""
 
 
 def silent(name: str, done: int, total: int) -> None:
-    """Report progress to nobody."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """One image that was left out: the file, the row in it (or None), and why."""
+    """One image that was left out: its file, its row in the file (or None), and the reason."""
 
     file: str
     row: int | None
@@ -30,10 +30,10 @@ class Reject:
 
 @dataclass(frozen=True)
 class RawSplit:
-    """One split as a source has it: images (N,C,H,W) uint8, labels (N,) int64.
+    """One split of a source: images (N,C,H,W) uint8, labels (N,) int64.
 
-    `rows` (N,) int64 is where each image stands in the source, rejects counted, so that mending
-    one image leaves the place of all others as it was.
+    `rows` (N,) int64 is the position of each image in the source, rejects counted, so that
+    repairing one image does not move the others.
     """
 
     images: npt.NDArray[np.uint8]
@@ -43,18 +43,18 @@ class RawSplit:
 
     @property
     def seen(self) -> int:
-        """How many images were looked at, the rejected ones included."""
+        """The number of images in the source, rejected ones included."""
         return len(self.labels) + len(self.rejects)
 
 
 def complete(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> RawSplit:
-    """Return a split of which nothing was rejected."""
+    """Return a split without rejects."""
     return RawSplit(images, labels, np.arange(len(labels)), ())
 
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source holds. `test` is None where the source has no test split of its own."""
+    """The splits of a source; `test` is None if it has no test split of its own."""
 
     train: RawSplit
     test: RawSplit | None
@@ -62,11 +62,11 @@ class RawData:
 
 
 class SourceConfig(Config):
-    """What every source needs to be told.
+    """The settings of every source.
 
-    `test` is the number of test images to cut from train where the source has none of its own
-    (0 otherwise); `val` is cut from train; the limits take a fair subset (null: all) of what is
-    there; more than `max_reject_fraction` unreadable images is fatal.
+    `val` images are cut from train, and so are `test` images if the source has no test split of its
+    own (else `test` is 0). The limits keep a subset stratified by class (null: all). A greater
+    fraction of unusable images than `max_reject_fraction` is an error.
     """
 
     val: Annotated[int, Field(ge=1)]
@@ -76,9 +76,8 @@ class SourceConfig(Config):
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)]
 
     def load(self, scratch: Path, progress: Progress = silent) -> RawData:
-        """Read the source; `scratch` is a folder that outlives the run, for downloads.
+        """Read the source; `scratch` is a folder for downloads that outlives the run.
 
-        Raises DataError for a source that must not be used, ConnectionError where it cannot be
-        had.
+        Raises DataError for a source that cannot be used, ConnectionError if a download fails.
         """
         raise NotImplementedError
