@@ -1,16 +1,14 @@
-"""The whole line on tiny real data, run as a user runs it, and what must hold of it."""
+"""The whole line on tiny real data, run as a user runs it: what it makes and what it refuses."""
 
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import project
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,21 +18,10 @@ from components.data import image_set
 from components.data.shards import sha256
 from components.models.checkpoints import load, read_card, save
 from components.models.purifiers.apudae import Apudae
+from pipelines import layout
 
-TRAIN = {"train": "data/train", "val": "data/val"}
-EVALUATE = {
-    "train": "data/train",
-    "val": "data/val",
-    "test": "data/test",
-    "models": "models",
-    "adversarial": "adversarial",
-    "selftest": "reports/selftest.json",
-    "out_metrics": "reports/metrics.json",
-    "out_headlines": "reports/headlines",
-    "out_scores": "reports/scores.parquet",
-    "out_plots": "reports/plots",
-    "out_report": "reports/report.html",
-}
+TRAIN = {option: layout.STAGES["train_classifier"][option] for option in ("train", "val")}
+EVALUATE = layout.STAGES["evaluate"]
 
 
 def keep_selftest(reproduced: Path, folder: Path) -> None:
@@ -47,7 +34,7 @@ def metrics(reproduced: Path) -> dict:
     return json.loads((reproduced / "reports/metrics.json").read_text())
 
 
-def test_every_scored_defense_has_its_numbers(metrics: dict) -> None:
+def test_every_entry_has_scores_and_the_headline_is_the_lowest(metrics: dict) -> None:
     params = project.tiny()
     names = [*params["baselines"], *params["defenses"], *params["controls"]]
     assert sorted(metrics["defenses"]) == sorted(names)
@@ -60,7 +47,7 @@ def test_every_scored_defense_has_its_numbers(metrics: dict) -> None:
             assert found["headline"]["accuracy"] <= found["clean"]["accuracy"]
 
 
-def test_the_scores_are_what_the_metrics_count(reproduced: Path, metrics: dict) -> None:
+def test_the_metrics_agree_with_the_table_of_scores(reproduced: Path, metrics: dict) -> None:
     rows = pq.read_table(reproduced / "reports/scores.parquet").to_pylist()
     right = [
         row["correct"] / row["draws"]
@@ -72,7 +59,7 @@ def test_the_scores_are_what_the_metrics_count(reproduced: Path, metrics: dict) 
     assert sum(right) / 60 == metrics["defenses"]["none"]["attacks"]["full/pgd"]["accuracy"]
 
 
-def test_stored_examples_hold_the_threat_when_read_back(reproduced: Path) -> None:
+def test_stored_examples_stay_within_the_threat(reproduced: Path) -> None:
     clean = image_set.read(reproduced / "data/test").pixels().double()
     eps = project.tiny()["threat"]["eps_255"] / 255
     seen = 0
@@ -108,7 +95,7 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
     assert code == 0, printed
     after = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     assert all(after[path] == when for path, when in before.items())
-    assert len(after) - len(before) == 2  # two parts of one set
+    assert len(after) - len(before) == 2  # two shards of one set
     assert sorted(path.name for path in (reproduced / "again/full").iterdir()) == [
         "fgsm", "pgd", "pgd3",
     ]  # fmt: skip
@@ -158,107 +145,6 @@ def test_same_seed_same_model(reproduced: Path, tmp_path: Path) -> None:
         assert sha256(tmp_path / "again" / name) == sha256(reproduced / "models/standard" / name)
 
 
-@pytest.fixture
-def trained(reproduced: Path, tmp_path: Path) -> Path:
-    """A project with data, whose standard classifier takes long enough to be killed."""
-    folder = project.copy_to(tmp_path / "project")
-    os.symlink(reproduced / "data", folder / "data")
-    params = project.tiny()
-    params["classifiers"]["standard"]["training"]["epochs"] = 60
-    project.write_params(folder, params)
-    return folder
-
-
-def test_a_killed_training_goes_on_and_ends_the_same(trained: Path) -> None:
-    code, printed = project.stage(
-        trained, "train_classifier", name="standard", out="undisturbed", **TRAIN
-    )
-    assert code == 0, printed
-    arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines",
-        "train_classifier",
-        "--name=standard",
-        *arguments,
-    ]
-    process = project.start(trained, *command, "--out=killed")
-    _wait_for(trained, "epoch-000005")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (trained / "killed").exists()
-    kept = trained.glob(".limpid/work/*/states/epoch-*/manifest.json")
-    newest = max(int(path.parent.name[-6:]) for path in kept)
-    assert 5 <= newest < 59
-    # Other parameters make another training, which has none of that one's states.
-    params = project.tiny()
-    params["classifiers"]["standard"]["training"]["epochs"] = 3
-    project.write_params(trained, params)
-    code, printed = project.run(trained, *command, "--out=other")
-    assert code == 0 and "goes on" not in printed, printed
-    assert len(json.loads((trained / "other/history.json").read_text())) == 3
-    params["classifiers"]["standard"]["training"]["epochs"] = 60
-    project.write_params(trained, params)
-    code, printed = project.run(trained, *command, "--out=killed")
-    assert code == 0 and f"goes on after epoch {newest + 1}" in printed, printed
-    same = [sha256(trained / name / "weights.safetensors") for name in ("killed", "undisturbed")]
-    assert same[0] == same[1]
-    assert len(json.loads((trained / "killed/history.json").read_text())) == 60
-
-
-def test_an_interrupted_training_says_so_and_leaves_nothing_half_made(trained: Path) -> None:
-    arguments = [f"--{k}={v}" for k, v in TRAIN.items()]
-    process = project.start(
-        trained, sys.executable, "-m", "pipelines", "train_classifier", "--name=standard",
-        *arguments, "--out=out",
-    )  # fmt: skip
-    _wait_for(trained, "epoch-000003")
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, printed
-    assert "interrupted" in printed
-    assert "Traceback" not in printed
-    assert not (trained / "out").exists()
-
-
-def _wait_for(folder: Path, name: str) -> None:
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(f".limpid/work/*/states/{name}/manifest.json")):
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.05)
-
-
-def test_an_interruption_in_the_middle_of_a_long_piece_is_heard(
-    reproduced: Path, tmp_path: Path
-) -> None:
-    folder = project.copy_to(tmp_path / "long")
-    for name in ("data", "models"):
-        os.symlink(reproduced / name, folder / name)
-    params = project.tiny()
-    params["attacks"]["pgd"]["steps"] = 1_000_000
-    params["defenses"]["atop"]["ladder"] = {"full": ["pgd"]}
-    project.write_params(folder, params)
-    process = project.start(
-        folder, sys.executable, "-m", "pipelines", "generate_adversarial", "--name=atop",
-        "--test=data/test", "--classifier=models/standard", "--purifier=models/atop", "--out=out",
-    )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while not any("craft_shard" in name for name in _below(process.pid)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, printed
-    assert "interrupted" in printed and not (folder / "out").exists()
-
-
-def _below(pid: int) -> list[str]:
-    """Return the names of all processes that a process has started."""
-    return [child.name() for child in psutil.Process(pid).children(recursive=True)]
-
-
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int) -> None:
     """One worker gives the weights of in-process training; two train on the same global batch."""
@@ -279,7 +165,7 @@ def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int)
     assert read_card(made).provenance["validation"]["n"] == 60
 
 
-def test_a_registered_defense_is_the_code_path_that_was_attacked(reproduced: Path) -> None:
+def test_a_registered_defense_computes_what_was_attacked(reproduced: Path) -> None:
     script = """
 import sys, json, mlflow, numpy as np
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
@@ -311,7 +197,7 @@ print(json.dumps([sorted(tags), tags["student_grey"].description,
     assert torch.equal(load(reproduced / "models/standard")(purified), torch.tensor(descended))
 
 
-def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path: Path) -> None:
+def test_an_unreachable_tracking_server_fails_no_stage(reproduced: Path, tmp_path: Path) -> None:
     code, printed = project.run(
         reproduced, sys.executable, "-m", "pipelines", "train_classifier", "--name=standard",
         "--train=data/train", "--val=data/val", f"--out={tmp_path / 'out'}",
@@ -321,7 +207,7 @@ def test_a_tracking_server_that_is_away_fails_nothing(reproduced: Path, tmp_path
     assert "the run is kept" in printed
     (spooled,) = (reproduced / ".limpid/spool").glob("*.jsonl")
     assert '"event": "end"' in spooled.read_text()
-    # The next stage that reaches a store delivers what was kept.
+    # The next stage that reaches a store uploads what was kept.
     code, printed = project.stage(
         reproduced, "train_classifier", name="standard", out=str(tmp_path / "more"), **TRAIN
     )
@@ -346,7 +232,7 @@ def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> Non
     assert not (folder / "reports/metrics.json").exists()
 
 
-def test_a_lost_input_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_input_is_reported_in_one_sentence(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     code, printed = project.stage(folder, "train_classifier", name="standard", out="out", **TRAIN)
     assert code == 3
@@ -396,7 +282,7 @@ def test_a_classifier_of_other_classes_is_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_result_carries_its_certificate(metrics: dict) -> None:
+def test_every_result_has_a_certificate_of_its_gradient(metrics: dict) -> None:
     for name in ("none", "student_adaptive", "atop"):
         certificate = metrics["defenses"][name]["certificate"]
         assert certificate["gradient_present/full"]["unusable"] <= 0.01
@@ -404,7 +290,7 @@ def test_every_result_carries_its_certificate(metrics: dict) -> None:
         assert ("eot_agreement" in certificate) == (name == "atop")
 
 
-def test_what_is_not_beaten_is_said(metrics: dict) -> None:
+def test_defenses_name_the_rivals_they_do_not_beat(metrics: dict) -> None:
     rivals = {*project.tiny()["controls"], *project.tiny()["baselines"]}
     for name in project.tiny()["defenses"]:
         found = metrics["defenses"][name]["not_better_than"]
@@ -427,7 +313,7 @@ def test_purifiers_that_descend_are_scored_through_their_stand_ins(
     assert "validation" not in card.provenance, "a generative network answers nothing"
 
 
-def test_a_denoiser_knows_how_clean_images_look(reproduced: Path) -> None:
+def test_a_denoiser_stores_the_statistics_of_clean_errors(reproduced: Path) -> None:
     denoiser = load(reproduced / "models/denoiser")
     clean = image_set.read(reproduced / "data/train").pixels()
     with torch.no_grad():
@@ -436,14 +322,14 @@ def test_a_denoiser_knows_how_clean_images_look(reproduced: Path) -> None:
     assert torch.allclose(denoiser.clean_std, errors.std(), rtol=1e-4)
 
 
-def test_every_purifier_that_changes_images_is_judged_as_a_detector(metrics: dict) -> None:
+def test_every_purifier_that_changes_images_is_scored_as_a_detector(metrics: dict) -> None:
     assert metrics["defenses"]["none"]["detection"] is None
     for name in ("apudae", "student_adaptive", "diffpure"):
         found = metrics["defenses"][name]["detection"]
         assert found["validation"] == 60
         assert set(found["attacks"]) == set(metrics["defenses"][name]["attacks"])
         headline = metrics["defenses"][name]["headline"]["accuracy"]
-        # Who may also refuse is never worse off; the draws that choose are others.
+        # Rejecting never lowers the accuracy, up to the noise that selects.
         assert found["detect_or_correct"]["5"]["accuracy"] >= headline - 0.05
         assert all(0 <= wrong <= 1 for _, wrong in found["curve"])
 
