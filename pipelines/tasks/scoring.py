@@ -128,11 +128,11 @@ def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
         _once(other, attacked, some, plan, "score"),
     )
     rounded = _once(defense, (attacked * 255).round() / 255, some, plan, "score")
-    known = _subset(image_set.read(plan.val), shard, len(read_manifest(plan.test)["files"]))
+    val = _subset(image_set.read(plan.val), shard, len(read_manifest(plan.test)["files"]))
     detector = detector_scores(
-        defense, sets, some.ids, known.pixels(), known.ids, plan.seed, plan.batch
+        defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch
     )
-    findings += _recorded(entry, plan)
+    findings.append(_recorded_accuracy(entry, plan))
     findings.append(unchanged(before, state_digest(defense), defense.training))
     panels = _panels(defense, some, sets, scores[CLEAN], plan) if shard == 0 else {}
     spent = {
@@ -260,14 +260,14 @@ def _once(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, role: Role)
     return Score(draws, counted, counted)
 
 
-def _recorded(entry: Entry, plan: Plan) -> list[Finding]:
+def _recorded_accuracy(entry: Entry, plan: Plan) -> Finding:
     then: dict[str, int] = read_card(entry.subject.classifier).provenance["validation"]
     val = image_set.read(plan.val)
     bare = Defense(load(entry.subject.classifier), None).freeze()
     now = count_correct(
         bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
     ).sum()
-    return [recorded_accuracy(int(now), then["correct"], then["n"])]
+    return recorded_accuracy(int(now), then["correct"], then["n"])
 
 
 def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
