@@ -1,4 +1,4 @@
-"""Write params.yaml from a profile and overrides, or from what a search found.
+"""Write params.yaml from a profile and overrides, or from a search.
 
 `limpid configure mnist data.path=DIR attacks.pgd.steps=100` lays profiles/mnist.yaml and the
 overrides over profiles/digits.yaml, shows what changes and writes the complete result, which a

@@ -1,4 +1,4 @@
-"""Download what a job that you submitted by hand has made, or send its inputs.
+"""Download the outputs of a job submitted by hand, or send its inputs.
 
 `limpid fetch STAGE` downloads the outputs and logs the run in MLflow. `limpid fetch --send STAGE`
 uploads the inputs that are here, and prints the command that submits the stage. A stage that
