@@ -1,15 +1,15 @@
-"""What purifying an image costs, for every purifier, and DiffDefense against a per-image loop.
+"""The time to purify an image, for every purifier, and DiffDefense against a loop over images.
 
     python benchmarks/purify.py [--images 32] [--rounds 3] [--device cpu]
 
-Networks have their papers' widths for 28 x 28 and the weights they start from: time does not hang
-on them. Each purifier cleans the same batch on one thread (or the device), in turns within one
-run; printed is the median of the rounds in milliseconds per image, of the images alone and with
-the exact gradient an attack would take, and as multiples of the direct denoiser.
+Networks have their papers' widths for 28 x 28 images and untrained weights, which do not affect the
+time. All purifiers take turns within one run, on the same batch and on one thread (or the device).
+The table has medians over the rounds in milliseconds per image, without and with the exact gradient
+that an attack would take, and multiples of the direct denoiser.
 
-The loop is DiffDefense as its paper describes it, image after image: Adam of torch, the R starts
-of an image one by one, or together as one batch, which is the kinder reading. It computes the same
-under noise of its own.
+The loop is DiffDefense as its paper describes it, one image at a time, with torch's Adam. The R
+starts of an image run one by one, or together as one batch, which favours the loop. It computes the
+same as ours, with noise of its own.
 """
 
 import argparse
@@ -101,28 +101,29 @@ def timed(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def through(purifier: Purifier, x: Tensor, draws: Draws) -> Tensor:
+def input_gradient(purifier: Purifier, x: Tensor, draws: Draws) -> Tensor:
     point = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(purifier(point, draws).square().sum(), point)
     return gradient
 
 
-def loop(
+def purify_in_loop(
     network: Diffusion, x: Tensor, iterations: int, restarts: int, together: bool
 ) -> list[float]:
-    """Purify image by image as the authors' code does; return the best start's error of each."""
-    bars = linear_alpha_bar(15, 1e-4, 0.02).tolist()
+    """Purify image by image as the authors' code does; return the errors of the best starts."""
+    alpha_bars = linear_alpha_bar(15, 1e-4, 0.02).tolist()
     errors = []
     for image in x:
         groups = [restarts] if together else [1] * restarts
-        found = [_fit(network, image, size, iterations, bars) for size in groups]
+        found = [_fit(network, image, size, iterations, alpha_bars) for size in groups]
         errors.append(min(float(each.min()) for each in found))
     return errors
 
 
 def _fit(
-    network: Diffusion, image: Tensor, count: int, iterations: int, bars: list[float]
+    network: Diffusion, image: Tensor, count: int, iterations: int, alpha_bars: list[float]
 ) -> Tensor:
+    """Fit `count` starts to one image; return their errors (count,)."""
     z = torch.randn(count, *image.shape, device=image.device).requires_grad_()
     optimiser = torch.optim.Adam([z], lr=0.02, betas=(0.5, 0.999))
     error = torch.empty(0)
@@ -131,10 +132,10 @@ def _fit(
         for t in reversed(range(15)):
             with torch.no_grad():
                 eps = network(at, torch.full((count,), t, device=at.device))
-            before = bars[t - 1] if t else 1.0
-            variance = (1 - before) / (1 - bars[t]) * (1 - bars[t] / before)
-            start = (at - math.sqrt(1 - bars[t]) * eps) / math.sqrt(bars[t])
-            at = math.sqrt(before) * start + math.sqrt(max(1 - before - variance, 0)) * eps
+            here, after = alpha_bars[t], alpha_bars[t - 1] if t else 1.0
+            variance = (1 - after) / (1 - here) * (1 - here / after)
+            start = (at - math.sqrt(1 - here) * eps) / math.sqrt(here)
+            at = math.sqrt(after) * start + math.sqrt(max(1 - after - variance, 0)) * eps
             if t:
                 at = at + math.sqrt(variance) * torch.randn_like(at)
         squared = (torch.sigmoid(at) - image).square().flatten(1).mean(1)
@@ -158,8 +159,8 @@ def main() -> None:
     x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
     draws = Draws(0, "clean", torch.arange(count, device=device))
     built = {name: build(n, i, device) for name, (n, i, _) in PURIFIERS.items()}
-    clean: dict[str, list[float]] = {name: [] for name in built}
-    exact: dict[str, list[float]] = {name: [] for name in built if PURIFIERS[name][2]}
+    forward: dict[str, list[float]] = {name: [] for name in built}
+    with_gradient: dict[str, list[float]] = {name: [] for name in built if PURIFIERS[name][2]}
     loops: dict[bool, list[float]] = {True: [], False: []}
     few = x[: max(1, min(4, count))]
     for round_ in range(options.rounds + 1):
@@ -167,25 +168,27 @@ def main() -> None:
             with torch.no_grad():
                 taken = timed(lambda p=purifier: p(x, draws), device)
             if round_:  # the first round warms up
-                clean[name].append(taken / count)
-            if name in exact:
-                taken = timed(lambda p=purifier: through(p, x, draws), device)
+                forward[name].append(taken / count)
+            if name in with_gradient:
+                taken = timed(lambda p=purifier: input_gradient(p, x, draws), device)
                 if round_:
-                    exact[name].append(taken / count)
+                    with_gradient[name].append(taken / count)
         network = built["DiffDefense released, L 4, R 5"].network
         for together in loops:
-            taken = timed(lambda n=network, t=together: loop(n, few, 4, 5, t), device)
+            taken = timed(lambda n=network, t=together: purify_in_loop(n, few, 4, 5, t), device)
             if round_:
                 loops[together].append(taken / len(few))
         print(f"round {round_} of {options.rounds}", flush=True)
-    unit = median(clean["denoiser, direct"])
+    unit = median(forward["denoiser, direct"])
     print(f"\n{count} images of 28 x 28 at once, {device}, median of {options.rounds} rounds")
     print(f"{'':34}{'ms/image':>10}{'x direct':>10}{'with gradient':>15}")
-    for name, times in clean.items():
-        gradient = f"{1e3 * median(exact[name]):15.1f}" if name in exact else f"{'-':>15}"
+    for name, times in forward.items():
+        gradient = f"{'-':>15}"
+        if name in with_gradient:
+            gradient = f"{1e3 * median(with_gradient[name]):15.1f}"
         print(f"{name:34}{1e3 * median(times):10.2f}{median(times) / unit:10.0f}{gradient}")
-    ours = clean["DiffDefense released, L 4, R 5"]
-    print("\nDiffDefense released, L 4, R 5, per image loop (4 images):")
+    ours = forward["DiffDefense released, L 4, R 5"]
+    print("\nDiffDefense released, L 4, R 5, in a loop over 4 images:")
     for together, slow in loops.items():
         ratios = [theirs / mine for theirs, mine in zip(slow, ours, strict=True)]
         how = "an image's starts together" if together else "start by start"

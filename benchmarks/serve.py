@@ -1,14 +1,14 @@
-"""What serving costs: loading a registered defense, and answering beside calling it directly.
+"""The cost of serving: loading a registered defense, and predictions against direct calls.
 
     python benchmarks/serve.py [--rounds 30] [--loads 5]
 
-Registers defenses of untrained networks for 28 x 28 (profile mnist's sizes; time does not hang on
-weights) in a store of its own. Loading: fresh processes that have imported torch and mlflow load
-the folder, as the server's process does, or by its name in the registry. Answering: batches of 64
-on one thread, in turns within one round: the bare logits by a direct call, logits and detector score by
-direct calls, `predict` of the loaded model, and a request to a running server. Printed are CPU
-seconds (wall, where a server or a disk has a part), medians over the rounds, and the medians and
-ranges of the ratios, direct over served.
+It registers defenses of untrained networks for 28 x 28 images, of the sizes of profile mnist, in a
+store of its own; weights do not affect the time. Loading: fresh processes that have imported torch
+and mlflow load a model from its folder, as a server does, or by its name in the registry.
+Predictions: batches of 64 on one thread, in turns within one round: the logits by a direct call,
+logits and detector score by direct calls, `predict` of the loaded model, and a request to a running
+server. The table has CPU seconds (wall seconds where a server or a disk takes part), medians over
+the rounds, and medians and ranges of the ratios, direct over served.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def make(folder: Path, family: str, model: dict[str, Any]) -> Path:
 
 
 def register(folder: Path) -> dict[str, Subject]:
-    """Register every defense from `folder`, which must be where this process is."""
+    """Register every defense from `folder`, which must be the working directory."""
     (folder / "components").symlink_to(ROOT / "components")
     classifier = make(folder / "classifier", "classifier", {"kind": "small_cnn", "width": 16})
     subjects, registrations = {}, []
@@ -91,8 +91,8 @@ def register(folder: Path) -> dict[str, Subject]:
     return subjects
 
 
-def loading(uri: str, times: int, folder: Path) -> str:
-    """Say how long fresh processes take to load a model."""
+def loading_times(uri: str, times: int, folder: Path) -> str:
+    """Return a description of the time that fresh processes take to load a model."""
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, "-W", "ignore", "-c", LOAD, uri]
     printed = [
@@ -110,7 +110,7 @@ def spread(values: Sequence[float], unit: str = "") -> str:
 
 
 def serve(uri: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a server and wait for it; return its process and address."""
+    """Start a server and wait until it is up; return its process and address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -134,8 +134,8 @@ def serve(uri: str) -> tuple[subprocess.Popen[bytes], str]:
 
 def request(address: str, body: bytes) -> None:
     sent = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent) as answered:
-        json.load(answered)
+    with urllib.request.urlopen(sent) as response:
+        json.load(response)
 
 
 def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -145,32 +145,32 @@ def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def answering(uri: str, subject: Subject, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every round, by way of asking."""
+def prediction_times(uri: str, subject: Subject, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every round, by method."""
     x = torch.rand(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0))
     array, body = x.numpy(), json.dumps({"inputs": x.tolist()}).encode()
     defense, served = subject.defense(), mlflow.pyfunc.load_model(uri)
     assert defense.purifier is not None
-    suspect = defense.purifier.detector_score
+    detector_score = defense.purifier.detector_score
     process, address = serve(uri)
-    ways: dict[str, Callable[[], Any]] = {
+    methods: dict[str, Callable[[], Any]] = {
         "direct": lambda: defense(x),
-        "with detector score": lambda: (defense(x), suspect(x)),
+        "with detector score": lambda: (defense(x), detector_score(x)),
         "served": lambda: served.predict(array),
         "http, wall": lambda: request(address, body),
     }
-    seen: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {method: [] for method in methods}
     try:
         for round_ in range(rounds + 3):
-            for way, work in ways.items():
-                clock = time.perf_counter if way.startswith("http") else time.process_time
+            for method, work in methods.items():
+                clock = time.perf_counter if method.startswith("http") else time.process_time
                 taken = timed(work, clock)
                 if round_ >= 3:  # the first rounds warm up
-                    seen[way].append(taken)
+                    times[method].append(taken)
     finally:
         process.terminate()
         process.wait()
-    return seen
+    return times
 
 
 def main() -> None:
@@ -190,16 +190,17 @@ def main() -> None:
         local = mlflow.artifacts.download_artifacts(first)
         print(f"loading beyond torch and mlflow, n = {options.loads}, median (range):")
         for how, uri in (("from its folder", local), ("from the registry", first)):
-            print(f"{how:28}{loading(uri, options.loads, folder)}")
+            print(f"{how:28}{loading_times(uri, options.loads, folder)}")
         print(f"\nbatches of {BATCH} on one thread, ms, median of {options.rounds} rounds:")
         for index, (defense, subject) in enumerate(subjects.items()):
-            seen = answering(uris[defense], subject, options.rounds)
+            times = prediction_times(uris[defense], subject, options.rounds)
             if not index:
-                print(f"{'':28}" + "".join(f"{way:>16}" for way in seen) + "   direct/served")
-            both = zip(seen["direct"], seen["served"], strict=True)
+                heads = "".join(f"{method:>20}" for method in times)
+                print(f"{'':28}{heads}   direct/served")
+            both = zip(times["direct"], times["served"], strict=True)
             ratios = [direct / served for direct, served in both]
-            times = "".join(f"{1e3 * median(each):16.1f}" for each in seen.values())
-            print(f"{defense:28}{times}   {spread(ratios)}", flush=True)
+            medians = "".join(f"{1e3 * median(each):20.1f}" for each in times.values())
+            print(f"{defense:28}{medians}   {spread(ratios)}", flush=True)
         os.chdir(ROOT)
 
 

@@ -1,6 +1,6 @@
-"""What a defense answers when it is served: everything about an image from one purification.
+"""What a served defense returns: everything about an image from one purification.
 
-No label is known here and nothing is counted. Shapes: N images, C channels, H W, K classes.
+Labels are unknown here, and nothing is counted. Shapes: N images, C channels, H W, K classes.
 """
 
 from dataclasses import dataclass, fields
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from components.data.draws import Draws, fresh
 from components.models.defense import Defense
-from components.models.purifiers.contract import mean_squared_change
+from components.models.purifiers.contract import mean_squared_error
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers an image (N,).
+    """Purified images (N,C,H,W) in [0,1], their logits (N,K), and two numbers per image (N,).
 
-    `error` is the mean squared change of its pixels, `detector_score` how odd it looks to the purifier,
-    in the purifier's own units.
+    `error` is the mean squared change of the pixels. `detector_score` is in the purifier's own
+    units; a larger score suggests an attack.
     """
 
     purified: Tensor
@@ -28,23 +28,24 @@ class Prediction:
 
 
 def predict(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Prediction:
-    """Answer images (N,C,H,W) in [0,1], `batch` at a time.
+    """Purify and classify images (N,C,H,W) in [0,1], `batch` at a time.
 
-    Without a seed noise is fresh. With one, image k has the noise of id k in role `score`: equal
-    requests get equal answers.
+    Without a seed, noise is fresh. With a seed, image k gets the noise of id k in role `score`, so
+    that equal requests get equal results.
     """
     parts = []
     with torch.no_grad():
         for rows in torch.arange(len(x), device=x.device).split(batch):  # type: ignore[no-untyped-call]
             draws = fresh(len(rows), x.device) if seed is None else Draws(seed, "score", rows)
-            parts.append(_answered(defense, x[rows], draws))
+            parts.append(_predict_batch(defense, x[rows], draws))
     columns = ([getattr(part, field.name) for part in parts] for field in fields(Prediction))
     return Prediction(*(torch.cat(column) for column in columns))
 
 
-def _answered(defense: Defense, x: Tensor, draws: Draws) -> Prediction:
+def _predict_batch(defense: Defense, x: Tensor, draws: Draws) -> Prediction:
     purifier = defense.purifier
     assert purifier is not None
     purified = defense.purify(x, draws)
     detector_score = purifier.detector_score(x, draws, purified)
-    return Prediction(purified, defense.classifier(purified), mean_squared_change(x, purified), detector_score)
+    error = mean_squared_error(x, purified)
+    return Prediction(purified, defense.classifier(purified), error, detector_score)

@@ -1,4 +1,7 @@
-"""Carved out of components/evaluation.py."""
+"""The count behind every accuracy: how often a defense is right on an image.
+
+It lies here because training, probes and evaluation all need it.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +18,10 @@ def count_correct(
     defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
     draws: int, batch: int,
 ) -> Counts:  # fmt: skip
-    """Return per image (N,) how many of `draws` answers of role `role` are right.
+    """Return per image (N,) how many of `draws` predictions under noise of role `role` are right.
 
-    A deterministic defense is asked once, and its answer stands for all draws. Logits that are
-    not finite are wrong.
+    A deterministic defense predicts once, and that prediction counts for all draws. Logits that are
+    not finite count as wrong. The images are moved to the classifier's device batch by batch.
     """
     device = next(defense.classifier.parameters()).device
     total = torch.zeros(len(ids), dtype=torch.int64)

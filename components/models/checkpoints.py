@@ -1,9 +1,9 @@
-"""Model folders, and the state a training resumes from.
+"""Model folders, and the states that a training resumes from.
 
-A model folder is `config.json` (what to build, provenance; no times, no run ids),
-`weights.safetensors` and `manifest.json` (size and sha256 of both, written last). `load` gives
-back a ready module in eval mode and needs torch, safetensors and `components`, nothing else.
-Nothing here is ever unpickled: resume states go through `torch.load(weights_only=True)`.
+A model folder holds `config.json` (what to build, and provenance; no times, no run ids),
+`weights.safetensors` and `manifest.json` (size and sha256 of both, written last). `load` returns a
+module in eval mode; it needs torch, safetensors and `components` only. Nothing is ever unpickled:
+states are read by `torch.load(weights_only=True)`.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ from components.models.classifiers import ClassifierConfig
 from components.models.purifiers import Inference, Purifier, PurifierConfig
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+# A second state, in case the newest is damaged.
 STATES_KEPT = 2
 
 
 class ModelCard(Config):
-    """What `config.json` holds: enough to rebuild the network, and what it was made from."""
+    """The content of `config.json`: how to build the network, and its provenance."""
 
     format: Literal[1]
     family: Literal["classifier", "purifier"]
@@ -44,7 +45,7 @@ class ModelCard(Config):
 
 
 def build(card: ModelCard) -> nn.Module:
-    """Make the untrained network a card describes; ValueError if its config is not valid."""
+    """Make the untrained network of a card; raise ValueError if its config is not valid."""
     channels, height, width = card.shape
     shape: Shape = (channels, height, width)
     if card.family == "classifier":
@@ -55,7 +56,7 @@ def build(card: ModelCard) -> nn.Module:
 
 
 def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
-    """Write a model folder; equal weights and card give equal bytes."""
+    """Write a model folder; equal weights and cards give equal bytes."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
     write_bytes(folder / WEIGHTS, save_tensors(tensors))
     write_json(folder / CONFIG, card.model_dump())
@@ -69,30 +70,28 @@ def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
 def load(folder: Path | str, device: str = "cpu") -> Any:
     """Return the network of a model folder, frozen, in eval mode, on `device`.
 
-    Raises DataError for a folder that is incomplete or altered, or whose weights do not fit the
-    network its config describes.
+    Raises DataError if the folder is incomplete or altered, or its weights do not fit its config.
     """
     folder = Path(folder)
     card = read_card(folder)
     try:
         module = build(card)
     except (ValidationError, ValueError) as error:
-        raise DataError(f"{folder / CONFIG} describes no network of ours: {error}") from None
+        raise DataError(f"{folder / CONFIG} describes no valid network: {error}") from None
     try:
         tensors = load_tensors((folder / WEIGHTS).read_bytes())
     except SafetensorError as error:
-        raise DataError(f"{folder / WEIGHTS} is no file of safetensors: {error}") from None
-    _fit_weights(module, tensors, folder)
+        raise DataError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from None
+    _load_weights(module, tensors, folder)
     return module.eval().requires_grad_(False).to(device)
 
 
 def load_purifier(
     folder: Path, device: str = "cpu", inference: Inference | None = None
 ) -> Purifier:
-    """Return a purifier, or what `inference` makes of the network.
+    """Return the purifier of a model folder, or the purifier that `inference` makes of its network.
 
-    Raises DataError when the folder holds something else, ValueError when `inference` does not
-    fit it.
+    Raises DataError if the folder holds no purifier, ValueError if `inference` does not fit it.
     """
     module = load(folder, device)
     if inference is not None:
@@ -104,14 +103,14 @@ def load_purifier(
 
 
 def read_card(folder: Path) -> ModelCard:
-    """Return the card of a model folder whose files are as they were written, else DataError."""
+    """Return the card of a model folder; raise DataError if the folder is not as it was written."""
     try:
         listed = {
             file["path"]: file["sha256"]
             for file in json.loads((folder / MANIFEST).read_bytes())["files"]
         }
         if set(listed) != {CONFIG, WEIGHTS}:
-            raise DataError(f"{folder / MANIFEST} must vouch for {CONFIG} and {WEIGHTS}")
+            raise DataError(f"{folder / MANIFEST} must list {CONFIG} and {WEIGHTS}, and only these")
         for name, digest in listed.items():
             if sha256(folder / name) != digest:
                 raise DataError(f"{folder / name} was altered since it was written")
@@ -119,38 +118,40 @@ def read_card(folder: Path) -> ModelCard:
     except DataError:
         raise
     except FileNotFoundError as error:
-        lost = f"{error.filename} is missing"
-        raise DataError(f"{folder} is no finished model folder: {lost}") from None
+        missing = f"{error.filename} is missing"
+        raise DataError(f"{folder} is no finished model folder: {missing}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is no model folder of this version: {error}") from None
 
 
 def require_fit(folder: Path, data: ImageSet) -> None:
-    """Raise ValueError where the model of a folder was made for other images or other classes."""
+    """Raise ValueError if the model of a folder has another image shape or other classes."""
     card = read_card(folder)
-    made, given = card.shape, list(data.shape)
-    if made != given:
-        raise ValueError(f"{folder} was made for images of {made}, but these are of {given}")
+    expected, given = card.shape, list(data.shape)
+    if expected != given:
+        raise ValueError(
+            f"{folder} was trained on images of shape {expected}, but these have shape {given}"
+        )
     if card.class_names != list(data.class_names):
-        odd = [
-            n
-            for n in (*card.class_names, *data.class_names)
-            if (n in card.class_names) != (n in data.class_names)
+        different = [
+            name
+            for name in (*card.class_names, *data.class_names)
+            if (name in card.class_names) != (name in data.class_names)
         ][:5]
         raise ValueError(
-            f"{folder} knows {len(card.class_names)} classes, the images have "
-            f"{len(data.class_names)}; they differ in {', '.join(odd) or 'their order'}"
+            f"{folder} has {len(card.class_names)} classes, the images have "
+            f"{len(data.class_names)}; they differ in {', '.join(different) or 'their order'}"
         )
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 over config and weights of a model folder, verified."""
+    """Verify a model folder and return the sha256 of its manifest, which covers its other files."""
     read_card(folder)
     return sha256(folder / MANIFEST)
 
 
 def state_digest(module: nn.Module) -> str:
-    """Return the sha256 of every parameter and buffer, to see that using them changed nothing."""
+    """Return one sha256 of all parameters and buffers, which shows whether they have changed."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -159,14 +160,14 @@ def state_digest(module: nn.Module) -> str:
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
-    """Return a copy of a state as `save_state` takes it; training may go on meanwhile."""
+    """Return a copy of a state as bytes for `save_state`; training may go on meanwhile."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()
 
 
 def save_state(folder: Path, epoch: int, packed: bytes) -> None:
-    """Store the state after `epoch`, keeping the `STATES_KEPT` newest."""
+    """Write the state after `epoch` and keep only the `STATES_KEPT` newest states."""
     path = folder / f"epoch-{epoch:06d}"
     write_bytes(path / "state.pt", packed)
     write_json(path / MANIFEST, {"sha256": sha256(path / "state.pt")})
@@ -175,11 +176,12 @@ def save_state(folder: Path, epoch: int, packed: bytes) -> None:
 
 
 def latest_state(
-    folder: Path, passed_over: Callable[[Path], None] = lambda _: None
+    folder: Path, on_damaged: Callable[[Path], None] = lambda _: None
 ) -> dict[str, Any] | None:
-    """Return the newest stored state that is whole, or None.
+    """Return the newest state that is intact, or None.
 
-    Damaged ones are passed over, and named; of one without its manifest the writing was broken off.
+    A damaged state is skipped and reported to `on_damaged`. A state without a manifest is skipped
+    silently: its writing was interrupted.
     """
     for path in sorted(folder.glob("epoch-*"), reverse=True):
         try:
@@ -190,17 +192,17 @@ def latest_state(
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
             pass
         if (path / MANIFEST).exists():
-            passed_over(path)
+            on_damaged(path)
     return None
 
 
-def _fit_weights(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _load_weights(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
-        odd = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)][:5]
+        names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)][:5]
         raise DataError(
             f"{folder / WEIGHTS} does not fit its config: "
-            + "; ".join(f"{n}: config {wanted.get(n)}, weights {found.get(n)}" for n in odd)
+            + "; ".join(f"{n}: config {wanted.get(n)}, weights {found.get(n)}" for n in names)
         )
     module.load_state_dict(tensors)

@@ -1,10 +1,11 @@
-"""Image classifiers: pixels (N,C,H,W) in [0,1] to logits (N,K), normalisation inside.
+"""Image classifiers: pixels (N,C,H,W) in [0,1] to logits (N,K), normalisation included.
 
-One section per kind; `build` makes the network. The ResNets are those of He et al. 2016 for
-32 x 32 images: `resnet` is the CIFAR form of depth 6n+2 (20, 56) with parameter-free shortcuts
-replaced by 1 x 1 convolutions where the shape changes, `resnet18` the wide four-stage form.
+One section per kind; `build` makes the network. `ClassifierConfig` is their union: a new classifier
+is added there. The ResNets are those of He et al. 2016 for 32 x 32 images: `resnet` is the CIFAR
+form of depth 6n+2 (20, 56), `resnet18` the wide form with four stages. Deviation: where the shape
+changes, the shortcut of `resnet` is a 1 x 1 convolution; the paper's has no parameters.
 `defense_gan_a` and `defense_gan_b` are the MNIST classifiers of Samangouei et al. 2018 with the
-paddings of DiffDefense (Silva et al. 2023), whose fixed sizes are kept.
+paddings of DiffDefense (Silva et al. 2023); their sizes are fixed.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ Width = Annotated[int, Field(ge=1)]
 class Classifier(nn.Module):
     """A network behind its own normalisation.
 
-    `mean` and `std` (C,) are statistics of the training pixels; they are part of the weights.
+    `mean` and `std` (C,) are statistics of the training pixels. They are saved with the weights.
     """
 
     mean: Tensor
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
 
 
 class SmallCnn(Config):
-    """Two strided 3 x 3 convolutions after a full-size one, then a linear layer: digits, MNIST."""
+    """Three 3 x 3 convolutions, two of them strided, and a linear layer: for digits and MNIST."""
 
     kind: Literal["small_cnn"]
     width: Width
@@ -61,15 +62,15 @@ class SmallCnn(Config):
         layers: list[nn.Module] = []
         previous = shape[0]
         for stride, width in zip((1, 2, 2), widths, strict=True):
-            layers += _conv(previous, width, stride)
+            layers += _conv_norm_relu(previous, width, stride)
             previous = width
-        height, breadth = -(-shape[1] // 4), -(-shape[2] // 4)
-        layers += [nn.Flatten(), nn.Linear(previous * height * breadth, classes)]
+        height, width = -(-shape[1] // 4), -(-shape[2] // 4)
+        layers += [nn.Flatten(), nn.Linear(previous * height * width, classes)]
         return Classifier(nn.Sequential(*layers), shape[0], classes)
 
 
 class ResNet(Config):
-    """The CIFAR ResNet of depth 6n+2: three stages of n blocks, widths 1, 2 and 4 times `width`."""
+    """The CIFAR ResNet of depth 6n+2: three stages of n blocks; widths 1, 2 and 4 times `width`."""
 
     kind: Literal["resnet"]
     depth: int
@@ -89,7 +90,7 @@ class ResNet(Config):
 
 
 class ResNet18(Config):
-    """ResNet-18 with a 3 x 3 stem: four stages of two blocks, widths 1, 2, 4, 8 times `width`."""
+    """ResNet-18 with a 3 x 3 stem: four stages of two blocks; widths 1, 2, 4, 8 times `width`."""
 
     kind: Literal["resnet18"]
     width: Width
@@ -102,7 +103,7 @@ class ResNet18(Config):
 class DefenseGanA(Config):
     """Defense-GAN's classifier A: two 5 x 5 convolutions of 64, strides 1 and 2, and 128 features.
 
-    Unpadded, so that on 28 x 28 images the last row and column of pixels are not looked at.
+    Nothing is padded, so on 28 x 28 images the last row and column of pixels have no effect.
     """
 
     kind: Literal["defense_gan_a"]
@@ -112,17 +113,17 @@ class DefenseGanA(Config):
         body = nn.Sequential(
             nn.Conv2d(shape[0], 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU(), nn.Flatten()
         )
-        features = _features(self.kind, body, shape, 9)
+        features = _feature_count(self.kind, body, shape, 9)
         head = (_Dropout(0.25, "body"), nn.Linear(features, 128), nn.ReLU(), _Dropout(0.5, "head"))
         network = nn.Sequential(body, *head, nn.Linear(128, classes))
         return Classifier(network, shape[0], classes)
 
 
 class DefenseGanB(Config):
-    """Defense-GAN's classifier B: convolutions 8 x 8 of 64, 6 x 6 and 5 x 5 of 128, one layer.
+    """Defense-GAN's classifier B: convolutions 8 x 8 of 64, 6 x 6 and 5 x 5 of 128, then linear.
 
-    Only the last is padded, so that on 28 x 28 images the last two rows and columns of pixels are
-    not looked at.
+    Only the last convolution is padded, so on 28 x 28 images the last two rows and columns of
+    pixels have no effect.
     """
 
     kind: Literal["defense_gan_b"]
@@ -133,7 +134,7 @@ class DefenseGanB(Config):
             nn.Conv2d(shape[0], 64, 8, 2), nn.ReLU(), nn.Conv2d(64, 128, 6, 2), nn.ReLU(),
             nn.Conv2d(128, 128, 5, 1, 1), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
-        features = _features(self.kind, body, shape, 26)
+        features = _feature_count(self.kind, body, shape, 26)
         head = (_Dropout(0.5, "head"), nn.Linear(features, classes))
         return Classifier(nn.Sequential(_Dropout(0.2, "pixels"), body, *head), shape[0], classes)
 
@@ -144,19 +145,19 @@ ClassifierConfig = Annotated[
 
 
 class _Dropout(nn.Module):
-    """Drop a share of the features (N,...) in training; `use` tells it from the net's others.
+    """Dropout at `rate` of the features (N,...) in training, reproducible after a resume.
 
-    Torch's own draws from the global stream, which is no part of the state that a training is
-    resumed from; here the noise is keyed by the number of the call, which is, and by a number that
-    is drawn with the weights.
+    Torch's dropout draws from the global random stream, which is not part of the state that a
+    training resumes from. Here noise is keyed by two saved buffers, the number of the call and a
+    key drawn with the weights, and by `use`, which is unique within the network.
     """
 
     calls: Tensor
     key: Tensor
 
-    def __init__(self, share: float, use: str) -> None:
+    def __init__(self, rate: float, use: str) -> None:
         super().__init__()
-        self.share, self.use = share, use
+        self.rate, self.use = rate, use
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("key", torch.randint(1 << 31, ()))
 
@@ -166,17 +167,19 @@ class _Dropout(nn.Module):
         draws = Draws(
             int(self.key), "train", torch.arange(len(x), device=x.device), int(self.calls)
         )
-        kept = draws.uniform(tuple(x.shape[1:]), f"dropout {self.use}") >= self.share
+        kept = draws.uniform(tuple(x.shape[1:]), f"dropout {self.use}") >= self.rate
         self.calls += 1
-        return x * kept / (1 - self.share)
+        return x * kept / (1 - self.rate)
 
 
 class _Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
+    """The residual block: two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_conv(inputs, outputs, stride), *_conv(outputs, outputs, 1)[:-1])
+        self.body = nn.Sequential(
+            *_conv_norm_relu(inputs, outputs, stride), *_conv_norm_relu(outputs, outputs, 1)[:-1]
+        )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
@@ -187,7 +190,7 @@ class _Block(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     return [
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -196,7 +199,7 @@ def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 def _residual(shape: Shape, classes: int, widths: Sequence[int], blocks: int) -> Classifier:
-    layers = _conv(shape[0], widths[0], 1)
+    layers = _conv_norm_relu(shape[0], widths[0], 1)
     previous = widths[0]
     for stage, width in enumerate(widths):
         for block in range(blocks):
@@ -206,7 +209,8 @@ def _residual(shape: Shape, classes: int, widths: Sequence[int], blocks: int) ->
     return Classifier(nn.Sequential(*layers), shape[0], classes)
 
 
-def _features(kind: str, body: nn.Module, shape: Shape, smallest: int) -> int:
+def _feature_count(kind: str, body: nn.Module, shape: Shape, smallest: int) -> int:
+    """Return the number of features of `body`; raise ValueError for a side below `smallest`."""
     if min(shape[1:]) < smallest:
         raise ValueError(
             f"{kind} takes images of at least {smallest} x {smallest}, not {shape[1]} x {shape[2]}"

@@ -1,13 +1,16 @@
-"""A classifier behind a purifier, and what an attack gets to see of the two.
+"""A classifier behind a purifier, and the view of it that an attack gets.
 
-An attack never touches a `Defense`. It is handed a `Target`: the defense in one gradient mode,
-with its noise bound to keyed draws, indexable by rows, and counting every pass it is asked for.
-Modes: `full` is the exact gradient through the purifier, unrolled where that iterates; `bpda` runs
-the purifier forwards and takes the identity for its derivative (Athalye et al. 2018); a stand-in
-(`direct`, `plain`, `detached`, `short`, `soft`) does so with the derivative of a purifier that is
-cheaper or smoother; `fixed_noise` is `full` by an attacker who knows the very noise, the same at
-every look. The modes `classifier` and `transfer` are none of a target: they replay what was crafted
-against a bare classifier.
+An attack does not get the `Defense` itself, but a `Target`: the defense in one gradient mode, with
+its noise bound to keyed draws, indexable by rows, and with a counter of passes. The modes:
+
+`full` is the exact gradient through the purifier, unrolled if the purifier iterates.
+`bpda` runs the purifier forwards and takes the identity as its derivative (Athalye et al. 2018).
+A stand-in (`direct`, `plain`, `detached`, `short`, `soft`) also runs the purifier forwards, and
+takes the derivative of a cheaper or smoother purifier.
+`fixed_noise` is `full` for an attacker who knows the noise: it is the same in every query.
+
+`classifier` and `transfer` are no modes of a target: those attacks replay adversarial examples that
+were crafted against a classifier without a purifier.
 """
 
 from collections.abc import Callable
@@ -28,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N,K), labels (N,) -> (N,)
 
 
 class Defense(nn.Module):
-    """A classifier behind a purifier (None: the bare classifier)."""
+    """A classifier behind a purifier, or without one if `purifier` is None."""
 
     def __init__(self, classifier: nn.Module, purifier: Purifier | None) -> None:
         super().__init__()
@@ -36,12 +39,12 @@ class Defense(nn.Module):
         self.purifier = purifier
 
     def freeze(self) -> "Defense":
-        """Put everything in eval mode, where no parameter takes a gradient; return itself."""
+        """Set eval mode, switch off the gradients of all parameters, and return the defense."""
         return self.eval().requires_grad_(False)
 
     @property
     def stochastic(self) -> bool:
-        """Whether the answer depends on noise."""
+        """Whether the logits depend on noise."""
         return self.purifier is not None and self.purifier.stochastic
 
     @property
@@ -57,11 +60,11 @@ class Defense(nn.Module):
         return purified
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        """Return what a stand-in makes of `x`; raise ValueError for one the purifier lacks."""
+        """Return the output of a stand-in for `x`; raise ValueError if the purifier lacks it."""
         known = () if self.purifier is None else self.purifier.stand_ins
         if self.purifier is None or kind not in known:
             raise ValueError(
-                f"no stand-in {kind} here; this purifier has {', '.join(known) or 'none'}"
+                f"this purifier has no stand-in {kind}; it has {', '.join(known) or 'none'}"
             )
         return self.purifier.stand_in(kind, x, draws)
 
@@ -72,10 +75,10 @@ class Defense(nn.Module):
 
 
 def fold_batch_norm(defense: Defense) -> Defense:
-    """Return a copy with every BatchNorm folded into the convolution before it, in channels-last
-    layout: equal up to rounding, but faster.
+    """Return a copy with every BatchNorm folded into the convolution before it, channels last.
 
-    For attacks only; what they find is checked on the defense itself, which is what is scored.
+    It is faster and equal up to rounding. Attacks use it; the adversarial examples that they find
+    are scored on the defense itself.
     """
     copy = deepcopy(defense)
     for module in list(copy.modules()):
@@ -86,8 +89,9 @@ def fold_batch_norm(defense: Defense) -> Defense:
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lay the weights out channels last, in place: the same numbers, but convolutions over few
-    channels run a quarter faster.
+    """Change the memory layout of the weights to channels last, in place.
+
+    The values stay the same; convolutions over few channels run a quarter faster.
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -103,9 +107,7 @@ def _fold_sequence(sequence: nn.Sequential) -> None:
             sequence[index + 1] = nn.Identity()
 
 
-class _Straight(torch.autograd.Function):
-    """The value of the second argument with the derivative of the first."""
-
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, purified: Tensor) -> Tensor:
         return purified.clone()
@@ -115,14 +117,18 @@ class _Straight(torch.autograd.Function):
         return gradients[0], None
 
 
-def _straight(x: Tensor, purified: Tensor) -> Tensor:
-    value: Tensor = _Straight.apply(x, purified)  # type: ignore[no-untyped-call]
+def _straight_through(x: Tensor, purified: Tensor) -> Tensor:
+    """Return the value of `purified` with the derivative of `x`."""
+    value: Tensor = _StraightThrough.apply(x, purified)  # type: ignore[no-untyped-call]
     return value
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward passes spent on each image (N,) int64; rows share the counters."""
+    """Forward and backward passes spent on each image (N,) int64.
+
+    A target and its row subsets share the counters.
+    """
 
     forward: Tensor
     backward: Tensor
@@ -130,10 +136,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One look at a target: per image (N,) the loss, the margin, and the gradient (N,C,H,W).
+    """One query of a target: per image (N,) loss and margin, and the input gradient (N,C,H,W).
 
-    `margin` is the logit of the true class less the largest other one: not positive means fooled.
-    Under EOT all three are means over the draws.
+    `margin` is the true logit minus the largest other one; an image is fooled if it is not
+    positive. Under EOT all three are means over the draws.
     """
 
     loss: Tensor
@@ -144,8 +150,8 @@ class Evaluation:
 class Target:
     """A defense as an attack sees it: pixels (N,C,H,W) in [0,1] to logits (N,K).
 
-    `draws` binds the noise; a call takes the number of the draw, so that no two looks share it.
-    `eot` draws are averaged per gradient; a deterministic defense needs, and takes, one.
+    `draws` binds the noise. Every query has a number and averages over `eot` draws of its own;
+    queries of different numbers share no noise. A deterministic defense uses one draw.
     """
 
     def __init__(
@@ -157,7 +163,7 @@ class Target:
 
     @property
     def stochastic(self) -> bool:
-        """Whether a second look may answer differently."""
+        """Whether two queries of the same images may differ."""
         return self.defense.stochastic and self.mode != "fixed_noise"
 
     def __getitem__(self, rows: Tensor) -> "Target":
@@ -166,67 +172,68 @@ class Target:
         )
 
     def __call__(self, x: Tensor, draw: int, bare: bool = False) -> Tensor:
-        """Return the logits under draw number `draw`, with a graph if gradients are on.
+        """Return the logits (N,K) under draw `draw`, with a graph if gradients are enabled.
 
-        `bare` asks the classifier alone.
+        `bare` leaves out the purifier.
         """
         self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        draws = self._drawn(draw)
+        logits: Tensor
+        draws = self._redraw(draw)
         if bare:
-            answer: Tensor = self.defense.classifier(x)
-            return answer
+            logits = self.defense.classifier(x)
+            return logits
         if self.mode in ("full", "fixed_noise"):
-            logits: Tensor = self.defense(x, draws)
+            logits = self.defense(x, draws)
             return logits
         with torch.no_grad():
             purified = self.defense.purify(x, draws)
-        approximate = x
+        approximation = x
         if self.mode in STAND_INS and torch.is_grad_enabled():
-            approximate = self.defense.stand_in(self.mode, x, draws)
-        through: Tensor = self.defense.classifier(_straight(approximate, purified))
-        return through
+            approximation = self.defense.stand_in(self.mode, x, draws)
+        logits = self.defense.classifier(_straight_through(approximation, purified))
+        return logits
 
-    def margins(self, x: Tensor, labels: Tensor, draw: int) -> Tensor:
-        """Return the margins (N,) averaged over the EOT draws of look number `draw`."""
+    def margins(self, x: Tensor, labels: Tensor, query: int) -> Tensor:
+        """Return the margins (N,) of query number `query`, averaged over its EOT draws."""
         with torch.no_grad():
-            margins = [margin(self(x, draw * self.eot + k), labels) for k in range(self.eot)]
+            margins = [margin(self(x, draw), labels) for draw in self._draws_of(query)]
         return torch.stack(margins).mean(0)
 
-    def detector_score(self, x: Tensor, draw: int) -> Tensor:
-        """Return how odd the images look to the purifier (N,), averaged over a look's EOT draws.
+    def detector_score(self, x: Tensor, query: int) -> Tensor:
+        """Return the purifier's detector score (N,), averaged over the EOT draws of `query`.
 
-        Without a purifier nobody is suspicious: zero.
+        Without a purifier it is zero.
         """
         with torch.no_grad():
-            seen = [self._detector_score(x, draw * self.eot + k) for k in range(self.eot)]
-        return torch.stack(seen).mean(0)
+            scores = [self._detector_score(x, draw) for draw in self._draws_of(query)]
+        return torch.stack(scores).mean(0)
 
-    def detector_gradient(self, x: Tensor, draw: int) -> Tensor:
-        """Return the input gradient of the detector score (N,C,H,W), averaged over the EOT draws."""
+    def detector_gradient(self, x: Tensor, query: int) -> Tensor:
+        """Return the input gradient (N,C,H,W) of the detector score, averaged as the score is."""
         gradients = []
-        for k in range(self.eot):
+        for draw in self._draws_of(query):
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                value = self._detector_score(point, draw * self.eot + k)
-            gradients.append(_gradient(value, point))
+                value = self._detector_score(point, draw)
+            gradients.append(_input_gradient(value, point))
         return torch.stack(gradients).mean(0)
 
     def evaluate(
-        self, x: Tensor, labels: Tensor, loss: Loss, draw: int, bare: bool = False
+        self, x: Tensor, labels: Tensor, loss: Loss, query: int, bare: bool = False
     ) -> Evaluation:
-        """Return loss, margin and input gradient, averaged over the EOT draws of look `draw`.
+        """Return loss, margin and input gradient, averaged over the EOT draws of `query`.
 
-        `bare` asks the classifier alone.
+        `bare` leaves out the purifier.
         """
         losses, margins, gradients = [], [], []
-        for k in range(self.eot):
+        for draw in self._draws_of(query):
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = self(point, draw * self.eot + k, bare)
+                logits = self(point, draw, bare)
                 value = loss(logits, labels)
             losses.append(value.detach())
             margins.append(margin(logits.detach(), labels))
-            gradients.append(_gradient(value, point))
+            gradients.append(_input_gradient(value, point))
             self.passes.backward.index_add_(0, self.rows, torch.ones_like(self.rows))
         return Evaluation(
             torch.stack(losses).mean(0),
@@ -235,58 +242,64 @@ class Target:
         )
 
     def jacobian(
-        self, x: Tensor, labels: Tensor, classes: Tensor, draw: int
+        self, x: Tensor, labels: Tensor, classes: Tensor, query: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how single logits stand to the true one, averaged over the EOT draws of a look.
+        """Return the margin, and the gaps of k logits to the true one with their input gradients.
 
-        Three things: the margin (N,), the logits of `classes` (N,k) less the true one (N,k), and
-        the input gradients (N,k,C,H,W) of these. A draw costs one forward and k backward passes.
+        The margin is (N,). The gaps are the logits of `classes` (N,k) minus the true one (N,k);
+        their gradients are (N,k,C,H,W). All are averaged over the EOT draws of `query`. A draw
+        costs one forward and k backward passes.
         """
-        margins, gaps, slopes = [], [], []
-        for k in range(self.eot):
+        margins, gaps, gradients = [], [], []
+        for draw in self._draws_of(query):
             point = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = self(point, draw * self.eot + k)
+                logits = self(point, draw)
                 gap = logits.gather(1, classes) - logits.gather(1, labels[:, None])
             margins.append(margin(logits.detach(), labels))
             gaps.append(gap.detach())
-            slopes.append(torch.stack([_gradient(each, point, True) for each in gap.unbind(1)], 1))
+            each = [_input_gradient(one, point, retain=True) for one in gap.unbind(1)]
+            gradients.append(torch.stack(each, 1))
             self.passes.backward.index_add_(
                 0, self.rows, torch.full_like(self.rows, classes.shape[1])
             )
         return (
             torch.stack(margins).mean(0),
             torch.stack(gaps).mean(0),
-            torch.stack(slopes).mean(0),
+            torch.stack(gradients).mean(0),
         )
 
     def _detector_score(self, x: Tensor, draw: int) -> Tensor:
         if self.defense.purifier is None:
             return torch.zeros(len(x), dtype=x.dtype, device=x.device)
         self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        return self.defense.purifier.detector_score(x, self._drawn(draw))
+        return self.defense.purifier.detector_score(x, self._redraw(draw))
 
-    def _drawn(self, draw: int) -> Draws:
+    def _draws_of(self, query: int) -> range:
+        """Return the numbers of the draws of a query."""
+        return range(query * self.eot, (query + 1) * self.eot)
+
+    def _redraw(self, draw: int) -> Draws:
         return self.draws.redraw(0 if self.mode == "fixed_noise" else draw)
 
 
 def bind(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
-    """Bind a defense to a gradient mode and to noise, for an attack on len(draws) images."""
+    """Bind a defense to a gradient mode and to noise, for an attack on `len(draws)` images."""
     zeros = torch.zeros(len(draws), dtype=torch.int64, device=draws.ids.device)
     rows = torch.arange(len(draws), device=draws.ids.device)
     return Target(defense, mode, draws, eot, Passes(zeros, zeros.clone()), rows)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the true logit less the largest other one (N,); NaN logits give NaN."""
+    """Return the true logit minus the largest other one (N,); NaN logits give NaN."""
     true = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return true - others.amax(1)
 
 
-def _gradient(value: Tensor, point: Tensor, retain: bool = False) -> Tensor:
-    # A purifier that cuts the graph (a comparison, a detach) leaves nothing to differentiate:
-    # that is a gradient of zero, which the checks are there to notice.
+def _input_gradient(value: Tensor, point: Tensor, retain: bool = False) -> Tensor:
+    # A purifier that cuts the graph (a comparison, a detach) has a gradient of zero. The checks
+    # notice it.
     if not value.requires_grad:
         return torch.zeros_like(point)
     (gradient,) = torch.autograd.grad(value.sum(), point, retain_graph=retain, allow_unused=True)

@@ -1,7 +1,9 @@
-"""Purifiers: one file a family, one line a kind in `PurifierConfig`.
+"""Purifiers: one module per family, and here the unions of all their kinds.
 
-`PurifierConfig` is what can be trained or built; `InferenceConfig` is how a trained network that
-is no purifier by itself, or that can be used in several ways, becomes one.
+This is the one place where a new purifier is added: import its section below and add it to a union.
+`PurifierConfig` lists the networks that can be built and trained, each a purifier by itself unless
+an inference is needed; `InferenceConfig` lists the ways to use a trained network as a purifier.
+`ControlConfig` lists the purifiers that need no training; each of them is in `PurifierConfig` too.
 """
 
 from typing import Annotated
@@ -15,7 +17,6 @@ from components.models.purifiers.controls import (
     BitDepth,
     GaussianNoise,
     Identity,
-    Jpeg,
     Median,
     RandomNetwork,
     Threshold,
@@ -25,6 +26,7 @@ from components.models.purifiers.diffusion.ddpm import Ddpm
 from components.models.purifiers.diffusion.diffdefense import DiffDefense, UntrainedDiffusion
 from components.models.purifiers.diffusion.diffpure import DiffPure
 from components.models.purifiers.gan import DefenseGan, Gan
+from components.models.purifiers.jpeg import Jpeg
 from components.models.purifiers.magnet import MagNet
 from components.models.purifiers.transforms import RandomTransform
 

@@ -1,13 +1,14 @@
 """Koo's convolutional autoencoder purifier (Koo et al. 2023, section 3), one deterministic pass.
 
-The paper says 15 convolution and 15 deconvolution blocks (Conv, BN, ReLU) with skips, inspired by
-APuDAE, whose code uses RED-Net30: additive skips into every second decoder block, from encoder
+The paper has 15 convolution and 15 deconvolution blocks (Conv, BN, ReLU) with skips, inspired by
+APuDAE. APuDAE's code uses RED-Net30: additive skips into every second decoder block, from encoder
 blocks 2, 4, ..., 14. Depth, width and strides are settings, so that small images get small nets.
 
-Readings of what the paper leaves open: the last block is a bare deconvolution before Tanh (a ReLU
-there would halve the range); images are in [0,1] outside and u = 2x - 1 inside; by default there
-is no global skip, so x_hat = (tanh(net(u)) + 1) / 2. `residual: global` is our option: the output
-is clip(u + tanh(net(u)), -1, 1), which starts near the identity and keeps clean accuracy higher.
+The paper leaves three points open. Our readings: the last block is a deconvolution before Tanh,
+without ReLU (which would halve the range); images are in [0,1] outside and u = 2x - 1 inside; by
+default there is no global skip, so x_hat = (tanh(net(u)) + 1) / 2. `residual: global` is our own
+option: the output is clip(u + tanh(net(u)), -1, 1), which starts near the identity and keeps clean
+accuracy higher.
 """
 
 from typing import Annotated, Literal
@@ -25,8 +26,8 @@ from components.models.purifiers.contract import Purifier
 class ConvAutoencoder(Config):
     """`blocks` convolutions and as many deconvolutions of `width` channels.
 
-    `strided` lists the encoder blocks (1-based) that halve the resolution; their mirror images in
-    the decoder double it. The paper's form for 32 x 32 is blocks 15, width 64, strided [1].
+    `strided` lists the encoder blocks (from 1) that halve the resolution; the matching decoder
+    blocks double it. For 32 x 32 images the paper has blocks 15, width 64, strided [1].
     """
 
     kind: Literal["conv_autoencoder"]
@@ -42,7 +43,7 @@ class ConvAutoencoder(Config):
         return self
 
     def build(self, shape: Shape) -> Purifier:
-        """Make the untrained network; raise ValueError where `shape` cannot be halved so often."""
+        """Make the untrained network; raise ValueError if `shape` cannot be halved so often."""
         factor = 2 ** len(set(self.strided))
         if shape[1] % factor or shape[2] % factor:
             raise ValueError(
@@ -80,8 +81,8 @@ class _Autoencoder(Purifier):
             feature = block(feature)
             if index % 2 == 0 and index < len(self.encoder):
                 skips.append((index, feature))
-        # Decoder block j undoes encoder block n + 1 - j, so its output has the shape that encoder
-        # block n - j produced: that is where the skip of that block is added.
+        # Decoder block j undoes encoder block n + 1 - j, so its output has the shape of the output
+        # of encoder block n - j. The skip of that block is added there.
         for index, block in enumerate(self.decoder, start=1):
             feature = block(feature)
             if skips and skips[-1][0] == len(self.encoder) - index:

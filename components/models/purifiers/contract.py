@@ -1,15 +1,16 @@
-"""What a purifier is.
+"""What a purifier is, and how a trained network becomes one.
 
 A purifier maps pixels (N,C,H,W) in [0,1] to pixels of the same shape, range and device. It sees
-images only, never labels. Two facts decide how it may be attacked, and the contract test verifies
-them rather than believing them: `differentiable` (its gradient is usable: it does not quantise)
-and `stochastic` (it draws noise). Nothing in it depends on the composition of the batch.
+images only, never labels, and purifies every image independently of the rest of the batch. Two
+flags decide how it can be attacked: `differentiable` (its gradient is usable: it does not quantise)
+and `stochastic` (it draws noise). The contract test measures both.
 
-A purifier that optimises at test time, or that quantises, names `stand_ins`: cheaper or smoother
-purifiers whose derivative an attack may take in place of its own, which is dear, masked or nil.
+A purifier that optimises at test time, or that quantises, offers stand-ins: cheaper or smoother
+purifiers that an attack may differentiate in its place. Its own gradient is expensive, masked or
+zero.
 
-`Inference` is the other half: how a trained network is put to use as a purifier. One network may
-serve several defenses; what is itself a purifier needs none.
+An `Inference` is a way to use a trained network as a purifier. One network can serve several
+defenses. A network that is a purifier already needs no inference.
 """
 
 from typing import ClassVar, Literal
@@ -19,20 +20,26 @@ from torch import Tensor, nn
 from components.config import Config
 from components.data.draws import Draws, fresh
 
-# Stand-ins: `direct` is one pass of the network instead of the iteration (APuDAE's counter-attack
-# A), `plain` descends along the bare gradient instead of Adam's, `detached` takes Adam's
-# denominators for constants, `short` iterates less (Lee and Kim 2023), `soft`
-# rounds softly.
+# `direct` is one pass of the network in place of the descent (counter-attack A of APuDAE).
+# `plain` descends along the plain gradient in place of Adam's direction.
+# `detached` treats Adam's denominators as constants.
+# `short` takes fewer iterations (Lee and Kim 2023).
+# `soft` rounds softly.
 StandIn = Literal["direct", "plain", "detached", "short", "soft"]
 
 
-def mean_squared_change(x: Tensor, purified: Tensor) -> Tensor:
-    """Return the mean squared change of the pixels of every image (N,)."""
-    return (x - purified).square().flatten(1).mean(1)
+def mean_squared_error(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean squared difference of the pixels of every image (N,)."""
+    return (one - other).square().flatten(1).mean(1)
 
 
 class Purifier(nn.Module):
-    """Base of every purifier; subclasses implement `purify`."""
+    """Base of every purifier; a subclass implements `purify`.
+
+    Callers use the module itself and `detector_score`. Both supply the noise that a stochastic
+    purifier needs, and then call the methods that a subclass implements: `purify` and
+    `compute_detector_score`.
+    """
 
     differentiable: bool = True
     stochastic: bool = False
@@ -40,43 +47,50 @@ class Purifier(nn.Module):
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Return the purified images (N,C,H,W) in [0,1]; without `draws`, noise is fresh."""
-        return self.purify(x, self._drawn(x, draws))
+        return self.purify(x, self._or_fresh(draws, x))
 
     def detector_score(
         self, x: Tensor, draws: Draws | None = None, purified: Tensor | None = None
     ) -> Tensor:
-        """Return how odd each image looks to this purifier (N,): larger means rather attacked.
+        """Return the detector score of every image (N,): a larger score suggests an attack.
 
-        `purified`, where the caller has it, is what it made of `x` under the same draws.
+        Its unit depends on the purifier. `purified` saves a pass: it is the output of this purifier
+        for `x` under the same draws.
         """
-        return self.compute_detector_score(x, self._drawn(x, draws), purified)
+        return self.compute_detector_score(x, self._or_fresh(draws, x), purified)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        """Clean `x`; `draws` is given whenever the purifier is stochastic."""
+        """Return the purified images (N,C,H,W) in [0,1]; a stochastic purifier is given `draws`."""
         raise NotImplementedError
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        """Clean `x` by the stand-in `kind`, one of `stand_ins`."""
+        """Purify `x` by the stand-in `kind`, one of `stand_ins`."""
         raise NotImplementedError(kind)
 
-    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-        """Return the detection score (N,): by default the mean squared change to the image.
+    def compute_detector_score(
+        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+    ) -> Tensor:
+        """Return the detector score (N,): by default the mean squared change of each image.
 
-        What is `purified` already need not be so again.
+        A stochastic purifier is given `draws`; `purified` is as in `detector_score`.
         """
-        return mean_squared_change(x, self.purify(x, draws) if purified is None else purified)
+        return mean_squared_error(x, self.purify(x, draws) if purified is None else purified)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
-        """Learn, once trained, how clean training pixels (M,C,H,W) look; nothing by default."""
+        """Store statistics of clean training pixels (M,C,H,W) after training; by default none."""
 
-    def _drawn(self, x: Tensor, draws: Draws | None) -> Draws | None:
+    def _or_fresh(self, draws: Draws | None, x: Tensor) -> Draws | None:
+        """Return `draws`, or fresh noise for `x` where the purifier needs noise and has none."""
         if self.stochastic and draws is None:
             draws = fresh(len(x), x.device)
         return draws
 
 
 class Inference(Config):
-    """Base of every way to use a trained network as a purifier; `of` are the kinds of network."""
+    """Base of every way to use a trained network as a purifier.
+
+    `network_kinds` lists the kinds of network that it can use.
+    """
 
     network_kinds: ClassVar[tuple[str, ...]]
 
@@ -87,12 +101,12 @@ class Inference(Config):
         return ()
 
     def require_fit(self, model: Config) -> None:
-        """Raise ValueError where this does not fit the section of a network, before training it."""
+        """Raise ValueError if this inference cannot use the network that `model` describes."""
         kind = str(getattr(model, "kind", "control"))
         if kind not in self.network_kinds:
             fits = " or ".join(self.network_kinds)
             raise ValueError(f"{self.kind} needs a model of kind {fits}, not {kind}")
 
     def wrap(self, network: nn.Module) -> Purifier:
-        """Return the purifier; raise ValueError for a network it cannot be made of."""
+        """Return the purifier; raise ValueError for a network that this inference cannot use."""
         raise NotImplementedError

@@ -1,13 +1,13 @@
-"""APuDAE's denoising autoencoder (Kalaria et al., section 3): one pass removes Gaussian noise.
+"""APuDAE's denoising autoencoders (Kalaria et al., section 3), trained to remove Gaussian noise.
 
-Two nets: `denoiser` is the paper's Table 1 for MNIST and CIFAR-10, `red_net` the 30-block net
-that the authors' code uses for CIFAR-10 (additive skips into every second decoder block, the image
-added to the output). Used as it is, a denoiser is the paper's variant "direct"; `Apudae` descends
-on its reconstruction error instead.
+There are two networks. `denoiser` is the paper's Table 1 for MNIST and CIFAR-10. `red_net` is the
+30-block network that the authors' code uses for CIFAR-10: additive skips into every second decoder
+block, and the image added to the output. One pass of a denoiser is the paper's variant "direct";
+the inference `apudae` descends on its reconstruction error instead.
 
-Readings: Table 1 prints ReLU and BN before the sigmoid, which would keep every pixel from being
-dark, so the last deconvolution is bare; dropout is mentioned in the text, absent in the table, and
-left out; `red_net` ends in a ReLU as in the code, and is clipped to 1 besides.
+Our readings: Table 1 prints ReLU and BN before the sigmoid, so that no pixel could be dark; here
+the last deconvolution has neither. Dropout is in the text but not in the table, and is left out.
+`red_net` ends in a ReLU as in the code, and is also clipped to 1.
 """
 
 from typing import Annotated, Literal
@@ -26,35 +26,38 @@ Width = Annotated[int, Field(ge=1)]
 
 
 class Denoiser(Config):
-    """Two convolutions and two deconvolutions of `width` channels; the paper's width is 64."""
+    """Two convolutions and two deconvolutions of `width` channels; the paper has width 64."""
 
     kind: Literal["denoiser"]
     width: Width
 
     def build(self, shape: Shape) -> "DenoisingAutoencoder":
-        """Make the untrained network; raise ValueError for sides that 2 does not divide."""
-        _halvable(self.kind, shape)
-        return _Small(shape[0], self.width)
+        """Make the untrained network; raise ValueError for odd sides."""
+        _require_even(self.kind, shape)
+        return _TableOneNet(shape[0], self.width)
 
 
 class RedNet(Config):
-    """`blocks` convolutions and deconvolutions of `width`; the authors' code has 15 of 64."""
+    """`blocks` convolutions and as many deconvolutions of `width` channels.
+
+    The authors' code has blocks 15, width 64.
+    """
 
     kind: Literal["red_net"]
     blocks: Annotated[int, Field(ge=2)]
     width: Width
 
     def build(self, shape: Shape) -> "DenoisingAutoencoder":
-        """Make the untrained network; raise ValueError for sides that 2 does not divide."""
-        _halvable(self.kind, shape)
+        """Make the untrained network; raise ValueError for odd sides."""
+        _require_even(self.kind, shape)
         return _RedNet(shape[0], self.blocks, self.width)
 
 
 class DenoisingAutoencoder(Purifier):
-    """A network f of pixels to pixels that knows how far clean images lie from their image.
+    """A network f from pixels to pixels, with statistics of its error on clean images.
 
-    `clean_mean` and `clean_std` describe the reconstruction error of clean training images; they
-    are part of the weights.
+    `clean_mean` and `clean_std` (scalars) are the mean and the standard deviation of the
+    reconstruction error of clean training images. They are saved with the weights.
     """
 
     clean_mean: Tensor
@@ -65,18 +68,18 @@ class DenoisingAutoencoder(Purifier):
         self.register_buffer("clean_mean", torch.zeros(()))
         self.register_buffer("clean_std", torch.ones(()))
 
-    def error(self, x: Tensor, passed: Tensor | None = None) -> Tensor:
-        """Return rd(x) = |x - f(x)|^2 summed over the image (N,); gradients flow through both.
+    def error(self, x: Tensor, reconstructed: Tensor | None = None) -> Tensor:
+        """Return the reconstruction error rd(x) = |x - f(x)|^2, summed over each image (N,).
 
-        `passed` is f(x), where the caller has it.
+        The gradient flows through x and f(x). `reconstructed` is f(x), if the caller has it.
         """
-        purified: Tensor = self(x) if passed is None else passed
+        purified: Tensor = self(x) if reconstructed is None else reconstructed
         return (x - purified).square().flatten(1).sum(1)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
-        """Take the statistics of the error from clean training images, as the paper says.
+        """Take the statistics of the error from clean training images, as in the paper.
 
-        Its code takes them from test images.
+        The authors' code takes them from test images.
         """
         device = self.clean_mean.device
         with torch.no_grad():
@@ -85,12 +88,14 @@ class DenoisingAutoencoder(Purifier):
         self.clean_mean.copy_(errors.mean())
         self.clean_std.copy_(errors.std().clamp_min(1e-6))
 
-    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-        """Return the reconstruction error, in deviations of clean images from their mean (N,)."""
+    def compute_detector_score(
+        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+    ) -> Tensor:
+        """Return the standardised reconstruction error (N,): 0 is the mean of clean images."""
         return (self.error(x, purified) - self.clean_mean) / self.clean_std
 
 
-class _Small(DenoisingAutoencoder):
+class _TableOneNet(DenoisingAutoencoder):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.down = _block(nn.Conv2d(channels, width, 3, 2, 1))
@@ -100,9 +105,9 @@ class _Small(DenoisingAutoencoder):
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         down = self.down(x)
-        # Equation 6: every encoder map is added to the decoder map that undoes its layer.
-        risen = self.rise(self.flat(down)) + down
-        return torch.sigmoid(self.last(risen))
+        # Equation 6: every encoder map is added to the decoder map of the same layer.
+        up = self.rise(self.flat(down)) + down
+        return torch.sigmoid(self.last(up))
 
 
 class _RedNet(DenoisingAutoencoder):
@@ -135,6 +140,6 @@ def _block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.ReLU(), nn.BatchNorm2d(convolution.out_channels))
 
 
-def _halvable(kind: str, shape: Shape) -> None:
+def _require_even(kind: str, shape: Shape) -> None:
     if shape[1] % 2 or shape[2] % 2:
         raise ValueError(f"{kind} halves once, which {shape[1]} x {shape[2]} images do not allow")

@@ -1,19 +1,19 @@
 """Defense-GAN (Samangouei et al. 2018): the nearest image that a generator can make.
 
-A WGAN-GP is trained on clean images; at test time its generator's latent code is fitted to the
-image by momentum descent from several random starts, and the best reconstruction is the purified
-image (rate, decay and momentum are those of the authors' code). The losses of the training are
-here, the alternation of critic and generator is not.
+A WGAN-GP is trained on clean images. At test time the latent code of its generator is fitted to the
+image by gradient descent with momentum, from several random starts. The best reconstruction is the
+purified image. Rate, decay and momentum are those of the authors' code. The two training losses are
+here; the objective that alternates them is in `components/training/generative.py`.
 
-The networks are those for 28 x 28 (from 4 x 4 through 8, cropped to 7, and 14), for other shapes
-by one rule: the sides are halved three times, rounding up, and climbed again, every layer doubling
-and cropping to the next side; 8 x 8 starts from 1 x 1.
+The networks are the paper's for 28 x 28 images: the generator goes from 4 x 4 through 8, cropped to
+7, and 14. Other shapes follow the same rule: the sides are halved three times, rounding up, and
+every layer doubles them and crops to the next larger size; 8 x 8 images start from 1 x 1.
 
 Deviations: the gradient penalty takes the norm over the whole image (Gulrajani et al. 2017, eq. 3),
 where the authors' code takes it over one axis; initial weights are torch's. The gradient through
-the unrolled descent is exact and does not vanish, as users of the authors' code found of theirs
-(its issue 1); it is dear, so `short` is there for the backward pass. The selection of the best
-start has no gradient, being locally constant.
+the unrolled descent is exact. Users of the authors' code found that theirs vanishes (its issue 1);
+this one does not, but it is expensive, so `short` is offered for the backward pass. The choice of
+the best start has no gradient, because it is locally constant.
 
 Shapes: N batch, R restarts, Z latent, C channels, H W.
 """
@@ -29,29 +29,29 @@ from torch.func import functional_call
 from components.config import Config
 from components.data.draws import Draws
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Inference, Purifier, StandIn
-from components.models.purifiers.descent import State, descend, slope
+from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
+from components.models.purifiers.descent import State, descend, gradient_at
 
 PENALTY = 10.0
 MOMENTUM = 0.7
 
 
 class Gan(Config):
-    """A generator from `latent` normal numbers and its critic; the paper's: 128, and width 64."""
+    """A generator from `latent` normal numbers, and its critic; the paper has 128 and width 64."""
 
     kind: Literal["gan"]
     latent: Annotated[int, Field(ge=1)]
     width: Annotated[int, Field(ge=1)]
 
     def build(self, shape: Shape) -> "GenerativePair":
-        """Make the untrained networks; any shape will do."""
+        """Make the untrained networks, for any shape."""
         return GenerativePair(self, shape)
 
 
 class GenerativePair(nn.Module):
     """`generator`: codes (N,Z) to pixels (N,C,H,W) in [0,1]; `critic`: pixels to numbers (N,).
 
-    Trained under codes of standard normal noise; the critic is high where images look real.
+    The generator is trained on standard normal codes. The critic is high on real images.
     """
 
     def __init__(self, config: Gan, shape: Shape) -> None:
@@ -76,9 +76,9 @@ class _Generator(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         feature = self.first(codes).unflatten(1, (-1, *self.sides[0]))
-        for rise, (height, breadth) in zip(self.rises, self.sides[1:], strict=True):
-            # A rise makes 2n + 1 of n pixels: the crop leaves 2n, or the odd 2n - 1 of 7 x 7.
-            feature = rise(torch.relu(feature))[:, :, :height, :breadth]
+        for rise, (height, width) in zip(self.rises, self.sides[1:], strict=True):
+            # A layer makes 2n + 1 pixels of n. They are cropped to 2n, or to 2n - 1 if that is odd.
+            feature = rise(torch.relu(feature))[:, :, :height, :width]
         return torch.sigmoid(feature)
 
 
@@ -95,12 +95,12 @@ def critic_loss(pair: GenerativePair, real: Tensor, latent: Tensor, mix: Tensor)
     """Return E D(fake) - E D(real) + 10 E (|grad D(mixed)| - 1)^2 (Gulrajani et al. 2017, eq. 3).
 
     `real` (N,C,H,W), `latent` (N,Z) standard normal, `mix` (N,1,1,1) uniform in [0,1). The
-    gradient reaches the critic's parameters alone.
+    gradient reaches the critic's parameters only.
     """
     with torch.no_grad():
         fake = pair.generator(latent)
-    steepness = slope(pair.critic, real + mix * (fake - real)).flatten(1).norm(dim=1)
-    penalty = (steepness - 1).square().mean()
+    gradient_norm = gradient_at(pair.critic, real + mix * (fake - real)).flatten(1).norm(dim=1)
+    penalty = (gradient_norm - 1).square().mean()
     loss: Tensor = pair.critic(fake).mean() - pair.critic(real).mean() + PENALTY * penalty
     return loss
 
@@ -108,7 +108,7 @@ def critic_loss(pair: GenerativePair, real: Tensor, latent: Tensor, mix: Tensor)
 def generator_loss(pair: GenerativePair, latent: Tensor) -> Tensor:
     """Return -E D(G(latent)) for `latent` (N,Z) standard normal.
 
-    The gradient reaches the generator's parameters alone: those of the critic keep what they had.
+    The gradient reaches the generator's parameters only.
     """
     constants = {name: value.detach() for name, value in pair.critic.named_parameters()}
     scores = functional_call(pair.critic, constants, (pair.generator(latent),))
@@ -117,32 +117,32 @@ def generator_loss(pair: GenerativePair, latent: Tensor) -> Tensor:
 
 
 class DefenseGan(Inference):
-    """Fit the code for `iterations` (L) from `restarts` (R) random codes at the first rate `rate`.
+    """Fit the code for `iterations` (L) from `restarts` (R) random codes, first at rate `rate`.
 
-    The paper's: 200, 10, and the code's rate 10 per unit of the mean squared error.
+    The paper has L = 200, R = 10; its code has rate 10 per unit of the mean squared error.
     """
 
     network_kinds: ClassVar[tuple[str, ...]] = ("gan",)
 
     kind: Literal["defense_gan"]
-    # The image counts that precedes the last step, so that one iteration would be no descent.
+    # The result is the image before the last step, so one iteration would not descend at all.
     iterations: Annotated[int, Field(ge=2)]
     restarts: Annotated[int, Field(ge=1)]
     rate: Annotated[float, Field(gt=0)]
 
     def stand_ins(self) -> tuple[StandIn, ...]:
-        """Fewer iterations from one start can stand in for all."""
+        """Offer a descent of fewer iterations from one start."""
         return ("short",)
 
     def wrap(self, network: nn.Module) -> Purifier:
-        """Return the purifier; raise ValueError for a network that is no gan."""
+        """Return the purifier; raise ValueError for a network that is not a gan."""
         if not isinstance(network, GenerativePair):
-            raise ValueError("defense_gan descends in the codes of a gan, which this model is not")
+            raise ValueError("defense_gan needs a gan, which this model is not")
         return _DefenseGan(self, network)
 
 
 class _DefenseGan(Purifier):
-    """Its `compute_detector_score`, the mean squared change, is the best start's error: the paper's detector."""
+    """The default detector score is the error of the best start, as in the paper."""
 
     stochastic = True
 
@@ -152,22 +152,22 @@ class _DefenseGan(Purifier):
         self.config, self.latent, self.generator = config, pair.latent, pair.generator
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._reconstructed(x, draws, self.config.iterations, self.config.restarts)
+        return self._reconstruct(x, draws, self.config.iterations, self.config.restarts)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        # A descent of its own, with the whole decay of the rate, from the first of the starts.
-        return self._reconstructed(x, draws, max(2, self.config.iterations // 10), 1)
+        # A shorter descent from the first start; the rate still decays over its whole length.
+        return self._reconstruct(x, draws, max(2, self.config.iterations // 10), 1)
 
-    def _reconstructed(
+    def _reconstruct(
         self, x: Tensor, draws: Draws | None, iterations: int, restarts: int
     ) -> Tensor:
         """Return the best reconstruction of each image; all starts are one batch (N R,...)."""
         assert draws is not None
         starts = [draws.normal((self.latent,), f"start {restart}") for restart in range(restarts)]
-        # Variance 1/Z, where the generator was trained under variance 1, as in the authors' code.
+        # As in the authors' code, the variance is 1/Z, although training used variance 1.
         codes = torch.stack(starts, 1).flatten(0, 1).to(x.dtype) / self.latent**0.5
         step = partial(self._step, iterations, restarts)
-        # The authors' code fetches the image of the last iteration before that iteration's step.
+        # The authors' code returns the image of the last iteration before that iteration's step.
         codes, _ = descend(step, iterations - 1, (x,), (codes, torch.zeros_like(codes)))
         images: Tensor = self.generator(codes).unflatten(0, (len(x), restarts))
         best = (images - x[:, None]).square().flatten(2).mean(2).argmin(1)
@@ -179,13 +179,8 @@ class _DefenseGan(Purifier):
         """Take one step of all codes (N R,Z); the state is the codes and their velocities."""
         (x,), (codes, velocity) = constants, state
         wanted = x.repeat_interleave(restarts, 0)
-        gradient = slope(lambda at: _error(self.generator(at), wanted), codes)
+        gradient = gradient_at(lambda at: mean_squared_error(self.generator(at), wanted), codes)
         velocity = MOMENTUM * velocity + gradient
-        # A tenth after ceil(0.8 L) steps, and on.
+        # The rate decays exponentially, to a tenth after ceil(0.8 L) steps.
         rate = self.config.rate * 0.1 ** (index / -(-4 * iterations // 5))
         return codes - rate * velocity, velocity
-
-
-def _error(made: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean squared error of every image (N,); summed over the batch by its caller."""
-    return (made - wanted).square().flatten(1).mean(1)

@@ -1,14 +1,14 @@
-"""MagNet (Meng and Chen 2017): two small autoencoders that reform and detect.
+"""MagNet (Meng and Chen 2017): two small autoencoders that reform images and detect attacks.
 
-AE-I halves the resolution once, AE-II keeps it (the authors' nets for MNIST, sigmoid throughout).
-The reformed image is AE-I(x); both reconstruction errors detect. They are trained to restore
-clean images from noisy ones; that noise and the loss belong to the objective.
+AE-I halves the resolution once, AE-II keeps it (the authors' networks for MNIST, all activations
+sigmoid). The reformed image is AE-I(x). The reconstruction errors of both detect attacks. Both are
+trained to restore clean images from noisy ones; the noise and the loss belong to the objective.
 
-Deviations: the paper has a threshold for each detector, at a drop rate on clean images, and an
-image is attacked where either is passed; here one score, the larger of the two errors in deviations
-of clean training images, so that a curve exists. The detectors by divergence of the classifier's
-softmax are left out: a purifier sees images only. The authors count a detected image as correct;
-what `purify` alone is worth is the stricter number.
+Deviations: in the paper each detector has a threshold, chosen by its false positive rate on clean
+images, and an image counts as attacked if either error exceeds its threshold. Here there is one
+score, the larger of the two standardised errors, so that there is one ROC curve. The detectors that
+compare softmax outputs of the classifier are left out: a purifier sees images only. The authors
+count a detected image as correct; the accuracy behind `purify` alone is the stricter number.
 """
 
 from typing import Annotated, Literal
@@ -24,13 +24,13 @@ from components.models.purifiers.contract import Purifier
 
 
 class MagNet(Config):
-    """Autoencoders of `width` channels; the paper's width is 3."""
+    """Autoencoders of `width` channels; the paper has width 3."""
 
     kind: Literal["magnet"]
     width: Annotated[int, Field(ge=1)]
 
     def build(self, shape: Shape) -> "MagNetPurifier":
-        """Make the untrained network; raise ValueError for sides that 2 does not divide."""
+        """Make the untrained network; raise ValueError for odd sides."""
         if shape[1] % 2 or shape[2] % 2:
             raise ValueError(
                 f"magnet halves once, which {shape[1]} x {shape[2]} images do not allow"
@@ -39,10 +39,10 @@ class MagNet(Config):
 
 
 class MagNetPurifier(Purifier):
-    """AE-I and AE-II, and how far clean images lie from their reconstructions.
+    """AE-I (`halving`) and AE-II (`keeping`), with statistics of their errors on clean images.
 
-    `error_mean` and `error_std` (2,) describe the errors of clean training images; they are part
-    of the weights.
+    `error_mean` and `error_std` (2,) are means and standard deviations over clean training images.
+    They are saved with the weights.
     """
 
     error_mean: Tensor
@@ -62,7 +62,7 @@ class MagNetPurifier(Purifier):
         self.register_buffer("error_std", torch.ones(2))
 
     def autoencode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return AE-I(x) and AE-II(x), both like `x` (N,C,H,W) in [0,1]."""
+        """Return AE-I(x) and AE-II(x), each (N,C,H,W) in [0,1]."""
         return self.halving(x), self.keeping(x)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
@@ -71,7 +71,7 @@ class MagNetPurifier(Purifier):
         return reformed
 
     def errors(self, x: Tensor) -> Tensor:
-        """Return mean |x - AE-I(x)|^2 and mean |x - AE-II(x)| of every image (N,2)."""
+        """Return the mean |x - AE-I(x)|^2 and the mean |x - AE-II(x)| of every image (N,2)."""
         first, second = self.autoencode(x)
         squared, absolute = (x - first).square(), (x - second).abs()
         return torch.stack([squared.flatten(1).mean(1), absolute.flatten(1).mean(1)], 1)
@@ -85,9 +85,10 @@ class MagNetPurifier(Purifier):
         self.error_mean.copy_(errors.mean(0))
         self.error_std.copy_(errors.std(0, correction=0).clamp_min(1e-6))
 
-    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-        """Return the larger error, each in deviations of clean images from their mean (N,)."""
-        # One score; the paper has a threshold for each error.
+    def compute_detector_score(
+        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+    ) -> Tensor:
+        """Return the larger of the two standardised errors (N,)."""
         return ((self.errors(x) - self.error_mean) / self.error_std).amax(1)
 
 

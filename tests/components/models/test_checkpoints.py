@@ -294,13 +294,13 @@ def test_weights_of_another_architecture_are_refused_and_named(folder: Path) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": {"kind": "vgg"}}, "describes no network of ours"),
+        ({"model": {"kind": "vgg"}}, "describes no valid network"),
         ({"model": {"kind": "resnet", "depth": 9, "width": 4}}, "not 6n"),
-        ({"model": {"kind": "small_cnn", "width": 4, "depth": 3}}, "describes no network of ours"),
+        ({"model": {"kind": "small_cnn", "width": 4, "depth": 3}}, "describes no valid network"),
         ({"family": "detector"}, "no model folder of this version"),
         ({"format": 2}, "no model folder of this version"),
-        ({"family": "purifier"}, "describes no network of ours"),
-        ({"shape": [1, 8]}, "describes no network of ours"),
+        ({"family": "purifier"}, "describes no valid network"),
+        ({"shape": [1, 8]}, "describes no valid network"),
     ],
 )
 def test_a_card_that_describes_nothing_is_refused(
@@ -354,12 +354,12 @@ def test_a_pickle_in_place_of_weights_is_refused_unread(
     else:
         (folder / WEIGHTS).write_bytes(bad)
         rewrite(folder, json.loads((folder / CONFIG).read_text()))
-        with pytest.raises(DataError, match="is no file of safetensors"):
+        with pytest.raises(DataError, match="is not a safetensors file"):
             load(folder)
         manifest = {"files": [{"path": "weights.pt", "sha256": sha256(folder / WEIGHTS)}]}
         (folder / WEIGHTS).rename(folder / "weights.pt")
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(DataError, match=r"must vouch for config\.json and"):
+        with pytest.raises(DataError, match=r"must list config\.json and"):
             load(folder)
     assert not marker.exists()
 
@@ -371,7 +371,7 @@ import sys
 for name in ("ray", "dvc", "mlflow", "ruamel", "ruamel.yaml", "yaml", "pipelines"):
     sys.modules[name] = None
 import torch
-from components.checkpoints import load
+from components.models.checkpoints import load
 
 purifier = load(sys.argv[1])
 theirs = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))

@@ -1,26 +1,26 @@
-"""DiffDefense (Silva et al. 2023): the nearest image that a diffusion model makes of some noise.
+"""DiffDefense (Silva et al. 2023): fit the noise from which a diffusion model makes the image.
 
-The noise z from which the model draws an image is fitted to the image by L descents from R random
-starts; the best of the R images is the purified one. Paper and code differ so much that there are
-two modes:
+The model makes an image from noise z. L steps of Adam from each of R random starts fit z to the
+image; the best of the R reconstructions is the purified image. Paper and code differ so much that
+there are two modes.
 
-released: what the code does. Its way back has a linear schedule of its own (1e-4 to 0.02 over T*
-steps) and new noise in every step, ends in a sigmoid, and is differentiated as if the U-Net's
-answers were constants; Adam's rate leaps from 0.02 to about `rate`. Little of the image then
-hangs on the U-Net: see `untrained_diffusion`, the control.
+`released` is the authors' code. Its reverse process has its own linear schedule (1e-4 to 0.02 over
+T* steps), draws new noise in every step and ends in a sigmoid. The descent treats the output of the
+U-Net as a constant. Adam's rate jumps from 0.02 to about `rate`. The U-Net then has little
+influence on the result: see the control `untrained_diffusion`.
 
-faithful: what the paper says, with what it takes to work: T* respaced DDIM steps of the trained
-schedule, the true gradient through all of them, Adam at the constant `rate`; the paper's bare
-descent would move no pixel at its own settings.
+`faithful` is the paper, with what it needs to work: T* respaced DDIM steps of the trained schedule,
+the true gradient through all of them, and Adam at the constant `rate`. The paper's plain gradient
+descent moves no pixel at the paper's own settings.
 
-Either way the purified image is differentiated exactly, all of the U-Net included; where a
-derivative is wanted, only the best start is gone through again, the choice of it being locally
-constant. Adam's first step is nearly a sign, so the derivative through it all but vanishes.
+In both modes the gradient of the purified image is exact and includes the U-Net. If a gradient is
+needed, only the best start is computed again with a graph, because the choice of the start is
+locally constant. Adam's first step is nearly a sign, so the gradient through it almost vanishes.
 
-Deviations: the loss is the mean over one image of one start, where the code takes it over the
-batch's starts; Adam's root holds its epsilon inside.
+Deviations: the loss is a mean over one image and one start, where the code takes the mean over all
+starts of the batch; Adam's epsilon is inside the root.
 
-Shapes: N batch, R starts, M rows (N of one start each, or N R), C channels, H W.
+Shapes: N batch, R starts, M rows (N with one start each, or N R), C channels, H W.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -32,23 +32,23 @@ from torch import Tensor, nn
 from components.config import Config
 from components.data.draws import Draws
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Inference, Purifier, StandIn
-from components.models.purifiers.descent import State, adam, descend, slope
+from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
+from components.models.purifiers.descent import State, adam_direction, descend, gradient_at
 from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
     Noise,
-    Way,
-    ddim,
+    ReverseProcess,
+    ddim_step,
     linear_alpha_bar,
-    trained_way,
+    respaced_process,
 )
 
 
 class DiffDefense(Inference):
     """Fit the noise in `iterations` (L) from `restarts` (R) starts, `steps` (T*) from the image.
 
-    The authors' code: released, 4, 5, 15 and rate 25.
+    The authors' code has mode released, L = 4, R = 5, T* = 15 and rate 25.
     """
 
     network_kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
@@ -63,33 +63,37 @@ class DiffDefense(Inference):
     @model_validator(mode="after")
     def _descends(self) -> "DiffDefense":
         if self.mode == "released" and self.iterations < 2:
-            raise ValueError("iterations: 1 is no descent where the image precedes the last step")
+            raise ValueError(
+                "iterations: 1 is no descent in mode released, which returns the image before the "
+                "last step"
+            )
         return self
 
     def stand_ins(self) -> tuple[StandIn, ...]:
-        """Fewer iterations can stand in for all."""
+        """Offer a descent of fewer iterations."""
         return ("short",)
 
     def require_fit(self, model: Config) -> None:
-        """Raise ValueError where the ddpm has seen fewer steps than are to be taken."""
+        """Raise ValueError if `model` is not a ddpm or was trained on fewer than `steps` steps."""
         super().require_fit(model)
         assert isinstance(model, Ddpm)
-        _reached(self.steps, model.steps)
+        _require_steps(self.steps, model.steps)
 
-    def wrap(self, network: nn.Module) -> Purifier:
-        """Return the purifier; raise ValueError for a network that is no ddpm, or has seen fewer
-        steps than it is to take.
+    def wrap(self, network: nn.Module) -> "DiffDefensePurifier":
+        """Return the purifier.
+
+        Raises ValueError for a network that is not a ddpm or was trained on fewer than `steps`.
         """
         if not isinstance(network, Diffusion):
-            raise ValueError("diffdefense fits the noise of a ddpm, which this model is not")
-        _reached(self.steps, network.steps)
+            raise ValueError("diffdefense needs a ddpm, which this model is not")
+        _require_steps(self.steps, network.steps)
         return (_Released if self.mode == "released" else _Faithful)(self, network)
 
 
 class UntrainedDiffusion(Config):
-    """DiffDefense on a network nobody trained: its merit can not be that of the diffusion model.
+    """DiffDefense on an untrained network: its accuracy is no merit of the diffusion model.
 
-    `random` has the weights it starts from, drawn with `seed`; `zero` predicts no noise at all.
+    `random` has the initial weights drawn from `seed`; `zero` predicts no noise at all.
     """
 
     kind: Literal["untrained_diffusion"]
@@ -109,133 +113,153 @@ class UntrainedDiffusion(Config):
         return self.inference.wrap(network)
 
 
-class _DiffDefense(Purifier):
-    """What both modes share: the starts and the choice among them."""
+class DiffDefensePurifier(Purifier):
+    """The starts and the choice of the best one, which both modes share.
+
+    The stand-in takes `short` iterations from the start that is best after `selection` iterations.
+    """
 
     stochastic = True
 
-    def __init__(self, config: DiffDefense, network: Diffusion, short: int, judged: int) -> None:
+    def __init__(self, config: DiffDefense, network: Diffusion, short: int, selection: int) -> None:
         super().__init__()
         self.config, self.network = config, network
-        self.short, self.judged = min(short, config.iterations), min(judged, config.iterations)
+        self.short = min(short, config.iterations)
+        self.selection = min(selection, config.iterations)
         self.stand_ins = config.stand_ins()
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """Return the reconstruction from the best start."""
         return self._best(x, draws, self.config.iterations, self.config.iterations)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        # At the same rates, and from the best start: another's derivative says nothing of it.
-        return self._best(x, draws, self.judged, self.short)
+        """Return the best start's reconstruction after fewer iterations, at the same rates.
 
-    def compute_detector_score(self, x: Tensor, draws: Draws | None, purified: Tensor | None) -> Tensor:
-        """Return the mean squared error of what is made, averaged over the starts (N,)."""
+        The derivative from another start would say nothing about the best one.
+        """
+        return self._best(x, draws, self.selection, self.short)
+
+    def compute_detector_score(
+        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+    ) -> Tensor:
+        """Return the mean squared reconstruction error, averaged over the starts (N,)."""
         assert draws is not None
         errors = []
-        # One start at a time: a graph of all starts at once takes R times the memory.
+        # One start at a time: a graph of all starts needs R times the memory.
         for restart in range(self.config.restarts):
             starts = torch.full_like(draws.ids, restart)
-            made = self._from(x, draws, starts, self.config.iterations)
-            errors.append((made - x).square().flatten(1).mean(1))
+            images = self.reconstruct(x, draws, starts, self.config.iterations)
+            errors.append(mean_squared_error(images, x))
         return torch.stack(errors).mean(0)
 
-    def _best(self, x: Tensor, draws: Draws | None, judged: int, iterations: int) -> Tensor:
-        """Return the image of the start that is best after `judged` iterations, after `iterations`.
+    def reconstruct(self, x: Tensor, draws: Draws, starts: Tensor, iterations: int) -> Tensor:
+        """Return the reconstructions of `x` (M,C,H,W), each from its own start (M,) int64."""
+        return self._fit(x, _noise_per_start(draws, starts, x), iterations)
 
-        There is a graph from that start alone.
+    def _best(self, x: Tensor, draws: Draws | None, selection: int, iterations: int) -> Tensor:
+        """Choose the best start after `selection` iterations; return its image after `iterations`.
+
+        The graph, if any, holds the chosen start only.
         """
         assert draws is not None
         rows = torch.arange(len(x), device=x.device)
-        every = rows.repeat_interleave(self.config.restarts)
+        repeated = rows.repeat_interleave(self.config.restarts)
         starts = torch.arange(self.config.restarts, device=x.device).repeat(len(x))
         with torch.no_grad():
-            made = self._from(x[every], draws[every], starts, judged)
-            made = made.view(len(x), -1, *x.shape[1:])
-            best = (made - x[:, None]).square().flatten(2).mean(2).argmin(1)
-        if judged != iterations or (torch.is_grad_enabled() and x.requires_grad):
-            return self._from(x, draws, best, iterations)
-        chosen: Tensor = made[rows, best]
+            images = self.reconstruct(x[repeated], draws[repeated], starts, selection)
+            images = images.view(len(x), -1, *x.shape[1:])
+            best = (images - x[:, None]).square().flatten(2).mean(2).argmin(1)
+        if selection != iterations or (torch.is_grad_enabled() and x.requires_grad):
+            return self.reconstruct(x, draws, best, iterations)
+        chosen: Tensor = images[rows, best]
         return chosen
 
-    def _from(self, x: Tensor, draws: Draws, starts: Tensor, iterations: int) -> Tensor:
-        """Return what is made of rows (M,C,H,W), each of which has its own start (M,)."""
-        return self._fitted(x, _noise(draws, starts, x), iterations)
-
-    def _fitted(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
-        """Return the image in [0,1] fitted to each row of `x`."""
+    def _fit(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
+        """Return the reconstruction in [0,1] of each row of `x` (M,C,H,W)."""
         raise NotImplementedError
 
 
-class _Released(_DiffDefense):
+class _Released(DiffDefensePurifier):
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
-        # One descent is Adam's first, whose derivative all but vanishes. The best of the starts is
-        # the best so early already.
-        super().__init__(config, network, short=3, judged=3)
-        # The network is shown index t of its own schedule, yet stands at another level.
+        # Three iterations take two steps. One step would be Adam's first, whose derivative almost
+        # vanishes. The start that is best by then is the best in the end.
+        super().__init__(config, network, short=3, selection=3)
+        # The network is given index t of its own schedule, although the level of z is another.
         indices = list(range(config.steps))[::-1]
-        bars: list[float] = linear_alpha_bar(config.steps, 1e-4, 0.02)[indices].tolist()
-        # Its last step, an ancestral one in the code, is DDIM's: both leave what z is made of.
-        self.way = Way(indices, bars, ddim)
+        alpha_bars: list[float] = linear_alpha_bar(config.steps, 1e-4, 0.02)[indices].tolist()
+        # The last step is DDIM's, where the code has an ancestral one: both return the same image.
+        self.process = ReverseProcess(indices, alpha_bars, ddim_step)
 
-    def _fitted(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
+    def _fit(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
         z = noise("start")
         moments: State = (torch.zeros_like(z),) * 2
         size = z[0].numel()
         for index in range(iterations - 1):
-            made = self._made(z, noise, index)
-            # With the U-Net's answers for constants the way is linear in z, and the factors of its
-            # steps multiply to 1 / sqrt(bar) of the first.
-            gradient = 2 / size * (made - x) * made * (1 - made) / self.way.bars[0] ** 0.5
-            way, moments = adam(gradient, moments, index, (0.5, 0.999))
-            z = z - released_rate(index, self.config.iterations, self.config.rate) * way
-        # The code hands out what it made before the last step of the descent.
-        return self._made(z, noise, iterations - 1)
+            image = self._generate(z, noise, index)
+            # With the U-Net's output as a constant, the process is linear in z, and the factors of
+            # its steps multiply to 1 / sqrt(alpha bar) of the first.
+            root = self.process.alpha_bars[0] ** 0.5
+            gradient = 2 / size * (image - x) * image * (1 - image) / root
+            direction, moments = adam_direction(gradient, moments, index, (0.5, 0.999))
+            rate = released_learning_rate(index, self.config.iterations, self.config.rate)
+            z = z - rate * direction
+        # The code returns the image from before the last step of the descent.
+        return self._generate(z, noise, iterations - 1)
 
-    def _made(self, z: Tensor, noise: Noise, iteration: int) -> Tensor:
-        end = self.way.back(
-            self.network, z, lambda use: noise(f"iteration {iteration} {use}"), replayed=True
-        )
-        # The paper knows no sigmoid.
-        return torch.sigmoid(end)
+    def _generate(self, z: Tensor, noise: Noise, iteration: int) -> Tensor:
+        def noise_of_iteration(use: str) -> Tensor:
+            return noise(f"iteration {iteration} {use}")
+
+        # The sigmoid is in the code, but not in the paper.
+        return torch.sigmoid(self.process.run(self.network, z, noise_of_iteration, True))
 
 
-class _Faithful(_DiffDefense):
+class _Faithful(DiffDefensePurifier):
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
-        # Which start ends best does not show early here.
+        # Here the best start is not known before the end of the descent.
         short = max(2, config.iterations // 3)
-        super().__init__(config, network, short=short, judged=config.iterations)
-        self.way = trained_way(network, network.steps, config.steps, ddim)
+        super().__init__(config, network, short=short, selection=config.iterations)
+        self.process = respaced_process(network, network.steps, config.steps, ddim_step)
 
-    def _fitted(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
+    def _fit(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
         start = noise("start")
         state = (start, torch.zeros_like(start), torch.zeros_like(start))
         z, *_ = descend(self._step, iterations, (x,), state)
-        return self._made(z, replayed=True).clamp(0, 1)
+        return self._generate(z, checkpointed=True).clamp(0, 1)
 
     def _step(self, index: int, constants: State, state: State) -> State:
         (x,), (z, *moments) = constants, state
-        # With gradients on this step will be differentiated as well, its slope a second time.
-        replayed = not torch.is_grad_enabled()
-        gradient = slope(lambda at: (self._made(at, replayed) - x).square().flatten(1).mean(1), z)
-        way, after = adam(gradient, tuple(moments), index, (0.9, 0.999))
-        return z - self.config.rate * way, *after
+        # With gradients enabled, the gradient of this step is itself differentiated, which a
+        # checkpointed process does not allow.
+        checkpointed = not torch.is_grad_enabled()
 
-    def _made(self, z: Tensor, replayed: bool) -> Tensor:
-        return self.network.decode(self.way.back(self.network, z, None, replayed))
+        def error(at: Tensor) -> Tensor:
+            return mean_squared_error(self._generate(at, checkpointed), x)
+
+        direction, moments_after = adam_direction(
+            gradient_at(error, z), tuple(moments), index, (0.9, 0.999)
+        )
+        return z - self.config.rate * direction, *moments_after
+
+    def _generate(self, z: Tensor, checkpointed: bool) -> Tensor:
+        return self.network.decode(self.process.run(self.network, z, None, checkpointed))
 
 
-def _reached(steps: int, trained: int) -> None:
+def _require_steps(steps: int, trained: int) -> None:
     if steps > trained:
-        raise ValueError(f"diffdefense goes back {steps} steps of a ddpm that has {trained}")
+        raise ValueError(f"diffdefense takes {steps} steps of a ddpm that was trained on {trained}")
 
 
-def released_rate(index: int, iterations: int, rate: float) -> float:
-    """Return the rate of step `index` (from 0) of the code: 0.02, then a decay of its own."""
-    # A tenth after ceil(0.8 L) steps, and on.
+def released_learning_rate(index: int, iterations: int, rate: float) -> float:
+    """Return the learning rate of the authors' code for step `index` (from 0) of L `iterations`.
+
+    It is 0.02 first, and then `rate` with exponential decay, to a tenth after ceil(0.8 L) steps.
+    """
     return 0.02 if index == 0 else rate * 0.1 ** (index / -(-4 * iterations // 5))
 
 
-def _noise(draws: Draws, starts: Tensor, like: Tensor) -> Noise:
-    """Return the noise of rows `like` (M,C,H,W), named by the start (M,) of each and by its use."""
+def _noise_per_start(draws: Draws, starts: Tensor, like: Tensor) -> Noise:
+    """Return the noise of rows `like` (M,C,H,W), keyed by the start (M,) of each and by its use."""
     shape = tuple(like.shape[1:])
     groups = [(start, (starts == start).nonzero()[:, 0]) for start in sorted(set(starts.tolist()))]
 

@@ -1,9 +1,9 @@
-"""Diffuse and denoise, in the manner of DiffPure (Nie et al. 2022): noise the image, go back.
+"""DiffPure-style purification (Nie et al. 2022): add noise to the image, then denoise it.
 
-Our small stand-in: a discrete DDPM, a few respaced steps back and a U-Net of DiffDefense's size,
-where DiffPure integrates a stochastic differential equation in some hundred steps through a network
-of 10^8 parameters. What is measured here says nothing of DiffPure's figures, nor they of it. The
-gradient is exact, each step being replayed, where DiffPure's adjoint approximates it.
+This is a small substitute for DiffPure: a discrete DDPM, a few respaced reverse steps and a U-Net
+of DiffDefense's size. DiffPure integrates a stochastic differential equation in some hundred steps
+through a network of 10^8 parameters, so results here say nothing about DiffPure's, or vice versa.
+The gradient is exact, because every step is recomputed; DiffPure's adjoint approximates it.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -17,18 +17,18 @@ from components.models.purifiers.contract import Inference, Purifier, StandIn
 from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
-    Way,
-    ancestral,
-    ddim,
-    noised,
-    trained_way,
+    ReverseProcess,
+    add_noise,
+    ddim_step,
+    ddpm_step,
+    respaced_process,
 )
 
 
 class DiffPure(Inference):
-    """Noise the image to the trained index `t_star` and go back in `substeps` steps.
+    """Add the noise of the trained index `t_star`, then denoise in `substeps` steps.
 
-    `ddpm` draws new noise in every step but the last, `ddim` draws none.
+    `ddpm` draws new noise in every step except the last, `ddim` draws none.
     """
 
     network_kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
@@ -39,7 +39,7 @@ class DiffPure(Inference):
     substeps: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
-    def _fits(self) -> "DiffPure":
+    def _at_most_one_step_per_index(self) -> "DiffPure":
         if self.substeps > self.t_star + 1:
             raise ValueError(
                 f"substeps: {self.substeps}, but from index {self.t_star} there are at most "
@@ -48,22 +48,23 @@ class DiffPure(Inference):
         return self
 
     def stand_ins(self) -> tuple[StandIn, ...]:
-        """Fewer steps can stand in for all."""
+        """Offer a process of fewer steps."""
         return ("short",)
 
     def require_fit(self, model: Config) -> None:
-        """Raise ValueError where the ddpm has seen less noise than `t_star` asks for."""
+        """Raise ValueError if `model` is not a ddpm or was not trained up to `t_star`."""
         super().require_fit(model)
         assert isinstance(model, Ddpm)
-        _reached(self.t_star, model.steps)
+        _require_trained_index(self.t_star, model.steps)
 
     def wrap(self, network: nn.Module) -> Purifier:
-        """Return the purifier; raise ValueError for a network that is no ddpm, or has seen less
-        noise than `t_star` asks for.
+        """Return the purifier.
+
+        Raises ValueError for a network that is not a ddpm or was not trained up to `t_star`.
         """
         if not isinstance(network, Diffusion):
-            raise ValueError("diffpure goes back by a ddpm, which this model is not")
-        _reached(self.t_star, network.steps)
+            raise ValueError("diffpure needs a ddpm, which this model is not")
+        _require_trained_index(self.t_star, network.steps)
         return _DiffPure(self, network)
 
 
@@ -73,29 +74,31 @@ class _DiffPure(Purifier):
     def __init__(self, config: DiffPure, network: Diffusion) -> None:
         super().__init__()
         self.network, self.stand_ins = network, config.stand_ins()
-        self.random = config.sampler == "ddpm"
-        move = ancestral if self.random else ddim
+        self.noise_in_steps = config.sampler == "ddpm"
+        step = ddpm_step if self.noise_in_steps else ddim_step
         count = config.t_star + 1
-        self.way = trained_way(network, count, config.substeps, move)
-        self.short = trained_way(network, count, max(1, config.substeps // 3), move)
+        self.process = respaced_process(network, count, config.substeps, step)
+        self.short = respaced_process(network, count, max(1, config.substeps // 3), step)
 
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._there_and_back(x, draws, self.way)
+        return self._diffuse_and_denoise(x, draws, self.process)
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._there_and_back(x, draws, self.short)
+        return self._diffuse_and_denoise(x, draws, self.short)
 
-    def _there_and_back(self, x: Tensor, draws: Draws | None, way: Way) -> Tensor:
+    def _diffuse_and_denoise(
+        self, x: Tensor, draws: Draws | None, process: ReverseProcess
+    ) -> Tensor:
         assert draws is not None
 
         def noise(use: str) -> Tensor:
             return draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
 
-        z = noised(self.network.encode(x), noise("start"), way.bars[0])
-        end = way.back(self.network, z, noise if self.random else None, replayed=True)
+        z = add_noise(self.network.encode(x), noise("start"), process.alpha_bars[0])
+        end = process.run(self.network, z, noise if self.noise_in_steps else None, True)
         return self.network.decode(end).clamp(0, 1)
 
 
-def _reached(t_star: int, steps: int) -> None:
+def _require_trained_index(t_star: int, steps: int) -> None:
     if t_star >= steps:
-        raise ValueError(f"t_star: {t_star}, but the ddpm knows indices 0 to {steps - 1}")
+        raise ValueError(f"t_star: {t_star}, but the ddpm was trained on indices 0 to {steps - 1}")

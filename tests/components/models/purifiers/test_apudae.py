@@ -11,7 +11,7 @@ from toys import keyed, uniform_pixels
 
 from components.data.draws import Draws
 from components.models.defense import Defense, bind, margin
-from components.models.purifiers.apudae import Apudae, Turn
+from components.models.purifiers.apudae import Apudae, RandomAffine
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.contract import Purifier
 from components.models.purifiers.denoiser import Denoiser, DenoisingAutoencoder, RedNet
@@ -130,13 +130,13 @@ def test_noise_is_more_where_the_error_is_odd_and_none_at_the_mean() -> None:
 
 def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
     x, draws = uniform_pixels(4, SHAPE), keyed(4)
-    still = Turn(degrees=0.0, stretch=0.0).apply(x, draws)
+    still = RandomAffine(degrees=0.0, stretch=0.0).apply(x, draws)
     assert torch.allclose(still, x, atol=1e-5)
     # Turning an oblong picture keeps lengths: a dot four pixels off the centre stays so.
     wide = torch.zeros(1, 1, 9, 17)
     wide[0, 0, 4, 12] = 1.0
     quarter = math.atan2(1, 1)
-    turn = Turn(degrees=45.0, stretch=0.0)
+    turn = RandomAffine(degrees=45.0, stretch=0.0)
     for k in range(40):
         one = keyed(1).redraw(k)
         angle = (2 * float(one.uniform((2,), "turn")[0, 0]) - 1) * quarter
@@ -144,7 +144,7 @@ def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
         row, column = (there.argmax() // 17).item(), (there.argmax() % 17).item()
         assert abs(abs(row - 4) - abs(4 * math.sin(angle))) < 0.8
         assert abs(abs(column - 8) - abs(4 * math.cos(angle))) < 0.8
-    turned = Turn(degrees=20.0, stretch=0.2).apply(x, draws)
+    turned = RandomAffine(degrees=20.0, stretch=0.2).apply(x, draws)
     assert (turned - x).abs().amax() > 0.1 and turned.min() >= 0 and turned.max() <= 1
 
 
@@ -219,7 +219,7 @@ def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() 
         assert found.gradient.flatten(1).ne(0).any(1).all()
         assert all(not torch.allclose(found.gradient, other) for other in seen)
         seen.append(found.gradient)
-    with pytest.raises(ValueError, match="no stand-in short here; this purifier has direct, plain"):
+    with pytest.raises(ValueError, match="this purifier has no stand-in short; it has direct, plain"):
         bind(defense, "short", draws, 1).evaluate(x, labels, margin, 0)
 
 
@@ -232,7 +232,7 @@ def test_only_denoisers_can_be_descended_on() -> None:
     other = ConvAutoencoder(
         kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="none"
     ).build(SHAPE)
-    with pytest.raises(ValueError, match="apudae descends on a denoiser or a red_net"):
+    with pytest.raises(ValueError, match="apudae needs a denoiser or a red_net"):
         apudae(other)
     with pytest.raises(ValidationError, match="rate"):
         Apudae.model_validate({**BASE, "rate": 0})

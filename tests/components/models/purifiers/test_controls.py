@@ -20,14 +20,13 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
 from components.models.purifiers.autoencoder import ConvAutoencoder
-from components.models.purifiers.controls import (
-    _YCBCR,
+from components.models.purifiers.controls import RandomNetwork
+from components.models.purifiers.jpeg import (
+    YCBCR,
     Jpeg,
-    RandomNetwork,
-    _Round,
-    _rounded,
-    _tables,
-    _waves,
+    dct_matrix,
+    quantisation_tables,
+    round_coefficients,
 )
 
 SHAPES = ((1, 8, 8), (3, 16, 24), (3, 12, 10), (1, 5, 5), (1, 28, 28))
@@ -68,10 +67,10 @@ def pillow(x: Tensor, quality: int, mode: Literal["RGB", "YCbCr"] = "RGB") -> Te
 
 def test_the_transform_is_the_discrete_cosine_transform() -> None:
     block = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = _waves() @ block.double() @ _waves().T
+    ours = dct_matrix() @ block.double() @ dct_matrix().T
     theirs = dctn(block.numpy(), axes=(1, 2), norm="ortho")
     assert np.abs(ours.numpy() - theirs).max() < 1e-5
-    assert torch.allclose(_waves() @ _waves().T, torch.eye(8).double())
+    assert torch.allclose(dct_matrix() @ dct_matrix().T, torch.eye(8).double())
 
 
 @pytest.mark.parametrize("quality", [1, 10, 49, 50, 51, 75, 95, 100])
@@ -79,7 +78,7 @@ def test_tables_are_those_a_file_carries(quality: int) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality)
     carried = Image.open(file).quantization  # type: ignore[attr-defined]
-    ours = _tables(quality).int().flatten(1)
+    ours = quantisation_tables(quality).int().flatten(1)
     assert ours[0].tolist() == list(carried[0])
     assert ours[1].tolist() == ours[2].tolist() == list(carried[1])
 
@@ -101,7 +100,7 @@ def test_a_colour_image_comes_out_as_from_a_file(quality: int) -> None:
     """Luminance and colour differences (N,3,H,W) that are whole numbers, as a file has them."""
     shape = (3, 12, 24)
     levels = (98 + 60 * varied_images(shape)).round()
-    matrix = torch.tensor(_YCBCR)
+    matrix = torch.tensor(YCBCR)
     shift = torch.tensor([0.0, 128, 128]).view(3, 1, 1)
     x = torch.einsum("cp,nphw->nchw", matrix.inverse(), levels - shift) / 255
     inside = ((x > 0.1) & (x < 0.9)).flatten(1).all(1)
@@ -126,7 +125,7 @@ def test_a_block_by_hand() -> None:
     x = (levels / 255).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     assert torch.allclose(255 * jpeg(50)(x), expected.view(-1, 1, 1, 1).expand_as(x), atol=1e-4)
     # The fastest column wave alone: one coefficient at (0, 7), which table K.1 divides by 61.
-    wave = torch.outer(torch.ones(8), _waves()[7].float())
+    wave = torch.outer(torch.ones(8), dct_matrix()[7].float())
     for amplitude, steps in ((30.0, 0), (31.0, 1), (91.0, 1), (92.0, 2), (-92.0, -2)):
         x = (128 + amplitude * wave / 8**0.5) / 255
         back = 255 * jpeg(50)(x[None, None]) - 128
@@ -152,13 +151,13 @@ def test_no_image_and_no_tie_hangs_on_its_company(quality: int) -> None:
         for rows in (torch.tensor([5]), torch.arange(7), torch.arange(84).flip(0)):
             assert torch.allclose(purifier(x[rows]), whole[rows], rtol=0, atol=1e-5)
     half = torch.tensor([0.5, 1.5, -0.5, -2.5, 0.4999, 0.4996, -0.2])
-    assert _rounded(half).tolist() == [1, 2, -1, -3, 1, 0, 0]
+    assert round_coefficients(half).tolist() == [1, 2, -1, -3, 1, 0, 0]
 
 
 def test_the_gradient_is_that_of_the_soft_rounding() -> None:
     """Shin and Song: round(x) + (x - round(x))^3, whose slope is 3 (x - round(x))^2."""
     x = torch.linspace(-3.3, 3.3, 41, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(_rounded(x).sum(), x)
+    (slope,) = torch.autograd.grad(round_coefficients(x).sum(), x)
     rest = x.detach() - x.detach().round()
     assert torch.allclose(slope, 3 * rest**2)
 
@@ -178,7 +177,7 @@ def test_the_whole_gradient_is_that_of_the_whole_with_soft_rounding(
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
     point = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((probe * purifier(point)).sum(), point)
-    monkeypatch.setattr(_Round, "apply", lambda v: v.round() + (v - v.round()) ** 3)
+    monkeypatch.setattr(jpeg_module, "round_coefficients", lambda v: v.round() + (v - v.round()) ** 3)
     for seed in range(4):
         way = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
         ends = [(probe * purifier(x + step * way)).sum() for step in (1e-7, -1e-7)]

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from components.models.purifiers.descent import State, adam, descend, slope
+from components.models.purifiers.descent import State, adam_direction, descend, gradient_at
 
 TARGET = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
 
@@ -19,7 +19,7 @@ def quartic(at: Tensor) -> Tensor:
 def step(rate: float, index: int, constants: State, state: State) -> State:
     (start,) = constants
     (at,) = state
-    return (at - rate * (slope(quartic, at) + 0.1 * index * start),)
+    return (at - rate * (gradient_at(quartic, at) + 0.1 * index * start),)
 
 
 def descend_by_hand(x: Tensor, rate: float, count: int) -> Tensor:
@@ -73,12 +73,12 @@ def test_a_descent_keeps_the_memory_of_one_step() -> None:
 
 def test_a_slope_differentiates_exactly_where_gradients_are_on() -> None:
     at = torch.tensor([[0.3, 0.1, -0.4]], dtype=torch.float64, requires_grad=True)
-    found = slope(quartic, at)
+    found = gradient_at(quartic, at)
     assert torch.allclose(found, 4 * (at - TARGET) ** 3)
     (second,) = torch.autograd.grad(found.sum(), at)
     assert torch.allclose(second, 12 * (at - TARGET) ** 2)
     with torch.no_grad():
-        assert not slope(quartic, at).requires_grad
+        assert not gradient_at(quartic, at).requires_grad
 
 
 def test_adam_is_torchs_adam() -> None:
@@ -89,7 +89,7 @@ def test_adam_is_torchs_adam() -> None:
     for index, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         theirs.step()
-        way, moments = adam(gradient, moments, index, (0.8, 0.9))
+        way, moments = adam_direction(gradient, moments, index, (0.8, 0.9))
         ours = ours - 0.1 * way
     assert torch.allclose(ours, parameter.detach(), atol=1e-9)
 
@@ -97,10 +97,10 @@ def test_adam_is_torchs_adam() -> None:
 def test_adam_stands_still_where_there_is_no_slope_and_differentiates_there() -> None:
     gradient = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(2, dtype=torch.float64)
-    way, _ = adam(gradient, (zero, zero), 0, (0.9, 0.999))
+    way, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999))
     assert way.tolist() == [0.0, 1.0]
     (masked,) = torch.autograd.grad(way.sum(), gradient)
     assert masked.isfinite().all() and abs(float(masked[1])) < 1e-6, "a first step is a sign"
-    way, _ = adam(gradient, (zero, zero), 0, (0.9, 0.999), detached=True)
+    way, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999), detached=True)
     (alive,) = torch.autograd.grad(way.sum(), gradient)
     assert torch.allclose(alive[1], torch.tensor(0.5, dtype=torch.float64))

@@ -23,17 +23,17 @@ from components.models.purifiers.diffusion import ddpm, diffdefense
 from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
     Diffusion,
-    ancestral,
-    ddim,
+    ddpm_step,
+    ddim_step,
     linear_alpha_bar,
-    noised,
-    respaced,
-    trained_way,
+    add_noise,
+    respaced_indices,
+    respaced_process,
 )
 from components.models.purifiers.diffusion.diffdefense import (
     DiffDefense,
     UntrainedDiffusion,
-    released_rate,
+    released_learning_rate,
 )
 from components.models.purifiers.diffusion.diffpure import DiffPure
 
@@ -92,11 +92,11 @@ def test_schedules_are_products_and_those_of_the_paper() -> None:
 
 
 def test_respaced_indices_are_distinct_and_begin_with_the_last() -> None:
-    assert respaced(100, 4) == [99, 74, 49, 24]
-    assert respaced(7, 7) == [6, 5, 4, 3, 2, 1, 0]
+    assert respaced_indices(100, 4) == [99, 74, 49, 24]
+    assert respaced_indices(7, 7) == [6, 5, 4, 3, 2, 1, 0]
     for count in range(1, 30):
         for steps in range(1, count + 1):
-            found = respaced(count, steps)
+            found = respaced_indices(count, steps)
             assert found[0] == count - 1 and found[-1] >= 0
             assert all(one > two for one, two in pairwise(found))
 
@@ -105,36 +105,36 @@ def test_steps_back_on_numbers() -> None:
     """From alpha bar 0.5 to 0.8: alpha = 0.625, by hand."""
     z, eps, noise = (torch.tensor(v, dtype=torch.float64) for v in (1.0, 0.5, 2.0))
     mean = (1 - 0.375 * 0.5 / math.sqrt(0.5)) / math.sqrt(0.625)
-    assert float(ancestral(z, eps, 0.5, 0.8, None)) == pytest.approx(mean)
-    assert float(ancestral(z, eps, 0.5, 0.8, noise)) == pytest.approx(mean + 2 * math.sqrt(0.375))
+    assert float(ddpm_step(z, eps, 0.5, 0.8, None)) == pytest.approx(mean)
+    assert float(ddpm_step(z, eps, 0.5, 0.8, noise)) == pytest.approx(mean + 2 * math.sqrt(0.375))
     start = (1 - math.sqrt(0.5) * 0.5) / math.sqrt(0.5)
     plain = math.sqrt(0.8) * start + math.sqrt(0.2) * 0.5
-    assert float(ddim(z, eps, 0.5, 0.8, None)) == pytest.approx(plain)
+    assert float(ddim_step(z, eps, 0.5, 0.8, None)) == pytest.approx(plain)
     # s^2 = (0.2 / 0.5) (1 - 0.625) = 0.15
     grained = math.sqrt(0.8) * start + math.sqrt(0.05) * 0.5 + 2 * math.sqrt(0.15)
-    assert float(ddim(z, eps, 0.5, 0.8, noise)) == pytest.approx(grained)
+    assert float(ddim_step(z, eps, 0.5, 0.8, noise)) == pytest.approx(grained)
     # The mean of the posterior of z there, given z here and the start (Ho et al. 2020, eq. 7).
     posterior = math.sqrt(0.8) * 0.375 / 0.5 * start + math.sqrt(0.625) * 0.2 / 0.5 * 1
-    assert float(ddim(z, eps, 0.5, 0.8, 0 * noise)) == pytest.approx(posterior)
+    assert float(ddim_step(z, eps, 0.5, 0.8, 0 * noise)) == pytest.approx(posterior)
 
 
 def test_the_last_step_leaves_what_the_image_was_made_of() -> None:
     x, noise = uniform_pixels(3, SHAPE).double(), torch.randn(3, *SHAPE).double()
-    z = noised(x, noise, 0.3)
-    for step in (ancestral, ddim):
+    z = add_noise(x, noise, 0.3)
+    for step in (ddpm_step, ddim_step):
         assert torch.allclose(step(z, noise, 0.3, 1.0, None), x, atol=1e-12)
-    assert torch.allclose(ddim(z, noise, 0.3, 0.7, None), noised(x, noise, 0.7), atol=1e-12)
+    assert torch.allclose(ddim_step(z, noise, 0.3, 0.7, None), add_noise(x, noise, 0.7), atol=1e-12)
 
 
 def test_noising_keeps_the_share_it_says() -> None:
     count, bar = 40_000, 0.3
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(count, generator=generator).double() * s for s in (0.5, 1.0))
-    variance = float(noised(x, noise, bar).var())
+    variance = float(add_noise(x, noise, bar).var())
     assert variance == pytest.approx(bar * 0.25 + 1 - bar, rel=0.03)
 
 
-def variance_at_the_end(move: ddpm.Move, random: bool, monkeypatch: Any) -> float:
+def variance_at_the_end(move: ddpm.ReverseStep, random: bool, monkeypatch: Any) -> float:
     """Sample with the best predictor there is for images of N(0, 1/4), known in closed form."""
     network = net(steps=200, beta_end=0.05)
 
@@ -148,24 +148,24 @@ def variance_at_the_end(move: ddpm.Move, random: bool, monkeypatch: Any) -> floa
     def noise(use: str) -> Tensor:
         return torch.randn(600, *SHAPE, generator=generator).double()
 
-    way = trained_way(network, 200, 200, move)
-    return float(way.back(network, noise("start"), noise if random else None, True).var())
+    way = respaced_process(network, 200, 200, move)
+    return float(way.run(network, noise("start"), noise if random else None, True).var())
 
 
-@pytest.mark.parametrize(("move", "random"), [(ancestral, True), (ddim, True), (ddim, False)])
+@pytest.mark.parametrize(("move", "random"), [(ddpm_step, True), (ddim_step, True), (ddim_step, False)])
 def test_samples_have_the_variance_of_the_images(
-    move: ddpm.Move, random: bool, monkeypatch: pytest.MonkeyPatch
+    move: ddpm.ReverseStep, random: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert variance_at_the_end(move, random, monkeypatch) == pytest.approx(0.25, rel=0.06)
 
 
 def test_a_step_that_forgot_its_noise_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for move in (ancestral, ddim):
+    for move in (ddpm_step, ddim_step):
         forgetful = _forgetful(move)
         assert abs(variance_at_the_end(forgetful, True, monkeypatch) - 0.25) > 0.05
 
 
-def _forgetful(move: ddpm.Move) -> ddpm.Move:
+def _forgetful(move: ddpm.ReverseStep) -> ddpm.ReverseStep:
     return lambda z, eps, bar, before, noise: move(
         z, eps, bar, before, None if noise is None else 0 * noise
     )
@@ -221,7 +221,7 @@ def test_a_normalised_input_hides_how_noisy_it_is() -> None:
 
 
 def test_the_time_table_is_sines_and_cosines() -> None:
-    table = net(steps=1000).times
+    table = net(steps=1000).time_embedding
     assert table.shape == (1000, 100) and len({tuple(row) for row in table.tolist()}) == 1000
     assert table[0].tolist() == [0.0, 1.0] * 50
     assert float(table[7, 0]) == pytest.approx(math.sin(7), abs=1e-6)
@@ -238,8 +238,8 @@ def test_the_network_sees_what_it_is_said_to_see() -> None:
     assert set(net().state_dict()) == {name for name, _ in net().named_parameters()}
 
 
-def test_the_released_rates() -> None:
-    rates = [released_rate(index, 4, 25.0) for index in range(4)]
+def test_the_released_learning_rates() -> None:
+    rates = [released_learning_rate(index, 4, 25.0) for index in range(4)]
     assert rates == pytest.approx([0.02, 14.06, 7.91, 4.45], abs=0.005)
 
 
@@ -255,7 +255,7 @@ def descend_by_hand(x: Tensor, draws: Draws, network: Diffusion, start: int, con
                 eps = network(image, torch.full((len(x),), t))
             use = f"start {start} iteration {iteration} step {index}"
             noise = draws.normal(SHAPE, use).double() if t else None
-            image = ddim(image, eps, bars[t], bars[t - 1] if t else 1.0, noise)
+            image = ddim_step(image, eps, bars[t], bars[t - 1] if t else 1.0, noise)
         made = image.sigmoid()
         adam.zero_grad()
         (made - x).square().flatten(1).mean(1).sum().backward()
@@ -270,7 +270,7 @@ def descend_by_hand(x: Tensor, draws: Draws, network: Diffusion, start: int, con
 def test_the_released_mode_is_the_released_descent(
     changes: dict[str, Any], network: Diffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "TINY", 0.0)  # torch has its epsilon outside the root
+    monkeypatch.setattr(descent, "EPSILON", 0.0)  # torch has its epsilon outside the root
     x, draws, config = uniform_pixels(5, SHAPE).double(), keyed(5), {**DEFENSE, **changes}
     starts = range(config["restarts"])
     made = torch.stack([descend_by_hand(x, draws, network, start, config) for start in starts])
@@ -318,7 +318,7 @@ def test_the_faithful_mode_comes_near_the_image_and_nearer_from_more_starts() ->
 def test_going_there_and_back_with_a_silent_network_in_closed_form() -> None:
     network, x, draws = silent_network(), uniform_pixels(4, SHAPE).double(), keyed(4)
     bar = float(network.alpha_bar[9])
-    z = noised(x, draws.normal(SHAPE, "start").double(), bar)
+    z = add_noise(x, draws.normal(SHAPE, "start").double(), bar)
     expected = (z / math.sqrt(bar)).clamp(0, 1)
     assert torch.allclose(pure(network, sampler="ddim")(x, draws), expected, atol=1e-9)
     bars = [float(network.alpha_bar[index]) for index in (9, 6, 4, 1)]
@@ -372,8 +372,8 @@ def test_a_network_cut_out_of_the_graph_would_be_noticed(
 ) -> None:
     """The planted fault: what is computed stays, a part of its derivative goes."""
     if kind == "faithful":
-        slope = diffdefense.slope
-        monkeypatch.setattr(diffdefense, "slope", lambda loss, at: slope(loss, at).detach())
+        slope = diffdefense.gradient_at
+        monkeypatch.setattr(diffdefense, "gradient_at", lambda loss, at: slope(loss, at).detach())
     else:
         forward = Diffusion.forward
         monkeypatch.setattr(Diffusion, "forward", lambda self, z, t: forward(self, z, t).detach())
@@ -446,7 +446,7 @@ def test_a_short_stand_in_is_the_purifier_with_less_to_do() -> None:
     short = several.stand_in("short", x, draws)
     with torch.no_grad():
         ends, thirds = (
-            [several._from(x, draws, torch.full((5,), k), many) for k in range(3)]  # type: ignore[operator]
+            [several.reconstruct(x, draws, torch.full((5,), k), many) for k in range(3)]  # type: ignore[operator]
             for many in (9, 3)
         )
     errors = torch.stack([(end - x).square().flatten(1).mean(1) for end in ends])
@@ -481,15 +481,15 @@ def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
     other = ConvAutoencoder(
         kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="none"
     ).build(SHAPE)
-    with pytest.raises(ValueError, match="diffdefense fits the noise of a ddpm"):
+    with pytest.raises(ValueError, match="diffdefense needs a ddpm"):
         diff_defense(other)
-    with pytest.raises(ValueError, match="diffpure goes back by a ddpm"):
+    with pytest.raises(ValueError, match="diffpure needs a ddpm"):
         pure(other)
     for mode in ("released", "faithful"):
-        with pytest.raises(ValueError, match="goes back 21 steps of a ddpm that has 20"):
+        with pytest.raises(ValueError, match="takes 21 steps of a ddpm that was trained on 20"):
             diff_defense(mode=mode, steps=21)
         diff_defense(mode=mode, steps=20)
-    with pytest.raises(ValueError, match="t_star: 20, but the ddpm knows indices 0 to 19"):
+    with pytest.raises(ValueError, match="t_star: 20, but the ddpm was trained on indices 0 to 19"):
         pure(t_star=20)
     with pytest.raises(ValidationError, match="substeps: 11, but from index 9 there are at most"):
         pure(substeps=11)

@@ -346,13 +346,13 @@ def test_replayed_steps_have_the_gradient_of_a_plain_graph() -> None:
 
 @pytest.mark.parametrize("fault", ["image", "code", "slope"])
 def test_a_gradient_cut_anywhere_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, slope = gan._error, gan.slope
+    error, gradient_at = gan.mean_squared_error, gan.gradient_at
     if fault == "image":
-        monkeypatch.setattr(gan, "_error", lambda made, wanted: error(made, wanted.detach()))
+        monkeypatch.setattr(gan, "mean_squared_error", lambda one, other: error(one, other.detach()))
     elif fault == "code":  # as if the error had no curvature
-        monkeypatch.setattr(gan, "slope", lambda loss, at: slope(loss, at.detach()))
+        monkeypatch.setattr(gan, "gradient_at", lambda loss, at: gradient_at(loss, at.detach()))
     else:
-        monkeypatch.setattr(gan, "slope", lambda loss, at: slope(loss, at).detach())
+        monkeypatch.setattr(gan, "gradient_at", lambda loss, at: gradient_at(loss, at).detach())
     found, expected = found_and_expected(wrapped(exact()))
     assert (found - expected).norm() > 0.3 * expected.norm()
 
@@ -425,7 +425,7 @@ def test_the_short_stand_in_is_a_tenth_of_the_descent_from_the_first_start(
 
 
 def test_another_network_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ValueError, match="in the codes of a gan, which this model is not"):
+    with pytest.raises(ValueError, match="needs a gan, which this model is not"):
         wrapped(nn.Linear(3, 3))
 
 
