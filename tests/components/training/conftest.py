@@ -1,0 +1,15 @@
+"""Fixtures of the tests of training."""
+
+import pytest
+from toys import LINF
+from training_toys import AUTOENCODER, untrained
+
+from components.models.classifiers import Classifier
+from components.training.contract import Frozen
+
+
+@pytest.fixture
+def frozen(classifier: Classifier) -> Frozen:
+    """The shared classifier and two untrained teachers."""
+    teachers = [untrained(AUTOENCODER, seed).eval().requires_grad_(False) for seed in (1, 2)]
+    return Frozen(classifier, teachers, LINF)
