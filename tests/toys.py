@@ -18,6 +18,8 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.checkpoints import ModelCard, build, save
 from components.models.purifiers import Purifier
+from components.models.purifiers.diffusion.ddpm import Ddpm, Diffusion
+from components.probes import Finding
 
 LINF = Linf(norm="linf", eps_255=32.0)
 BALL = L2(norm="l2", eps_l2=0.7)
@@ -62,6 +64,11 @@ ATTACK_VARIANTS: dict[str, dict[str, Any]] = {
         "early_stop": False, "eot": 2,
     },
 }  # fmt: skip
+# A small diffusion network.
+DDPM: dict[str, Any] = {
+    "kind": "ddpm", "width": 2, "steps": 20, "beta_start": 1e-3, "beta_end": 0.2,
+    "centred": False, "norm_input": True,
+}  # fmt: skip
 
 
 # Purifiers
@@ -103,6 +110,13 @@ class Detached(Purifier):
     def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
         with torch.no_grad():
             return self.factor * x
+
+
+class Blurred(Purifier):
+    """An honest deterministic purifier: a slight blur."""
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return 0.8 * x + 0.2 * nn.functional.avg_pool2d(x, 3, 1, 1)
 
 
 # Classifiers
@@ -158,6 +172,18 @@ class ParityModel(nn.Module):
         return logits
 
 
+# Diffusion networks
+
+
+def small_ddpm(shape: tuple[int, int, int] = (1, 8, 8), **changes: Any) -> Diffusion:
+    """Return a frozen network of section `DDPM` in float64, the same at every call."""
+    torch.manual_seed(0)
+    network = Ddpm.model_validate({**DDPM, **changes}).build(shape)
+    with torch.no_grad():
+        network.last.weight.mul_(3)  # so that the predicted noise matters
+    return network.double().eval().requires_grad_(False)
+
+
 # Images and draws
 
 
@@ -169,6 +195,13 @@ def head(data: ImageSet, count: int) -> ImageSet:
 def uniform_pixels(count: int, shape: tuple[int, int, int]) -> Tensor:
     """Return images (count, *shape) of uniform pixels in [0,1), the same at every call."""
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def grey_levels(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Return images (count, *shape) of 8-bit grey levels with many pixels of exactly 0 and 1."""
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.randint(-128, 384, (count, *shape), generator=generator).clamp(0, 255)
+    return levels.float() / 255
 
 
 def random_bytes(count: int, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
@@ -230,6 +263,11 @@ def distances(model: Linear, data: ImageSet, dual: float) -> Tensor:
 def fooled(crafted: Crafted) -> int:
     """Return how many images the attack fooled."""
     return int(crafted.success.sum())
+
+
+def failed(findings: list[Finding], level: str = "block") -> list[str]:
+    """Return the names of the failed findings of this level."""
+    return [f.name for f in findings if not f.passed and f.level == level]
 
 
 # Files

@@ -1,4 +1,4 @@
-"""Counting: published intervals, brute force for the rules, a random defense with known worth."""
+"""Counting: the rules by brute force, and a random defense of known accuracy."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import GaussianNoise
-from components.probes.statistics import holm, more_fooled, summarise, wilson
+from components.probes.statistics import summarise
 
 
-class Along(nn.Module):
-    """Logits of the mean pixel less a threshold: class 1 above it, class 0 below."""
+class Threshold(nn.Module):
+    """Class 1 if the mean pixel is above a threshold, else class 0."""
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Along(nn.Module):
 
 
 class Fixed(nn.Module):
-    """The logits it is told, one row per image of a batch that is as long."""
+    """Looks the logits up by the first pixel: k / 255 gives row k."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Fixed(nn.Module):
 
 
 class Coin(Purifier):
-    """Blackens an image with the chance that its first pixel names."""
+    """Turns an image black with the probability in its first pixel, else white."""
 
     stochastic = True
 
@@ -60,69 +60,10 @@ def draws_score(draws: int, select: list[int], scored: list[int]) -> Score:
     return Score(draws, np.array(select, dtype=np.int64), np.array(scored, dtype=np.int64))
 
 
-# Intervals and tests
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [
-        (0, 500, 0.0, 0.0076),
-        (250, 500, 0.4563, 0.5437),
-        (500, 500, 0.9924, 1.0),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (256, 512, 0.4569, 0.5431),
-    ],
-)
-def test_wilson_gives_the_published_intervals(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_solves_its_equation() -> None:
-    """The ends are where the share lies 1.96 standard deviations of the end away."""
-    for share, n in ((0.1, 40), (0.63, 500), (0.97, 77)):
-        for end in wilson(share, n):
-            assert abs(share - end) == pytest.approx(1.959964 * sqrt(end * (1 - end) / n), rel=1e-6)
-    assert wilson(0.5, 0) == (0.0, 1.0)
-
-
-def test_a_summary_counts_images_and_not_draws() -> None:
-    shares = np.array([1.0, 0.5, 0.0, 0.5])
-    low, high = wilson(0.5, 4)
-    assert summarise(shares) == {"accuracy": 0.5, "low": low, "high": high, "n": 4}
-    nobody = {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
-    assert summarise(np.array([])) == nobody
-
-
-def test_the_sign_test_by_hand() -> None:
-    """Heads in at least 8 of 10 tosses: (45 + 10 + 1) / 1024."""
-    reference = np.ones(30)
-    suspect = np.ones(30)
-    suspect[:8] = 0
-    reference[28:] = 0
-    assert more_fooled(suspect, reference) == pytest.approx(56 / 1024)
-    assert more_fooled(reference, suspect) == pytest.approx(1 - 11 / 1024)
-    assert more_fooled(suspect, suspect) == 1.0
-    one = np.array([0.5, 1.0])
-    assert more_fooled(one, np.array([0.6, 1.0])) == 0.5, "shares differ, however little"
-    strong = np.zeros(1000)
-    assert more_fooled(strong, np.ones(1000)) == pytest.approx(0.5**1000)
-
-
-def test_holm_by_hand() -> None:
-    """Smallest times 4, next times 3 and not below the one before, and so on; at most 1."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([0.02, 0.011]) == pytest.approx([0.022, 0.022])
-    assert holm([0.2]) == [0.2] and holm([]) == []
-
-
 # Rules over draws
 
 
-def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
+def test_the_worst_set_is_selected_by_select_and_scored_by_score() -> None:
     scores = {
         "clean": draws_score(4, [4, 4, 2, 0], [4, 3, 1, 4]),
         "pgd": draws_score(4, [1, 4, 2, 3], [2, 0, 0, 0]),
@@ -130,12 +71,12 @@ def test_the_worst_is_chosen_by_select_and_counted_by_score() -> None:
     }
     chosen, found = worst(scores, ["clean", "pgd", "apgd"])
     assert chosen == ["apgd", "clean", "apgd", "clean"]
-    assert found.score.tolist() == [3, 3, 4, 4], "the score of what was chosen, not the least"
+    assert found.score.tolist() == [3, 3, 4, 4], "the score of the selected set, not the lowest one"
     assert found.select.tolist() == [0, 4, 1, 0] and found.draws == 4
     assert found.accuracy().tolist() == [0.75, 0.75, 1.0, 1.0]
 
 
-def test_ties_go_to_the_first_in_order() -> None:
+def test_of_equal_sets_the_first_in_order_is_selected() -> None:
     scores = {
         "a": draws_score(2, [1, 0], [1, 1]),
         "b": draws_score(2, [1, 0], [2, 2]),
@@ -147,7 +88,7 @@ def test_ties_go_to_the_first_in_order() -> None:
         assert chosen[1] == next(name for name in order if name != "c")
 
 
-def test_entries_of_one_draw_are_compared_by_share() -> None:
+def test_sets_of_different_numbers_of_draws_are_compared_by_accuracy() -> None:
     scores = {"many": draws_score(32, [31, 1], [30, 2]), "one": draws_score(1, [1, 0], [1, 0])}
     chosen, found = worst(scores, ["many", "one"])
     assert chosen == ["many", "one"] and found.draws == 32
@@ -160,7 +101,7 @@ def subsets(right: int, draws: int, tries: int) -> Iterator[tuple[bool, ...]]:
 
 
 @pytest.mark.parametrize("tries", [1, 2, 3, 4, 7])
-def test_retries_are_what_enumeration_gives(tries: int) -> None:
+def test_worst_and_majority_of_draws_equal_an_enumeration(tries: int) -> None:
     draws = 7
     every = draws_score(draws, [0] * 8, list(range(8)))
     for right, none_wrong, majority in zip(
@@ -172,7 +113,7 @@ def test_retries_are_what_enumeration_gives(tries: int) -> None:
         assert majority == pytest.approx(np.mean(votes)), "a tie is no majority"
 
 
-def test_one_draw_is_its_own_worst_and_majority() -> None:
+def test_worst_and_majority_of_one_draw_are_that_draw() -> None:
     one = draws_score(1, [1, 0], [1, 0])
     assert worst_of(one, 10).tolist() == majority_of(one, 10).tolist() == [1.0, 0.0]
 
@@ -180,11 +121,11 @@ def test_one_draw_is_its_own_worst_and_majority() -> None:
 # Counting answers
 
 
-def test_counting_agrees_with_a_loop_and_with_any_batch() -> None:
+def test_counting_equals_a_loop_for_any_batch_and_order() -> None:
     images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels, ids = torch.arange(30) % 2, torch.arange(30) * 5
     noise = GaussianNoise(kind="gaussian_noise", sigma=0.3).build((1, 4, 4))
-    defense = Defense(Along(), noise).freeze()
+    defense = Defense(Threshold(), noise).freeze()
     counts = count_correct(defense, images, labels, ids, 3, "score", 8, 30)
     by_hand = [
         sum(
@@ -202,9 +143,9 @@ def test_counting_agrees_with_a_loop_and_with_any_batch() -> None:
     assert shuffled.tolist() == counts[order.numpy()].tolist()
 
 
-def test_roles_and_seeds_count_under_other_noise() -> None:
+def test_every_role_and_seed_has_its_own_noise() -> None:
     images, labels, ids = torch.full((200, 1, 2, 2), 0.5), torch.ones(200).long(), torch.arange(200)
-    defense = Defense(Along(), Coin()).freeze()
+    defense = Defense(Threshold(), Coin()).freeze()
     counts = {
         key: tuple(count_correct(defense, images, labels, ids, key[1], key[0], 8, 200).tolist())
         for key in (("score", 0), ("select", 0), ("clean", 0), ("attack", 0), ("score", 1))
@@ -212,12 +153,12 @@ def test_roles_and_seeds_count_under_other_noise() -> None:
     assert len(set(counts.values())) == 5
 
 
-def test_a_deterministic_defense_is_asked_once() -> None:
-    class Counting(Along):
-        asked = 0
+def test_a_deterministic_defense_is_evaluated_once() -> None:
+    class Counting(Threshold):
+        calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            type(self).asked += 1
+            type(self).calls += 1
             return super().forward(x)
 
     images = torch.tensor([0.2, 0.9]).view(2, 1, 1, 1)
@@ -225,15 +166,15 @@ def test_a_deterministic_defense_is_asked_once() -> None:
     counts = count_correct(
         defense, images, torch.tensor([0, 0]), torch.arange(2), 0, "score", 32, 2
     )
-    assert counts.tolist() == [32, 0] and Counting.asked == 1
+    assert counts.tolist() == [32, 0] and Counting.calls == 1
 
 
-def test_the_known_accuracy_of_a_random_defense_is_counted() -> None:
-    """Image i is right with chance 1 - p_i: each count is binomial, and so is their sum."""
+def test_counts_of_a_random_defense_are_binomial() -> None:
+    """Image i is right with probability 1 - p_i: each count is binomial, and so is their sum."""
     chances = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]).repeat(200)
     images = chances.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     ids, draws = torch.arange(1000), 32
-    defense = Defense(Along(), Coin()).freeze()
+    defense = Defense(Threshold(), Coin()).freeze()
     counts = count_correct(defense, images, torch.ones(1000).long(), ids, 0, "score", draws, 128)
     for chance in chances.unique().tolist():
         found = counts[(chances == chance).numpy()]
@@ -244,7 +185,7 @@ def test_the_known_accuracy_of_a_random_defense_is_counted() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_wrong(bad: float) -> None:
+def test_logits_that_are_not_finite_count_as_wrong(bad: float) -> None:
     rows = torch.tensor([[bad, 0.0], [0.0, bad], [1.0, 0.0], [bad, bad]])
     images = (torch.arange(4) / 255).view(4, 1, 1, 1)
     for label in (0, 1):
@@ -258,14 +199,15 @@ def test_logits_that_are_not_finite_are_wrong(bad: float) -> None:
 # The headline, end to end, where it can be computed
 
 
-def test_the_headline_of_a_noisy_defense_is_its_closed_form() -> None:
-    """Mean pixel m behind noise of deviation s over n pixels: right with chance
-    Phi((m - threshold) sqrt(n) / s). The worst of two sets is the nearer one to the threshold,
-    and since noise that selects does not score, the headline is its mean chance.
+def test_the_headline_of_a_noisy_defense_equals_its_closed_form() -> None:
+    """An image of mean m under noise of deviation s on n pixels is right with probability
+    Phi((m - threshold) sqrt(n) / s). The worst of two sets is the nearer one to the threshold.
+    The noise that selects it is not the noise that scores it, so the headline is the mean
+    probability of the selected images.
     """
     count, pixels, sigma = 3000, 16, 0.1
     defense = Defense(
-        Along(), GaussianNoise(kind="gaussian_noise", sigma=sigma).build((1, 4, 4))
+        Threshold(), GaussianNoise(kind="gaussian_noise", sigma=sigma).build((1, 4, 4))
     ).freeze()
     means = torch.linspace(0.5, 0.6, count)
     ids, labels = torch.arange(count), torch.ones(count).long()
@@ -289,13 +231,11 @@ def test_the_headline_of_a_noisy_defense_is_its_closed_form() -> None:
     expected = torch.where(picked, chance_attacked, chance_clean)
     deviation = (expected * (1 - expected)).sum().sqrt().item() / count / sqrt(32)
     assert abs(headline.accuracy().mean() - expected.mean().item()) < 3 * deviation
-    assert picked[means < 0.52].all(), "where both are often wrong, the attack is worse"
+    assert picked[means < 0.52].all(), "where both are often wrong, the attack is selected"
 
 
-def test_noise_that_selects_does_not_score() -> None:
-    """Ten attacks of equal worth: the least of ten counts is far below what they are worth, and
-    the headline is not.
-    """
+def test_the_noise_that_selects_the_worst_attack_does_not_score_it() -> None:
+    """The lowest count of ten equal attacks is far below their accuracy; the headline is not."""
     rng = np.random.default_rng(0)
     names = [f"attack {k}" for k in range(10)]
     scores = {n: Score(32, rng.binomial(32, 0.6, 2000), rng.binomial(32, 0.6, 2000)) for n in names}
@@ -306,7 +246,7 @@ def test_noise_that_selects_does_not_score() -> None:
 
 
 class Witness(nn.Module):
-    """A classifier that notes of every look whether an image of it was fooled; `label` is true."""
+    """A classifier that records for every call whether an image was fooled; `label` is right."""
 
     seen: list[bool] = []
 
@@ -321,27 +261,27 @@ class Witness(nn.Module):
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, *ATTACK_VARIANTS])
-def test_where_an_attack_stops_its_passes_end_when_the_image_is_fooled(
+def test_an_attack_that_stops_early_ends_when_the_image_is_fooled(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
     attack = parse_attack(name)
     if not attack.stops_early():
         assert not attack.early_stopping or not attack.early_stop
         return
-    after, fell, far = [], 0, LINF.scaled(2.5)
+    after, count, far = [], 0, LINF.scaled(2.5)
     for row in range(12):
         one = test_set[torch.tensor([row])]
         Witness.seen.clear()
         witness = Defense(Witness(classifier, int(one.labels)), None)
         crafted = craft(attack, witness, "full", one, far, 0, 1)
         if crafted.success.any() and not Witness.seen[0]:
-            fell += 1
+            count += 1
             after.append(len(Witness.seen) - 1 - Witness.seen.index(True))
-    # What `craft` itself asks is one look, and the one that finds out may have been a comparison.
-    assert fell and max(after) <= 2
+    # `craft` itself evaluates the image once, and the attack may have evaluated it twice.
+    assert count and max(after) <= 2
 
 
-def test_a_curve_over_passes_counts_who_still_stands() -> None:
+def test_a_curve_over_passes_has_the_fraction_of_images_not_fooled() -> None:
     effort = Effort(np.array([1, 3, 3, 50, 50]), np.array([True, True, False, True, False]))
     curve = dict(effort.curve())
     assert (curve[1], curve[2], curve[3], curve[50]) == (0.8, 0.8, 0.6, 0.4)
@@ -349,8 +289,8 @@ def test_a_curve_over_passes_counts_who_still_stands() -> None:
     assert Effort(np.array([1]), np.array([True])).curve() == [(1, 0.0)]
 
 
-def test_classes_are_counted_apart_in_their_order_and_only_where_there_are_images() -> None:
-    shares, labels = np.array([1.0, 0.5, 0.0, 1.0]), np.array([2, 0, 2, 2])
-    found = per_class(shares, labels, ["ten", "two", "one"])
+def test_classes_with_images_are_counted_separately_in_their_order() -> None:
+    accuracies, labels = np.array([1.0, 0.5, 0.0, 1.0]), np.array([2, 0, 2, 2])
+    found = per_class(accuracies, labels, ["ten", "two", "one"])
     assert list(found) == ["ten", "one"]
-    assert found["ten"] == summarise(shares[1:2]) and found["one"]["accuracy"] == 2 / 3
+    assert found["ten"] == summarise(accuracies[1:2]) and found["one"]["accuracy"] == 2 / 3

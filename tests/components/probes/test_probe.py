@@ -1,0 +1,258 @@
+"""Every probe fails on the fault that is planted for it, and passes on an honest small defense."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import LINF, Blurred, Detached, Noisy, Rounded, failed
+
+from components import probes
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.accuracy import count_correct
+from components.models.checkpoints import state_digest
+from components.models.classifiers import Classifier
+from components.models.defense import Defense, Mode
+from components.models.purifiers import Purifier
+from components.probes import Finding, models
+
+
+class SecretlyNoisy(Noisy):
+    """Random, declared deterministic."""
+
+    stochastic = False
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
+
+
+class SecretlyFixed(Blurred):
+    """Deterministic, declared random."""
+
+    stochastic = True
+
+
+class Often(Purifier):
+    """Cuts the gradient of the brightest tenth of the images only."""
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        bright = x.flatten(1).sum(1) > x.flatten(1).sum(1).quantile(0.9)
+        return torch.where(bright[:, None, None, None], x.detach(), x)
+
+
+class Nan(Purifier):
+    """The gradient is NaN, the value is not."""
+
+    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        return x + 0 * (x - x).sqrt()
+
+
+class Head(nn.Module):
+    """The shared classifier with some function of its logits."""
+
+    def __init__(self, classifier: Classifier, kind: str) -> None:
+        super().__init__()
+        self.classifier, self.kind = classifier, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x)
+        if self.kind == "softmax":
+            return logits.softmax(1)
+        if self.kind == "constant":
+            return 0 * logits + torch.arange(10.0)
+        if self.kind == "nan":
+            return logits * torch.nan
+        if self.kind == "one nan":
+            return torch.where(torch.arange(10) == 3, torch.nan, logits)
+        raise AssertionError(self.kind)
+
+
+def probe(
+    data: ImageSet, classifier: nn.Module, purifier: Purifier | None, modes: tuple[Mode, ...]
+) -> list[Finding]:
+    defense = Defense(classifier, purifier).freeze()
+    return probes.probe(defense, modes, data, LINF, 0, 128, 4, None)
+
+
+FULL: tuple[Mode, ...] = ("full",)
+BOTH: tuple[Mode, ...] = ("full", "bpda")
+
+
+# Honest defenses
+
+
+@pytest.mark.parametrize("purifier", [None, Blurred(), Noisy(0.05)], ids=["none", "soft", "noisy"])
+def test_an_honest_defense_passes_every_probe(
+    purifier: Purifier | None, classifier: Classifier, test_set: ImageSet
+) -> None:
+    modes = FULL if purifier is None else BOTH
+    findings = probe(test_set, classifier, purifier, modes)
+    names = [finding.name for finding in findings]
+    assert names == [
+        "input_convention", "logits", "randomness_declared", "batch_independence", "labels_unseen",
+        *(f"{name}/{mode}" for mode in modes for name in ("gradient_present", "loss_alive")),
+        "gradient_correct", *(["eot_agreement"] if isinstance(purifier, Noisy) else []),
+        "unbounded_by_gradient", "unbounded",
+    ]  # fmt: skip
+    assert failed(findings) == [] and failed(findings, "warn") == []
+    assert all(finding.detail for finding in findings)
+
+
+def test_probing_changes_nothing_and_repeats(classifier: Classifier, test_set: ImageSet) -> None:
+    defense = Defense(classifier, Noisy(0.05)).freeze()
+    before, stream = state_digest(defense), torch.get_rng_state()
+    first = probes.probe(defense, BOTH, test_set, LINF, 0, 128, 4, None)
+    assert state_digest(defense) == before and not defense.training
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert probes.probe(defense, BOTH, test_set, LINF, 0, 128, 4, None) == first
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(
+    "purifier",
+    [Rounded(7, differentiable=True), Detached(), Often(), Nan()],
+    ids=lambda p: type(p).__name__,
+)
+def test_a_zero_or_non_finite_gradient_is_reported(
+    purifier: Purifier, classifier: Classifier, test_set: ImageSet
+) -> None:
+    findings = probe(test_set, classifier, purifier, BOTH)
+    assert "gradient_present/full" in failed(findings)
+    assert "gradient_present/bpda" not in failed(findings)
+    (found,) = [f for f in findings if f.name == "gradient_present/full"]
+    percent = float(found.detail.split("%")[0])
+    assert 5 < percent < 15 if isinstance(purifier, Often) else percent == 100
+    assert "nothing to follow" in found.detail
+
+
+def test_an_unbounded_attack_fails_on_the_gradient_of_rounding(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    findings = probe(test_set, classifier, Rounded(7, differentiable=True), FULL)
+    assert failed(findings, "warn") == ["gradient_correct", "unbounded_by_gradient"]
+    assert "unbounded" not in failed(findings), "an image of another class is classified as that"
+    both = failed(probe(test_set, classifier, Rounded(7, differentiable=True), BOTH), "warn")
+    assert both == ["gradient_correct"], "bpda succeeds"
+
+
+def test_a_defense_that_resists_an_unbounded_attack_is_reported(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """The purifier returns the test images in their order, whatever its input is."""
+
+    class Oracle(Purifier):
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            return test_set.pixels()[: len(x)] + 0 * x
+
+    findings = probe(test_set, classifier, Oracle(), FULL)
+    assert {"unbounded", "gradient_present/full"} <= set(failed(findings))
+    assert "unbounded_by_gradient" in failed(findings, "warn")
+
+
+# Logits and randomness
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("softmax", "already softmaxed"),
+        ("constant", "constant"),
+        ("nan", "not finite"),
+        ("one nan", "not finite"),
+    ],
+)
+def test_unusable_logits_are_reported(
+    kind: str, fault: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    findings = probe(test_set, Head(classifier, kind), None, FULL)
+    assert "logits" in failed(findings)
+    (found,) = [f for f in findings if f.name == "logits"]
+    assert fault in found.detail
+    if kind == "constant":
+        assert "unbounded" in failed(findings), "no image changes the logits"
+
+
+def test_logits_pass_unless_softmaxed_constant_or_not_finite() -> None:
+    sound = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+    assert models.logits_sound(sound).passed
+    assert models.logits_sound(torch.tensor([[0.3, 0.6], [0.2, 0.1]])).passed, "sums are not 1"
+    assert not models.logits_sound(torch.tensor([[0.3, 0.7], [0.9, 0.1]])).passed
+    assert not models.logits_sound(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).passed
+    assert not models.logits_sound(torch.tensor([[1.0, torch.inf], [1.0, 2.0]])).passed
+    assert models.logits_sound(sound[:1]).passed, "one image alone is not constant"
+
+
+@pytest.mark.parametrize(
+    ("purifier", "declared"), [(SecretlyNoisy(), "deterministic"), (SecretlyFixed(), "stochastic")]
+)
+def test_randomness_other_than_declared_is_reported(
+    purifier: Purifier, declared: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    findings = probe(test_set, classifier, purifier, FULL)
+    assert "randomness_declared" in failed(findings)
+    (found,) = [f for f in findings if f.name == "randomness_declared"]
+    assert f"declared {declared}" in found.detail
+
+
+# Pixels
+
+
+def test_pixels_outside_0_to_1_or_normalised_are_reported(test_set: ImageSet) -> None:
+    pixels = test_set.pixels()
+    assert models.convention(pixels).passed
+    normalised = (pixels - pixels.mean()) / pixels.std()
+    wrong = {
+        "normalised": normalised,
+        "0 to 255": 255 * pixels,
+        "-1 to 1": 2 * pixels - 1,
+        "divided twice": pixels / 255,
+        "one grey": torch.full_like(pixels, 0.5),
+        "a hair above": pixels + 0.01,
+        "not a number": pixels.where(pixels > 0, torch.nan),
+    }
+    for name, images in wrong.items():
+        found = models.convention(images)
+        assert not found.passed and found.level == "block", name
+
+
+# State
+
+
+def test_another_accuracy_than_recorded_is_reported() -> None:
+    assert models.recorded_accuracy(96, 96, 100).passed
+    for now in (95, 97, 0):
+        assert not models.recorded_accuracy(now, 96, 100).passed
+    assert models.recorded_accuracy(9590, 9600, 10_000).passed, "0.1 points, for another device"
+    assert not models.recorded_accuracy(9589, 9600, 10_000).passed
+
+
+def test_another_checkpoint_has_another_accuracy(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    def right(model: nn.Module) -> int:
+        defense = Defense(model, None).freeze()
+        pixels, labels, ids = test_set.pixels(), test_set.labels, test_set.ids
+        return int(count_correct(defense, pixels, labels, ids, 0, "clean", 1, 250).sum())
+
+    then, other = right(classifier), deepcopy(classifier)
+    for parameter in other.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    assert models.recorded_accuracy(right(classifier), then, len(test_set)).passed
+    assert not models.recorded_accuracy(right(other), then, len(test_set)).passed
+
+
+def test_scoring_that_changes_the_model_is_reported(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    model = deepcopy(classifier)
+    before = state_digest(model)
+    model(test_set.pixels())
+    assert models.unchanged(before, state_digest(model), model.training).passed
+    assert not models.unchanged(before, state_digest(model), True).passed
+    model.train()(test_set.pixels())
+    model.eval()
+    found = models.unchanged(before, state_digest(model), model.training)
+    assert not found.passed and "changed" in found.detail and found.level == "block"

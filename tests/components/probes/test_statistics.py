@@ -1,0 +1,101 @@
+"""Intervals are the published ones, and p-values are exact."""
+
+import time
+from fractions import Fraction
+from math import comb, sqrt
+
+import numpy as np
+import pytest
+
+from components.probes.contract import Accuracies
+from components.probes.statistics import holm, more_fooled, summarise, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (0, 500, 0.0, 0.0076),
+        (250, 500, 0.4563, 0.5437),
+        (500, 500, 0.9924, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (256, 512, 0.4569, 0.5431),
+    ],
+)
+def test_wilson_gives_the_published_intervals(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_solves_its_equation() -> None:
+    """Each bound is 1.96 of its own standard deviations away from the accuracy."""
+    for accuracy, n in ((0.1, 40), (0.63, 500), (0.97, 77)):
+        for bound in wilson(accuracy, n):
+            deviation = sqrt(bound * (1 - bound) / n)
+            assert abs(accuracy - bound) == pytest.approx(1.959964 * deviation, rel=1e-6)
+    assert wilson(0.5, 0) == (0.0, 1.0)
+
+
+def test_a_summary_counts_images_and_not_draws() -> None:
+    accuracies = np.array([1.0, 0.5, 0.0, 0.5])
+    low, high = wilson(0.5, 4)
+    assert summarise(accuracies) == {"accuracy": 0.5, "low": low, "high": high, "n": 4}
+    empty = {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    assert summarise(np.array([])) == empty
+
+
+def test_the_sign_test_equals_a_calculation_by_hand() -> None:
+    """Heads in at least 8 of 10 tosses: (45 + 10 + 1) / 1024."""
+    reference = np.ones(30)
+    suspect = np.ones(30)
+    suspect[:8] = 0
+    reference[28:] = 0
+    assert more_fooled(suspect, reference) == pytest.approx(56 / 1024)
+    assert more_fooled(reference, suspect) == pytest.approx(1 - 11 / 1024)
+    assert more_fooled(suspect, suspect) == 1.0
+    one = np.array([0.5, 1.0])
+    assert more_fooled(one, np.array([0.6, 1.0])) == 0.5, "any difference counts"
+    strong = np.zeros(1000)
+    assert more_fooled(strong, np.ones(1000)) == pytest.approx(0.5**1000)
+
+
+def pair(lower: int, higher: int) -> tuple[Accuracies, Accuracies]:
+    """Return accuracies of which the first are lower on some images, higher on others."""
+    suspect = np.repeat([0.0, 0.75, 0.5], [lower, higher, 5])
+    reference = np.repeat([1.0, 0.25, 0.5], [lower, higher, 5])
+    return suspect, reference
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "size"),
+    [(27, 23, 0.336), (610, 585, 0.244), (70, 31, 6.54e-5), (1090, 895, 6.57e-6),
+     (672, 1, 1.72e-200), (1500, 245, 4.67e-220), (23, 27, 0.760), (0, 40, 1.0), (1070, 0, 8e-323)],
+)  # fmt: skip
+def test_the_sign_test_is_exact_however_small_p_is(lower: int, higher: int, size: float) -> None:
+    n = lower + higher
+    exact = Fraction(sum(comb(n, k) for k in range(lower, n + 1)), 2**n)
+    p = more_fooled(*pair(lower, higher))
+    assert p == float(exact)
+    assert p == pytest.approx(size, rel=0.01, abs=0)
+
+
+@pytest.mark.parametrize("lower", [0, 4900, 5000, 5100, 10_000])
+def test_the_sign_test_of_ten_thousand_differing_images_takes_under_a_tenth_of_a_second(
+    lower: int,
+) -> None:
+    suspect, reference = pair(lower, 10_000 - lower)
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        more_fooled(suspect, reference)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.1
+
+
+def test_holm_equals_a_calculation_by_hand() -> None:
+    """Smallest times 4, next times 3 and not below the one before, and so on; at most 1."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([0.02, 0.011]) == pytest.approx([0.022, 0.022])
+    assert holm([0.2]) == [0.2] and holm([]) == []
