@@ -1,4 +1,4 @@
-"""Carved out of pipelines/session.py."""
+"""What a cluster has room for: refuse what it can never hold, and wait for nodes that are gone."""
 
 import os
 import threading
@@ -10,18 +10,19 @@ from pipelines.config.resources import Workers
 from pipelines.errors import ConfigError
 from pipelines.storage import jobs
 
-# How long a cluster may lack the resources a task needs, as when a node has gone.
+# For how long a cluster may lack the resources of a task, as when a node is gone.
 WAIT, WAIT_S = "LIMPID_WAIT_S", 300.0
-LOOK_S = 5.0
-# Set where a cluster grows as it is asked: what it has says nothing then of what it can hold.
+CHECK_EVERY_S = 5.0
+# Set for a cluster that adds nodes on demand: its present nodes do not limit what it can hold.
 AUTOSCALES = "LIMPID_AUTOSCALES"
 
 
 class CapacityWatch:
-    """Looks, while something waits for nodes of a cluster, whether they can come to hold it."""
+    """Checks, while something waits for a cluster, whether its nodes could hold the workers."""
 
-    def __init__(self, share: Workers, workers: int, say: Callable[[str], None]) -> None:
-        self.share, self.workers, self.say = share, max(workers, 1), say
+    def __init__(self, workers: Workers, count: int, say: Callable[[str], None]) -> None:
+        """Watch for room for `count` of the workers; ConfigError for a wrong LIMPID_WAIT_S."""
+        self.workers, self.count, self.say = workers, max(count, 1), say
         self.lacking_since: float | None = None
         self.given_up = ""
         try:
@@ -30,14 +31,14 @@ class CapacityWatch:
             given = os.environ[WAIT]
             raise ConfigError(f"{WAIT} is {given!r}, and should be a number of seconds") from None
 
-    def check(self) -> None:
-        """Raise ConnectionError where nodes have lacked it for long."""
+    def raise_if_given_up(self) -> None:
+        """Raise ConnectionError where the cluster has lacked nodes for too long."""
         if self.given_up:
             raise ConnectionError(self.given_up)
 
-    def look(self) -> None:
-        """Say what living nodes lack now, if anything."""
-        lacking = _lacking(self.share, self.workers, nodes())
+    def check(self) -> None:
+        """Say what the living nodes lack now, or give up where they have lacked it for long."""
+        lacking = _lacking(self.workers, self.count, nodes())
         if not lacking:
             self.lacking_since = None
             return
@@ -52,51 +53,54 @@ class CapacityWatch:
 
 @contextmanager
 def watch_capacity(
-    share: Workers, workers: int, say: Callable[[str], None]
+    workers: Workers, count: int, say: Callable[[str], None]
 ) -> Iterator[CapacityWatch]:
-    """Look now and then, in a job, whose nodes may go; beside what waits: a look may take long."""
-    one, stop = CapacityWatch(share, workers, say), threading.Event()
+    """In a job, check every few seconds for room for `count` of the workers.
 
-    def watch() -> None:
-        while not one.given_up and not stop.wait(LOOK_S):
-            # Where the head is away this job ends with it.
+    In a thread of its own, because one check may take long. Outside of a job nothing is checked.
+    """
+    watch, stop = CapacityWatch(workers, count, say), threading.Event()
+
+    def keep_checking() -> None:
+        while not watch.given_up and not stop.wait(CHECK_EVERY_S):
+            # The head of the cluster may not answer. If it is gone, this job ends with it.
             with suppress(Exception):
-                one.look()
+                watch.check()
 
     if jobs.job():
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=keep_checking, daemon=True).start()
     try:
-        yield one
+        yield watch
     finally:
         stop.set()
 
 
 def nodes() -> list[dict[str, float]]:
-    """Return what every living node has."""
+    """Return the resources of every living node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _lacking(share: Workers, workers: int, nodes: Collection[Mapping[str, float]]) -> str:
-    """Say what nodes lack that could ever hold so many workers at once; nothing where they can."""
+def _lacking(workers: Workers, count: int, nodes: Collection[Mapping[str, float]]) -> str:
+    """Describe why the nodes cannot hold so many workers at once; return "" where they can."""
     room = sum(
         min(
-            int(node.get("CPU", 0) // share.cpus),
-            int(node.get("GPU", 0) / share.gpus) if share.gpus else workers,
+            int(node.get("CPU", 0) // workers.cpus),
+            int(node.get("GPU", 0) / workers.gpus) if workers.gpus else count,
         )
         for node in nodes
     )
-    if room >= workers:
+    if room >= count:
         return ""
-    each = f"{share.cpus} CPU" + (f" and {share.gpus:g} GPU" if share.gpus else "")
+    each = f"{workers.cpus} CPU" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
     has = ", ".join(f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU" for node in nodes)
-    return f"{workers} x {each} needed, and there are {len(nodes)} nodes ({has or 'nothing'})"
+    return f"{count} x {each} needed, and there are {len(nodes)} nodes ({has or 'nothing'})"
 
 
-def require_room(shares: Sequence[Workers], nodes: Collection[Mapping[str, float]]) -> None:
-    """Raise ConfigError where nodes of these resources can never hold what is asked for."""
-    for share in shares:
-        lacking = _lacking(share, max(share.least, 1), nodes)
+def require_room(wanted: Sequence[Workers], nodes: Collection[Mapping[str, float]]) -> None:
+    """Raise ConfigError where nodes with these resources can never hold the workers."""
+    for workers in wanted:
+        lacking = _lacking(workers, max(workers.least, 1), nodes)
         if lacking:
             raise ConfigError(f"resources in params.yaml ask for too much: {lacking}")

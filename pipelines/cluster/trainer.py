@@ -25,7 +25,7 @@ from components.models.checkpoints import ModelCard, latest_state, pack_state, s
 from components.training.contract import Objective
 from components.training.loop import Diverged, Training, Validate, fit
 from pipelines.cluster import capacity, session
-from pipelines.cluster.worker_pool import MAX_FAILURES, OUT_OF_MEMORY, Crew
+from pipelines.cluster.worker_pool import MAX_FAILURES, OUT_OF_MEMORY, WorkerPool
 from pipelines.config.resources import TrainingWorkers
 from pipelines.storage import job_files, jobs
 
@@ -94,14 +94,16 @@ def train(
     inside = session.held()
     with (
         session.hold(share), _tail(notes / HISTORY, seen, say), session.quiet(),
-        capacity.watch_capacity(share, share.least, say) as patience,
+        capacity.watch_capacity(share, share.least, say) as watch,
     ):  # fmt: skip
         if share.most > 0:
-            _train(config, share, patience.check)
+            _train(config, share, watch.raise_if_given_up)
         elif jobs.job() and not inside:
             # The node that leads a cluster is for leading.
             alone = [{"config": config, "first": True}]
-            session.run_in_thread(lambda: Crew(share).map(_loop, alone, _unheard), patience.check)
+            session.run_in_thread(
+                lambda: WorkerPool(share).map(_loop, alone, _unheard), watch.raise_if_given_up
+            )
         else:
             _loop(config, True)
     if job_files.download(notes / FAILURE):

@@ -1,20 +1,24 @@
-"""Workers that stay: a function is mapped over pieces by processes that do one after another.
+"""Maps a function over tasks with long-lived workers.
 
-Ray would run a piece as a task, and one with a GPU in a process of its own, which imports torch and
-wakes the GPU anew; so the workers are actors. A piece whose worker or node is gone is done again.
-Nothing that is computed depends on the number of workers. In a job they are on nodes which share no
-disk (`place`).
+A worker is a Ray actor that makes one call after another. Plain Ray tasks would need a new process
+for every call with a GPU, which imports torch and initialises the GPU again. A task whose worker or
+node is lost is given to another worker; no result depends on the number of workers. Ray's own
+retries (`max_restarts`, `max_task_retries`) do not serve here: they are used up before Ray notices
+that a node is gone, or they wait for the lost worker until there is room to restart it, while the
+others are idle.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from pipelines.cluster import capacity, session
 from pipelines.config.resources import Workers
 from pipelines.storage import job_files, jobs
 
-# A worker that dies is replaced this often for one piece; an error of the piece is not tried again.
+# How often a task is retried when its worker is lost. An error that it raises is not retried.
 MAX_FAILURES = 3
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
 
@@ -24,70 +28,50 @@ Done = Callable[[int, int], None]
 def map_shards(
     function: Callable[..., Any],
     tasks: Sequence[Mapping[str, Any]],
-    share: Workers,
+    workers: Workers,
     done: Done,
-    waiting: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Any]:
-    """Call `function(**task, device=...)` for every task on Ray; return the results in order.
+    """Call `function(**task, device=...)` for every task; return the results in order.
 
-    Without workers here, one after another. `function` must be importable by name; a task is
-    retried when its worker or node dies. `waiting` is told when the cluster has too little left to
-    go on; ConnectionError when that lasts.
+    Uses Ray workers, which must be able to import `function` by name; without workers, and outside
+    of a job, this process makes the calls. `done` receives how many of how many tasks are done,
+    `say` a line whenever the cluster has too few nodes. Raises what a call raises, and
+    ConnectionError where the cluster has had too few nodes for too long.
     """
-    calls = [{**task, "device": share.device} for task in tasks]
+    calls = [{**task, "device": workers.device} for task in tasks]
     if not calls:
         return []
-    if not share.workers and not jobs.job():
-        return _in_turn(function, calls, done)
-    with session.hold(share), capacity.watch_capacity(share, 1, waiting) as patience:
-        crew = of(share)
-        # Waiting for Ray in the main thread would swallow an interruption.
-        results: list[Any] = session.run_in_thread(
-            lambda: crew.map(function, calls, done), patience.check
+    if not workers.workers and not jobs.job():
+        results = []
+        for arguments in calls:
+            results.append(call(function, arguments))
+            done(len(results), len(calls))
+        return results
+    with session.hold(workers), capacity.watch_capacity(workers, 1, say) as watch:
+        if workers not in session.kept:
+            session.kept[workers] = WorkerPool(workers)
+        pool: WorkerPool = session.kept[workers]
+        return list(
+            session.run_in_thread(lambda: pool.map(function, calls, done), watch.raise_if_given_up)
         )
-    return results
 
 
-def _in_turn(
-    function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], done: Done
-) -> list[Any]:
-    results = []
-    for arguments in calls:
-        results.append(_call(function, arguments))
-        done(len(results), len(calls))
-    return results
+class Worker:
+    """A process that makes calls; an actor of Ray."""
 
-
-def of(share: Workers) -> "Crew":
-    """Return the workers of a share, the same for as long as this Ray is held."""
-    if share not in session.kept:
-        session.kept[share] = Crew(share)
-    crew: Crew = session.kept[share]
-    return crew
-
-
-class Hand:
-    """One worker, an actor of Ray's."""
-
-    def ready(self) -> None:
-        """Say that it is there, and has imported what takes long."""
-        import torch  # noqa: F401
-
-    def do(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-        """Make a call, with the inputs of the job beside it."""
-        import torch
-
+    def run(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Make a call, with the inputs of the job on this node."""
         job_files.localise()
         try:
-            return _call(function, arguments)
+            return call(function, arguments)
         finally:
-            # Others share the GPU while this one waits.
+            # Other workers may share the GPU while this one is idle.
             torch.cuda.empty_cache()
 
 
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    import torch
-
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a function; raise MemoryError where its GPU has too little memory."""
     try:
         return function(**arguments)
     except torch.OutOfMemoryError:
@@ -95,7 +79,7 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 
 def _losses() -> tuple[type[Exception], ...]:
-    """Return the errors by which Ray says that a worker is lost, whatever it was doing."""
+    """Return the errors that Ray raises when a worker is lost."""
     from ray import exceptions
 
     return (
@@ -104,95 +88,80 @@ def _losses() -> tuple[type[Exception], ...]:
     )  # fmt: skip
 
 
-def _bear(error: Exception, times: int, most: int) -> None:
-    """Raise what lost a worker where that has been too often."""
-    from ray import exceptions
+class WorkerPool:
+    """At least one worker; they are started when they are needed, and stay for later maps."""
 
-    if times > most:
-        memory = isinstance(error, exceptions.OutOfMemoryError)
-        raise (MemoryError(OUT_OF_MEMORY) if memory else error) from None
-
-
-class Crew:
-    """The workers of a share, at least one; they come as they are needed, and stay."""
-
-    def __init__(self, share: Workers) -> None:
+    def __init__(self, workers: Workers) -> None:
         import ray
 
-        self.size = max(share.most, 1)
-        self.hand = ray.remote(
-            num_cpus=share.cpus,
-            num_gpus=share.gpus,
+        self.size = max(workers.most, 1)
+        self.actor = ray.remote(
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
             scheduling_strategy="SPREAD" if jobs.job() else "DEFAULT",
-        )(Hand)
+        )(Worker)
         self.idle: list[Any] = []
-        # Those that have not said that they are there, each by its answer: no call waits for them.
-        self.coming: dict[Any, Any] = {}
-        self.missed = 0
+        # Workers not known to be alive, by the reference that is ready when they are. They get no
+        # task yet: there may be no node for them.
+        self.starting: dict[Any, Any] = {}
 
     def map(
         self, function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], done: Done
     ) -> list[Any]:
-        """Make all calls; return the results in order, or raise what one of them raised."""
+        """Make all calls; return the results in order, or raise what one of them raised.
+
+        The workers that are busy when a call raises are not used again; Ray ends them.
+        """
         import ray
 
-        waits = list(range(len(calls)))[::-1]
-        busy: dict[Any, tuple[Any, int]] = {}
+        waiting = list(range(len(calls)))[::-1]
+        busy: dict[Any, tuple[Any, int | None]] = {}
         results: dict[int, Any] = {}
-        lost: Counter[int] = Counter()
+        losses: Counter[int | None] = Counter()
         while len(results) < len(calls):
-            while waits and self.idle:
-                hand, piece = self.idle.pop(), waits.pop()
-                named = hand.do.options(name=function.__name__)
-                busy[named.remote(function, calls[piece])] = hand, piece
-            self.hire(min(len(waits), self.size - len(busy)))
-            [reference], _ = ray.wait([*busy, *self.coming], num_returns=1)
-            if reference in self.coming:
-                self._welcome(reference)
-                continue
-            hand, piece = busy.pop(reference)
+            while waiting and self.idle:
+                worker, index = self.idle.pop(), waiting.pop()
+                run = worker.run.options(name=function.__name__)
+                busy[run.remote(function, calls[index])] = worker, index
+            self.scale_up(min(len(waiting), self.size - len(busy)))
+            [reference], _ = ray.wait([*busy, *self.starting], num_returns=1)
+            if reference in busy:
+                worker, task = busy.pop(reference)
+            else:
+                worker, task = self.starting.pop(reference), None
             try:
-                results[piece] = ray.get(reference)
+                result = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except _losses() as error:
-                self._lose(hand)
-                lost[piece] += 1
-                _bear(error, lost[piece], MAX_FAILURES)
-                waits.append(piece)
+                self._replace(worker)
+                losses[task] += 1
+                # A lost node takes all workers with it that were starting there.
+                if losses[task] > MAX_FAILURES * (self.size if task is None else 1):
+                    memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+                    raise (MemoryError(OUT_OF_MEMORY) if memory else error) from None
+                waiting += [] if task is None else [task]
+                continue
+            self.idle.append(worker)
+            if task is None:
+                losses[None] = 0
             else:
-                self.idle.append(hand)
+                results[task] = result
                 done(len(results), len(calls))
-        return [results[piece] for piece in range(len(calls))]
+        return [results[task] for task in range(len(calls))]
 
-    def hire(self, wanted: int) -> None:
-        """Have at least so many on their way."""
-        for _ in range(wanted - len(self.coming)):
-            hand = self.hand.remote()
-            self.coming[hand.ready.remote()] = hand
+    def scale_up(self, count: int) -> None:
+        """Start workers until so many are starting."""
+        for _ in range(count - len(self.starting)):
+            worker = self.actor.remote()
+            self.starting[worker.__ray_ready__.remote()] = worker
 
-    def _welcome(self, reference: Any) -> None:
-        """Take in one who has come, or bear that it has not."""
+    def _replace(self, lost: Any) -> None:
+        """Give up a worker; give the idle ones no task before it is known that they are alive."""
         import ray
 
-        hand = self.coming.pop(reference)
-        try:
-            ray.get(reference)
-        except _losses() as error:
-            self._lose(hand)
-            self.missed += 1
-            # A node that goes takes all with it that were coming there.
-            _bear(error, self.missed, MAX_FAILURES * self.size)
-        else:
-            self.missed = 0
-            self.idle.append(hand)
-
-    def _lose(self, hand: Any) -> None:
-        """Do without one, and ask all who have nothing to do whether they are there."""
-        import ray
-
-        # It may only be out of reach.
-        ray.kill(hand)
-        asked = [*self.idle, *self.coming.values()]
+        # It may be alive and only unreachable.
+        ray.kill(lost)
+        unsure = [*self.idle, *self.starting.values()]
         self.idle.clear()
-        self.coming = {one.ready.remote(): one for one in asked}
+        self.starting = {worker.__ray_ready__.remote(): worker for worker in unsure}
