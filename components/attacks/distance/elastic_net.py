@@ -63,12 +63,12 @@ class ElasticNet(Attack):
         c = torch.full((len(labels),), self.c, device=labels.device)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
         for search in range(self.searches):
-            fooled = self._fista(target, labels, c, 1 + 2 * self.steps * search, found)
+            fooled = self.fista(target, labels, c, 1 + 2 * self.steps * search, found)
             high = torch.where(fooled, c, high)
             low = torch.where(fooled, low, c)
             c = torch.where(high.isinf(), c * 10, (low + high) / 2)
 
-    def _fista(
+    def fista(
         self, target: Target, labels: Tensor, c: Tensor, query: int, found: "_Nearest"
     ) -> Tensor:
         """Run FISTA from the clean images with weights `c` (N,); return which were fooled (N,).

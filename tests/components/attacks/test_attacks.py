@@ -316,7 +316,7 @@ def test_luck_is_not_strength(test_set: ImageSet) -> None:
     for eot in (1, 4):
         draws = Draws(0, "attack", torch.arange(60))
         target = bind(Defense(Told(), Lottery()).freeze(), "full", draws, eot)
-        search = Search(target, weak, torch.zeros(60, dtype=torch.int64), drop=True)
+        search = Search(target, weak, torch.zeros(60, dtype=torch.int64), early_stop=True)
         for _ in range(60):
             search.query(weak)
         search.query(strong)

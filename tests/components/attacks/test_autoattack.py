@@ -354,14 +354,14 @@ def test_fab_stays_in_its_ball_because_it_is_kept_there(
     data, defense = test_set[torch.arange(20)], Defense(classifier, None).freeze()
     threat = LINF.scaled(0.1)
     craft(SMALL["fab_t"], defense, "full", data, threat, 0, 20)
-    monkeypatch.setattr(fab._Inside, "_keep", Search._keep)
+    monkeypatch.setattr(fab.BoundedSearch, "record", Search.record)
     with pytest.raises(AssertionError, match=r"FabT left the threat: .*linf distance"):
         craft(SMALL["fab_t"], defense, "full", data, threat, 0, 20)
 
 
 def test_fab_refuses_what_it_cannot_do(classifier: Classifier, test_set: ImageSet) -> None:
     data = test_set[torch.arange(4)]
-    with pytest.raises(ValueError, match=r"fab_t .* not for random defenses"):
+    with pytest.raises(ValueError, match=r"fab_t .* not for stochastic defenses"):
         craft(fab_t(), Defense(classifier, Noisy()).freeze(), "full", data, LINF, 0, 4)
     with pytest.raises(ValueError, match="fab_t needs at most 9 targets here, but has targets: 10"):
         craft(fab_t(targets=10), Defense(classifier, None).freeze(), "full", data, LINF, 0, 4)
@@ -402,18 +402,18 @@ def test_dlr_does_not_mind_logits_so_large_that_cross_entropy_is_flat(threat: Li
 
 def test_autoattack_is_the_published_ensemble() -> None:
     """Croce and Hein 2020, section 5 and the authors' code; with fewer classes, all there are."""
-    assert [part.model_dump() for part in STANDARD.parts(10)] == [
+    assert [part.model_dump() for part in STANDARD.ensemble(10)] == [
         {"kind": "apgd_ce", "steps": 100, "restarts": 1, "eot": 1},
         {"kind": "apgd_t", "steps": 100, "targets": 9, "eot": 1},
         {"kind": "fab_t", "steps": 100, "targets": 9, "restarts": 1},
         {"kind": "square", "queries": 5000, "eot": 1},
     ]
-    assert [part.model_dump() for part in RAND.parts(10)] == [
+    assert [part.model_dump() for part in RAND.ensemble(10)] == [
         {"kind": "apgd_ce", "steps": 100, "restarts": 1, "eot": 20},
         {"kind": "apgd_dlr", "steps": 100, "restarts": 1, "eot": 20},
     ]
-    assert [part.model_dump().get("targets") for part in STANDARD.parts(5)] == [None, 4, 4, None]
-    assert [part.model_dump().get("targets") for part in STANDARD.parts(100)] == [None, 9, 9, None]
+    assert [part.model_dump().get("targets") for part in STANDARD.ensemble(5)] == [None, 4, 4, None]
+    assert [part.model_dump().get("targets") for part in STANDARD.ensemble(100)] == [None, 9, 9, None]
     assert (STANDARD.eot, RAND.eot) == (1, 20)
     with pytest.raises(ValueError, match="Extra inputs"):
         AutoAttack(kind="autoattack", version="standard", steps=10)  # type: ignore[call-arg]
@@ -423,7 +423,7 @@ def test_a_version_that_does_not_fit_the_defense_is_refused_and_the_right_one_na
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     data = test_set[torch.arange(4)]
-    with pytest.raises(ValueError, match="not for random defenses: use version: rand"):
+    with pytest.raises(ValueError, match="not for stochastic defenses: use version: rand"):
         craft(STANDARD, Defense(classifier, Noisy()).freeze(), "full", data, LINF, 0, 4)
     with pytest.raises(ValueError, match="not for deterministic defenses: use version: standard"):
         craft(RAND, Defense(classifier, None).freeze(), "full", data, LINF, 0, 4)
@@ -464,7 +464,7 @@ def test_each_part_gets_what_the_former_ones_left_and_the_lowest_margin_is_kept(
     data = ImageSet(data.images, data.labels, torch.arange(100, 105), data.class_names)
     seen: list[list[int]] = []
     margins = [{100: -1.0, 101: 2.0, 102: 3.0}, {101: 0.0, 102: 4.0, 103: 5.0}, {104: -torch.inf}]
-    monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
+    monkeypatch.setattr(AutoAttack, "ensemble", scripted(margins, seen))
     defense = Defense(Constant([1.0, 0.0, 0.0, 0.0]), None).freeze()
     crafted = craft(STANDARD, defense, "full", data, LINF, 0, 5)
     assert seen == [[100, 101, 102, 103, 104], [101, 102, 103, 104], [102, 103, 104]]
@@ -478,7 +478,7 @@ def test_no_part_is_run_once_all_is_fooled(monkeypatch: pytest.MonkeyPatch) -> N
     _, data = linear_task(4, 5)
     seen: list[list[int]] = []
     margins = [dict.fromkeys(data.ids.tolist(), lowest) for lowest in (-1.0, -2.0)]
-    monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
+    monkeypatch.setattr(AutoAttack, "ensemble", scripted(margins, seen))
     defense = Defense(Constant([1.0, 0.0, 0.0, 0.0]), None).freeze()
     craft(STANDARD, defense, "full", data, LINF, 0, 5)
     assert seen == [data.ids.tolist()]
@@ -508,7 +508,7 @@ def test_against_a_random_defense_every_part_runs_on_every_image_and_the_stronge
     data = ImageSet(data.images, labels, data.ids, data.class_names)
     seen: list[list[int]] = []
     margins = [{0: -9.0, 3: -9.0}, {1: -9.0, 2: -9.0, 4: -9.0}]
-    monkeypatch.setattr(AutoAttack, "parts", scripted(margins, seen))
+    monkeypatch.setattr(AutoAttack, "ensemble", scripted(margins, seen))
     defense = Defense(Told(), Still()).freeze()
     crafted = craft(RAND, defense, "full", data, LINF, 0, 5)
     assert seen == [data.ids.tolist()] * 2

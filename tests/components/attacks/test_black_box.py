@@ -19,8 +19,8 @@ from toys import BALL, LINF, Linear, Noisy, Precise, Rounded, fooled, head
 from components.attacks import L2, Attack, Crafted, Linf, craft, violations
 from components.attacks.flip import Flip
 from components.attacks.gradient import Pgd, RFgsm
-from components.attacks.library import MiFgsm, borrowed
-from components.attacks.square import Square, _area, _bump, _move_mass, _pyramid
+from components.attacks.library import MiFgsm, run_torchattack
+from components.attacks.square import Square, move_mass, patch_area, pyramid, two_pyramids
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
@@ -221,20 +221,20 @@ def test_the_patch_shrinks_as_in_the_authors_code() -> None:
     expected = {0: 1, 5: 1, 6: 2, 25: 2, 26: 4, 100: 4, 101: 8, 250: 8, 251: 16, 501: 32, 1001: 64}
     expected |= {2000: 64, 2001: 128, 3000: 128, 3001: 256, 4000: 256, 4001: 512, 4999: 512}
     for query, divisor in expected.items():
-        assert _area(query, 5000) == 0.8 / divisor, query
-    assert [_area(query, 4) for query in range(4)] == [0.8 / d for d in (1, 64, 128, 256)]
+        assert patch_area(query, 5000) == 0.8 / divisor, query
+    assert [patch_area(query, 4) for query in range(4)] == [0.8 / d for d in (1, 64, 128, 256)]
     model = Function(lambda x: x)
     library = torchattacks.Square(model, n_queries=777)
-    assert all(library.p_selection(query) == _area(query, 777) for query in range(777))
+    assert all(library.p_selection(query) == patch_area(query, 777) for query in range(777))
 
 
 def test_bumps_are_those_of_the_paper() -> None:
     """Sums of 1/j^2 towards the middle, in two halves of opposite sign, each of length one."""
     ring, top = 1 / 4 + 1 / 9, 1 + 1 / 4 + 1 / 9
-    assert _pyramid(5, 5)[2].tolist() == pytest.approx([1 / 9, ring, top, ring, 1 / 9])
-    assert _pyramid(5, 5)[:, 0].tolist() == pytest.approx([1 / 9] * 5)
+    assert pyramid(5, 5)[2].tolist() == pytest.approx([1 / 9, ring, top, ring, 1 / 9])
+    assert pyramid(5, 5)[:, 0].tolist() == pytest.approx([1 / 9] * 5)
     for side in range(2, 12):
-        bump = _bump(side)
+        bump = two_pyramids(side)
         assert bump.norm().item() == pytest.approx(1)
         assert bump[: side // 2].norm().item() == pytest.approx(0.5**0.5)
         assert (bump[: side // 2] > 0).all() and (bump[side // 2 :] < 0).all()
@@ -275,7 +275,7 @@ def test_mass_moves_as_in_algorithm_3(shape: tuple[int, int, int]) -> None:
     delta *= torch.linspace(0, 1, 9).view(-1, 1, 1, 1) * eps / delta.flatten(1).norm(dim=1).amax()
     side = 3 if shape[0] == 1 else 5
     area = (side - 0.8) ** 2 / (height * width)  # an even side is made odd
-    found = _move_mass(origin + delta, origin, eps, area, draws)
+    found = move_mass(origin + delta, origin, eps, area, draws)
     for row, u in enumerate(draws.uniform((5 + channels,), "square").tolist()):
         old, new = delta[row], delta[row].clone()
         top, under = (int(v * (height - side + 1)) for v in (u[0], u[2]))
@@ -286,7 +286,7 @@ def test_mass_moves_as_in_algorithm_3(shape: tuple[int, int, int]) -> None:
         union[first] = union[second] = 1
         unused = eps**2 - old.square().sum()
         available = ((old * union).square().sum((1, 2)) + unused / channels).sqrt()
-        bump = _bump(side).T if u[4] < 0.5 else _bump(side)
+        bump = two_pyramids(side).T if u[4] < 0.5 else two_pyramids(side)
         inner = old[first] / old[first].flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
         mixed = (
             torch.tensor([-1.0 if v < 0.5 else 1.0 for v in u[5:]])[:, None, None] * bump + inner
@@ -636,7 +636,7 @@ def test_the_traps_of_a_borrowed_attack_cannot_bite(
     draws = Draws(0, "attack", data.ids)
     target = bind(Defense(model, None).eval(), "full", draws, 1)
     stream = torch.get_rng_state()
-    outcome = borrowed(Trap, "trap", 1, target, data.pixels(), data.labels, LINF)
+    outcome = run_torchattack(Trap, "trap", 1, target, data.pixels(), data.labels, LINF)
     assert torch.equal(torch.get_rng_state(), stream)
     assert not any(module.training for module in model.modules())
     assert not any(p.grad is not None or not p.requires_grad for p in model.parameters())

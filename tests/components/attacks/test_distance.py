@@ -398,10 +398,10 @@ def test_the_weight_is_bisected_for_each_image_by_itself() -> None:
     seen: list[list[float]] = []
 
     class Scripted(ElasticNet):
-        def _descend(
-            self, target: Target, labels: Tensor, c: Tensor, look: int, found: Any
+        def fista(
+            self, target: Target, labels: Tensor, c: Tensor, query: int, found: Any
         ) -> Tensor:
-            assert look == 1 + 2 * self.steps * len(seen)
+            assert query == 1 + 2 * self.steps * len(seen)
             seen.append(c.tolist())
             return c >= torch.tensor([0.3, 5.0])
 

@@ -69,7 +69,7 @@ def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
     content = bytearray(part.read_bytes())
     content[content.index(small_set().images[3].numpy().tobytes()[:16])] ^= 1
     part.write_bytes(content)
-    shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
+    shards.write_manifest(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         image_set.read(folder)
 
@@ -122,13 +122,13 @@ def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
 
 
 def test_another_schema_is_refused(folder: Path) -> None:
-    shards.finish(folder, {"shape": [3, 4, 6], "class_names": ["a", "b", "c"]})
+    shards.write_manifest(folder, {"shape": [3, 4, 6], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="is needed"):
         image_set.read(folder)
 
 
 def test_labels_outside_the_classes_are_refused(folder: Path) -> None:
-    shards.finish(folder, {"shape": [3, 4, 5], "class_names": ["a", "b"]})
+    shards.write_manifest(folder, {"shape": [3, 4, 5], "class_names": ["a", "b"]})
     with pytest.raises(DataError, match=r"labels outside 0\.\.1"):
         image_set.read(folder)
 
