@@ -184,7 +184,7 @@ def _worker(config: dict[str, Any]) -> None:
     """Train in one worker of Ray Train, which is told nothing in between: a report waits for it."""
     import ray.train
 
-    job_files.localise()
+    job_files.download_inputs()
     _loop(config, ray.train.get_context().get_world_rank() == 0)
 
 

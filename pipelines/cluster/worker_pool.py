@@ -62,7 +62,7 @@ class Worker:
 
     def run(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Make a call, with the inputs of the job on this node."""
-        job_files.localise()
+        job_files.download_inputs()
         try:
             return call(function, arguments)
         finally:

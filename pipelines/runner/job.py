@@ -84,7 +84,7 @@ def _attempt(folder: JobFolder, attempt: str) -> int:
 
 def _run(spec: Spec, emitter: Emitter) -> Result:
     require_versions(spec.versions)
-    job_files.localise()
+    job_files.download_inputs()
     # The paths of a stage are relative to the folder of the project; in a job that is its home.
     os.chdir(jobs.home())
     module = importlib.import_module(f"pipelines.stages.{spec.stage}")

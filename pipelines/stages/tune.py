@@ -193,7 +193,7 @@ def _trial(config: dict[str, Value], setup: StudySetup, work: str) -> None:
     """Run one trial in a process of Ray Tune."""
     from ray import tune
 
-    job_files.localise()
+    job_files.download_inputs()
     name = tune.get_context().get_trial_id()
     run_trial(setup, config, Path(work) / "trials" / name, tune.report)
 

@@ -1,10 +1,9 @@
-"""Where this process is: the folder of work in progress, and what a job on a cluster has instead.
+"""The files of a job: the nodes share no disk, so files travel through the store.
 
-On a laptop all work lies in one folder beside the data, and paths mean the same for every process.
-The processes of a job lie on machines that share no disk: each has a folder of its own with the
-same absolute path, `home()`, into which `localise` brings the inputs; what one process leaves for
-another goes through the store (`share`, `see`). Outside a job these do nothing. What is kept under
-`.limpid` is named by all it depends on, so in the store it outlives its job.
+Outside of a job, all work is in one folder and paths mean the same for every process: the functions
+here then only look at the local disk. In a job every node has its own copy of the same absolute
+path, `home()`. `download_inputs` fills it, and processes exchange files by `upload` and `download`.
+Work in progress under `.limpid` is named by all it depends on, so the store keeps it after the job.
 """
 
 import contextlib
@@ -17,13 +16,14 @@ from pipelines.layout import ROOT
 from pipelines.storage.jobs import home, job, scratch, spec, store
 from pipelines.storage.locks import lock
 
-# What nobody has used for so long is removed from a node.
+# Files of earlier jobs that were not used for so long are removed from a node.
 STALE_S = 2 * 24 * 3600
-_shared: dict[Path, tuple[int, int]] = {}
+# The files that this process has uploaded, or downloaded with their folder, and their state then.
+_synced: dict[Path, tuple[int, int]] = {}
 
 
-def localise() -> None:
-    """Bring the inputs of this job to this node, once for all its processes."""
+def download_inputs() -> None:
+    """Download the inputs of this job to this node, once for all processes there."""
     name = job()
     if name is None:
         return
@@ -35,34 +35,34 @@ def localise() -> None:
 
 
 def upload(path: Path) -> None:
-    """Bring a file or folder of this job's to the store; what left the folder leaves the store.
+    """Upload a file, or the changes of a folder, to the store.
 
-    That is what this process brought there, or found there: another may work there too, where this
-    one was cut off and given up.
+    Files that are gone from the folder are removed from the store, but only those that this process
+    uploaded, or downloaded with their folder: if it was cut off and replaced, another process works
+    in the same folder of the store.
     """
     if job() is None:
         return
-    there = store()
     files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
-    # A manifest last: where it is, all it names is.
+    # A manifest last, so that every manifest in the store names files that are there.
     for file in sorted(files, key=lambda file: file.name == MANIFEST):
-        mark = _mark(file)
-        if _shared.get(file) != mark:
-            there.write(_name(file), file.read_bytes())
-            _shared[file] = mark
-    for file in [file for file in _shared if file.is_relative_to(path) and not file.exists()]:
-        there.drop(_name(file))
-        del _shared[file]
+        state = _state(file)
+        if _synced.get(file) != state:
+            store().write(_name(file), file.read_bytes())
+            _synced[file] = state
+    for file in [file for file in _synced if file.is_relative_to(path) and not file.exists()]:
+        store().drop(_name(file))
+        del _synced[file]
 
 
-def _mark(file: Path) -> tuple[int, int]:
-    """Say what may change where a file does."""
-    state = file.stat()
-    return state.st_mtime_ns, state.st_size
+def _state(file: Path) -> tuple[int, int]:
+    """Return the time of modification and the size, which change when the file does."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def download(path: Path) -> bool:
-    """Bring a file that a process of this job shared to this node; say whether there is one."""
+    """Download a file that a process of this job uploaded; return whether there is one."""
     if job() is None:
         return path.exists()
     content = store().read(_name(path))
@@ -72,22 +72,22 @@ def download(path: Path) -> bool:
 
 
 def download_folder(path: Path, into: Path | None = None) -> None:
-    """Bring a folder that a process of this job shared, in place of what is here, or elsewhere."""
+    """Replace a folder by what processes of this job uploaded of it; or put that into another."""
     if job() is None:
         return
-    there, name, target = store(), _name(path), into or path
+    name, target = _name(path), into or path
     shutil.rmtree(target, ignore_errors=True)
-    for inner in there.names(name):
-        content = there.read(inner)
+    for inner in store().names(name):
+        content = store().read(inner)
         if content is not None:
             file = target / inner[len(name) + 1 :]
             write_bytes(file, content)
             if into is None:
-                _shared[file] = _mark(file)
+                _synced[file] = _state(file)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, here and where it was shared."""
+    """Remove a folder from this node and from the store."""
     shutil.rmtree(path, ignore_errors=True)
     if job() is not None:
         for name in store().names(_name(path)):
@@ -95,15 +95,16 @@ def remove(path: Path) -> None:
 
 
 def available(paths: list[Path]) -> list[bool]:
-    """Say which of these files are there already, here or in the store."""
+    """Return for each file whether it exists: on this disk, or in a job in the store."""
     if job() is None:
         return [path.exists() for path in paths]
     folders = {_name(path.parent) for path in paths}
-    there = {name for folder in folders for name in store().names(folder)}
-    return [_name(path) in there for path in paths]
+    stored = {name for folder in folders for name in store().names(folder)}
+    return [_name(path) in stored for path in paths]
 
 
 def _name(path: Path) -> str:
+    """Return the name of a file in the store."""
     relative = path.absolute().relative_to(home())
     if relative.parts[0] == ROOT.name:
         return Path("kept", *relative.parts[1:]).as_posix()
@@ -111,7 +112,7 @@ def _name(path: Path) -> str:
 
 
 def _prune() -> None:
-    """Remove from this node what earlier jobs left."""
+    """Remove the files of earlier jobs from this node."""
     old = time.time() - STALE_S
     for path in [*scratch().glob("cas/*/*"), *scratch().iterdir()]:
         with contextlib.suppress(FileNotFoundError):
