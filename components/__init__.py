@@ -8,7 +8,7 @@ contracts in `pyproject.toml`)::
     sources                 where raw images come from
     models                  classifiers, purifiers, checkpoints; `Defense` and `Target`
     attacks, serving        perturbations and adversarial sets; a defense behind an endpoint
-    probes                  measurements and trials on one defense
+    probes                  measurements and attacks on one defense
     training, evaluation    objectives and the training loop; counted scores
     checks                  doubts about scores
     selftest                the same checks against defenses that are known to be broken

@@ -14,9 +14,9 @@ from components.attacks import L2, Linf
 from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Mode
-from components.probes import gradients, models, trials
+from components.probes import attacks, gradients, models
+from components.probes.attacks import UNBOUNDED, Bench
 from components.probes.contract import Finding
-from components.probes.trials import UNBOUNDED, Bench
 
 __all__ = ["Finding", "probe"]
 
@@ -48,7 +48,7 @@ def probe(
         findings.append(gradients.gradient_correct(defense, x, labels, bench.draws))
         if defense.stochastic:
             findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
-    findings += trials.unbounded(bench.pick(rows[:UNBOUNDED].to(device)), modes)
+    findings += attacks.unbounded(bench.pick(rows[:UNBOUNDED].to(device)), modes)
     if stored is not None and "full" in modes:
         findings += _thorough(bench, [part[: len(x)].to(device) for part in stored], eot)
     return findings
@@ -57,11 +57,11 @@ def probe(
 def _thorough(bench: Bench, stored: Sequence[Tensor], eot: int) -> list[Finding]:
     attack = ApgdCe(kind="apgd_ce", steps=100, restarts=1, eot=1)
     findings = [
-        trials.radii(bench),
-        trials.converged(bench, stored),
-        trials.planted(bench, attack),
-        trials.repeatable(bench),
+        attacks.radii(bench),
+        attacks.converged(bench, stored),
+        attacks.planted(bench, attack),
+        attacks.repeatable(bench),
     ]
     if bench.defense.stochastic:
-        findings += [trials.fixed_noise(bench), trials.eot_enough(bench, eot)]
+        findings += [attacks.fixed_noise(bench), attacks.eot_enough(bench, eot)]
     return findings

@@ -1,10 +1,11 @@
-"""Checks that take an attack: each passes on an honest defense and fires on a planted fault."""
+"""Probes that attack, and measured gradients: right on honest defenses, failed on faulty ones."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from toys import head
 
 from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
@@ -15,8 +16,8 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import BitDepth, GaussianNoise
-from components.probes import gradients, trials
-from components.probes.trials import Bench
+from components.probes import attacks, gradients
+from components.probes.attacks import Bench
 
 THREAT = Linf(norm="linf", eps_255=25.5)
 APGD = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=1)
@@ -24,29 +25,29 @@ APGD = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=1)
 
 @pytest.fixture
 def bench(classifier: Classifier, test_set: ImageSet) -> Bench:
-    return on(Defense(classifier, None), test_set)
+    return bench_of(Defense(classifier, None), test_set)
 
 
 @pytest.fixture
 def noisy(classifier: Classifier, test_set: ImageSet) -> Bench:
     purifier = GaussianNoise(kind="gaussian_noise", sigma=0.3).build(test_set.shape)
-    return on(Defense(classifier, purifier), test_set)
+    return bench_of(Defense(classifier, purifier), test_set)
 
 
-def on(defense: Defense, data: ImageSet, count: int = 48) -> Bench:
-    some = data[torch.arange(count)]
+def bench_of(defense: Defense, data: ImageSet, count: int = 48) -> Bench:
+    some = head(data, count)
     return Bench(defense.freeze(), some.pixels(), some.labels, some.ids, THREAT, 0)
 
 
 class Dodging(Bench):
-    """A bench whose attacks do nothing in balls larger than the threat's."""
+    """A bench whose attacks do nothing at radii above the threat's."""
 
     def run(self, attack: Attack, mode: Mode, threat: Linf, seed: int) -> Tensor:  # type: ignore[override]
         return self.x if threat.eps > self.threat.eps else super().run(attack, mode, threat, seed)
 
 
 class Global(Purifier):
-    """Noise from the global stream, which nobody can repeat."""
+    """Noise from the global random stream."""
 
     stochastic = True
 
@@ -55,57 +56,55 @@ class Global(Purifier):
 
 
 def test_accuracy_falls_as_the_radius_grows(bench: Bench) -> None:
-    found = trials.radii(bench)
+    found = attacks.radii(bench)
     assert found.passed
-    curve = [found.figures[f"{factor:g}"] for factor in (0, *trials.RADII)]
+    curve = [found.figures[f"{factor:g}"] for factor in (0, *attacks.RADII)]
     assert curve[0] > 0.9 and curve[-1] < 0.05 and curve == sorted(curve, reverse=True)
     assert found.figures["n"] == len(bench.x)
     clean = (bench.defense(bench.x).argmax(1) == bench.labels).double().mean()
     assert curve[0] == pytest.approx(float(clean)), "radius 0 is clean"
 
 
-def test_a_radius_that_protects_is_found(bench: Bench) -> None:
+def test_a_larger_radius_that_protects_is_reported(bench: Bench) -> None:
     dodging = Dodging(**{name: getattr(bench, name) for name in bench.__dataclass_fields__})
-    assert not trials.radii(dodging).passed
+    assert not attacks.radii(dodging).passed
 
 
-def test_images_that_fall_to_more_steps_were_not_attacked_enough(
-    bench: Bench, noisy: Bench
-) -> None:
+def test_stored_attacks_of_too_few_steps_are_reported(bench: Bench, noisy: Bench) -> None:
     for one in (bench, noisy):
-        found = trials.converged(one, [one.x])
+        found = attacks.converged(one, [one.x])
         assert not found.passed and found.figures["before"] > found.figures["after"] + 0.1
         strong = [one.run(APGD.model_copy(update={"eot": 8}), "full", THREAT, k) for k in (5, 6)]
-        assert trials.converged(one, strong).passed
+        assert attacks.converged(one, strong).passed
 
 
-def test_a_planted_example_is_found_by_gradient_and_by_nothing_else(
+def test_planted_examples_are_found_by_a_usable_gradient_only(
     bench: Bench, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    assert trials.planted(bench, APGD).passed
-    blind = trials.planted(bench, Noise(kind="noise", tries=20))
+    assert attacks.planted(bench, APGD).passed
+    blind = attacks.planted(bench, Noise(kind="noise", tries=20))
     assert not blind.passed and blind.figures["share"] < 0.5
     rounded = BitDepth(kind="bit_depth", bits=2).build(test_set.shape)
-    masked = trials.planted(on(Defense(classifier, rounded), test_set), APGD)
+    masked = attacks.planted(bench_of(Defense(classifier, rounded), test_set), APGD)
     assert not masked.passed
 
 
-def test_what_is_owed_to_chance_is_measured(noisy: Bench) -> None:
-    found = trials.fixed_noise(noisy)
+def test_accuracy_that_unknown_noise_adds_is_reported(noisy: Bench) -> None:
+    found = attacks.fixed_noise(noisy)
     assert found.figures["gap"] > 0.1 and not found.passed
     little = GaussianNoise(kind="gaussian_noise", sigma=0.001).build((1, 8, 8))
     quiet = replace(noisy, defense=Defense(noisy.defense.classifier, little).freeze())
-    assert trials.fixed_noise(quiet).passed
+    assert attacks.fixed_noise(quiet).passed
 
 
-def test_equal_seeds_give_equal_bytes_unless_noise_is_global(bench: Bench) -> None:
-    assert trials.repeatable(bench).passed
+def test_noise_from_the_global_stream_is_reported_as_not_repeatable(bench: Bench) -> None:
+    assert attacks.repeatable(bench).passed
     wild = replace(bench, defense=Defense(bench.defense.classifier, Global()).freeze())
-    assert not trials.repeatable(wild).passed
+    assert not attacks.repeatable(wild).passed
 
 
-def test_more_draws_that_fool_more_are_found(noisy: Bench) -> None:
-    assert trials.eot_enough(noisy, 16).passed
+def test_too_few_draws_per_gradient_are_reported(noisy: Bench) -> None:
+    assert attacks.eot_enough(noisy, 16).passed
 
     class Starved(Bench):
         def run(self, attack: Attack, mode: Mode, threat: Linf, seed: int) -> Tensor:  # type: ignore[override]
@@ -113,16 +112,16 @@ def test_more_draws_that_fool_more_are_found(noisy: Bench) -> None:
             return self.x if attack.eot == 4 else super().run(attack, mode, threat, seed)
 
     starved = Starved(**{name: getattr(noisy, name) for name in noisy.__dataclass_fields__})
-    assert not trials.eot_enough(starved, 4).passed
+    assert not attacks.eot_enough(starved, 4).passed
 
 
-def test_gradients_of_a_noisy_defense_agree_the_better_the_more_draws(noisy: Bench) -> None:
+def test_gradients_of_a_noisy_defense_agree_better_with_more_draws(noisy: Bench) -> None:
     found = gradients.eot_agreement(noisy.defense, noisy.x, noisy.labels, noisy.draws, 20)
     figures = [found.figures[f"cosine_{size}"] for size in gradients.EOT_SIZES]
     assert figures == sorted(figures) and figures[0] < 0.5 < 0.8 < figures[-1] <= 1
 
 
-def test_the_certificate_of_a_linear_model_is_exact() -> None:
+def test_the_gradient_of_a_linear_model_equals_its_differences() -> None:
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     x = torch.rand(4, 1, 4, 4)
     labels = linear(x).argmax(1)
@@ -132,7 +131,7 @@ def test_the_certificate_of_a_linear_model_is_exact() -> None:
 
 
 class Scaled(Purifier):
-    """Right in the forward pass; its gradient is turned around where `flipped`."""
+    """Scales pixels; `flipped` turns the sign of the gradient, and changes no value."""
 
     def __init__(self, flipped: bool) -> None:
         super().__init__()
@@ -143,7 +142,7 @@ class Scaled(Purifier):
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_a_wrong_half_is_named_by_its_own_cosine(bench: Bench, flipped: bool) -> None:
+def test_a_wrong_gradient_shows_in_the_cosine_of_its_half(bench: Bench, flipped: bool) -> None:
     defense = Defense(bench.defense.classifier, Scaled(flipped)).freeze()
     found = gradients.gradient_correct(defense, bench.x, bench.labels, bench.draws)
     sign = -1 if flipped else 1
