@@ -1,28 +1,33 @@
 """Small models, purifiers and data that several test files share."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from components.attacks import L2, AttackConfig, Crafted, Linf
+from components.attacks import L2, Attack, AttackConfig, Crafted, Linf, craft
+from components.attacks.contract import Outcome
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.checkpoints import ModelCard, build, save
+from components.models.defense import Defense, Mode, Target, bind
 from components.models.purifiers import Purifier
+from components.models.purifiers.controls import Threshold
 from components.models.purifiers.diffusion.ddpm import Ddpm, Diffusion
 from components.probes import Finding
 
 LINF = Linf(norm="linf", eps_255=32.0)
 BALL = L2(norm="l2", eps_l2=0.7)
+THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 # Every kind of attack, with settings small enough for a test, and other settings of some.
 ATTACKS: dict[str, dict[str, Any]] = {
     "noise": {"tries": 5},
@@ -157,6 +162,18 @@ class Constant(nn.Module):
         return self.logits.expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
+class Function(nn.Module):
+    """A classifier from a function of pixels; it has a parameter, so a device."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class ParityModel(nn.Module):
     """The network that the authors' AutoAttack was recorded on."""
 
@@ -268,6 +285,74 @@ def fooled(crafted: Crafted) -> int:
 def failed(findings: list[Finding], level: str = "block") -> list[str]:
     """Return the names of the failed findings of this level."""
     return [f.name for f in findings if not f.passed and f.level == level]
+
+
+def true_margins(model: nn.Module, crafted: Crafted) -> Tensor:
+    """Return the margins (N,) of the crafted images: the true logit less the largest other one."""
+    logits = model(crafted.images)
+    true = logits.gather(1, crafted.labels[:, None]).squeeze(1)
+    margins: Tensor = true - logits.scatter(1, crafted.labels[:, None], -torch.inf).amax(1)
+    return margins
+
+
+def resized(threat: Linf | L2, eps: float) -> Linf | L2:
+    """Return the threat of the same norm with radius `eps`, in units of [0,1]."""
+    if isinstance(threat, Linf):
+        return Linf(norm="linf", eps_255=255 * eps)
+    return L2(norm="l2", eps_l2=eps)
+
+
+def grey_images(count: int, shape: tuple[int, int, int] = (1, 6, 6), classes: int = 2) -> ImageSet:
+    """Return images of class 0 whose pixels stay clear of 0 and 1 under attack."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(90, 166, (count, *shape), generator=generator, dtype=torch.uint8)
+    names = tuple(str(k) for k in range(classes))
+    return ImageSet(images, torch.zeros(count).long(), torch.arange(count) * 5 + 2, names)
+
+
+def thresholded(model: nn.Module) -> Defense:
+    """Return the model behind a threshold at 0.5."""
+    return Defense(model, Threshold(kind="threshold", at=0.5).build((1, 6, 6))).freeze()
+
+
+def attack_model(
+    attack: Attack, model: nn.Module, data: ImageSet, threat: Linf | L2, mode: Mode = "full"
+) -> Crafted:
+    """Attack a defense, or a bare classifier, in one batch."""
+    defense = model if isinstance(model, Defense) else Defense(model, None)
+    return craft(attack, defense.freeze(), mode, data, threat, 0, len(data))
+
+
+def run_on_target(
+    attack: Attack, defense: Defense, data: ImageSet, images: Tensor | None = None
+) -> tuple[Target, Outcome]:
+    """Run an attack without `craft`, on the pixels of `data` or on `images` in their place."""
+    draws = Draws(0, "attack", data.ids)
+    target = bind(defense.freeze(), "full", draws, getattr(attack, "eot", 1))
+    pixels = data.pixels() if images is None else images
+    return target, attack.run(target, pixels, data.labels, LINF, draws)
+
+
+def compare_with_authors(
+    attack: Attack, names: Sequence[str], threat: Linf | L2,
+    recorded: tuple[Defense, ImageSet, dict[str, Any]],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return which images withstood `attack`, and which withstood all the authors' `names`.
+
+    Compared are all images that any of the authors' attacks fooled, and a few of the others.
+    """
+    defense, data, outcomes = recorded
+    theirs = {
+        name: torch.tensor(outcome["robust"]).bool()
+        for name, outcome in outcomes["Linf" if threat is LINF else "L2"].items()
+        if isinstance(outcome, dict)
+    }
+    withstood = torch.stack(list(theirs.values())).all(0)
+    rows = torch.cat([(~withstood).nonzero()[:, 0], withstood.nonzero()[::40, 0]])
+    assert 60 < len(rows) < 80
+    close = resized(threat, 0.2 if threat is LINF else 1.5)
+    crafted = craft(attack, defense, "full", data[rows], close, 0, len(rows))
+    return ~crafted.success, torch.stack([theirs[name][rows] for name in names]).all(0)
 
 
 # Files

@@ -114,7 +114,12 @@ class DefenseGanA(Config):
             nn.Conv2d(shape[0], 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU(), nn.Flatten()
         )
         features = _feature_count(self.kind, body, shape, 9)
-        head = (_Dropout(0.25, "body"), nn.Linear(features, 128), nn.ReLU(), _Dropout(0.5, "head"))
+        head = (
+            KeyedDropout(0.25, "body"),
+            nn.Linear(features, 128),
+            nn.ReLU(),
+            KeyedDropout(0.5, "head"),
+        )
         network = nn.Sequential(body, *head, nn.Linear(128, classes))
         return Classifier(network, shape[0], classes)
 
@@ -135,8 +140,10 @@ class DefenseGanB(Config):
             nn.Conv2d(128, 128, 5, 1, 1), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
         features = _feature_count(self.kind, body, shape, 26)
-        head = (_Dropout(0.5, "head"), nn.Linear(features, classes))
-        return Classifier(nn.Sequential(_Dropout(0.2, "pixels"), body, *head), shape[0], classes)
+        head = (KeyedDropout(0.5, "head"), nn.Linear(features, classes))
+        return Classifier(
+            nn.Sequential(KeyedDropout(0.2, "pixels"), body, *head), shape[0], classes
+        )
 
 
 ClassifierConfig = Annotated[
@@ -144,7 +151,7 @@ ClassifierConfig = Annotated[
 ]
 
 
-class _Dropout(nn.Module):
+class KeyedDropout(nn.Module):
     """Dropout at `rate` of the features (N,...) in training, reproducible after a resume.
 
     Torch's dropout draws from the global random stream, which is not part of the state that a
@@ -162,6 +169,7 @@ class _Dropout(nn.Module):
         self.register_buffer("key", torch.randint(1 << 31, ()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` in eval mode, else `x` with features dropped and the rest scaled up."""
         if not self.training:
             return x
         draws = Draws(

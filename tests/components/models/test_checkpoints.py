@@ -1,4 +1,4 @@
-"""A model folder gives back the very network that was saved, or says why it cannot."""
+"""Model folders: the saved network is loaded to the bit, or the folder is refused."""
 
 import io
 import json
@@ -78,7 +78,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", MODELS)
 IMAGES = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-# Of DiffDefense's classifiers, whose convolutions are wide.
+# For the classifiers of Defense-GAN, which need larger images.
 LARGE = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
@@ -86,17 +86,17 @@ def images_for(name: str) -> torch.Tensor:
     return LARGE if name.startswith("defense_gan") else IMAGES
 
 
-def answer(name: str, module: nn.Module) -> torch.Tensor:
-    """Return what a network makes of images, or of what it takes instead."""
+def output(name: str, module: nn.Module) -> torch.Tensor:
+    """Return the output of a network for images, or for its other kind of input."""
     x = images_for(name)
     if isinstance(module, GenerativePair):
         return torch.cat([module.generator(LARGE[:, 0, 0, :16]).flatten(), module.critic(x)])
     if isinstance(module, Diffusion):
-        answered: torch.Tensor = module(x, torch.arange(12) % 5)
-        return answered
+        out: torch.Tensor = module(x, torch.arange(12) % 5)
+        return out
     noise = (Draws(0, "score", torch.arange(len(x))),) if MODELS[name][0] == "purifier" else ()
-    answered = module(x, *noise)
-    return answered
+    out = module(x, *noise)
+    return out
 
 
 def card_of(name: str, **changes: Any) -> ModelCard:
@@ -113,11 +113,11 @@ def card_of(name: str, **changes: Any) -> ModelCard:
 
 
 def build_trained(name: str, seed: int = 0) -> nn.Module:
-    """Return a network whose buffers are not those it was born with."""
+    """Return a network whose buffers are not the initial ones."""
     torch.manual_seed(seed)
     module = build(card_of(name))
     with torch.no_grad():
-        answer(name, module.train())
+        output(name, module.train())
     if MODELS[name][0] == "classifier":
         module.get_buffer("mean").fill_(0.3)
     return module.eval()
@@ -129,7 +129,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_table_has_every_kind() -> None:
+def test_models_cover_every_kind() -> None:
     kinds = set()
     for union in (ClassifierConfig, PurifierConfig):
         for member in get_args(get_args(union)[0]):
@@ -138,19 +138,19 @@ def test_the_table_has_every_kind() -> None:
 
 
 @EVERY
-def test_what_is_loaded_answers_to_the_bit_as_what_was_saved(name: str, tmp_path: Path) -> None:
+def test_loaded_model_equals_the_saved_one_to_the_bit(name: str, tmp_path: Path) -> None:
     module = build_trained(name)
     save(tmp_path / "model", module, card_of(name))
     loaded = load(tmp_path / "model")
-    assert torch.equal(answer(name, loaded), answer(name, module))
+    assert torch.equal(output(name, loaded), output(name, module))
     assert state_digest(loaded) == state_digest(module)
     assert not any(m.training for m in loaded.modules())
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(answer(name, load(str(tmp_path / "model"))), answer(name, module))
+    assert torch.equal(output(name, load(str(tmp_path / "model"))), output(name, module))
 
 
 @EVERY
-def test_a_folder_holds_no_pickle_and_nothing_of_the_machine(name: str, tmp_path: Path) -> None:
+def test_folder_has_no_pickle_and_no_paths_of_the_machine(name: str, tmp_path: Path) -> None:
     save(tmp_path / "model", build_trained(name), card_of(name))
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert names == sorted([CONFIG, WEIGHTS, MANIFEST])
@@ -160,13 +160,13 @@ def test_a_folder_holds_no_pickle_and_nothing_of_the_machine(name: str, tmp_path
     header = 8 + int.from_bytes(weights[:8], "little")
     tensors = {k: v for k, v in json.loads(weights[8:header]).items() if k != "__metadata__"}
     values = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    assert header + values == len(weights), "more than a header and numbers"
+    assert header + values == len(weights), "it has more than a header and numbers"
     for path in (tmp_path / "model").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
 
 
 @EVERY
-def test_equal_weights_are_equal_bytes(name: str, tmp_path: Path) -> None:
+def test_equal_weights_give_equal_bytes(name: str, tmp_path: Path) -> None:
     save(tmp_path / "one", build_trained(name), card_of(name))
     save(tmp_path / "two", build_trained(name), card_of(name))
     for file in (CONFIG, WEIGHTS, MANIFEST):
@@ -174,14 +174,14 @@ def test_equal_weights_are_equal_bytes(name: str, tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
 
 
-def test_weights_that_lie_otherwise_in_memory_are_equal_bytes(tmp_path: Path) -> None:
+def test_memory_layout_does_not_change_the_bytes(tmp_path: Path) -> None:
     module = build_trained("resnet")
     save(tmp_path / "one", module, card_of("resnet"))
     save(tmp_path / "two", module.to(memory_format=torch.channels_last), card_of("resnet"))
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
 
 
-def test_the_fingerprint_changes_with_weights_and_with_the_card(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_weights_and_card(tmp_path: Path) -> None:
     cards = [card_of("small_cnn"), card_of("small_cnn", provenance={"trained_on": "something"})]
     prints = set()
     for index, (seed, card) in enumerate(((0, cards[0]), (1, cards[0]), (0, cards[1]))):
@@ -190,7 +190,7 @@ def test_the_fingerprint_changes_with_weights_and_with_the_card(tmp_path: Path) 
     assert len(prints) == 3
 
 
-def test_the_digest_of_a_state_covers_buffers_and_names() -> None:
+def test_state_digest_covers_buffers_and_names() -> None:
     module = build_trained("small_cnn")
     digest = state_digest(module)
     assert digest == state_digest(build_trained("small_cnn"))
@@ -208,9 +208,9 @@ def test_the_digest_of_a_state_covers_buffers_and_names() -> None:
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 def test_every_altered_byte_is_refused(file: str, folder: Path) -> None:
     content = (folder / file).read_bytes()
-    for place in torch.randint(len(content), (40,)).tolist():
+    for position in torch.randint(len(content), (40,)).tolist():
         damaged = bytearray(content)
-        damaged[place] ^= 1
+        damaged[position] ^= 1
         (folder / file).write_bytes(damaged)
         for reader in (load, read_card, fingerprint):
             with pytest.raises(DataError, match=f"{file} was altered since it was written"):
@@ -221,43 +221,43 @@ def test_every_altered_byte_is_refused(file: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 3, 7])
-def test_an_altered_manifest_is_refused_or_harmless(bit: int, folder: Path) -> None:
-    """Whatever byte of it: a DataError and nothing else, or the very same weights."""
+def test_altered_manifest_is_refused_or_harmless(bit: int, folder: Path) -> None:
+    """For every byte: either a DataError, or the same weights."""
     content = (folder / MANIFEST).read_bytes()
     digest = state_digest(load(folder))
     refused = 0
-    for place in range(len(content)):
+    for position in range(len(content)):
         damaged = bytearray(content)
-        damaged[place] ^= 1 << bit
+        damaged[position] ^= 1 << bit
         (folder / MANIFEST).write_bytes(damaged)
         try:
             assert state_digest(load(folder)) == digest
         except DataError:
             refused += 1
-    assert refused > 120, "two digests of 64 digits stand there"
+    assert refused > 120, "it has two digests of 64 digits"
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS, MANIFEST])
-def test_a_missing_file_is_named(file: str, folder: Path) -> None:
+def test_missing_file_is_named(file: str, folder: Path) -> None:
     (folder / file).unlink()
     with pytest.raises(DataError, match=f"no finished model folder.*{file} is missing"):
         load(folder)
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished model folder"):
         load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("listed", ["[]", "{}", '{"files": [{}]}', '{"files": 3}', "nonsense", ""])
-def test_a_manifest_of_another_form_is_refused(listed: str, folder: Path) -> None:
+def test_malformed_manifest_is_refused(listed: str, folder: Path) -> None:
     (folder / MANIFEST).write_text(listed)
     with pytest.raises(DataError, match="no model folder of this version"):
         load(folder)
 
 
-def test_a_manifest_must_vouch_for_both_files(folder: Path) -> None:
-    """Else an altered file passes for want of a digest to compare it with."""
+def test_manifest_must_list_both_files(folder: Path) -> None:
+    """Otherwise an altered file would not be noticed."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for left_out in (CONFIG, WEIGHTS):
         files = [file for file in manifest["files"] if file["path"] != left_out]
@@ -267,7 +267,7 @@ def test_a_manifest_must_vouch_for_both_files(folder: Path) -> None:
 
 
 def rewrite(folder: Path, card: dict[str, Any]) -> None:
-    """Replace the card and make the manifest agree, as somebody with an editor would."""
+    """Replace the card, and adapt the manifest as a user with an editor could."""
     (folder / CONFIG).write_text(json.dumps(card))
     manifest = json.loads((folder / MANIFEST).read_text())
     for file in manifest["files"]:
@@ -275,7 +275,7 @@ def rewrite(folder: Path, card: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_weights_of_another_architecture_are_refused_and_named(folder: Path) -> None:
+def test_weights_of_another_architecture_are_named_and_refused(folder: Path) -> None:
     card = json.loads((folder / CONFIG).read_text())
     rewrite(folder, {**card, "model": {"kind": "small_cnn", "width": 8}})
     with pytest.raises(DataError, match=r"network\.0\.weight: config \(8, 1, 3, 3\), weights \(4,"):
@@ -292,7 +292,7 @@ def test_weights_of_another_architecture_are_refused_and_named(folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model": {"kind": "vgg"}}, "describes no valid network"),
         ({"model": {"kind": "resnet", "depth": 9, "width": 4}}, "not 6n"),
@@ -303,16 +303,16 @@ def test_weights_of_another_architecture_are_refused_and_named(folder: Path) -> 
         ({"shape": [1, 8]}, "describes no valid network"),
     ],
 )
-def test_a_card_that_describes_nothing_is_refused(
-    change: dict[str, Any], said: str, folder: Path
-) -> None:
+def test_invalid_card_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:
     card = json.loads((folder / CONFIG).read_text())
     rewrite(folder, {**card, **change})
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load(folder)
 
 
-def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
+def test_load_purifier_refuses_other_models_and_applies_an_inference(
+    folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="holds a small_cnn, which is no purifier by itself"):
         load_purifier(folder)
     save(tmp_path / "gan", build_trained("gan"), card_of("gan"))
@@ -329,7 +329,7 @@ def test_a_classifier_is_no_purifier(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("form", ["pickle", "torch.save", "beside", "state.pt"])
-def test_a_pickle_in_place_of_weights_is_refused_unread(
+def test_pickle_is_refused_without_being_unpickled(
     form: str, protocol: int, folder: Path, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
@@ -341,7 +341,7 @@ def test_a_pickle_in_place_of_weights_is_refused_unread(
     pickle.loads(pickle.dumps(Evil(Path.touch, tmp_path / "works")))
     assert (tmp_path / "works").exists()
     if form == "beside":
-        # What the manifest does not vouch for is not looked at.
+        # Files that are not in the manifest are ignored.
         for name in ("weights.pt", "pytorch_model.bin", "model.pkl"):
             (folder / name).write_bytes(bad)
         load(folder)
@@ -364,9 +364,9 @@ def test_a_pickle_in_place_of_weights_is_refused_unread(
     assert not marker.exists()
 
 
-# Serving: torch, safetensors and `components` are all it takes
+# A purifier needs torch, safetensors and `components` only.
 
-SERVING = """
+SCRIPT = """
 import sys
 for name in ("ray", "dvc", "mlflow", "ruamel", "ruamel.yaml", "yaml", "pipelines"):
     sys.modules[name] = None
@@ -381,18 +381,18 @@ assert cleaned.shape == images.shape and cleaned.min() >= 0 and cleaned.max() <=
 assert theirs(cleaned).shape == (5, 3)
 assert not torch.equal(cleaned, images)
 again = purifier(images)
-assert torch.equal(again, cleaned) != purifier.stochastic, "served noise is fresh"
+assert torch.equal(again, cleaned) != purifier.stochastic, "noise is fresh"
 loaded = [n for n in ("ray", "dvc", "mlflow", "pipelines") if sys.modules.get(n) is not None]
 assert not loaded, loaded
-print("served")
+print("done")
 """
 
 
 @pytest.mark.parametrize("name", ["conv_autoencoder", "random_transform"])
-def test_a_purifier_is_served_without_ray_dvc_or_mlflow(name: str, tmp_path: Path) -> None:
+def test_purifier_loads_and_runs_without_ray_dvc_or_mlflow(name: str, tmp_path: Path) -> None:
     save(tmp_path / "model", build_trained(name), card_of(name))
-    command = [sys.executable, "-c", SERVING, str(tmp_path / "model")]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model")]
     repository = project.ROOT
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "served"
+    assert done.stdout.strip() == "done"

@@ -1,4 +1,4 @@
-"""Every classifier takes pixels in [0,1], normalises them itself and returns logits."""
+"""Classifiers take pixels in [0,1], normalise them and return logits."""
 
 from typing import Any, get_args
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import uniform_pixels
 
 from components.data.image_set import ImageSet
-from components.models.classifiers import Classifier, ClassifierConfig
+from components.models.classifiers import Classifier, ClassifierConfig, KeyedDropout
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "small_cnn": {"kind": "small_cnn", "width": 4},
@@ -32,11 +32,11 @@ def build_classifier(
 
 
 def small(kind: str, channels: int = 1) -> tuple[int, int, int]:
-    """Return the smallest shape these tests try: 8 x 8 unless the kind needs more."""
+    """Return a small shape: 8 x 8, or the smallest that the kind takes."""
     return (channels, SMALLEST.get(kind, 8), SMALLEST.get(kind, 8))
 
 
-def test_the_table_has_every_kind() -> None:
+def test_samples_cover_every_kind() -> None:
     members = get_args(get_args(ClassifierConfig)[0])
     kinds = {kind for m in members for kind in get_args(m.model_fields["kind"].annotation)}
     assert kinds == set(SAMPLES)
@@ -46,7 +46,7 @@ def test_the_table_has_every_kind() -> None:
 @EVERY
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pixels_in_are_logits_out(
+def test_output_is_logits_of_the_dtype_of_the_images(
     kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     if min(shape[1:]) < SMALLEST.get(kind, 1):
@@ -57,12 +57,12 @@ def test_pixels_in_are_logits_out(
         uniform_pixels(16, shape).to(dtype)
     )
     assert logits.shape == (16, 7) and logits.dtype == dtype and logits.isfinite().all()
-    assert not torch.allclose(logits.sum(1), torch.ones(16, dtype=dtype)), "softmaxed"
-    assert logits.std(0).max() > 0, "the same for every image"
+    assert not torch.allclose(logits.sum(1), torch.ones(16, dtype=dtype)), "these are probabilities"
+    assert logits.std(0).max() > 0, "equal logits for all images"
 
 
 @EVERY
-def test_an_image_is_classified_on_its_own(kind: str) -> None:
+def test_logits_of_an_image_do_not_depend_on_its_batch(kind: str) -> None:
     model, x = build_classifier(SAMPLES[kind], small(kind), 10), uniform_pixels(16, small(kind))
     whole = model(x)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
@@ -71,7 +71,7 @@ def test_an_image_is_classified_on_its_own(kind: str) -> None:
 
 
 @EVERY
-def test_every_pixel_is_looked_at(kind: str) -> None:
+def test_every_pixel_has_a_gradient(kind: str) -> None:
     x = uniform_pixels(16, small(kind)).requires_grad_()
     logits = build_classifier(SAMPLES[kind], small(kind), 10)(x)
     (gradient,) = torch.autograd.grad((logits * torch.arange(10)).sum(), x)
@@ -79,9 +79,10 @@ def test_every_pixel_is_looked_at(kind: str) -> None:
 
 
 @EVERY
-def test_normalisation_lies_inside(kind: str) -> None:
-    """Scaling the pixels and renormalising leaves the logits as they were: the network itself
-    sees images of mean 0 and deviation 1, whatever their brightness.
+def test_classifier_normalises_its_input(kind: str) -> None:
+    """The inner network gets images of mean 0 and deviation 1, whatever their brightness.
+
+    So scaling the pixels and setting the normalisation again leaves the logits as they were.
     """
     model, x = (
         build_classifier(SAMPLES[kind], small(kind, 3), 10),
@@ -99,10 +100,10 @@ def test_normalisation_lies_inside(kind: str) -> None:
     model.normalise_by(0.25 + x / 2)
     assert torch.allclose(model(0.25 + x / 2), before, atol=1e-3)
     hook.remove()
-    assert {"mean", "std"} <= set(model.state_dict()), "the normalisation is part of the weights"
+    assert {"mean", "std"} <= set(model.state_dict()), "it is saved with the weights"
 
 
-def test_a_channel_of_one_grey_does_not_divide_by_zero() -> None:
+def test_constant_channel_gives_finite_logits() -> None:
     model, x = build_classifier(SAMPLES["small_cnn"], (1, 8, 8), 10), torch.full((4, 1, 8, 8), 0.5)
     model.normalise_by(x)
     assert model(uniform_pixels(16, (1, 8, 8))).isfinite().all()
@@ -116,56 +117,56 @@ def test_a_channel_of_one_grey_does_not_divide_by_zero() -> None:
         ({"kind": "resnet18", "width": 64}, (11.165, 11.180)),
     ],
 )
-def test_the_networks_have_the_published_sizes(
+def test_resnets_have_their_published_sizes(
     config: dict[str, Any], millions: tuple[float, float]
 ) -> None:
-    """0.27 M, 0.85 M and 11.17 M; `resnet` has 1 x 1 convolutions where the original pads."""
+    """0.27 M, 0.85 M and 11.17 M; the shortcuts of `resnet` add some parameters."""
     model = build_classifier(config, (3, 32, 32), 10)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] <= count <= millions[1]
 
 
 @pytest.mark.parametrize(("kind", "millions"), [("defense_gan_a", 0.925), ("defense_gan_b", 0.710)])
-def test_the_classifiers_of_defense_gan_have_their_sizes(kind: str, millions: float) -> None:
+def test_classifiers_of_defense_gan_have_their_sizes(kind: str, millions: float) -> None:
     model = build_classifier(SAMPLES[kind], (1, 28, 28), 10)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert count == pytest.approx(millions, rel=0.001)
 
 
 @pytest.mark.parametrize("kind", SMALLEST)
-def test_images_the_convolutions_do_not_fit_are_refused_with_a_sentence(kind: str) -> None:
+def test_images_too_small_for_the_convolutions_are_refused(kind: str) -> None:
     side = SMALLEST[kind]
-    said = f"{kind} takes images of at least {side} x {side}, not {side - 1} x {side}"
-    with pytest.raises(ValueError, match=said):
+    message = f"{kind} takes images of at least {side} x {side}, not {side - 1} x {side}"
+    with pytest.raises(ValueError, match=message):
         build_classifier(SAMPLES[kind], (1, side - 1, side), 10)
     with pytest.raises(ValueError, match="at least"):
         build_classifier(SAMPLES[kind], (1, side, side - 1), 10)
 
 
 @pytest.mark.parametrize(
-    ("kind", "shares"), [("defense_gan_a", [0.25, 0.5]), ("defense_gan_b", [0.2, 0.5])]
+    ("kind", "rates"), [("defense_gan_a", [0.25, 0.5]), ("defense_gan_b", [0.2, 0.5])]
 )
-def test_dropout_drops_its_share_in_training_alone(kind: str, shares: list[float]) -> None:
+def test_dropout_acts_at_its_rate_and_in_training_only(kind: str, rates: list[float]) -> None:
     model, x = build_classifier(SAMPLES[kind], (1, 28, 28), 10), uniform_pixels(64, (1, 28, 28))
     seen: list[tuple[Tensor, Tensor]] = []
     for module in model.network.children():
-        if type(module).__name__ == "_Dropout":
+        if isinstance(module, KeyedDropout):
             module.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
     model(x)
     assert len(seen) == 2 and all(torch.equal(before, after) for before, after in seen)
     seen.clear()
     model.train()(x)
-    for (before, after), share in zip(seen, shares, strict=True):
+    for (before, after), rate in zip(seen, rates, strict=True):
         alive = before != 0
         kept = (after != 0)[alive].double()
-        assert kept.mean() == pytest.approx(1 - share, abs=5 * 0.5 / kept.numel() ** 0.5)
-        scaled = before[after != 0] / (1 - share)
-        assert torch.allclose(after[after != 0], scaled), "the mean is not kept"
+        assert kept.mean() == pytest.approx(1 - rate, abs=5 * 0.5 / kept.numel() ** 0.5)
+        scaled = before[after != 0] / (1 - rate)
+        assert torch.allclose(after[after != 0], scaled), "the mean has changed"
         assert len({tuple(row.tolist()) for row in (after != 0).flatten(1)}) == len(x)
 
 
 @pytest.mark.parametrize("kind", SMALLEST)
-def test_dropout_goes_on_where_the_state_was_and_leaves_the_global_stream_alone(kind: str) -> None:
+def test_dropout_resumes_from_the_state_and_leaves_the_global_stream(kind: str) -> None:
     model, x = (
         build_classifier(SAMPLES[kind], (1, 28, 28), 10).train(),
         uniform_pixels(16, (1, 28, 28)),
@@ -182,14 +183,14 @@ def test_dropout_goes_on_where_the_state_was_and_leaves_the_global_stream_alone(
 
 
 @pytest.mark.parametrize(("depth", "convolutions"), [(8, 7 + 2), (20, 19 + 2), (56, 55 + 2)])
-def test_depth_counts_the_layers_that_learn(depth: int, convolutions: int) -> None:
+def test_depth_counts_the_trained_layers(depth: int, convolutions: int) -> None:
     model = build_classifier({"kind": "resnet", "depth": depth, "width": 2}, (1, 8, 8), 10)
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 1
 
 
 @pytest.mark.parametrize("depth", [2, 7, 9, 11, 18, 55, -4, 0])
-def test_a_depth_that_is_no_resnet_is_refused_with_a_sentence(depth: int) -> None:
+def test_depths_other_than_6n_plus_2_are_refused(depth: int) -> None:
     with pytest.raises(ValidationError, match=f"depth {depth} is not 6n\\+2"):
         TypeAdapter(ClassifierConfig).validate_python(
             {"kind": "resnet", "depth": depth, "width": 4}
@@ -197,11 +198,11 @@ def test_a_depth_that_is_no_resnet_is_refused_with_a_sentence(depth: int) -> Non
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"width": 4.0}, {"wdith": 4}, {"kind": "vgg"}])
-def test_impossible_sections_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_sections_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(ClassifierConfig).validate_python({**SAMPLES["small_cnn"], **change})
 
 
-def test_training_teaches_it_something(classifier: Classifier, test_set: ImageSet) -> None:
+def test_trained_classifier_is_accurate(classifier: Classifier, test_set: ImageSet) -> None:
     right = classifier(test_set.pixels()).argmax(1) == test_set.labels
     assert right.float().mean() > 0.93

@@ -1,4 +1,4 @@
-"""A target gives the value it says with the gradient it says, counts its passes, and folds."""
+"""Targets: values and gradients of the modes, counted passes, EOT, and folded BatchNorm."""
 
 from copy import deepcopy
 
@@ -46,7 +46,7 @@ def classifier_of(name: str) -> Classifier:
 
 
 def randomise(module: nn.Module) -> None:
-    """Give every BatchNorm statistics and weights that a folding must not lose."""
+    """Give every BatchNorm random statistics and weights."""
     generator = torch.Generator().manual_seed(5)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -66,7 +66,7 @@ def batch(test_set: ImageSet, count: int = 32) -> tuple[Tensor, Tensor, Draws]:
 
 
 @pytest.mark.parametrize("name", [*PURIFIERS, "none"])
-def test_bpda_and_full_answer_alike_to_the_bit(
+def test_bpda_and_full_give_equal_logits_to_the_bit(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, _, draws = batch(test_set)
@@ -78,7 +78,7 @@ def test_bpda_and_full_answer_alike_to_the_bit(
         assert torch.equal(defense(x, draws.redraw(draw)), full)
 
 
-def test_bpda_gives_the_gradient_of_the_classifier_at_the_purified_image(
+def test_bpda_gradient_is_that_of_the_classifier_at_the_purified_image(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set)
@@ -96,12 +96,12 @@ def test_bpda_gives_the_gradient_of_the_classifier_at_the_purified_image(
 
 
 @pytest.mark.parametrize("purifier", ["autoencoder", "global", "random"])
-def test_the_full_gradient_is_that_of_central_differences(
+def test_full_gradient_matches_central_differences(
     purifier: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set, 4)
-    # Kinks of ReLU would spoil the differences; softplus at the same weights has none. Pixels are
-    # pulled inwards so that no clip is met, and noise is frozen.
+    # Differences fail at the kinks of ReLU, so it is replaced by softplus. Pixels stay away from
+    # the clips, and the noise is fixed.
     inner = purifier_of(purifier)
     defense = smooth(deepcopy(Defense(classifier, inner))).double().freeze()
     x = 0.8 + 0.1 * x.double() if purifier == "global" else 0.4 + 0.2 * x.double()
@@ -139,7 +139,7 @@ def smooth(defense: Defense) -> Defense:
 
 @pytest.mark.parametrize("mode", ["full", "bpda"])
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_every_pass_is_counted_per_image(
+def test_passes_are_counted_per_image(
     mode: Mode, stochastic: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set, 6)
@@ -158,7 +158,7 @@ def test_every_pass_is_counted_per_image(
     assert target.passes.backward.tolist() == [eot] * 4 + [2 * eot] + [eot]
 
 
-def test_rows_of_a_target_carry_their_noise(classifier: Classifier, test_set: ImageSet) -> None:
+def test_rows_of_a_target_keep_their_noise(classifier: Classifier, test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
     target = bind(Defense(classifier, Noisy(0.2)).freeze(), "full", draws, 2)
     whole = target.evaluate(x, labels, margin, 5)
@@ -170,27 +170,29 @@ def test_rows_of_a_target_carry_their_noise(classifier: Classifier, test_set: Im
     assert not torch.allclose(moved.margin, some.margin, atol=1e-3)
 
 
-def test_eot_is_the_mean_over_draws_that_no_other_look_shares(
+def test_eot_averages_over_draws_of_its_own_query(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set, 8)
     defense = Defense(classifier, Noisy(0.2)).freeze()
     three = bind(defense, "full", draws, 3)
-    for look in (0, 1, 4):
-        seen = three.evaluate(x, labels, margin, look)
+    for query in (0, 1, 4):
+        seen = three.evaluate(x, labels, margin, query)
         alone = [
-            bind(defense, "full", draws, 1).evaluate(x, labels, margin, 3 * look + k)
+            bind(defense, "full", draws, 1).evaluate(x, labels, margin, 3 * query + k)
             for k in range(3)
         ]
         assert torch.allclose(seen.gradient, sum(a.gradient for a in alone) / 3, atol=1e-6)
         assert torch.allclose(seen.margin, sum(a.margin for a in alone) / 3, atol=1e-5)
         assert torch.allclose(seen.loss, sum(a.loss for a in alone) / 3, atol=1e-5)
-        assert torch.allclose(three.margins(x, labels, look), seen.margin, atol=1e-5)
+        assert torch.allclose(three.margins(x, labels, query), seen.margin, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("purifier", PURIFIERS)
-def test_folding_changes_nothing_but_the_time(purifier: str, name: str, test_set: ImageSet) -> None:
+def test_folding_batch_norm_keeps_outputs_and_the_original(
+    purifier: str, name: str, test_set: ImageSet
+) -> None:
     x, _, draws = batch(test_set)
     defense = Defense(classifier_of(name), purifier_of(purifier)).freeze()
     before = deepcopy(defense.state_dict())
@@ -204,7 +206,7 @@ def test_folding_changes_nothing_but_the_time(purifier: str, name: str, test_set
     assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
 
 
-def test_a_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
+def test_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
     defense = Defense(classifier_of("resnet"), purifier_of("autoencoder")).freeze()
     gradients = [
@@ -214,19 +216,19 @@ def test_a_folded_defense_has_the_same_gradient(test_set: ImageSet) -> None:
     assert F.cosine_similarity(*gradients).min() > 1 - 1e-5
 
 
-def test_the_margin_is_the_true_logit_less_the_largest_other() -> None:
+def test_margin_is_the_true_logit_minus_the_largest_other() -> None:
     logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, -1.0]])
     assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [2.0, -2.0, 0.0]
 
 
 @pytest.mark.parametrize("row", [[torch.nan] * 3, [0.0, torch.nan, 1.0], [torch.nan, 0.0, 1.0]])
-def test_logits_that_are_not_numbers_give_no_margin(row: list[float]) -> None:
+def test_nan_logits_give_nan_margins(row: list[float]) -> None:
     for label in range(3):
         assert margin(torch.tensor([row]), torch.tensor([label])).isnan().all()
 
 
 @pytest.mark.parametrize("purifier", [Rounded(3), Detached()], ids=["rounded", "detached"])
-def test_a_cut_graph_gives_a_gradient_of_zero(
+def test_detached_purifier_gives_a_zero_gradient(
     purifier: Purifier, classifier: Classifier, test_set: ImageSet
 ) -> None:
     x, labels, draws = batch(test_set)
@@ -236,7 +238,7 @@ def test_a_cut_graph_gives_a_gradient_of_zero(
     assert target.passes.backward.tolist() == [1] * len(x)
 
 
-def test_looking_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> None:
+def test_queries_change_no_state(classifier: Classifier, test_set: ImageSet) -> None:
     x, labels, draws = batch(test_set)
     defense = Defense(deepcopy(classifier), purifier_of("random")).freeze()
     before, stream = deepcopy(defense.state_dict()), torch.get_rng_state()
@@ -249,7 +251,7 @@ def test_looking_leaves_no_trace(classifier: Classifier, test_set: ImageSet) -> 
     assert torch.equal(torch.get_rng_state(), stream)
 
 
-def test_a_defense_says_what_its_purifier_is(classifier: Classifier) -> None:
+def test_defense_has_the_flags_of_its_purifier(classifier: Classifier) -> None:
     facts = [
         (d.stochastic, d.differentiable)
         for d in (Defense(classifier, p) for p in (None, Rounded(3), Noisy(0.2), Detached()))

@@ -1,4 +1,4 @@
-"""APuDAE: denoisers, their statistics, every variant of the descent, its gradient and stand-ins."""
+"""APuDAE: the denoisers, the variants of the descent, its gradient and its stand-ins."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {
     "kind": "apudae", "steps": 4, "rate": 0.02, "optimiser": "adam", "target": "minimum",
     "scaled": False, "noise_255": 0.0, "transform": None,
 }  # fmt: skip
-TURN = {"degrees": 5.0, "stretch": 0.1}
+AFFINE = {"degrees": 5.0, "stretch": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "A": {"optimiser": "sgd", "rate": 0.1},
     "B": {},
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "D": {"target": "distribution"},
     "E": {"target": "one_sided"},
     "F": {"target": "one_sided", "noise_255": 0.7},
-    "G": {"target": "one_sided", "noise_255": 0.7, "transform": TURN},
+    "G": {"target": "one_sided", "noise_255": 0.7, "transform": AFFINE},
 }
 
 
@@ -58,7 +58,7 @@ def apudae(network: nn.Module, **changes: Any) -> Purifier:
     return Apudae.model_validate({**BASE, **changes}).wrap(network).eval()
 
 
-def test_parameters_of_the_paper() -> None:
+def test_networks_of_the_paper_have_their_size() -> None:
     small = Denoiser(kind="denoiser", width=64).build((1, 28, 28))
     red = RedNet(kind="red_net", blocks=15, width=64).build((3, 32, 32))
     assert sum(p.numel() for p in small.parameters()) == pytest.approx(0.0755e6, rel=0.01)
@@ -72,7 +72,7 @@ def test_odd_sides_are_refused(config: Denoiser | RedNet) -> None:
         config.build((1, 7, 8))
 
 
-def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
+def test_calibration_stores_mean_and_deviation_for_any_batch() -> None:
     network, x = denoiser(trained=False), uniform_pixels(20, SHAPE)
     errors = (x - network(x)).square().flatten(1).sum(1)
     for batch in (1, 7, 20):
@@ -82,8 +82,8 @@ def test_statistics_are_those_of_the_clean_images_in_any_batches() -> None:
     assert torch.allclose(network.detector_score(x), (errors - errors.mean()) / errors.std())
 
 
-def test_descending_on_a_known_error() -> None:
-    """With f(x) = x/2 a plain step of rate r turns x into x(1 - r/2)."""
+def test_descent_on_a_known_error_has_a_closed_form() -> None:
+    """With f(x) = x/2, an SGD step of rate r maps x to x (1 - r/2)."""
     x = uniform_pixels(3, SHAPE)
     direct = apudae(Shrink(), optimiser="sgd", rate=0.4, steps=3)(x)
     assert torch.allclose(direct, x * 0.8**3, atol=1e-6)
@@ -91,7 +91,7 @@ def test_descending_on_a_known_error() -> None:
     assert torch.allclose(one, (x - 0.01).clamp(0, 1), atol=1e-5), "Adam's first step is a sign"
 
 
-def test_one_sided_leaves_what_is_clean_alone() -> None:
+def test_one_sided_target_leaves_clean_images_unchanged() -> None:
     network = Shrink()
     x = uniform_pixels(8, SHAPE)
     error = x.square().flatten(1).sum(1) / 4
@@ -103,21 +103,21 @@ def test_one_sided_leaves_what_is_clean_alone() -> None:
     moved = (purified != x).flatten(1).any(1)
     assert torch.equal(moved, ~below)
     two_sided = apudae(network, target="distribution", steps=6)(x)
-    assert (two_sided != x).flatten(1).any(1).all(), "D pulls clean images up to the mean"
+    assert (two_sided != x).flatten(1).any(1).all(), "D moves clean images to the mean too"
 
 
-def test_the_scaled_rate_grows_with_the_error() -> None:
+def test_scaled_rate_grows_with_the_error() -> None:
     network = Shrink()
     x = torch.cat([torch.full((1, *SHAPE), 0.1), torch.full((1, *SHAPE), 0.9)])
     network.clean_mean.copy_(network.error(x).mean())
     network.clean_std.fill_(0.5)
     step = x - apudae(network, steps=1, scaled=True)(x)
-    share = torch.sigmoid((network.error(x) - network.clean_mean) / network.clean_std)
-    expected = (0.02 * share)[:, None, None, None].expand_as(step)
+    factor = torch.sigmoid((network.error(x) - network.clean_mean) / network.clean_std)
+    expected = (0.02 * factor)[:, None, None, None].expand_as(step)
     assert torch.allclose(step, expected, atol=1e-5)
 
 
-def test_noise_is_more_where_the_error_is_odd_and_none_at_the_mean() -> None:
+def test_noise_grows_with_the_detector_score_and_is_zero_at_the_mean() -> None:
     network = Shrink()
     x = torch.full((2, *SHAPE), 0.5)
     x[1] = 0.9
@@ -128,28 +128,29 @@ def test_noise_is_more_where_the_error_is_odd_and_none_at_the_mean() -> None:
     assert moved[0] < 1e-7 and 0.8 * amplitude < moved[1] <= amplitude + 1e-6
 
 
-def test_a_turn_of_nothing_is_nothing_and_turns_are_bounded() -> None:
+def test_random_affine_keeps_lengths_range_and_the_identity() -> None:
     x, draws = uniform_pixels(4, SHAPE), keyed(4)
     still = RandomAffine(degrees=0.0, stretch=0.0).apply(x, draws)
     assert torch.allclose(still, x, atol=1e-5)
-    # Turning an oblong picture keeps lengths: a dot four pixels off the centre stays so.
+    # In a wide image too, a dot four pixels from the centre stays at that distance.
     wide = torch.zeros(1, 1, 9, 17)
     wide[0, 0, 4, 12] = 1.0
     quarter = math.atan2(1, 1)
-    turn = RandomAffine(degrees=45.0, stretch=0.0)
+    rotation = RandomAffine(degrees=45.0, stretch=0.0)
     for k in range(40):
         one = keyed(1).redraw(k)
         angle = (2 * float(one.uniform((2,), "turn")[0, 0]) - 1) * quarter
-        there = turn.apply(wide, one)[0, 0]
+        there = rotation.apply(wide, one)[0, 0]
         row, column = (there.argmax() // 17).item(), (there.argmax() % 17).item()
         assert abs(abs(row - 4) - abs(4 * math.sin(angle))) < 0.8
         assert abs(abs(column - 8) - abs(4 * math.cos(angle))) < 0.8
-    turned = RandomAffine(degrees=20.0, stretch=0.2).apply(x, draws)
-    assert (turned - x).abs().amax() > 0.1 and turned.min() >= 0 and turned.max() <= 1
+    transformed = RandomAffine(degrees=20.0, stretch=0.2).apply(x, draws)
+    assert (transformed - x).abs().amax() > 0.1
+    assert transformed.min() >= 0 and transformed.max() <= 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_each_image_goes_its_own_way(variant: str) -> None:
+def test_image_does_not_depend_on_its_batch(variant: str) -> None:
     x, draws = uniform_pixels(9, SHAPE), keyed(9)
     purifier = apudae(denoiser(), **VARIANTS[variant])
     whole = purifier(x, draws)
@@ -159,9 +160,9 @@ def test_each_image_goes_its_own_way(variant: str) -> None:
         assert torch.allclose(purifier(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
 
 
-# Where a denoiser bends (ReLU, clip), differences say nothing; away from it they must agree.
+# Central differences fail at the kinks of the denoiser (ReLU, clip). Elsewhere they must agree.
 @pytest.mark.parametrize("variant", ["A", "C", "D", "E", "F", "G"])
-def test_the_unrolled_gradient_is_what_differences_measure(variant: str) -> None:
+def test_unrolled_gradient_matches_central_differences(variant: str) -> None:
     network = denoiser()
     network.clean_mean.mul_(0.3)
     changes = {"optimiser": "sgd", "rate": 0.05, **VARIANTS[variant], "steps": 3}
@@ -171,42 +172,43 @@ def test_the_unrolled_gradient_is_what_differences_measure(variant: str) -> None
     x, draws = 0.3 + 0.4 * uniform_pixels(4, SHAPE).double(), keyed(4)
     point = x.clone().requires_grad_()
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
-    (slope,) = torch.autograd.grad((purifier(point, draws) * probe).sum(), point)
+    (gradient,) = torch.autograd.grad((purifier(point, draws) * probe).sum(), point)
     agreed = 0
     for seed in range(6):
-        way = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
-        coarse, fine = (
-            (((purifier(x + h * way, draws) - purifier(x - h * way, draws)) * probe).sum((1, 2, 3)))
-            / (2 * h)
-            for h in (1e-6, 3e-7)
-        )
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
+
+        def difference(h: float, direction: Tensor = direction) -> Tensor:
+            change = purifier(x + h * direction, draws) - purifier(x - h * direction, draws)
+            return (change * probe).sum((1, 2, 3)) / (2 * h)
+
+        coarse, fine = difference(1e-6), difference(3e-7)
         smooth = (coarse - fine).abs() <= 1e-4 * fine.abs().clamp_min(1e-6)
-        claimed = (slope * way).sum((1, 2, 3))
-        assert torch.allclose(claimed[smooth], fine[smooth], rtol=1e-3, atol=1e-6)
+        predicted = (gradient * direction).sum((1, 2, 3))
+        assert torch.allclose(predicted[smooth], fine[smooth], rtol=1e-3, atol=1e-6)
         agreed += int(smooth.sum())
     assert agreed >= 8
 
 
-def test_a_cut_graph_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted fault: the error forgets that f(x) depends on x, in the backward pass too."""
-    exact = _through(denoiser())
+def test_gradient_changes_if_the_denoiser_is_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: the error ignores the dependence of f(x) on x."""
+    exact = input_gradient(denoiser())
     monkeypatch.setattr(
         DenoisingAutoencoder,
         "error",
         lambda self, x: (x - self(x).detach()).square().flatten(1).sum(1),
     )
-    assert not torch.allclose(_through(denoiser()), exact, rtol=0.05)
+    assert not torch.allclose(input_gradient(denoiser()), exact, rtol=0.05)
 
 
-def _through(network: DenoisingAutoencoder) -> Tensor:
+def input_gradient(network: DenoisingAutoencoder) -> Tensor:
     point = uniform_pixels(4, SHAPE).requires_grad_()
-    (slope,) = torch.autograd.grad(
+    (gradient,) = torch.autograd.grad(
         apudae(network, optimiser="sgd", rate=0.05)(point).square().sum(), point
     )
-    return slope
+    return gradient
 
 
-def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() -> None:
+def test_stand_ins_keep_the_value_and_have_gradients_of_their_own() -> None:
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).requires_grad_(False)
     purifier = apudae(denoiser())
     defense = Defense(classifier, purifier).freeze()
@@ -219,16 +221,16 @@ def test_stand_ins_have_the_value_of_the_purifier_and_a_gradient_of_their_own() 
         assert found.gradient.flatten(1).ne(0).any(1).all()
         assert all(not torch.allclose(found.gradient, other) for other in seen)
         seen.append(found.gradient)
-    with pytest.raises(ValueError, match="this purifier has no stand-in short; it has direct, plain"):
+    with pytest.raises(ValueError, match="has no stand-in short; it has direct, plain"):
         bind(defense, "short", draws, 1).evaluate(x, labels, margin, 0)
 
 
-def test_the_stand_in_direct_is_one_pass_of_the_network() -> None:
+def test_direct_stand_in_is_one_pass_of_the_denoiser() -> None:
     network, x = denoiser(), uniform_pixels(3, SHAPE)
     assert torch.equal(apudae(network).stand_in("direct", x, None), network(x))
 
 
-def test_only_denoisers_can_be_descended_on() -> None:
+def test_other_networks_and_a_zero_rate_are_refused() -> None:
     other = ConvAutoencoder(
         kind="conv_autoencoder", blocks=2, width=2, strided=[], residual="none"
     ).build(SHAPE)
@@ -238,8 +240,8 @@ def test_only_denoisers_can_be_descended_on() -> None:
         Apudae.model_validate({**BASE, "rate": 0})
 
 
-def test_denoising_draws_its_own_strength_for_every_image() -> None:
-    """With f = identity the loss is the mean of the squared noise, of which sigma^2/3 is left."""
+def test_denoising_objective_draws_a_noise_level_per_image() -> None:
+    """With f = identity, the loss is the mean squared noise: sigma_max^2 / 3."""
 
     class Identity(Purifier):
         def purify(self, x: Tensor, draws: Draws | None) -> Tensor:

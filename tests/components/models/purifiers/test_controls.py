@@ -1,232 +1,66 @@
-"""JPEG is JPEG, and says what its gradient is; the random network is the network, at random."""
+"""Controls compute their operation; the random network has untrained weights."""
 
-import io
-from itertools import product
-from typing import Literal
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pydantic import ValidationError
-from scipy.fft import dctn
-from torch import Tensor
+from toys import grey_levels, keyed
 
-from components.attacks import Linf, craft
-from components.attacks.gradient import Pgd
 from components.data.draws import Draws
-from components.data.image_set import ImageSet
-from components.models.classifiers import Classifier
-from components.models.defense import Defense
-from components.models.purifiers import Purifier
 from components.models.purifiers.autoencoder import ConvAutoencoder
-from components.models.purifiers.controls import RandomNetwork
-from components.models.purifiers.jpeg import (
-    YCBCR,
-    Jpeg,
-    dct_matrix,
-    quantisation_tables,
-    round_coefficients,
+from components.models.purifiers.controls import (
+    BitDepth,
+    GaussianNoise,
+    Identity,
+    Median,
+    RandomNetwork,
+    Threshold,
 )
+from components.models.purifiers.jpeg import Jpeg
 
-SHAPES = ((1, 8, 8), (3, 16, 24), (3, 12, 10), (1, 5, 5), (1, 28, 28))
+SHAPE = (1, 8, 8)
 AUTOENCODER = ConvAutoencoder(
     kind="conv_autoencoder", blocks=4, width=6, strided=[2], residual="none"
 )
 
 
-def jpeg(quality: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Purifier:
-    return Jpeg(kind="jpeg", quality=quality).build(shape).eval()
+def test_controls_compute_their_operation() -> None:
+    x = grey_levels(24, SHAPE)
+    assert torch.equal(Identity(kind="identity").build(SHAPE)(x), x)
+    assert torch.equal(Threshold(kind="threshold", at=0.5).build(SHAPE)(x), (x > 0.5).float())
+    assert torch.allclose(BitDepth(kind="bit_depth", bits=2).build(SHAPE)(x), (x * 3).round() / 3)
+    # The images have 8 bits already.
+    assert torch.allclose(BitDepth(kind="bit_depth", bits=8).build(SHAPE)(x), x, atol=1e-6)
+    median = Median(kind="median", size=3).build(SHAPE)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    window = padded[:, :, 2:5, 4:7].flatten(2).sort(2).values[:, :, 4]
+    assert torch.equal(median(x)[:, :, 2, 4], window)
+    corner = x[:, 0, [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 1, 0, 0, 1]]
+    assert torch.equal(median(x)[:, 0, 0, 0], corner.median(1).values), "edges are not replicated"
+    noisy = GaussianNoise(kind="gaussian_noise", sigma=0.1).build(SHAPE)
+    noise = noisy(torch.full_like(x, 0.5), keyed(24)) - 0.5
+    assert abs(noise.std() - 0.1) < 0.02
 
 
-def varied_images(shape: tuple[int, int, int], count: int = 24) -> Tensor:
-    """Return images of 8-bit levels, smooth and rough ones, black, white and grey ones."""
-    generator = torch.Generator().manual_seed(1)
-    rough = torch.randint(0, 256, (count, *shape), generator=generator).float()
-    smooth = rough.cumsum(3).cumsum(2)
-    images = torch.cat([rough, (smooth / smooth.amax((1, 2, 3), keepdim=True) * 255).round()])
-    flat = torch.tensor([0.0, 255.0, 127.0, 128.0, 129.0]).view(-1, 1, 1, 1).expand(-1, *shape)
-    return torch.cat([images, flat]) / 255
-
-
-def pillow(x: Tensor, quality: int, mode: Literal["RGB", "YCbCr"] = "RGB") -> Tensor:
-    """Write and read images (N,C,H,W) as files, without chroma subsampling."""
-    read = []
-    for image in (255 * x).round().byte().permute(0, 2, 3, 1).numpy():
-        file = io.BytesIO()
-        colour = image.shape[2] == 3
-        picture = Image.fromarray(image, mode) if colour else Image.fromarray(image.squeeze(2))
-        picture.save(file, "JPEG", quality=quality, subsampling=0)
-        opened = Image.open(file)
-        if colour:
-            opened.draft(mode, opened.size)
-        array = np.array(opened)
-        read.append(torch.from_numpy(array.reshape(image.shape)).permute(2, 0, 1))
-    return torch.stack(read).float() / 255
-
-
-def test_the_transform_is_the_discrete_cosine_transform() -> None:
-    block = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = dct_matrix() @ block.double() @ dct_matrix().T
-    theirs = dctn(block.numpy(), axes=(1, 2), norm="ortho")
-    assert np.abs(ours.numpy() - theirs).max() < 1e-5
-    assert torch.allclose(dct_matrix() @ dct_matrix().T, torch.eye(8).double())
-
-
-@pytest.mark.parametrize("quality", [1, 10, 49, 50, 51, 75, 95, 100])
-def test_tables_are_those_a_file_carries(quality: int) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality)
-    carried = Image.open(file).quantization  # type: ignore[attr-defined]
-    ours = quantisation_tables(quality).int().flatten(1)
-    assert ours[0].tolist() == list(carried[0])
-    assert ours[1].tolist() == ours[2].tolist() == list(carried[1])
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] == 1])
-@pytest.mark.parametrize("quality", [10, 50, 75, 95])
-def test_a_grey_image_comes_out_as_from_a_file(shape: tuple[int, int, int], quality: int) -> None:
-    """Up to the rounding of pixels, and to ties that libjpeg's fixed-point transform tips."""
-    x = varied_images(shape)
-    ours, theirs = jpeg(quality, shape)(x), pillow(x, quality)
-    apart = 255 * (ours - theirs).abs()
-    assert apart.median() < 0.51 and apart.mean() < 0.6, (apart.median(), apart.mean())
-    assert (apart > 1.01).float().mean() < 0.12
-    assert 255 * (theirs - x).abs().mean() > 2 * apart.mean(), "nothing was lost"
-
-
-@pytest.mark.parametrize("quality", [10, 50, 75, 95])
-def test_a_colour_image_comes_out_as_from_a_file(quality: int) -> None:
-    """Luminance and colour differences (N,3,H,W) that are whole numbers, as a file has them."""
-    shape = (3, 12, 24)
-    levels = (98 + 60 * varied_images(shape)).round()
-    matrix = torch.tensor(YCBCR)
-    shift = torch.tensor([0.0, 128, 128]).view(3, 1, 1)
-    x = torch.einsum("cp,nphw->nchw", matrix.inverse(), levels - shift) / 255
-    inside = ((x > 0.1) & (x < 0.9)).flatten(1).all(1)
-    x, levels = x[inside], levels[inside]
-    assert len(x) > 10
-    ours = torch.einsum("pc,nchw->nphw", matrix, 255 * jpeg(quality, shape)(x)) + shift
-    theirs = pillow(levels / 255, quality, "YCbCr") * 255
-    apart, lossy = (ours - theirs).abs(), (theirs - levels).abs()
-    for plane in range(3):
-        assert apart[:, plane].median() < 0.51 and apart[:, plane].mean() < 0.6, plane
-        assert (apart[:, plane] > 1.01).float().mean() < 0.12, plane
-        assert lossy[:, plane].mean() > 2 * apart[:, plane].mean(), "nothing was lost"
-    grey = varied_images((1, 12, 24))
-    threefold = jpeg(quality, shape)(grey.expand(-1, 3, -1, -1))
-    assert torch.allclose(threefold, jpeg(quality)(grey).expand_as(threefold), atol=1e-5)
-
-
-def test_a_block_by_hand() -> None:
-    """Quality 50 divides the constant wave by 16: levels change in steps of 2, ties away from 0."""
-    levels = torch.tensor([0, 1, 2, 3, 127, 128, 129, 130, 131, 255.0])
-    expected = torch.tensor([0, 0, 2, 2, 126, 128, 130, 130, 132, 256.0]).clamp(0, 255)
-    x = (levels / 255).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    assert torch.allclose(255 * jpeg(50)(x), expected.view(-1, 1, 1, 1).expand_as(x), atol=1e-4)
-    # The fastest column wave alone: one coefficient at (0, 7), which table K.1 divides by 61.
-    wave = torch.outer(torch.ones(8), dct_matrix()[7].float())
-    for amplitude, steps in ((30.0, 0), (31.0, 1), (91.0, 1), (92.0, 2), (-92.0, -2)):
-        x = (128 + amplitude * wave / 8**0.5) / 255
-        back = 255 * jpeg(50)(x[None, None]) - 128
-        assert torch.allclose(back[0, 0], 61 * steps * wave / 8**0.5, atol=1e-3)
-
-
-def test_less_quality_loses_more() -> None:
-    x = varied_images((3, 16, 16))
-    lost = [(jpeg(quality, (3, 16, 16))(x) - x).abs().mean().item() for quality in (1, 10, 50, 90)]
-    assert lost == sorted(lost, reverse=True)
-    assert (jpeg(100)(varied_images((1, 8, 8))) - varied_images((1, 8, 8))).abs().max() < 3 / 255
-
-
-@pytest.mark.parametrize("quality", [1, 50, 75, 100])
-def test_no_image_and_no_tie_hangs_on_its_company(quality: int) -> None:
-    """Every block of 8-bit levels has coefficients half way between two steps."""
-    for shape in SHAPES:
-        purifier, x = jpeg(quality, shape), varied_images(shape, 40)
-        whole = purifier(x)
-        assert whole.min() >= 0 and whole.max() <= 1 and whole.isfinite().all()
-        exact = jpeg(quality, shape).double()(x.double())
-        assert torch.allclose(exact.float(), whole, rtol=0, atol=1e-5), "rounding decides a tie"
-        for rows in (torch.tensor([5]), torch.arange(7), torch.arange(84).flip(0)):
-            assert torch.allclose(purifier(x[rows]), whole[rows], rtol=0, atol=1e-5)
-    half = torch.tensor([0.5, 1.5, -0.5, -2.5, 0.4999, 0.4996, -0.2])
-    assert round_coefficients(half).tolist() == [1, 2, -1, -3, 1, 0, 0]
-
-
-def test_the_gradient_is_that_of_the_soft_rounding() -> None:
-    """Shin and Song: round(x) + (x - round(x))^3, whose slope is 3 (x - round(x))^2."""
-    x = torch.linspace(-3.3, 3.3, 41, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(round_coefficients(x).sum(), x)
-    rest = x.detach() - x.detach().round()
-    assert torch.allclose(slope, 3 * rest**2)
-
-    def soft(value: Tensor) -> Tensor:
-        return value.round() + (value - value.round()) ** 3
-
-    step = 1e-6
-    assert torch.allclose(slope, (soft(x + step) - soft(x - step)).detach() / (2 * step), atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 12, 8), (3, 8, 12)])
-def test_the_whole_gradient_is_that_of_the_whole_with_soft_rounding(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    purifier = jpeg(80, shape).double()
-    x = (0.4 + 0.2 * varied_images(shape, 3)[:3]).double()  # so that nothing is clipped
-    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
-    point = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((probe * purifier(point)).sum(), point)
-    monkeypatch.setattr(jpeg_module, "round_coefficients", lambda v: v.round() + (v - v.round()) ** 3)
-    for seed in range(4):
-        way = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
-        ends = [(probe * purifier(x + step * way)).sum() for step in (1e-7, -1e-7)]
-        claimed = (gradient * way).sum()
-        assert (ends[0] - ends[1]).item() / 2e-7 == pytest.approx(claimed.item(), rel=0.02)
-
-
-def test_attacks_through_jpeg_follow_either_gradient(
-    classifier: Classifier, test_set: ImageSet
-) -> None:
-    data, threat = test_set[torch.arange(100)], Linf(norm="linf", eps_255=40.0)
-    defense = Defense(classifier, jpeg(40)).freeze()
-    clean = (defense(data.pixels()).argmax(1) != data.labels).sum()
-    pgd = Pgd(
-        kind="pgd", steps=10, step=0.25, restarts=1, random_start=False, early_stop=True, eot=1
-    )
-    for mode in ("full", "bpda"):
-        crafted = craft(pgd, defense, mode, data, threat, 0, 100)  # type: ignore[arg-type]
-        assert crafted.success.sum() > clean + 40, mode
-
-
-def test_what_jpeg_is_not_for() -> None:
-    with pytest.raises(ValueError, match="jpeg takes images of 1 or 3 channels, not of 4"):
-        jpeg(50, (4, 8, 8))
-    for quality in (0, 101, 50.5):
-        with pytest.raises(ValidationError):
-            Jpeg.model_validate({"kind": "jpeg", "quality": quality})
-
-
-def test_the_random_network_is_the_network_at_random() -> None:
+def test_random_network_has_initial_weights_of_its_seed() -> None:
     stream = torch.get_rng_state()
-    made = [
+    networks = [
         RandomNetwork(kind="random_network", inner=AUTOENCODER, seed=seed).build((1, 8, 8)).eval()
         for seed in (3, 3, 4)
     ]
-    assert torch.equal(torch.get_rng_state(), stream), "it took from the global stream"
-    states = [purifier.state_dict() for purifier in made]
+    assert torch.equal(torch.get_rng_state(), stream), "it drew from the global stream"
+    states = [network.state_dict() for network in networks]
     assert states[0].keys() == AUTOENCODER.build((1, 8, 8)).state_dict().keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     weights = [key for key in states[0] if states[0][key].dim() == 4]
     assert weights and not any(torch.equal(states[0][key], states[2][key]) for key in weights)
     torch.manual_seed(3)
-    like = AUTOENCODER.build((1, 8, 8)).state_dict()
-    assert all(torch.equal(states[0][key], like[key]) for key in like), "as training starts"
+    initial = AUTOENCODER.build((1, 8, 8)).state_dict()
+    assert all(torch.equal(states[0][key], initial[key]) for key in initial), "as training starts"
     x = torch.rand(4, 1, 8, 8)
-    assert torch.equal(made[0](x), made[1](x)) and not torch.equal(made[0](x), made[2](x))
+    one, again, other = (network(x) for network in networks)
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_the_random_network_fits_or_says_why() -> None:
+def test_random_network_takes_shapes_that_its_inner_network_takes() -> None:
     config = RandomNetwork(kind="random_network", inner=AUTOENCODER, seed=0)
     for shape in ((1, 8, 8), (3, 32, 32)):
         assert config.build(shape).eval()(torch.rand(2, *shape)).shape == (2, *shape)
@@ -234,17 +68,22 @@ def test_the_random_network_fits_or_says_why() -> None:
         config.build((1, 7, 7))
 
 
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize(
-    ("purifier", "batched"),
-    product([jpeg(50, (3, 8, 8)), RandomNetwork(
-        kind="random_network", inner=AUTOENCODER, seed=0
-    ).build((3, 8, 8)).eval()], [1, 5]),
-    ids=str,
-)  # fmt: skip
-def test_they_are_deterministic_and_differentiable(purifier: Purifier, batched: int) -> None:
+    "config",
+    [
+        Jpeg(kind="jpeg", quality=50),
+        RandomNetwork(kind="random_network", inner=AUTOENCODER, seed=0),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_jpeg_and_random_network_are_deterministic_and_differentiable(
+    config: Jpeg | RandomNetwork, count: int
+) -> None:
+    purifier = config.build((3, 8, 8)).eval()
     assert purifier.differentiable and not purifier.stochastic
-    x = (0.2 + 0.6 * torch.rand(batched, 3, 8, 8)).requires_grad_()
-    out = purifier(x, Draws(0, "score", torch.arange(batched)))
+    x = (0.2 + 0.6 * torch.rand(count, 3, 8, 8)).requires_grad_()
+    out = purifier(x, Draws(0, "score", torch.arange(count)))
     assert torch.equal(out, purifier(x))
     (gradient,) = torch.autograd.grad((out * torch.rand_like(out)).sum(), x)
     assert gradient.isfinite().all() and gradient.flatten(1).ne(0).any(1).all()

@@ -1,4 +1,4 @@
-"""Descents at test time: replayed steps are the steps, slopes differentiate, Adam is Adam."""
+"""Descent at test time: checkpointed steps, differentiable gradients, and Adam."""
 
 import gc
 import weakref
@@ -23,25 +23,25 @@ def step(rate: float, index: int, constants: State, state: State) -> State:
 
 
 def descend_by_hand(x: Tensor, rate: float, count: int) -> Tensor:
-    """The same descent with its graph kept whole, its slope written by hand."""
+    """Take the same steps with an ordinary graph and a gradient written by hand."""
     at = x
     for index in range(count):
         at = at - rate * (4 * (at - TARGET) ** 3 + 0.1 * index * x)
     return at
 
 
-def test_a_replayed_descent_is_the_descent_and_so_is_its_gradient() -> None:
+def test_checkpointed_descent_has_the_value_and_gradient_of_a_plain_one() -> None:
     x = torch.tensor([[0.3, 0.1, -0.4], [0.0, 2.0, 1.0]], dtype=torch.float64)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (replayed,) = descend(partial(step, 0.02), 7, (one,), (one,))
+    (checkpointed,) = descend(partial(step, 0.02), 7, (one,), (one,))
     kept = descend_by_hand(two, 0.02, 7)
-    assert torch.allclose(replayed, kept, rtol=0, atol=1e-14)
-    (g1,) = torch.autograd.grad(replayed.sin().sum(), one)
+    assert torch.allclose(checkpointed, kept, rtol=0, atol=1e-14)
+    (g1,) = torch.autograd.grad(checkpointed.sin().sum(), one)
     (g2,) = torch.autograd.grad(kept.sin().sum(), two)
     assert torch.allclose(g1, g2, rtol=0, atol=1e-12)
 
 
-def test_without_gradients_no_graph_is_built() -> None:
+def test_no_graph_is_built_without_gradients() -> None:
     x = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         (end,) = descend(partial(step, 0.02), 3, (x,), (x,))
@@ -50,9 +50,7 @@ def test_without_gradients_no_graph_is_built() -> None:
     assert not end.requires_grad
 
 
-def test_a_descent_keeps_the_memory_of_one_step() -> None:
-    """What is saved for the way back are the states, not the graphs of the steps."""
-
+def test_descent_saves_states_and_no_graphs_of_steps() -> None:
     class Kept:
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
@@ -71,7 +69,7 @@ def test_a_descent_keeps_the_memory_of_one_step() -> None:
     assert end[0].requires_grad and len(alive) == 5 * 2
 
 
-def test_a_slope_differentiates_exactly_where_gradients_are_on() -> None:
+def test_gradient_at_is_differentiable_only_if_gradients_are_enabled() -> None:
     at = torch.tensor([[0.3, 0.1, -0.4]], dtype=torch.float64, requires_grad=True)
     found = gradient_at(quartic, at)
     assert torch.allclose(found, 4 * (at - TARGET) ** 3)
@@ -81,7 +79,7 @@ def test_a_slope_differentiates_exactly_where_gradients_are_on() -> None:
         assert not gradient_at(quartic, at).requires_grad
 
 
-def test_adam_is_torchs_adam() -> None:
+def test_adam_direction_matches_torch() -> None:
     gradients = torch.randn(6, 4, dtype=torch.float64)
     parameter = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     theirs = torch.optim.Adam([parameter], lr=0.1, betas=(0.8, 0.9), eps=0)
@@ -89,18 +87,18 @@ def test_adam_is_torchs_adam() -> None:
     for index, gradient in enumerate(gradients):
         parameter.grad = gradient.clone()
         theirs.step()
-        way, moments = adam_direction(gradient, moments, index, (0.8, 0.9))
-        ours = ours - 0.1 * way
+        direction, moments = adam_direction(gradient, moments, index, (0.8, 0.9))
+        ours = ours - 0.1 * direction
     assert torch.allclose(ours, parameter.detach(), atol=1e-9)
 
 
-def test_adam_stands_still_where_there_is_no_slope_and_differentiates_there() -> None:
+def test_adam_direction_is_zero_and_differentiable_at_a_zero_gradient() -> None:
     gradient = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(2, dtype=torch.float64)
-    way, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999))
-    assert way.tolist() == [0.0, 1.0]
-    (masked,) = torch.autograd.grad(way.sum(), gradient)
-    assert masked.isfinite().all() and abs(float(masked[1])) < 1e-6, "a first step is a sign"
-    way, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999), detached=True)
-    (alive,) = torch.autograd.grad(way.sum(), gradient)
+    direction, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999))
+    assert direction.tolist() == [0.0, 1.0]
+    (masked,) = torch.autograd.grad(direction.sum(), gradient)
+    assert masked.isfinite().all() and abs(float(masked[1])) < 1e-6, "the first step is a sign"
+    direction, _ = adam_direction(gradient, (zero, zero), 0, (0.9, 0.999), detached=True)
+    (alive,) = torch.autograd.grad(direction.sum(), gradient)
     assert torch.allclose(alive[1], torch.tensor(0.5, dtype=torch.float64))

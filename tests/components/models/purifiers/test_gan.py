@@ -1,4 +1,4 @@
-"""The generative pair, its losses, and the descent in its codes, against slow forms by hand."""
+"""The GAN, its losses and the descent on its codes, against closed forms and slow references."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def pair(shape: tuple[int, int, int] = SMALL, latent: int = 8, width: int = 4) -
 
 
 def exact() -> GenerativePair:
-    """Return a frozen pair in float64 whose images vary; an untrained one's hardly do."""
+    """Return a frozen pair in float64 with large weights, so that its images differ."""
     made = pair().double().requires_grad_(False)
     for parameter in made.generator.parameters():
         parameter.mul_(4)
@@ -55,7 +55,7 @@ def reconstruct_by_hand(
     iterations: int,
     rate: float,
 ) -> Tensor:
-    """Reconstruct every image alone, from one start, with an ordinary graph; no best is chosen."""
+    """Reconstruct the images one by one, from one start, with an ordinary graph."""
     starts = keyed(len(x)).normal((latent,), f"start {restart}").to(x.dtype)
     made = []
     for image, start in zip(x, starts, strict=True):
@@ -73,7 +73,7 @@ def reconstruct_by_hand(
 # The networks
 
 
-def test_the_papers_networks_have_the_papers_size() -> None:
+def test_networks_of_the_paper_have_their_size() -> None:
     made = pair((1, 28, 28), 128, 64)
     generator = sum(parameter.numel() for parameter in made.generator.parameters())
     assert generator == 128 * 4096 + 4096 + 819_328 + 204_864 + 1_601
@@ -92,7 +92,7 @@ def test_the_papers_networks_have_the_papers_size() -> None:
         ((3, 12, 16), [(2, 2), (3, 4), (6, 8), (12, 16)]),
     ],
 )
-def test_the_generator_climbs_by_the_papers_sides(
+def test_generator_layers_have_the_sides_of_the_paper(
     shape: tuple[int, int, int], sides: list[tuple[int, int]]
 ) -> None:
     made, seen = pair(shape), []
@@ -104,7 +104,7 @@ def test_the_generator_climbs_by_the_papers_sides(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_codes_become_pixels_and_pixels_a_number(
+def test_generator_returns_pixels_and_critic_one_number_per_image(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     made = pair(shape).to(dtype)
@@ -115,7 +115,7 @@ def test_codes_become_pixels_and_pixels_a_number(
     scores = made.critic(x)
     assert scores.shape == (7,) and scores.dtype == dtype
     (gradient,) = torch.autograd.grad(scores.sum(), x)
-    assert gradient.ne(0).any(0).all(), "a pixel the critic does not look at"
+    assert gradient.ne(0).any(0).all(), "a pixel has no effect on the critic"
 
 
 # The losses
@@ -144,7 +144,7 @@ class Bowl(nn.Module):
         return self.a * x.square().flatten(1).sum(1) / 2
 
 
-def test_the_critics_loss_in_closed_form_for_an_affine_critic() -> None:
+def test_critic_loss_has_a_closed_form_for_an_affine_critic() -> None:
     made, real, (latent, mix) = pair(), uniform_pixels(IMAGES, SMALL), latent_noise(IMAGES, 8)
     critic = Affine()
     made.critic = critic  # type: ignore[assignment]
@@ -158,7 +158,7 @@ def test_the_critics_loss_in_closed_form_for_an_affine_critic() -> None:
     assert torch.allclose(critic.weight.grad, expected, atol=1e-4)
 
 
-def test_the_penalty_is_taken_per_image_at_the_mixture() -> None:
+def test_penalty_is_taken_per_image_at_the_mixture() -> None:
     made, real, (latent, mix) = pair(), uniform_pixels(IMAGES, SMALL), latent_noise(IMAGES, 8)
     bowl = Bowl()
     made.critic = bowl  # type: ignore[assignment]
@@ -173,7 +173,7 @@ def test_the_penalty_is_taken_per_image_at_the_mixture() -> None:
     assert bowl.a.grad is not None and torch.allclose(bowl.a.grad, slope, rtol=1e-4)
 
 
-def test_a_critic_flat_everywhere_has_a_finite_loss_and_gradient() -> None:
+def test_constant_critic_has_a_finite_loss_and_gradient() -> None:
     made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
     nn.init.zeros_(made.critic.get_parameter("7.weight"))
     loss = critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix)
@@ -186,10 +186,10 @@ def reached(module: nn.Module) -> list[bool]:
     return [p.grad is not None and bool(p.grad.ne(0).any()) for p in module.parameters()]
 
 
-def test_each_loss_reaches_its_own_parameters_alone() -> None:
+def test_each_loss_reaches_its_own_parameters_only() -> None:
     made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
     critic_loss(made, uniform_pixels(IMAGES, SMALL), latent, mix).backward()
-    # The last bias shifts real and fake alike.
+    # The gradient of the last bias is zero: it shifts real and fake images alike.
     assert all(reached(made.critic)[:-1])
     assert all(p.grad is None for p in made.generator.parameters())
     made.zero_grad()
@@ -200,7 +200,7 @@ def test_each_loss_reaches_its_own_parameters_alone() -> None:
     assert torch.equal(generator_loss(made, latent), -made.critic(made.generator(latent)).mean())
 
 
-def test_a_step_against_the_generators_loss_raises_the_critics_value() -> None:
+def test_a_step_on_the_generator_loss_raises_the_critic_value() -> None:
     made, (latent, _) = pair(), latent_noise(IMAGES, 8)
     before = made.critic(made.generator(latent)).mean()
     generator_loss(made, latent).backward()
@@ -208,7 +208,7 @@ def test_a_step_against_the_generators_loss_raises_the_critics_value() -> None:
     assert made.critic(made.generator(latent)).mean() > before
 
 
-def test_losses_are_the_same_where_gradients_are_off() -> None:
+def test_losses_are_equal_without_gradients() -> None:
     made, (latent, mix) = pair(), latent_noise(IMAGES, 8)
     with torch.no_grad():
         off = (
@@ -220,7 +220,7 @@ def test_losses_are_the_same_where_gradients_are_off() -> None:
     assert torch.allclose(off[1], generator_loss(made, latent))
 
 
-def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
+def test_one_optimiser_alternates_and_the_critic_separates_real_from_fake() -> None:
     made, real = pair(), torch.zeros(IMAGES, *SMALL)
     first = made.generator(latent_noise(IMAGES, 8)[0]).mean()
     optimiser = torch.optim.Adam(made.parameters(), 1e-2, betas=(0.5, 0.9))
@@ -238,7 +238,7 @@ def test_one_optimiser_turns_about_and_the_critic_learns_to_tell() -> None:
         assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     fake = made.generator(latent_noise(IMAGES, 8)[0])
     assert made.critic(real).min() > made.critic(fake).max()
-    assert fake.mean() < first - 0.02, "the generator went the wrong way"
+    assert fake.mean() < first - 0.02, "the generator has not approached the real images"
 
 
 # The descent
@@ -257,7 +257,7 @@ class LinearGenerator(nn.Module):
 
 
 @pytest.mark.parametrize("iterations", [2, 3, 5])
-def test_momentum_and_rate_in_closed_form_on_a_linear_generator(iterations: int) -> None:
+def test_descent_on_a_linear_generator_has_a_closed_form(iterations: int) -> None:
     made, x = exact(), uniform_pixels(IMAGES, SMALL).double()
     made.generator = LinearGenerator()  # type: ignore[assignment]
     a = made.generator.get_parameter("matrix").detach()
@@ -283,7 +283,7 @@ def test_momentum_and_rate_in_closed_form_on_a_linear_generator(iterations: int)
 
 
 @pytest.mark.parametrize("iterations", [2, 7])
-def test_the_best_start_of_each_image_is_returned(iterations: int) -> None:
+def test_best_start_of_each_image_is_returned(iterations: int) -> None:
     made, x = exact(), uniform_pixels(IMAGES, SMALL).double()
     each = [reconstruct_by_hand(made.generator, x, 8, r, iterations, 30.0) for r in range(4)]
     errors = torch.stack([(one - x).square().flatten(1).mean(1) for one in each])
@@ -297,7 +297,7 @@ def test_the_best_start_of_each_image_is_returned(iterations: int) -> None:
     )
 
 
-def test_more_iterations_come_nearer_to_an_image_the_generator_can_make() -> None:
+def test_more_iterations_reduce_the_error_of_a_generated_image() -> None:
     made = exact()
     x = made.generator(keyed(IMAGES).normal((8,), "image").double() / 8**0.5)
     errors = [
@@ -310,28 +310,29 @@ def test_more_iterations_come_nearer_to_an_image_the_generator_can_make() -> Non
 
 
 def found_and_expected(purifier: Purifier) -> tuple[Tensor, Tensor]:
-    """Return derivatives of a probe of the purified images along random directions, per image:
-    from the graph, and from central differences under the same noise.
+    """Return directional derivatives of the purified images, one per image (N,).
+
+    The first is from the graph, the second from central differences under the same noise.
     """
     x = uniform_pixels(IMAGES, SMALL).double().requires_grad_()
     generator = torch.Generator().manual_seed(5)
-    way, probe = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+    direction, probe = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
     reached = (probe * purifier(x, keyed(IMAGES))).sum() + 0 * x.sum()
     (gradient,) = torch.autograd.grad(reached, x)
     with torch.no_grad():
-        ahead, behind = (purifier(x + h * way, keyed(IMAGES)) for h in (1e-6, -1e-6))
+        ahead, behind = (purifier(x + h * direction, keyed(IMAGES)) for h in (1e-6, -1e-6))
     expected = (probe * (ahead - behind)).flatten(1).sum(1) / 2e-6
-    return (gradient * way).flatten(1).sum(1), expected
+    return (gradient * direction).flatten(1).sum(1), expected
 
 
 @pytest.mark.parametrize("changes", [{}, {"iterations": 2}, {"iterations": 20, "restarts": 1}])
-def test_the_gradient_is_that_of_central_differences(changes: dict[str, Any]) -> None:
+def test_gradient_matches_central_differences(changes: dict[str, Any]) -> None:
     found, expected = found_and_expected(wrapped(exact(), **changes))
     assert expected.abs().min() > 1e-5, "nothing to compare"
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_replayed_steps_have_the_gradient_of_a_plain_graph() -> None:
+def test_checkpointed_gradient_equals_that_of_the_whole_graph() -> None:
     made = exact()
     x = uniform_pixels(IMAGES, SMALL).double().requires_grad_()
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=x.dtype)
@@ -344,12 +345,16 @@ def test_replayed_steps_have_the_gradient_of_a_plain_graph() -> None:
     assert torch.allclose(found, expected, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("fault", ["image", "code", "slope"])
-def test_a_gradient_cut_anywhere_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["image", "code", "gradient"])
+def test_central_differences_reveal_a_detached_part(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error, gradient_at = gan.mean_squared_error, gan.gradient_at
     if fault == "image":
-        monkeypatch.setattr(gan, "mean_squared_error", lambda one, other: error(one, other.detach()))
-    elif fault == "code":  # as if the error had no curvature
+        monkeypatch.setattr(
+            gan, "mean_squared_error", lambda one, other: error(one, other.detach())
+        )
+    elif fault == "code":  # the second derivative of the error is lost
         monkeypatch.setattr(gan, "gradient_at", lambda loss, at: gradient_at(loss, at.detach()))
     else:
         monkeypatch.setattr(gan, "gradient_at", lambda loss, at: gradient_at(loss, at).detach())
@@ -357,7 +362,7 @@ def test_a_gradient_cut_anywhere_is_noticed(fault: str, monkeypatch: pytest.Monk
     assert (found - expected).norm() > 0.3 * expected.norm()
 
 
-def test_gradients_are_kept_only_where_they_are_wanted() -> None:
+def test_graph_is_built_only_where_a_gradient_is_needed() -> None:
     purifier, x = wrapped(exact()), uniform_pixels(IMAGES, SMALL).double()
     assert not purifier(x, keyed(IMAGES)).requires_grad
     with torch.no_grad():
@@ -371,7 +376,9 @@ def test_gradients_are_kept_only_where_they_are_wanted() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_images_in_are_images_out(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_output_has_shape_dtype_and_range_of_images(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     purifier, x = (
         wrapped(pair(shape).requires_grad_(False)).to(dtype),
         uniform_pixels(IMAGES, shape).to(dtype),
@@ -382,7 +389,7 @@ def test_images_in_are_images_out(shape: tuple[int, int, int], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("score", [False, True])
-def test_an_image_is_purified_on_its_own(score: bool) -> None:
+def test_image_does_not_depend_on_its_batch(score: bool) -> None:
     purifier, x, draws = (
         wrapped(pair().requires_grad_(False)),
         uniform_pixels(IMAGES, SMALL),
@@ -392,14 +399,14 @@ def test_an_image_is_purified_on_its_own(score: bool) -> None:
     whole = call(x, draws)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
     assert torch.equal(call(x[order], draws[order]), whole[order])
-    company = x.clone()
-    company[1:] = 1 - company[1:]
-    assert torch.equal(call(company, draws)[0], whole[0])
+    others_changed = x.clone()
+    others_changed[1:] = 1 - others_changed[1:]
+    assert torch.equal(call(others_changed, draws)[0], whole[0])
     for rows in (order[:1], order[:5], order[5:]):
         assert torch.allclose(call(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
 
 
-def test_its_noise_is_its_draws_alone() -> None:
+def test_noise_is_keyed_by_draws_only() -> None:
     purifier, x = wrapped(exact()), uniform_pixels(IMAGES, SMALL).double()
     stream = torch.get_rng_state()
     one = purifier(x, keyed(IMAGES))
@@ -412,7 +419,7 @@ def test_its_noise_is_its_draws_alone() -> None:
 
 
 @pytest.mark.parametrize(("iterations", "short"), [(2, 2), (19, 2), (40, 4)])
-def test_the_short_stand_in_is_a_tenth_of_the_descent_from_the_first_start(
+def test_short_stand_in_takes_a_tenth_of_the_iterations_from_the_first_start(
     iterations: int, short: int
 ) -> None:
     made, x = exact(), uniform_pixels(IMAGES, SMALL).double().requires_grad_()
@@ -424,7 +431,7 @@ def test_the_short_stand_in_is_a_tenth_of_the_descent_from_the_first_start(
     assert gradient.flatten(1).ne(0).any(1).all()
 
 
-def test_another_network_is_refused_with_a_sentence() -> None:
+def test_other_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a gan, which this model is not"):
         wrapped(nn.Linear(3, 3))
 

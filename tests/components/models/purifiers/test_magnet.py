@@ -1,4 +1,4 @@
-"""MagNet's two autoencoders, layer by layer, and the score made of their errors, by hand."""
+"""MagNet: its two autoencoders, their calibrated errors and the detector score, by hand."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def magnet(shape: tuple[int, int, int] = SMALL, width: int = 3) -> MagNetPurifie
 
 
 class ConstantAutoencoder(nn.Module):
-    """An autoencoder that answers one grey level."""
+    """An autoencoder that returns one grey level."""
 
     def __init__(self, level: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def flat(*levels: float) -> Tensor:
     return torch.tensor(levels)[:, None, None, None].expand(-1, *SMALL).clone()
 
 
-def test_the_papers_networks_for_28_by_28() -> None:
+def test_networks_of_the_paper_have_their_size() -> None:
     made = magnet((1, 28, 28))
     sizes = [sum(p.numel() for p in net.parameters()) for net in (made.halving, made.keeping)]
     assert sizes == [30 + 3 * 84 + 28, 30 + 84 + 28]
@@ -47,7 +47,7 @@ def test_the_papers_networks_for_28_by_28() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 16), (1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_networks_layer_by_layer(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_autoencoders_match_their_layers(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     made, x = magnet(shape, 4).to(dtype), uniform_pixels(IMAGES, shape).to(dtype)
 
     def layers(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -77,7 +77,7 @@ def test_both_networks_layer_by_layer(shape: tuple[int, int, int], dtype: torch.
     assert purified.min() >= 0 and purified.max() <= 1
 
 
-def test_errors_are_squared_for_the_first_and_absolute_for_the_second() -> None:
+def test_errors_are_squared_for_ae1_and_absolute_for_ae2() -> None:
     found = constant_magnet().errors(flat(0.0, 0.3, 1.0))
     assert torch.allclose(found, torch.tensor([[0.0, 0.5], [0.09, 0.2], [1.0, 0.5]]))
     half = flat(0.0)
@@ -86,7 +86,7 @@ def test_errors_are_squared_for_the_first_and_absolute_for_the_second() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_calibration_by_hand_whatever_the_batch(batch: int) -> None:
+def test_calibration_matches_values_computed_by_hand_for_any_batch(batch: int) -> None:
     """Errors of AE-I 0.01, 0.09, 0.25, 0.49 and of AE-II 0.4, 0.2, 0, 0.2."""
     made = constant_magnet()
     made.calibrate(flat(0.1, 0.3, 0.5, 0.7), batch)
@@ -101,7 +101,7 @@ def test_calibration_by_hand_whatever_the_batch(batch: int) -> None:
     assert {"error_mean", "error_std"} <= set(made.state_dict())
 
 
-def test_the_score_is_the_larger_error_in_deviations() -> None:
+def test_detector_score_is_the_larger_standardised_error() -> None:
     made = constant_magnet()
     made.error_mean.copy_(torch.tensor([0.1, 0.2]))
     made.error_std.copy_(torch.tensor([0.5, 0.1]))
@@ -112,7 +112,7 @@ def test_the_score_is_the_larger_error_in_deviations() -> None:
     assert torch.allclose(made.detector_score(flat(1.0)), torch.tensor([9.0]), atol=1e-5)
 
 
-def test_equal_clean_images_do_not_divide_by_zero() -> None:
+def test_equal_clean_images_give_finite_scores() -> None:
     made = magnet()
     made.calibrate(flat(0.5, 0.5, 0.5), 2)
     assert (made.error_std >= 1e-6).all()
@@ -130,7 +130,7 @@ def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
 
 
 @pytest.mark.parametrize("call", ["forward", "detector_score"])
-def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
+def test_results_are_deterministic_and_independent_of_the_batch(call: str) -> None:
     made, x = magnet(), uniform_pixels(IMAGES, SMALL)
     made.calibrate(x, 4)
     answer = getattr(made, call)
@@ -142,16 +142,16 @@ def test_an_image_is_judged_on_its_own_and_always_alike(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["forward", "detector_score"])
-def test_the_gradient_is_that_of_differences(call: str) -> None:
+def test_gradient_matches_differences(call: str) -> None:
     made, x = magnet().double(), uniform_pixels(IMAGES, SMALL)[:2].double().requires_grad_()
     made.error_mean.copy_(torch.tensor([0.05, 0.2]))
     made.error_std.copy_(torch.tensor([0.03, 0.05]))
     assert torch.autograd.gradcheck(getattr(made, call), (x,))
     (gradient,) = torch.autograd.grad(getattr(made, call)(x).sum(), x)
-    assert gradient.ne(0).all(), "a pixel that nothing depends on"
+    assert gradient.ne(0).all(), "a pixel has no effect"
 
 
-def test_sides_that_cannot_be_halved_are_refused_with_a_sentence() -> None:
+def test_odd_sides_and_zero_width_are_refused() -> None:
     for shape in ((1, 9, 8), (1, 8, 9)):
         with pytest.raises(
             ValueError, match=r"magnet halves once, which . x . images do not allow"
