@@ -13,6 +13,7 @@ from pipelines.__main__ import main
 from pipelines.config.schema import load
 from pipelines.reporting import registration
 from pipelines.reporting.wording import MEANINGS
+from pipelines.tasks.metrics import Metrics
 from pipelines.tracking import registry
 from pipelines.tracking.registry import Version
 
@@ -130,11 +131,16 @@ def test_a_version_with_a_failed_blocking_check_is_refused(
 
 
 def test_a_failed_check_is_registered_with_the_defense(store: Path) -> None:
-    metrics = json.loads((store / "reports/metrics.json").read_text())
-    metrics["defenses"]["atop"]["checks"]["blocking_failed"] = ["planted"]
-    metrics["defenses"]["atop"]["headline"]["upper_bound"] = True
-    told = registration.registrations(load().defenses, metrics, Path("models"), "digits")
-    atop = next(one for one in told if one.name == "atop")
+    values = json.loads((store / "reports/metrics.json").read_text())
+    planted = {"name": "planted", "check": "planted", "about": "", "detail": "", "figures": {}}
+    values["defenses"]["atop"]["checks"] |= {
+        "blocking_failed": ["planted"],
+        "findings": [{**planted, "level": "block", "passed": False}],
+    }
+    values["defenses"]["atop"]["headline"]["upper_bound"] = True
+    metrics = Metrics.model_validate_json(json.dumps(values))
+    registered = registration.registrations(load().defenses, metrics, Path("models"), "digits")
+    atop = next(one for one in registered if one.name == "atop")
     assert atop.tags["blocking_failed"] == "planted"
     assert atop.tags["limpid.candidate"] == "no"
     assert "upper bound and no result" in atop.description
