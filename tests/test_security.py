@@ -16,7 +16,7 @@ from typing import Any
 import project
 import psutil
 import pytest
-from cluster.stand import free_port
+from cluster.local_cluster import free_port
 
 from pipelines.errors import ConfigError
 from pipelines.runner.exit_codes import outcome

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from cluster import stand
+from cluster import local_cluster
 from pydantic import ValidationError
 
 from components.data.shards import DataError
@@ -24,7 +24,7 @@ from pipelines.storage.object_store import File, Listing, Store, StoreError
 def s3() -> Iterator[dict[str, str]]:
     """An S3 endpoint with one bucket, and what a client's environment needs."""
     pytest.importorskip("moto.server")
-    with stand.object_store() as environment:
+    with local_cluster.object_store() as environment:
         yield environment
 
 
@@ -35,7 +35,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         return Store(f"file://{tmp_path}/store")
     for name, value in request.getfixturevalue("s3").items():
         monkeypatch.setenv(name, value)
-    return Store(f"s3://{stand.BUCKET}/{tmp_path.name}")
+    return Store(f"s3://{local_cluster.BUCKET}/{tmp_path.name}")
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingEndpoint]]:
     handler = type("Handler", (FailingEndpoint,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in stand.KEYS.items():
+    for name, value in local_cluster.KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(stores, "BACKOFF_S", (0.1,))
@@ -292,7 +292,7 @@ def test_a_folder_comes_back_by_a_bad_way(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(stores, "BACKOFF_S", (0.1,))
-    store = Store(f"s3://{stand.BUCKET}/{tmp_path.name}")
+    store = Store(f"s3://{local_cluster.BUCKET}/{tmp_path.name}")
     listing = store.push(folder)
     store.pull(listing, tmp_path / "back")
     assert content(tmp_path / "back") == content(folder)

@@ -17,7 +17,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from cluster.stand import free_port
+from cluster.local_cluster import free_port
 from mlflow.pyfunc.scoring_server import predictions_to_json
 from project import ROOT
 from pydantic import TypeAdapter
@@ -137,11 +137,11 @@ def test_the_served_defense_is_the_one_that_is_scored(
     scored, draws = subject(folder, name).defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
         purified, logits = scored.purify(x, draws), scored(x, draws)
-        odd = scored.purifier.detector_score(x, draws)
+        score = scored.purifier.detector_score(x, draws)
     assert not torch.equal(purified, x)
     assert found["purified"].tobytes() == purified.numpy().tobytes()
     assert found["logits"].tobytes() == logits.numpy().tobytes()
-    assert found["attack_score"].tobytes() == odd.numpy().tobytes()
+    assert found["attack_score"].tobytes() == score.numpy().tobytes()
     error = ((x - purified) ** 2).mean((1, 2, 3))
     assert np.allclose(found["reconstruction_error"], error, rtol=1e-5)
     assert list(found["label"]) == [NAMES[int(best)] for best in logits.argmax(1)]

@@ -1,10 +1,10 @@
-"""A Ray cluster of two nodes on this machine, as far apart as one machine allows.
+"""A Ray cluster of two nodes on this machine, separated as far as one machine allows.
 
-Each node has a mount namespace of its own in which the project lies under an empty disk, and
-scratch space that the other does not see; both ask for a token. Where asked for, one has a network
-of its own too, on a cable that can be pulled. Beside them an S3 endpoint and an MLflow server.
-`python tests/cluster/stand.py PROJECT` starts all of it, prints what a driver's environment needs,
-and takes it down at Ctrl-C: only its own processes, each by its id.
+Each node has its own mount namespace, in which an empty disk covers the project, and its own
+scratch space. Both require a token. On request one node has its own network as well, on a cable
+that can be pulled. An S3 endpoint and an MLflow server run beside them.
+`python tests/cluster/local_cluster.py PROJECT` starts everything, prints the environment for a
+driver, and stops everything at Ctrl-C: only its own processes, each by its id.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
-SECRET = "k3y-0f-th3-st4nd"
-KEYS = {"AWS_ACCESS_KEY_ID": "stand", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
+SECRET = "k3y-0f-th3-cl5t3r"
+KEYS = {"AWS_ACCESS_KEY_ID": "cluster", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
 BUCKET = "limpid"
 
 
-def possible() -> str:
-    """Say why this machine cannot hold a stand; nothing where it can."""
+def missing() -> str:
+    """Return what this machine lacks for such a cluster, or an empty string."""
     for module in ("moto.server", "aiohttp_cors"):
         try:
             __import__(module)
@@ -40,12 +40,12 @@ def possible() -> str:
     done = subprocess.run(
         ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
     )
-    return "" if done.returncode == 0 else "no mount namespace of one's own (root is needed)"
+    return "" if done.returncode == 0 else "no own mount namespace (root is needed)"
 
 
 @contextlib.contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """Hold an S3 endpoint with one bucket; yield what the environment of a client needs."""
+    """Run an S3 endpoint with one bucket; yield the environment variables of a client."""
     port = free_port()
     process = subprocess.Popen(
         [str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
@@ -53,7 +53,7 @@ def object_store() -> Iterator[dict[str, str]]:
     )  # fmt: skip
     environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     try:
-        _await(environment["AWS_ENDPOINT_URL"])
+        _wait_for(environment["AWS_ENDPOINT_URL"])
         _make_bucket(environment["AWS_ENDPOINT_URL"])
         yield environment
     finally:
@@ -61,8 +61,8 @@ def object_store() -> Iterator[dict[str, str]]:
         process.wait()
 
 
-def _await(address: str) -> None:
-    """Wait until something answers there."""
+def _wait_for(address: str) -> None:
+    """Wait until a server answers."""
     for _ in range(240):
         try:
             urllib.request.urlopen(address, timeout=5)
@@ -79,7 +79,7 @@ def _make_bucket(endpoint: str) -> None:
 
 
 def client(endpoint: str) -> Any:
-    """Return a client of an S3 endpoint that owes nothing to ours."""
+    """Return an S3 client that shares no code with the store."""
     import boto3
 
     keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": SECRET}
@@ -87,15 +87,15 @@ def client(endpoint: str) -> Any:
 
 
 class Cable:
-    """A network namespace of that name, on one cable to this machine."""
+    """A network namespace with this name, connected to this machine by one virtual cable."""
 
     HERE, THERE = "10.213.77.1", "10.213.77.2"
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def lay(self) -> None:
-        """Make the namespace, and connect the two."""
+    def set_up(self) -> None:
+        """Create the namespace and connect it."""
         name = self.name
         _ip("netns", "add", name)
         _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -106,15 +106,15 @@ class Cable:
         self.plug()
 
     def plug(self) -> None:
-        """Connect the two."""
+        """Connect the namespace."""
         _ip("link", "set", self.name, "up")
 
     def pull(self) -> None:
-        """Part them, without a word to either."""
+        """Disconnect the namespace; neither side gets a message."""
         _ip("link", "set", self.name, "down")
 
     def remove(self) -> None:
-        """Take the namespace and its cable away."""
+        """Remove the namespace and its cable."""
         _ip("netns", "del", self.name)
 
 
@@ -122,8 +122,8 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-class Stand:
-    """The processes of a cluster, by name, and what a driver must know of it."""
+class LocalCluster:
+    """The processes of the cluster, by name, and the environment of its driver."""
 
     def __init__(
         self,
@@ -133,9 +133,9 @@ class Stand:
         mlflow: bool = False,
         cable: Cable | None = None,
     ) -> None:
-        """`home` must be short (Ray's sockets lie below) and hold `scratch`, which nodes cover.
+        """The path `home` must be short: Ray's sockets are below it.
 
-        With a cable, the node `worker0` is at its far end.
+        With a cable, the node `worker0` is at its other end.
         """
         self.project, self.home, self.cable = project, home, cable
         self.host = cable.HERE if cable else "127.0.0.1"
@@ -166,30 +166,30 @@ class Stand:
             self.driver["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.ports['mlflow']}"
         self.workers, self.mlflow = workers, mlflow
 
-    def up(self) -> None:
-        """Start everything, and wait until it answers."""
+    def start(self) -> None:
+        """Start everything and wait until it answers."""
         moto = str(BIN / "moto_server")
-        self._start("s3", moto, "-H", self.host, "-p", str(self.ports["s3"]))
+        self._spawn("s3", moto, "-H", self.host, "-p", str(self.ports["s3"]))
         self.start_head()
         if self.mlflow:
             store = f"sqlite:///{self.home}/mlflow.db"
-            self._start(
+            self._spawn(
                 "mlflow", str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port",
                 str(self.ports["mlflow"]), "--workers", "1", "--backend-store-uri", store,
                 "--artifacts-destination", str(self.home / "artifacts"),
                 MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
             )  # fmt: skip
-        _await(self.common["AWS_ENDPOINT_URL"])
+        _wait_for(self.common["AWS_ENDPOINT_URL"])
         _make_bucket(self.common["AWS_ENDPOINT_URL"])
-        _await(f"{self.driver['RAY_API_SERVER_ADDRESS']}/api/version")
+        _wait_for(f"{self.driver['RAY_API_SERVER_ADDRESS']}/api/version")
         for number in range(self.workers):
             self.start_worker(f"worker{number}")
         self.wait_for_nodes(1 + self.workers)
         if self.mlflow:
-            _await(self.driver["MLFLOW_TRACKING_URI"])
+            _wait_for(self.driver["MLFLOW_TRACKING_URI"])
 
     def start_head(self) -> None:
-        """Start the node that leads, with one CPU of its own."""
+        """Start the head node, with one CPU."""
         self._node(
             "head", "--head", "--port", str(self.ports["gcs"]), "--dashboard-host", self.host,
             "--dashboard-port", str(self.ports["dashboard"]), "--include-dashboard", "true",
@@ -198,34 +198,34 @@ class Stand:
         )  # fmt: skip
 
     def start_worker(self, name: str, cpus: int = 2) -> None:
-        """Start a node that follows."""
+        """Start another node."""
         self._node(name, "--address", f"{self.host}:{self.ports['gcs']}", "--num-cpus", str(cpus))
 
     def _node(self, name: str, *arguments: str) -> None:
-        """Start a Ray node that sees neither the project nor the scratch space of another."""
+        """Start a Ray node that sees neither the project nor the scratch space of other nodes."""
         far = self.cable if name == "worker0" else None
         address = far.THERE if far else self.host
         ray = " ".join(
             [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments,
              "--node-ip-address", address, "--object-store-memory", "200000000",
-             # Else they meet those of any other Ray on this machine, and no job can be taken.
+             # The default ports may be taken by another Ray on this machine; then jobs are refused.
              "--dashboard-agent-listen-port", str(free_port()),
              "--dashboard-agent-grpc-port", str(free_port()),
              "--metrics-export-port", str(free_port())]
         )  # fmt: skip
         covered = [self.project, self.home / "scratch"]
         if name != "head":
-            # Else the code of a job, which every node lays down for itself, lies in one place.
+            # Every node unpacks the code of a job for itself; without this, all into one folder.
             session = (self.home / "r/session_latest").resolve()
             covered.append(session / "runtime_resources")
         script = "mount --make-rprivate / && " + " && ".join(
             f"mkdir -p {path} && mount -t tmpfs -o mode=700 none {path}" for path in covered
         )
-        entered = ["ip", "netns", "exec", far.name] if far else []
+        enter = ["ip", "netns", "exec", far.name] if far else []
         script = f"{script} && cd / && exec {ray}"
-        self._start(name, *entered, "unshare", "--mount", "sh", "-c", script)
+        self._spawn(name, *enter, "unshare", "--mount", "sh", "-c", script)
 
-    def _start(self, name: str, *command: str, **environment: str) -> None:
+    def _spawn(self, name: str, *command: str, **environment: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, env={**self.common, **environment}, stdout=log, stderr=log,
@@ -233,7 +233,7 @@ class Stand:
             )  # fmt: skip
 
     def nodes(self) -> list[str]:
-        """Return the ids of the nodes that live."""
+        """Return the ids of the living nodes."""
         token = Path(self.driver["RAY_AUTH_TOKEN_PATH"]).read_text()
         address = f"{self.driver['RAY_API_SERVER_ADDRESS']}/api/v0/nodes"
         asked = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
@@ -242,8 +242,8 @@ class Stand:
         return [node["node_id"] for node in found if node["state"] == "ALIVE"]
 
     def wait_for_nodes(self, count: int) -> None:
-        """Wait until so many live."""
-        for _ in range(120):
+        """Wait until so many nodes are alive."""
+        for _ in range(360):
             with contextlib.suppress(Exception):
                 if len(self.nodes()) >= count:
                     return
@@ -251,17 +251,17 @@ class Stand:
         raise TimeoutError(f"the cluster has no {count} nodes: {self.log('head')}")
 
     def log(self, name: str) -> str:
-        """Return the end of what a process printed."""
+        """Return the last part of the output of a process."""
         return (self.home / f"{name}.log").read_text()[-3000:]
 
     def kill(self, name: str) -> None:
-        """End a process and all it started, without warning."""
+        """Kill a process and all its descendants."""
         for pid in _family(self.processes.pop(name).pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def down(self) -> None:
-        """End everything that was started here."""
+    def stop(self) -> None:
+        """Kill everything that was started here."""
         for name in reversed(list(self.processes)):
             process = self.processes[name]
             self.kill(name)
@@ -280,36 +280,36 @@ def _family(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
-def standing(
+def running(
     project: Path, workers: int = 1, mlflow: bool = False, cabled: bool = False
-) -> Iterator[Stand]:
-    """Hold a stand whose nodes do not see `project`."""
-    home = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))
+) -> Iterator[LocalCluster]:
+    """Run a cluster whose nodes do not see `project`."""
+    home = Path(tempfile.mkdtemp(prefix="lt", dir="/tmp"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, home, ignore_errors=True)
         cable = Cable(home.name) if cabled else None
         if cable:
             stack.callback(cable.remove)
-            cable.lay()
-        stand = Stand(project, home, workers, mlflow, cable)
-        stack.callback(stand.down)
-        stand.up()
-        yield stand
+            cable.set_up()
+        cluster = LocalCluster(project, home, workers, mlflow, cable)
+        stack.callback(cluster.stop)
+        cluster.start()
+        yield cluster
 
 
 if __name__ == "__main__":
-    # Also where Ctrl-C is ignored, as it is in the background of a script.
+    # Processes in the background of a script ignore Ctrl-C by default.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    with standing(Path(sys.argv[1]).absolute(), mlflow=True) as one:
-        for name, value in one.driver.items():
+    with running(Path(sys.argv[1]).absolute(), mlflow=True) as cluster:
+        for name, value in cluster.driver.items():
             print(f"export {name}={value}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
