@@ -106,7 +106,7 @@ def _running() -> Iterator[str]:
 
 
 def _kept() -> Iterator[str]:
-    """List what interrupted stages left, what waits for MLflow, and crafted parts."""
+    """List what interrupted stages left, what waits for MLflow, and crafted shards."""
     for path in sorted(WORK.glob("*")):
         yield f"{path} holds {_megabytes(path)} of a stage, from which it may go on"
     waiting = len(spool.waiting())
@@ -115,7 +115,7 @@ def _kept() -> Iterator[str]:
     for path in spool.rejected():
         yield f"{path} holds a run that MLflow does not accept; nothing waits for it"
     if CRAFTED.exists():
-        yield f"{CRAFTED} holds {_megabytes(CRAFTED)} of crafted parts that may be used again"
+        yield f"{CRAFTED} holds {_megabytes(CRAFTED)} of crafted shards that may be used again"
 
 
 def _megabytes(folder: Path) -> str:

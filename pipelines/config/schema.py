@@ -181,7 +181,9 @@ def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> No
     inference = defended.inference
     if inference is None:
         if model.kind in GENERATIVE:
-            raise ValueError(f"{where}: a {model.kind} is no purifier by itself: say its inference")
+            raise ValueError(
+                f"{where}: a {model.kind} is no purifier by itself: give its inference"
+            )
         return
     try:
         inference.require_fit(model)
@@ -218,13 +220,13 @@ def _check_studies(params: Params) -> None:
         model = params.defenses[study.defense].model
         tried = params.defenses[study.defense].model_copy(update={"ladder": study.ladder})
         _require_usable(where, tried, params.model_of(model))
-        parts = [f"{params.section_of(one)}.{one}" for one in params.lineage(model)]
-        parts.append(f"defenses.{study.defense}.inference")
+        prefixes = [f"{params.section_of(one)}.{one}" for one in params.lineage(model)]
+        prefixes.append(f"defenses.{study.defense}.inference")
         for key in study.space:
-            if not key.startswith(tuple(f"{part}." for part in parts)):
+            if not key.startswith(tuple(f"{prefix}." for prefix in prefixes)):
                 raise ValueError(
                     f"{where}.space: {key} plays no part in {study.defense}, made of "
-                    f"{', '.join(parts)}"
+                    f"{', '.join(prefixes)}"
                 )
             if not isinstance(get(document, key), bool | int | float | str):
                 raise ValueError(f"{where}.space: {key} is no single value")

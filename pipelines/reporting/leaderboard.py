@@ -1,7 +1,7 @@
 """The trials of a search: their ranking with intervals, and what is shown while it runs.
 
-Accuracies are of validation images, and the best of many trials is chosen by them: what a winner is
-worth is measured on the test images by `dvc repro`, after it was adopted.
+Accuracies are of validation images, and they choose the best of many trials: its real accuracy is
+measured on the test images by `dvc repro`, after its values were adopted.
 """
 
 import sys

@@ -78,8 +78,8 @@ def test_a_file_is_written_as_the_purifier_returns_it(
     gap = torch.ones(1, 1, size[0], GAP)
     assert torch.equal(both, torch.cat([x, gap, found], 3))
     error = (x - purified).square().mean().item()
-    said = capsys.readouterr().out
-    assert f"1 images cleaned, mean reconstruction error {error:.3g}" in said
+    printed = capsys.readouterr().out
+    assert f"1 images cleaned, mean reconstruction error {error:.3g}" in printed
 
 
 def test_channels_are_those_of_the_model(tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_the_images_of_a_folder_are_cleaned_and_other_files_are_named(
     # A file that is named and lies in the folder as well is cleaned once.
     assert clean(model, inside, inside / "a.png", missing, out=tmp_path / "out") == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
-    said = capsys.readouterr()
-    assert "2 images cleaned" in said.out
-    assert said.err.splitlines() == [
+    printed = capsys.readouterr()
+    assert "2 images cleaned" in printed.out
+    assert printed.err.splitlines() == [
         "error: 3 of 5 images could not be cleaned:",
         f"  {inside / 'odd.png'} is 9 x 8, but conv_autoencoder halves 1 times, which 9 x 8 images "
         "do not allow",
@@ -156,8 +156,8 @@ def test_models_that_cannot_clean_files_are_refused(
 ) -> None:  # fmt: skip
     folder = write_model(tmp_path / "model", network, shape, NAMES)
     assert clean(folder, draw(tmp_path / "in.png"), out=tmp_path / "out") == code
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert sentence in printed and printed.count("\n") == 1
 
 
 def test_a_command_that_cannot_be_carried_out_is_refused(
@@ -172,8 +172,8 @@ def test_a_command_that_cannot_be_carried_out_is_refused(
         (model, picture, Path("/proc/nowhere"), 4, "No such file or directory: '/proc/nowhere'"),
     ):
         assert clean(folder, images, out=out) == code
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert sentence in printed and printed.count("\n") == 1
 
 
 @pytest.fixture

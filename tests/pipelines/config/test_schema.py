@@ -166,7 +166,7 @@ def test_inference_that_does_not_fit_its_network_is_refused(tmp_path: Path) -> N
     with path.open("w") as file:
         bare = {**value["defenses"]["diffpure"], "inference": None}
         YAML(typ="safe").dump({**value, "defenses": {"bare": bare}}, file)
-    with pytest.raises(ConfigError, match="a ddpm is no purifier by itself: say its inference"):
+    with pytest.raises(ConfigError, match="a ddpm is no purifier by itself: give its inference"):
         schema.load(path)
 
 
