@@ -1,4 +1,4 @@
-"""Print the table of scores in reports/metrics.json, and which are illusions.
+"""Print the scores in reports/metrics.json, and which are illusions.
 
 Exit codes: 0, 2 metrics that are missing or cannot be read.
 """

@@ -1,7 +1,6 @@
-"""Reads all sets, models and data, writes the scores, the metrics, the plots and the report.
+"""Score all defenses; write metrics, scores, plots and the report.
 
-Only forward passes happen here. What is scored is what params.yaml names, never what happens to
-lie in a folder.
+Only forward passes happen here. What params.yaml names is scored, whatever else lies in a folder.
 """
 
 import json

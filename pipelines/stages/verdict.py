@@ -1,4 +1,4 @@
-"""Reads the metrics and fails where a blocking check failed; it writes nothing.
+"""Fail where a blocking check failed; write nothing.
 
 Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline.
 Controls are never judged: some are there to be caught.
