@@ -1,4 +1,4 @@
-"""Detection: areas and thresholds by hand, and an attacker who picks what passes."""
+"""Detectors: areas and thresholds by hand, and an attacker who chooses the set that passes."""
 
 from itertools import pairwise
 
@@ -33,16 +33,16 @@ def score_of(*right: int, draws: int = 1) -> Score:
     return Score(draws, np.array(right), np.array(right))
 
 
-def test_the_area_is_the_chance_that_the_attacked_one_looks_odder() -> None:
+def test_the_area_is_the_probability_that_the_attacked_image_scores_higher() -> None:
     assert auc(floats(1, 2, 3), floats(4, 5)) == 1.0
     assert auc(floats(4, 5), floats(1, 2, 3)) == 0.0
     assert auc(floats(1, 2), floats(1, 2)) == 0.5
-    # Six pairs: (0,1)+ (0,2)+ (1,1)= (1,2)+ (3,1)- (3,2)- make 3.5 of 6.
+    # Six pairs: (0,1)+ (0,2)+ (1,1)= (1,2)+ (3,1)- (3,2)- are 3.5 of 6.
     assert auc(floats(0, 1, 3), floats(1, 2)) == pytest.approx(3.5 / 6)
-    assert auc(floats(1, 2), floats(np.nan, 9)) == 1.0, "what is no number is the oddest"
+    assert auc(floats(1, 2), floats(np.nan, 9)) == 1.0, "NaN counts as infinity"
 
 
-def test_the_area_is_that_of_the_curve() -> None:
+def test_the_area_equals_an_integral_of_the_curve() -> None:
     generator = np.random.default_rng(0)
     clean, attacked = generator.normal(size=300), generator.normal(0.7, 1.3, size=200)
     cuts = np.concatenate([[np.inf], np.sort(np.concatenate([clean, attacked]))[::-1], [-np.inf]])
@@ -52,13 +52,13 @@ def test_the_area_is_that_of_the_curve() -> None:
 
 
 @pytest.mark.parametrize(("rate", "limit"), [(0.0, 10), (0.1, 9), (0.15, 9), (0.2, 8), (1.0, 1)])
-def test_a_threshold_is_exceeded_by_no_more_than_its_share(rate: float, limit: float) -> None:
+def test_at_most_the_given_fraction_exceeds_a_threshold(rate: float, limit: float) -> None:
     clean = floats(3, 1, 2, 4, 10, 9, 8, 7, 6, 5)
     assert threshold(clean, rate) == limit
     assert rejected(clean, limit).mean() <= rate
 
 
-def test_a_roc_curve_is_what_counting_gives() -> None:
+def test_a_roc_curve_equals_a_count() -> None:
     clean, attacked = floats(*range(10)), floats(4.5, 8.5, 9.5, 20)
     points = roc(clean, attacked)
     # Nine of ten clean images are below 9, five below 5, and so on.
@@ -67,16 +67,17 @@ def test_a_roc_curve_is_what_counting_gives() -> None:
     assert (0.5, 1.0) in points
     for (false, true), (next_false, next_true) in pairwise(points):
         assert next_false >= false and next_true >= true
-    # What `auc` says lies between the sums below and above the steps.
+    # The area lies between the sums below and above the steps.
     steps = list(pairwise([(0.0, 0.0), *points]))
     below, above = (sum((b[0] - a[0]) * side(a, b)[1] for a, b in steps) for side in (min, max))
     assert below <= auc(clean, attacked) <= above < below + 0.1
     assert roc(clean, clean)[3][0] == roc(clean, clean)[3][1]
 
 
-def test_the_attacker_takes_what_fools_and_passes() -> None:
-    """Image 0: the fooling set is caught, the other is right. 1: fooled by what passes. 2: both
-    caught. 3: the clean image is itself wrong and passes."""
+def test_the_attacker_chooses_a_set_that_fools_and_passes() -> None:
+    """Image 0: the set that fools is rejected, the other is right. 1: a set that fools passes. 2:
+    both are rejected. 3: the clean image is itself wrong, and passes.
+    """
     seen = {
         "clean": floats(0, 0, 0, 0),
         "full/a": floats(9, 0, 9, 9),
@@ -98,13 +99,13 @@ def test_selection_and_scoring_share_no_draws() -> None:
     clean = Score(4, np.array([3]), np.array([1]))
     attacked = Score(4, np.array([2]), np.array([4]))
     assert withstood(scores, {"clean": clean, "full/a": attacked}, 1.0).tolist() == [1.0]
-    # Chosen since it seemed to pass, and refused under the noise that counts.
+    # Chosen because it passes under the noise that selects; rejected under the noise that scores.
     caught = DetectorScores({"clean": floats(0), "full/a": floats(9)}, seen, {}, floats(1))
     half = Score(4, np.array([1]), np.array([1]))
     assert withstood(caught, {"clean": clean, "full/a": half}, 1.0).tolist() == [1.0]
 
 
-def test_outside_the_ball_an_example_counts_as_clean() -> None:
+def test_an_example_outside_the_ball_has_the_score_of_the_clean_image() -> None:
     seen = {"clean": floats(1, 2), "full/cw": floats(8, 9)}
     scores = DetectorScores(seen, {"clean": floats(3, 4), "full/cw": floats(6, 7)}, {}, floats(0))
     within = {"clean": np.array([True, True]), "full/cw": np.array([True, False])}
@@ -130,38 +131,38 @@ class Nothing(Purifier):
         return x
 
 
-def test_watching_a_defense() -> None:
+def test_detector_scores_of_defenses_with_and_without_a_detector() -> None:
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
     x, ids = torch.rand(5, 1, 2, 2), torch.arange(5)
     sets = {"clean": x, "full/pgd": (x + 0.3).clamp(0, 1)}
 
-    def seen(purifier: Purifier | None, batch: int) -> DetectorScores | None:
+    def scores_of(purifier: Purifier | None, batch: int) -> DetectorScores | None:
         return detector_scores(Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch)
 
-    whole = seen(Halve(), 5)
+    whole = scores_of(Halve(), 5)
     assert whole is not None
     assert np.allclose(whole.score["clean"], (x / 2).square().flatten(1).mean(1))
     assert np.allclose(whole.validation, whole.score["clean"][:3])
-    apart = seen(Halve(), 2)
-    assert apart is not None and np.allclose(apart.score["full/pgd"], whole.score["full/pgd"])
-    assert seen(None, 5) is None and seen(Nothing(), 5) is None
+    batched = scores_of(Halve(), 2)
+    assert batched is not None and np.allclose(batched.score["full/pgd"], whole.score["full/pgd"])
+    assert scores_of(None, 5) is None and scores_of(Nothing(), 5) is None
     assert merge([whole, None]) is None
     assert whole.select is whole.score
-    noisy = seen(Shifted(), 5)
+    noisy = scores_of(Shifted(), 5)
     assert noisy is not None and not np.allclose(noisy.select["clean"], noisy.score["clean"])
     both = merge([whole, whole])
     assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
 
 
-def test_the_control_is_the_distance_from_black_and_white() -> None:
+def test_the_control_is_the_squared_distance_from_black_and_white() -> None:
     x = torch.tensor([[[[0.0, 1.0], [0.5, 0.75]]]])
     assert black_and_white(x) == pytest.approx(0.5**2 + 0.25**2)
 
 
-def test_a_detector_summed_up() -> None:
-    detector_score = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
-    scores = DetectorScores(detector_score, detector_score, detector_score, floats(*range(100)))
-    within = {name: np.ones(4, dtype=bool) for name in detector_score}
+def test_the_summary_of_a_detector() -> None:
+    values = {"clean": floats(0, 1, 2, 3), "full/pgd": floats(5, 6, 0, 7)}
+    scores = DetectorScores(values, values, values, floats(*range(100)))
+    within = {name: np.ones(4, dtype=bool) for name in values}
     counted = {"clean": score_of(1, 1, 1, 1), "full/pgd": score_of(0, 0, 0, 1)}
     found = detection(scores, within, counted)
     row = found["attacks"]["full/pgd"]
