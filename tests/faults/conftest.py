@@ -1,4 +1,4 @@
-"""What the fault tests share: a project in which a training takes long enough to be disturbed."""
+"""Shared by the fault tests: a project whose training takes long enough to be disturbed."""
 
 import os
 import re
@@ -18,15 +18,15 @@ STANDARD = [sys.executable, "-m", "pipelines", "train_classifier", "--name=stand
 
 
 def until(true: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
 
 
-def below(pid: int, name: str) -> list[psutil.Process]:
-    """Return the processes that `pid` started, whose title has `name` in it."""
+def descendants(pid: int, name: str) -> list[psutil.Process]:
+    """Return the living descendants of a process whose name or command contains `name`."""
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         try:
@@ -38,13 +38,13 @@ def below(pid: int, name: str) -> list[psutil.Process]:
 
 
 def resumed(printed: str) -> int:
-    """Return after how many epochs a training says that it goes on; 0 where it began anew."""
+    """Return after how many epochs a training says that it resumed; 0 where it did not."""
     found = re.findall(r"goes on after epoch (\d+)", printed)
     return int(found[-1]) if found else 0
 
 
 def states(folder: Path) -> list[Path]:
-    """Return the states that trainings have kept, oldest first."""
+    """Return the manifests of the states of trainings, oldest first."""
     return sorted(folder.glob(".limpid/work/*/states/epoch-*/manifest.json"))
 
 
@@ -62,7 +62,7 @@ def folder(reproduced: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of that classifier when nothing happens."""
+    """The weights of that classifier when nothing disturbs its training."""
     made = project.copy_to(tmp_path_factory.mktemp("undisturbed") / "project")
     os.symlink(reproduced / "data", made / "data")
     params = project.tiny()
@@ -76,7 +76,7 @@ def undisturbed(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
-    """Return what mounts a disk of some size at a path, or gives the one there another size."""
+    """Return a function that mounts a disk of some size at a path, or changes the size of it."""
     mounted: list[Path] = []
 
     def mount(path: Path, size: str) -> None:
@@ -87,7 +87,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"no disk of one's own can be mounted: {done.stderr.strip()}")
+            pytest.skip(f"no disk can be mounted: {done.stderr.strip()}")
         if path not in mounted:
             mounted.append(path)
 

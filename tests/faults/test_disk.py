@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or altered, and DVC's own files: rows 15 to 19, 37, 38 and 43."""
+"""Disks that are full or read-only, files that were altered, and DVC's own files."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 Mount = Callable[[Path, str], None]
 
 
-def test_a_disk_that_fills_up_under_a_training_costs_nothing_but_time(
+def test_a_training_resumes_after_its_disk_was_full(
     folder: Path, undisturbed: Path, small_disk: Mount
 ) -> None:
     small_disk(folder / ".limpid/work", "900k")
@@ -29,7 +29,7 @@ def test_a_disk_that_fills_up_under_a_training_costs_nothing_but_time(
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
-def test_a_disk_that_fills_up_under_crafting_leaves_whole_parts_alone(
+def test_crafting_resumes_after_its_disk_was_full_without_partial_files(
     folder: Path, reproduced: Path, small_disk: Mount
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path, small_disk: Moun
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
-def test_a_newest_state_that_is_damaged_is_passed_over(
+def test_a_training_passes_over_a_damaged_newest_state(
     folder: Path, undisturbed: Path, harm: str
 ) -> None:
     process = project.start(folder, *STANDARD, "--out=out")
@@ -72,13 +72,13 @@ def test_a_newest_state_that_is_damaged_is_passed_over(
     newest.write_bytes({"truncated": content[:999], "flipped": content, "empty": b""}[harm])
     code, printed = project.run(folder, *STANDARD, "--out=out")
     assert code == 0 and resumed(printed) == before, printed
-    # A narrow screen breaks it anywhere.
+    # A narrow screen breaks the line at any word.
     assert f"{newest.parent.name}isdamagedandwaspassedover" in "".join(printed.split())
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
-def test_a_part_replaced_under_its_own_size_and_time_is_found(folder: Path) -> None:
-    """What DVC, which looks at size and time, does not see."""
+def test_a_shard_altered_without_a_change_of_size_and_time_is_detected(folder: Path) -> None:
+    """DVC, which compares size and time, does not detect it."""
     part = folder / "data/train/part-00000.parquet"
     known, content = part.stat(), bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
@@ -89,7 +89,7 @@ def test_a_part_replaced_under_its_own_size_and_time_is_found(folder: Path) -> N
     assert "part-00000.parquet was altered" in printed and "Traceback" not in printed
 
 
-def test_dvc_files_that_are_cut_short_are_dvcs_to_name_and_can_be_put_right(
+def test_dvc_and_the_doctor_name_dvc_files_that_are_cut_short(
     folder: Path, reproduced: Path
 ) -> None:
     lock = reproduced / "dvc.lock"

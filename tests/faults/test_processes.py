@@ -1,4 +1,4 @@
-"""Processes that die, are stopped, or meet another of their kind: rows 1 to 5, 13 and 35."""
+"""Processes that are killed or interrupted, run out of memory, or run twice."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ruamel.yaml import YAML
 
 from components.data.shards import sha256
-from faults.conftest import STANDARD, below, resumed, states, until
+from faults.conftest import STANDARD, descendants, resumed, states, until
 from pipelines.cluster import trainer
 from pipelines.config.resources import TrainingWorkers
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.faults
 
 
 def change(folder: Path, **sections: object) -> None:
-    """Write params.yaml with other sections."""
+    """Replace sections of params.yaml."""
     params = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
     project.write_params(folder, {**params, **sections})
 
@@ -33,8 +33,8 @@ def test_a_training_worker_that_is_killed_is_replaced(folder: Path, undisturbed:
     params["resources"]["train"]["workers"] = 1
     change(folder, resources=params["resources"])
     process = project.start(folder, *STANDARD, "--out=out")
-    until(lambda: len(states(folder)) >= 2 and below(process.pid, "RayTrainWorker"), 120)
-    (worker,) = below(process.pid, "RayTrainWorker")
+    until(lambda: len(states(folder)) >= 2 and descendants(process.pid, "RayTrainWorker"), 120)
+    (worker,) = descendants(process.pid, "RayTrainWorker")
     worker.kill()
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and resumed(printed) >= 2, printed
@@ -48,8 +48,8 @@ def test_a_crafting_worker_that_is_killed_is_replaced(folder: Path, reproduced: 
     params["pool"]["attack"] = {**params["pool"]["attack"], "steps": 400}
     change(folder, pool=params["pool"])
     process = project.start(folder, *command, "--classifier=models/standard", "--out=first")
-    until(lambda: below(process.pid, "craft_shard"), 120)
-    below(process.pid, "craft_shard")[0].kill()
+    until(lambda: descendants(process.pid, "craft_shard"), 120)
+    descendants(process.pid, "craft_shard")[0].kill()
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     made = {path.name: sha256(path) for path in (folder / "first").iterdir()}
@@ -60,18 +60,18 @@ def test_a_crafting_worker_that_is_killed_is_replaced(folder: Path, reproduced: 
     assert made == {path.name: sha256(path) for path in (folder / "second").iterdir()}
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
-    folder: Path, undisturbed: Path, sent: int
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_death_of_dvc_ends_its_stage_and_the_next_dvc_resumes(
+    folder: Path, undisturbed: Path, number: int
 ) -> None:
     command = ["dvc", "repro", "-s", "train_classifier@standard"]
     process = project.start(folder, *command)
     until(lambda: len(states(folder)) >= 2, 120)
-    stages = below(process.pid, "train_classifier")
+    stages = descendants(process.pid, "train_classifier")
     assert stages
-    os.kill(process.pid, sent)
+    os.kill(process.pid, number)
     process.wait()
-    # At once, while the stage of the other is still ending.
+    # At once, while the first stage is still ending.
     code, printed = project.run(folder, *command)
     assert code == 0 and resumed(printed) >= 2, printed
     ended, _ = process.communicate(timeout=60)
@@ -81,7 +81,7 @@ def test_the_death_of_dvc_ends_its_stage_and_the_next_goes_on(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_interruption_keeps_all_and_leaves_no_process(
+def test_an_interruption_keeps_the_finished_epochs_and_leaves_no_process(
     folder: Path, undisturbed: Path, workers: int
 ) -> None:
     process, children = training(folder, workers)
@@ -94,28 +94,28 @@ def test_one_interruption_keeps_all_and_leaves_no_process(
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
 
 
-@pytest.mark.parametrize("seen", ["runtime_env/agent", "default_worker", "craft_shard"])
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_of_a_ray_outlives_its_stage(
-    folder: Path, reproduced: Path, seen: str, sent: int
+@pytest.mark.parametrize("started", ["runtime_env/agent", "default_worker", "craft_shard"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_of_ray_outlives_its_stage(
+    folder: Path, reproduced: Path, started: str, number: int
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
     command = ["python", "-m", "pipelines", "craft_training_set", "--train=data/train"]
     process = project.start(folder, *command, "--classifier=models/standard", "--out=out")
-    until(lambda: below(process.pid, seen), 120)
-    children = below(process.pid, "")
-    os.kill(process.pid, sent)
+    until(lambda: descendants(process.pid, started), 120)
+    children = descendants(process.pid, "")
+    os.kill(process.pid, number)
     process.wait(60)
     until(lambda: not any(project.lives(child) for child in children), 15)
     printed, _ = process.communicate()
-    # While it starts, there is a moment in which Ray leaves SIGTERM to the system.
-    heard = {130} if seen == "craft_shard" else {130, -sent}
-    assert process.returncode in ({-sent} if sent == signal.SIGKILL else heard), printed
+    # For a moment of its start, Ray leaves SIGTERM to the system.
+    handled = {130} if started == "craft_shard" else {130, -number}
+    assert process.returncode in ({-number} if number == signal.SIGKILL else handled), printed
 
 
-def test_a_second_interruption_ends_at_once(folder: Path) -> None:
+def test_a_second_interruption_ends_the_stage_at_once(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        # After a first one it would wait four seconds for this answer.
+        # After the first interruption the stage would wait four seconds for this server.
         server = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mute.getsockname()[1]}"}
         server["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "300"
         process, children = training(folder, 0, **server)
@@ -133,17 +133,17 @@ def test_a_second_interruption_ends_at_once(folder: Path) -> None:
 def training(
     folder: Path, workers: int, **environment: str
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """Start a training; return it, and all it started, when it has done two epochs."""
+    """Start a training; return it and its descendants once it has finished two epochs."""
     params = project.tiny()
     params["resources"]["train"]["workers"] = workers
     change(folder, resources=params["resources"])
     process = project.start(folder, *STANDARD, "--out=out", **environment)
     until(lambda: len(states(folder)) >= 2, 120)
-    assert bool(below(process.pid, "RayTrainWorker")) == bool(workers)
-    return process, below(process.pid, "")
+    assert bool(descendants(process.pid, "RayTrainWorker")) == bool(workers)
+    return process, descendants(process.pid, "")
 
 
-def test_the_second_of_two_gives_way_and_names_the_first(folder: Path) -> None:
+def test_a_stage_that_runs_already_is_not_run_again(folder: Path) -> None:
     params = project.tiny()
     training = params["classifiers"]["standard"]["training"]
     params["classifiers"]["standard"]["training"] = {**training, "epochs": 100_000}
@@ -160,7 +160,7 @@ def test_the_second_of_two_gives_way_and_names_the_first(folder: Path) -> None:
     first.communicate(timeout=60)
 
 
-def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
+def test_a_crafting_worker_without_memory_is_named_and_not_retried_for_ever(
     folder: Path, reproduced: Path
 ) -> None:
     os.symlink(reproduced / "models", folder / "models")
@@ -179,15 +179,18 @@ def test_a_worker_without_memory_is_said_and_not_tried_for_ever(
 def test_a_training_worker_without_memory_does_not_leave_the_others_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of a full GPU, raised in one of two workers while the other waits for it."""
+    """One of two workers raises the error of a full GPU while the other waits for it."""
 
     def full(device: str) -> trainer.TrainingTask:
         if dist.get_rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         dist.barrier()
-        raise AssertionError("nobody was waited for")
+        raise AssertionError("the barrier did not wait for the other worker")
+
+    def ignore(epoch: int, metrics: object) -> None:
+        pass
 
     monkeypatch.setattr(trainer, "MAX_FAILURES", 0)
-    share = TrainingWorkers(workers=2, cpus=1, gpus=0)
+    workers = TrainingWorkers(workers=2, cpus=1, gpus=0)
     with pytest.raises(MemoryError, match="lower batch_size of the training, or batch"):
-        trainer.train(full, {}, tmp_path / "out", tmp_path / "work", share, lambda *_: None, print)
+        trainer.train(full, {}, tmp_path / "out", tmp_path / "work", workers, ignore, print)

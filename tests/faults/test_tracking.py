@@ -1,4 +1,4 @@
-"""A tracking store that is away, slow, broken, or opened by many at once: rows 30 to 32."""
+"""A tracking server or database that is broken, slow, dies, or is created by many at once."""
 
 import os
 import signal
@@ -14,16 +14,20 @@ from pathlib import Path
 
 import project
 import pytest
-from cluster.stand import BIN, free_port
+from cluster.local_cluster import BIN, free_port
 
 from components.data.shards import sha256
 from faults.conftest import STANDARD, states, until
 
 pytestmark = pytest.mark.faults
-OPEN = "from pipelines import registry; registry.connect().search_experiments(); print('open')"
+OPEN = """
+from pipelines.tracking import registry
+registry.connect().search_experiments()
+print("open")
+"""
 
 
-def test_four_processes_may_open_the_store_first(tmp_path: Path) -> None:
+def test_four_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
     folder = project.copy_to(tmp_path / "project")
     started = [project.start(folder, sys.executable, "-c", OPEN) for _ in range(4)]
     for process in started:
@@ -31,8 +35,8 @@ def test_four_processes_may_open_the_store_first(tmp_path: Path) -> None:
         assert process.returncode == 0 and printed.endswith("open\n"), printed
 
 
-class Odd(BaseHTTPRequestHandler):
-    """A server that answers everything with an error, after a while."""
+class Broken(BaseHTTPRequestHandler):
+    """A server that answers every request with an error, after some seconds."""
 
     seconds = 0.0
 
@@ -44,13 +48,13 @@ class Odd(BaseHTTPRequestHandler):
     do_GET = do_POST = _answer
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(params=[0.0, 30.0], ids=["answers 500", "takes 30 s"])
-def odd(request: pytest.FixtureRequest) -> Iterator[str]:
+def broken(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of such a server."""
-    handler = type("Handler", (Odd,), {"seconds": request.param})
+    handler = type("Handler", (Broken,), {"seconds": request.param})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -58,13 +62,13 @@ def odd(request: pytest.FixtureRequest) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_server_that_does_not_serve_costs_ten_seconds_and_no_figure(
-    folder: Path, undisturbed: Path, odd: str
+def test_a_broken_server_delays_a_stage_little_and_loses_no_metric(
+    folder: Path, undisturbed: Path, broken: str
 ) -> None:
     began = time.monotonic()
-    code, printed = project.run(folder, *STANDARD, "--out=out", MLFLOW_TRACKING_URI=odd)
+    code, printed = project.run(folder, *STANDARD, "--out=out", MLFLOW_TRACKING_URI=broken)
     assert code == 0, printed
-    # Left to itself MLflow asks for four minutes, at every figure.
+    # By default MLflow retries every request for four minutes.
     assert time.monotonic() - began < 120
     assert "was not reached" in printed and "Traceback" not in printed
     assert sha256(folder / "out/weights.safetensors") == sha256(undisturbed)
@@ -72,7 +76,7 @@ def test_a_server_that_does_not_serve_costs_ten_seconds_and_no_figure(
     assert spooled.read_text().count('"event": "metrics"') == 61
 
 
-def test_a_server_that_dies_on_the_way_loses_no_figure(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_dies_during_a_training_loses_no_metric(folder: Path, tmp_path: Path) -> None:
     port, home = free_port(), tmp_path / "server"
     home.mkdir()
     command = [
@@ -99,12 +103,12 @@ def test_a_server_that_dies_on_the_way_loses_no_figure(folder: Path, tmp_path: P
         assert code == 0, printed
         assert not list((folder / ".limpid/spool").glob("*.jsonl")), printed
         with sqlite3.connect(home / "mlflow.db") as database:
-            told = database.execute(
+            runs = database.execute(
                 "select runs.name, count(distinct step) from runs join metrics using (run_uuid) "
                 "where key = 'loss' group by run_uuid"
             ).fetchall()
-        # What it was told before it died, and again after, is one run.
-        assert sorted(epochs for _, epochs in told)[-1] == 60 and len(told) == 2, told
+        # The metrics sent before the server died, and again after, are in one run.
+        assert sorted(epochs for _, epochs in runs)[-1] == 60 and len(runs) == 2, runs
     finally:
         end(server)
 
