@@ -1,4 +1,4 @@
-"""Archives are read in memory, and what is not plain data in them is refused unread."""
+"""Archives are read in memory; unsafe members and pickles of more than plain data are refused."""
 
 import gzip
 import io
@@ -121,7 +121,7 @@ def test_plain_data_is_unpickled(protocol: int) -> None:
     assert value["labels"] == [1, 2] and value["name"] == "a"
 
 
-def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_calls_functions_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     for evil in (
         Evil(os.system, f"touch {marker}"),
@@ -138,6 +138,6 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x80\x02}", pickle.dumps([1])])
-def test_what_is_no_pickled_dict_is_refused(content: bytes) -> None:
+def test_content_that_is_no_pickled_dict_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="a file"):
         unpickle(content, "a file")

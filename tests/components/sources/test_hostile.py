@@ -1,4 +1,4 @@
-"""Files made to exhaust a machine are refused at once, in little memory: measured from outside."""
+"""Files made to exhaust a machine are refused soon and in little memory; measured from outside."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from project import ROOT
 from toys import png
 
 GIGABYTES = 1_500_000_000
-# Enough to be seen, and soon made.
+# Enough to show in the memory of a process, and quick to make.
 MUCH = 400_000_000
 READ = """
 import json, resource, sys, time
@@ -47,17 +47,17 @@ def peak():
 start = peak()
 for line in sys.stdin:
     name, kind, path = json.loads(line)
-    began, said = time.process_time(), "read"
+    began, outcome = time.process_time(), "read"
     try:
         READERS[kind](Path(path))
     except DataError as error:
-        said = str(error)
-    print(json.dumps([name, [said, time.process_time() - began, peak() - start]]))
+        outcome = str(error)
+    print(json.dumps([name, [outcome, time.process_time() - began, peak() - start]]))
 """
 
 
 def write(path: Path, images: pa.Array, **facts: object) -> Path:
-    """Write images as `train.parquet` into a folder, each of class 0, in next to no bytes."""
+    """Write images of class 0 as `train.parquet` into a folder; the file must be small."""
     path.mkdir()
     table = pa.table({"image": images, "label": pa.array([0] * len(images), pa.int8())})
     pq.write_table(table, path / "train.parquet", compression="zstd", store_schema=False, **facts)
@@ -66,7 +66,7 @@ def write(path: Path, images: pa.Array, **facts: object) -> Path:
 
 
 def repeated(value: bytes, times: int) -> pa.Array:
-    """Return an array of one value again and again, which a dictionary holds once."""
+    """Return an array of one value repeated, which the file holds once."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([value]))
 
 
@@ -75,7 +75,7 @@ def packed_value(path: Path) -> Path:
 
 
 def lying_footer(path: Path) -> Path:
-    """A packed value, of which the footer says that it is small."""
+    """A packed value under a footer that says it is small."""
     file = packed_value(path) / "train.parquet"
     content = file.read_bytes()
     (length,) = struct.unpack("<I", content[-8:-4])
@@ -90,7 +90,7 @@ def lying_footer(path: Path) -> Path:
 
 
 def varint(value: int, width: int = 1) -> bytes:
-    """Return a number in groups of seven bits, in at least so many bytes."""
+    """Return a number in groups of seven bits, in at least `width` bytes."""
     groups = []
     while value or len(groups) < width:
         groups.append(value & 127)
@@ -119,7 +119,7 @@ def pictures(path: Path) -> Path:
 
 
 def picture(side: int) -> Callable[[Path], Path]:
-    """A hundred bytes that say they are a picture of so many pixels a side."""
+    """A hundred bytes whose header says that they are a picture of `side` x `side` pixels."""
 
     def make(path: Path) -> Path:
         head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
@@ -138,14 +138,14 @@ def picture(side: int) -> Callable[[Path], Path]:
 
 
 def zeros(path: Path, head: bytes) -> Path:
-    """Write a gzip of `head` and gigabytes of nothing, in which nothing is packed twice."""
+    """Write a gzip of `head` and gigabytes of zeros, made of one packed million repeated."""
     million = gzip.compress(bytes(1_000_000))
     path.write_bytes(gzip.compress(head) + million * (GIGABYTES // 1_000_000 + 1))
     return path
 
 
 def tar_of(kind: bytes) -> Callable[[Path], Path]:
-    """A tar whose first member is gigabytes of nothing: a file, or the name of one."""
+    """A tar whose first member, a file or the name of one, is gigabytes of zeros."""
 
     def make(path: Path) -> Path:
         member = tarfile.TarInfo("set/train")
@@ -176,23 +176,23 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], Path], str]] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """What one process said of each file, the seconds it took, and how far it had grown by then."""
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """The outcome of each file in one process, the seconds it took, the growth of its memory."""
     folder = tmp_path_factory.mktemp("hostile")
-    asked = "".join(
+    requests = "".join(
         json.dumps([name, kind, str(make(folder / name))]) + "\n"
         for name, (kind, make, _) in HOSTILE.items()
     )
     command = [sys.executable, "-c", READ]
     done = subprocess.run(
-        command, input=asked, cwd=ROOT, capture_output=True, text=True, timeout=300
+        command, input=requests, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, found: dict[str, list]) -> None:
-    said, seconds, grown = found[name]
-    assert HOSTILE[name][2] in said
+def test_a_bomb_is_refused_soon_and_in_little_memory(name: str, outcomes: dict[str, list]) -> None:
+    outcome, seconds, grown = outcomes[name]
+    assert HOSTILE[name][2] in outcome
     assert seconds < 2 and grown < 200e6

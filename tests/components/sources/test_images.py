@@ -1,4 +1,4 @@
-"""One conversion for every kind of image; what is not an image is left out, with the reason."""
+"""Every kind of image has one conversion; what is no image is rejected with a reason."""
 
 import io
 import os
@@ -113,13 +113,13 @@ def test_the_exif_orientation_is_applied() -> None:
     assert pixels[0, :7].min() > 240 and pixels[0, 9:].max() < 15
 
 
-def test_resizing_is_smooth_and_only_where_needed() -> None:
+def test_resizing_antialiases_and_keeps_images_of_the_right_size() -> None:
     board = (np.indices((32, 32)).sum(0) % 2 * 255).astype(np.uint8)
     content = encode(Image.fromarray(board))
     assert np.array_equal(decoded(content, 1, (32, 32)), board[None])
     small = decoded(content, 1, (8, 4))
     assert small.shape == (1, 8, 4)
-    # Without antialiasing a chequerboard would come out black or white instead of grey.
+    # Without antialiasing a chequerboard would become black or white instead of grey.
     assert np.abs(small.astype(int) - 127).max() <= 20
     one = encode(Image.new("L", (1, 1), 77))
     assert np.array_equal(decoded(one, 1, (28, 28)), np.full((1, 28, 28), 77))
@@ -145,7 +145,7 @@ JPEG = encode(Image.fromarray(np.arange(4800, dtype=np.uint8).reshape(40, 40, 3)
         (bytes(16_000_001), "is 16000001 bytes long"),
     ],
 )
-def test_what_is_no_image_has_a_reason(content: bytes, reason: str) -> None:
+def test_content_that_is_no_image_gives_a_reason(content: bytes, reason: str) -> None:
     found = decode(content, 3, (8, 8))
     assert isinstance(found, str) and found.startswith(reason)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -157,8 +157,8 @@ def test_damaged_bytes_never_raise() -> None:
         whole = encode(Image.new("RGB", (9, 9), (10, 200, 30)), kind)
         for _ in range(100):
             content = bytearray(whole)
-            for place in rng.integers(len(content), size=3):
-                content[place] = rng.integers(256)
+            for position in rng.integers(len(content), size=3):
+                content[position] = rng.integers(256)
             pixels = decode(bytes(content), 3, (9, 9))
             assert isinstance(pixels, str) or pixels.shape == (3, 9, 9)
 
@@ -180,7 +180,7 @@ def load_folder(root: Path, **facts: Any) -> RawData:
     return ImageFolder.model_validate({"kind": "image_folder", **COMMON, **facts}).load(root)
 
 
-def test_a_folder_is_read_in_order(root: Path) -> None:
+def test_a_folder_is_read_in_sorted_order(root: Path) -> None:
     save(root / "train/cat/3.jpeg", kind="JPEG")
     raw = load_folder(root)
     assert raw.class_names == ("cat", "dog") and raw.test is not None
@@ -193,7 +193,7 @@ def test_a_folder_is_read_in_order(root: Path) -> None:
     assert load_folder(root).test is None
 
 
-def test_what_is_no_image_is_rejected_and_nothing_is_followed(root: Path) -> None:
+def test_entries_that_are_no_images_are_rejected_and_links_are_not_followed(root: Path) -> None:
     cat = root / "train/cat"
     (cat / ".hidden").write_text("x")
     (cat / "text.png").write_text("x")
@@ -240,6 +240,6 @@ def test_folders_that_cannot_be_used_are_refused(root: Path, tmp_path: Path) -> 
     [{"size": [8]}, {"size": [0, 8]}, {"size": ["8", "8"]}, {"size": [8.0, 8]}, {"size": 8},
      {"size": [8, 8, 3]}, {"channels": 4}, {"channels": "3"}, {"path": None}],
 )  # fmt: skip
-def test_impossible_settings_are_refused(root: Path, facts: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(root: Path, facts: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         load_folder(root, **facts)

@@ -1,4 +1,4 @@
-"""Parquet from anywhere is read if it is clean, and named by file and row where it is not."""
+"""Parquet files are read if they are sound; errors name the file and the row."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_every_layout_is_found(tmp_path: Path, form: str) -> None:
     assert raw.train.images[:, 0, 0, 0].tolist() == list(range(len(raw.train.labels)))
 
 
-def test_files_that_are_not_clearly_all_are_refused(tmp_path: Path) -> None:
+def test_files_that_may_be_incomplete_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no train\.parquet"):
         load_parquet(tmp_path)
     write(tmp_path / "train-00000-of-00002.parquet")

@@ -1,4 +1,4 @@
-"""Every dataset keeps the contract; archives come whole or not at all."""
+"""Every source fulfils the contract; archives arrive complete or not at all."""
 
 import gzip
 import hashlib
@@ -31,25 +31,25 @@ COMMON = {"val": 20, "test": 0, "train_limit": None, "test_limit": None, "max_re
 
 
 class Host(ThreadingHTTPServer):
-    """A host on loopback that serves `files` in the manner the first folder of a url names."""
+    """A host on loopback; the first folder of a url names the manner in which it serves `files`."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
 
     def url(self, manner: str, name: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{manner}/{name}"
 
     def archive(self, name: str, content: bytes, *manners: str) -> Archive:
-        """Publish a file; return the entry that tells where it is."""
+        """Publish a file and return its entry."""
         self.files[name] = content
         urls = tuple(self.url(manner, name) for manner in manners or ("good",))
         md5 = hashlib.md5(content).hexdigest()
         return Archive(name, urls, md5, len(content), schemes=("http",))
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Host
 
     def log_message(self, *ignored: object) -> None:
@@ -57,34 +57,34 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         manner, name = self.path.strip("/").split("/")
-        content, asked = self.server.files[name], self.headers.get("Range")
-        again = manner in (seen for seen, _ in self.server.asked)
-        self.server.asked.append((manner, asked))
-        start = int(asked[len("bytes=") : -1]) if asked and manner != "forgetful" else 0
-        place = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        headers = {"Content-Range": place} if start else {}
+        content, wanted = self.server.files[name], self.headers.get("Range")
+        again = manner in (seen for seen, _ in self.server.requests)
+        self.server.requests.append((manner, wanted))
+        start = int(wanted[len("bytes=") : -1]) if wanted and manner != "forgetful" else 0
+        span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        headers = {"Content-Range": span} if start else {}
         status, body = 206 if start else 200, content[start:]
         match manner:
             case "missing":
                 self.send_error(404)
             case "redirect":
-                self.answer(302, b"", {"Location": self.server.url("good", name)})
+                self.respond(302, b"", {"Location": self.server.url("good", name)})
             case "leave":
-                self.answer(302, b"", {"Location": "ftp://127.0.0.1/" + name})
+                self.respond(302, b"", {"Location": "ftp://127.0.0.1/" + name})
             case "html":
-                self.answer(200, b"<html>Please sign in</html>", {"Content-Type": "text/html"})
+                self.respond(200, b"<html>Please sign in</html>", {"Content-Type": "text/html"})
             case "altered":
-                self.answer(status, body[:-1] + bytes([body[-1] ^ 1]), headers)
+                self.respond(status, body[:-1] + bytes([body[-1] ^ 1]), headers)
             case "long":
-                self.answer(200, content + b"more", {"Content-Length": ""})
+                self.respond(200, content + b"more", {"Content-Length": ""})
             case "shifted" if start:
-                self.answer(206, content, {"Content-Range": place.replace(str(start), "0", 1)})
+                self.respond(206, content, {"Content-Range": span.replace(str(start), "0", 1)})
             case "cut" | "forgetful" | "shifted" if not again:
-                self.answer(status, body, headers, sent=len(content) // 2)
+                self.respond(status, body, headers, sent=len(content) // 2)
             case _:
-                self.answer(status, body, headers)
+                self.respond(status, body, headers)
 
-    def answer(
+    def respond(
         self, status: int, body: bytes, headers: dict[str, str], sent: int | None = None
     ) -> None:
         self.send_response(status)
@@ -111,7 +111,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def idx_archives(host: Host) -> tuple[Archive, ...]:
-    """Publish 100 + 30 images in the form of MNIST."""
+    """Publish 100 + 30 images in the format of MNIST."""
     return tuple(
         host.archive(f"{split}-{part}.gz", idx(array))
         for seed, (split, count) in enumerate((("train", 100), ("t10k", 30)))
@@ -123,7 +123,7 @@ def idx_archives(host: Host) -> tuple[Archive, ...]:
 
 
 def python2_batch(images: np.ndarray, key: str, labels: list[int]) -> bytes:
-    """Pickle a batch opcode by opcode as Python 2 and its numpy did, strings being bytes."""
+    """Pickle a batch, opcode by opcode, as Python 2 and its numpy did: strings are bytes."""
 
     def text(value: str) -> bytes:
         return b"U" + bytes([len(value)]) + value.encode()
@@ -144,7 +144,7 @@ def python2_names(key: str, names: list[str]) -> bytes:
 
 
 def cifar_archives(host: Host, cls: Any, classes: int) -> tuple[Archive, ...]:
-    """Publish a tar in the form of CIFAR with three images per class and batch."""
+    """Publish a tar in the format of CIFAR with three images per class and batch."""
     labels = list(range(classes)) * 3
     members = {
         name: python2_batch(random_bytes(len(labels), (3072,), seed), cls.label_key, labels)
@@ -183,7 +183,7 @@ def image_folder(folder: Path) -> Path:
 def small_source(
     kind: str, folder: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> SourceConfig:
-    """Return the config of a small source of this kind, made as its real one is."""
+    """Return the config of a small source of this kind, in the format of the real one."""
     facts: dict[str, Any] = {"kind": kind, **COMMON}
     if kind == "digits":
         facts["test"] = 300
@@ -200,14 +200,14 @@ def small_source(
     return config
 
 
-def test_the_table_and_the_union_name_the_same_datasets() -> None:
+def test_the_table_has_the_sources_of_the_union_by_their_kinds() -> None:
     assert get_args(get_args(DataConfig)[0]) == tuple(DATASETS.values())
     for kind, cls in DATASETS.items():
         assert get_args(cls.model_fields["kind"].annotation) == (kind,)
 
 
 @pytest.mark.parametrize("kind", DATASETS)
-def test_every_dataset_keeps_the_contract(
+def test_every_source_fulfils_the_contract(
     kind: str, tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_source(kind, tmp_path, host, monkeypatch)
@@ -240,11 +240,11 @@ def test_a_mirror_needs_no_network(
 ) -> None:
     config = small_source(kind, tmp_path, host, monkeypatch)
     online = config.load(tmp_path / "scratch")
-    asked = len(host.asked)
+    count = len(host.requests)
     mirror = tmp_path / "scratch" / kind
     offline = type(config).model_validate({**config.model_dump(), "mirror": str(mirror)})
     assert np.array_equal(offline.load(tmp_path / "other").train.images, online.train.images)
-    assert len(host.asked) == asked and not (tmp_path / "other").exists()
+    assert len(host.requests) == count and not (tmp_path / "other").exists()
     archive = next(iter(mirror.iterdir()))
     archive.write_bytes(archive.read_bytes()[:-1] + b"!")
     with pytest.raises(DataError, match=f"{archive.name} is not the published archive: its md5"):
@@ -262,14 +262,14 @@ CONTENT = bytes(range(256)) * 400
     [("good",), ("redirect",), ("cut",), ("forgetful",), ("shifted", "good"), ("missing", "good"),
      ("html", "good"), ("altered", "good"), ("cut", "altered", "good"), ("leave", "good")],
 )  # fmt: skip
-def test_a_download_arrives_whole(host: Host, tmp_path: Path, manners: tuple[str, ...]) -> None:
+def test_a_download_arrives_complete(host: Host, tmp_path: Path, manners: tuple[str, ...]) -> None:
     archive = host.archive("a.gz", CONTENT, *manners)
-    told: list[tuple[str, int, int]] = []
-    path = fetch(archive, tmp_path, lambda *fact: told.append(fact))
+    reported: list[tuple[str, int, int]] = []
+    path = fetch(archive, tmp_path, lambda *fact: reported.append(fact))
     assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
-    assert told[-1] == ("a.gz", len(CONTENT), len(CONTENT))
-    asked = len(host.asked)
-    assert fetch(archive, tmp_path, silent) == path and len(host.asked) == asked
+    assert reported[-1] == ("a.gz", len(CONTENT), len(CONTENT))
+    count = len(host.requests)
+    assert fetch(archive, tmp_path, silent) == path and len(host.requests) == count
 
 
 @pytest.mark.parametrize(
@@ -292,23 +292,23 @@ def test_a_failed_download_leaves_no_file(
     assert not (tmp_path / "a.gz").exists()
 
 
-def test_a_cut_download_goes_on_where_it_stopped(host: Host, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(host: Host, tmp_path: Path) -> None:
     half = len(CONTENT) // 2
     fetch(host.archive("a.gz", CONTENT, "cut"), tmp_path, silent)
-    assert host.asked == [("cut", None), ("cut", f"bytes={half}-")]
+    assert host.requests == [("cut", None), ("cut", f"bytes={half}-")]
 
 
-def test_a_part_left_by_a_killed_process_is_used_or_replaced(host: Host, tmp_path: Path) -> None:
+def test_a_part_left_by_a_killed_process_is_resumed_or_replaced(host: Host, tmp_path: Path) -> None:
     archive = host.archive("a.gz", CONTENT)
     for left in (CONTENT[:1000], CONTENT, b"x" * 1000, CONTENT + b"x", b"x" * len(CONTENT)):
         (tmp_path / "a.gz.part").write_bytes(left)
         path = fetch(archive, tmp_path, silent)
         assert path.read_bytes() == CONTENT
         path.write_bytes(b"damaged")
-    assert host.asked[0] == ("good", "bytes=1000-")
+    assert host.requests[0] == ("good", "bytes=1000-")
 
 
-def test_plain_http_and_other_lengths_are_refused(host: Host, tmp_path: Path) -> None:
+def test_plain_http_and_wrong_lengths_are_refused(host: Host, tmp_path: Path) -> None:
     archive = host.archive("a.gz", CONTENT)
     with pytest.raises(ConnectionError, match="only https"):
         fetch(replace(archive, schemes=("https",)), tmp_path, silent)
@@ -317,7 +317,7 @@ def test_plain_http_and_other_lengths_are_refused(host: Host, tmp_path: Path) ->
     assert not (tmp_path / "a.gz").exists()
 
 
-def test_no_network_says_what_to_do(tmp_path: Path) -> None:
+def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     archive = Archive("a.gz", ("http://127.0.0.1:9/a.gz",), "", 5, schemes=("http",))
     with pytest.raises(ConnectionError, match="Without a network, set `mirror`"):
         fetch(archive, tmp_path, silent)
