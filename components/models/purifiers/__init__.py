@@ -1,9 +1,9 @@
 """Purifiers: one module per family, and here the unions of all their kinds.
 
-This is the one place where a new purifier is added: import its section below and add it to a union.
-`PurifierConfig` lists the networks that can be built and trained, each a purifier by itself unless
-an inference is needed; `InferenceConfig` lists the ways to use a trained network as a purifier.
-`ControlConfig` lists the purifiers that need no training; each of them is in `PurifierConfig` too.
+This is the one place where a new purifier is registered: import its section and add it to a union.
+`PurifierConfig` lists the networks that can be built and trained; all except `ddpm` and `gan` are
+purifiers by themselves. `InferenceConfig` lists the ways to use a trained network as a purifier.
+`ControlConfig` lists the purifiers that need no training; `PurifierConfig` has them too.
 """
 
 from typing import Annotated

@@ -148,12 +148,12 @@ def test_critic_loss_has_a_closed_form_for_an_affine_critic() -> None:
     made, real, (latent, mix) = pair(), uniform_pixels(IMAGES, SMALL), latent_noise(IMAGES, 8)
     critic = Affine()
     made.critic = critic  # type: ignore[assignment]
-    apart = (made.generator(latent).mean(0) - real.mean(0)).flatten().detach()
+    gap = (made.generator(latent).mean(0) - real.mean(0)).flatten().detach()
     length = critic.weight.detach().norm()
     loss = critic_loss(made, real, latent, mix)
-    assert torch.allclose(loss, apart @ critic.weight + 10 * (length - 1) ** 2, atol=1e-4)
+    assert torch.allclose(loss, gap @ critic.weight + 10 * (length - 1) ** 2, atol=1e-4)
     loss.backward()
-    expected = apart + 20 * (length - 1) * critic.weight.detach() / length
+    expected = gap + 20 * (length - 1) * critic.weight.detach() / length
     assert critic.weight.grad is not None
     assert torch.allclose(critic.weight.grad, expected, atol=1e-4)
 

@@ -133,12 +133,12 @@ def test_calibration_keeps_no_graph_and_changes_no_weight() -> None:
 def test_results_are_deterministic_and_independent_of_the_batch(call: str) -> None:
     made, x = magnet(), uniform_pixels(IMAGES, SMALL)
     made.calibrate(x, 4)
-    answer = getattr(made, call)
-    whole = answer(x)
+    function = getattr(made, call)
+    whole = function(x)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(answer(x), whole) and not made.stochastic
-    assert torch.equal(answer(x[order]), whole[order])
-    assert torch.allclose(answer(x[:1]), whole[:1], atol=1e-4)
+    assert torch.equal(function(x), whole) and not made.stochastic
+    assert torch.equal(function(x[order]), whole[order])
+    assert torch.allclose(function(x[:1]), whole[:1], atol=1e-4)
 
 
 @pytest.mark.parametrize("call", ["forward", "detector_score"])
