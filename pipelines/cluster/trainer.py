@@ -1,22 +1,21 @@
-"""Training done by Ray: by one worker or many, on this machine or the nodes of a cluster.
+"""Trains a network with Ray Train, on this machine or on the nodes of a cluster, or without Ray.
 
-In a job that is on nodes which share no disk (`place`). It is bit-equal at an equal number of
-workers.
+Results are bit-equal for an equal number of workers. The nodes of a job share no disk: states and
+the result travel through the store (`job_files`), events through a queue of Ray.
 """
 
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from components.data.image_set import ImageSet
@@ -24,29 +23,25 @@ from components.data.shards import DataError, write_json
 from components.models.checkpoints import ModelCard, latest_state, pack_state, save, save_state
 from components.training.contract import Objective
 from components.training.loop import Diverged, Training, Validate, fit
-from pipelines.cluster import capacity, session
+from pipelines.cluster import capacity, session, worker_pool
 from pipelines.cluster.worker_pool import MAX_FAILURES, OUT_OF_MEMORY, WorkerPool
 from pipelines.config.resources import TrainingWorkers
 from pipelines.storage import job_files, jobs
 
-# Below a training's folder: the states to go on from, and notes for the stage that waits.
-STATES, NOTES = "states", "notes"
-HISTORY = "history.jsonl"
-FAILURE = "failure.json"
-# A mistake of the user is not tried again.
-MISTAKES: dict[str, type[Exception]] = {
-    "ValueError": ValueError,
-    "DataError": DataError,
-    "Diverged": Diverged,
-    "MemoryError": MemoryError,
-}
+STATES = "states"
+HISTORY = "history.json"
+# Errors that another try would raise again. A subclass comes before its base class.
+USER_ERRORS = (DataError, ValueError, Diverged, MemoryError)
+# What a training sends while it runs: ("say", line), ("epochs", first index, their metrics) or
+# ("failed", error).
+Event = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class TrainingTask:
     """All that a worker needs to train one network.
 
-    `finish` is called once with what was trained, then `card` describes it.
+    `finish` is called once with the trained network, then `card` describes it.
     """
 
     model: nn.Module
@@ -60,7 +55,15 @@ class TrainingTask:
     card: Callable[[nn.Module], ModelCard]
 
 
-EpochSeen = Callable[[int, Mapping[str, float]], None]
+@dataclass(frozen=True)
+class _Run:
+    """One training, as each of its workers receives it; the folders are absolute."""
+
+    setup: Callable[..., TrainingTask]
+    arguments: Mapping[str, Any]
+    out: Path
+    resume: Path
+    workers: TrainingWorkers
 
 
 def train(
@@ -68,206 +71,194 @@ def train(
     arguments: Mapping[str, Any],
     out: Path,
     resume: Path,
-    share: TrainingWorkers,
-    seen: EpochSeen,
+    workers: TrainingWorkers,
+    seen: Callable[[int, Mapping[str, float]], None],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Train what `setup(**arguments, device=...)` describes into the folder `out`.
+    """Train the task that `setup(**arguments, device=...)` returns; write the model to `out`.
 
-    By workers of Ray Train; for none in this process, or in a job as one task on a node that may
-    work. `setup` runs in each and must be importable by name. Training goes on from the newest
-    whole state under `resume`, which must be named by everything the result depends on; `seen` is
-    called with every epoch as it ends, `say` with what else a person should know. Returns the
-    metrics of the last epoch. Raises ConnectionError when a cluster has too little left for long.
+    The workers are those of Ray Train; without workers this process trains, or in a job one worker
+    on a node of the cluster. Each worker calls `setup`, which must be importable by name. Training
+    resumes from the newest undamaged state below `resume`, a folder named by everything that the
+    result depends on. `seen` receives every epoch once, in order, as it ends; `say` receives lines
+    for a person. Returns the metrics of the last epoch. Raises ConnectionError where a cluster has
+    had too few nodes for too long.
     """
-    notes = resume.absolute() / NOTES
-    job_files.remove(notes)
-    notes.mkdir(parents=True)
-    config = {
-        "setup": setup,
-        "arguments": dict(arguments),
-        "out": str(out.absolute()),
-        "resume": str(resume.absolute()),
-        "threads": share.cpus,
-        "device": share.device,
-    }
+    run = _Run(setup, dict(arguments), out.absolute(), resume.absolute(), workers)
+    finished, failures = 0, []
+
+    def receive(event: Event) -> None:
+        nonlocal finished
+        match event:
+            case "say", line:
+                say(line)
+            case "epochs", start, history:
+                for index, metrics in enumerate(history, start):
+                    # A worker that resumes sends the epochs before its state again.
+                    if index == finished:
+                        finished += 1
+                        seen(index, metrics)
+            case "failed", error:
+                failures.append(error)
+
     inside = session.held()
     with (
-        session.hold(share), _tail(notes / HISTORY, seen, say), session.quiet(),
-        capacity.watch_capacity(share, share.least, say) as watch,
+        session.hold(workers), session.quiet(),
+        capacity.watch_capacity(workers, workers.least, say) as watch,
     ):  # fmt: skip
-        if share.most > 0:
-            _train(config, share, watch.raise_if_given_up)
-        elif jobs.job() and not inside:
-            # The node that leads a cluster is for leading.
-            alone = [{"config": config, "first": True}]
-            session.run_in_thread(
-                lambda: WorkerPool(share).map(_loop, alone, _unheard), watch.raise_if_given_up
-            )
+        if workers.most == 0 and (inside or not jobs.job()):
+            worker_pool.call(_train_here, {"run": run, "first": True, "send": receive})
         else:
-            _loop(config, True)
-    if job_files.download(notes / FAILURE):
-        failure = json.loads((notes / FAILURE).read_text())
-        raise MISTAKES[failure["kind"]](failure["message"])
+            # In a job never in this process: it runs on the head, which only coordinates.
+            with _event_queue(receive) as send:
+                trains = _train_with_ray if workers.most else _train_with_one_worker
+                session.run_in_thread(lambda: trains(run, send), watch.raise_if_given_up)
+    if failures:
+        raise failures[0]
     job_files.download_folder(out)
-    last: dict[str, float] = json.loads((out / "history.json").read_text())[-1]
+    last: dict[str, float] = json.loads((out / HISTORY).read_text())[-1]
     return last
 
 
-def _unheard(done: int, total: int) -> None:
-    """Hear nothing of pieces where there is one."""
+@contextmanager
+def _event_queue(receive: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that sends an event from any node to `receive`, which a thread calls.
+
+    At the end of the context, all events that were sent have been received.
+    """
+    import ray
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On this node, so that it is lost only together with this process.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+    def follow() -> None:
+        # Where Ray itself is lost, the training fails by it.
+        with suppress(ray.exceptions.RayError):
+            while (event := queue.get()) is not None:
+                receive(event)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield queue.put
+    finally:
+        with suppress(ray.exceptions.RayError):
+            queue.put(None)
+        thread.join()
 
 
-def _train(config: dict[str, Any], share: TrainingWorkers, meanwhile: Callable[[], None]) -> None:
-    """Let Ray Train call `_worker` in as many processes."""
+def _train_with_one_worker(run: _Run, send: Callable[[Event], None]) -> None:
+    call = {"run": run, "first": True, "send": send}
+    WorkerPool(run.workers).map(_train_here, [call], lambda *_: None)
+
+
+def _train_with_ray(run: _Run, send: Callable[[Event], None]) -> None:
+    """Let Ray Train call `_worker` in its workers."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resume = Path(config["resume"])
-    storage = f"{os.environ[jobs.STORAGE]}/ray" if jobs.job() else str(resume / "ray")
-    scaling = ScalingConfig(
-        num_workers=share.most if share.least == share.most else (share.least, share.most),
-        use_gpu=share.gpus > 0,
-        resources_per_worker={"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})},
-    )
+    workers = run.workers
+    storage = f"{os.environ[jobs.STORAGE]}/ray" if jobs.job() else str(run.resume / "ray")
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    fixed = workers.least == workers.most
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=config,
-        scaling_config=scaling,
+        train_loop_config={"run": run, "send": send},
+        scaling_config=ScalingConfig(
+            num_workers=workers.most if fixed else (workers.least, workers.most),
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+        ),
         run_config=RunConfig(
-            name=resume.name,
+            name=run.resume.name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
     try:
-        session.run_in_thread(trainer.fit, meanwhile)
+        trainer.fit()
     except Exception as error:
         if torch.OutOfMemoryError.__name__ in str(error):
             raise MemoryError(OUT_OF_MEMORY) from None
         raise
 
 
-@contextmanager
-def _tail(path: Path, seen: EpochSeen, say: Callable[[str], None]) -> Iterator[None]:
-    """Follow the file in which the first worker notes what it does, and pass that on."""
-    stop = threading.Event()
-
-    def follow() -> None:
-        # Who goes on notes again what was known, on another node in a file of its own.
-        known: set[str] = set()
-        while True:
-            ending = stop.is_set()
-            lines = path.read_text().splitlines(keepends=True) if job_files.download(path) else []
-            for line in lines:
-                if line.endswith("\n") and line not in known:
-                    known.add(line)
-                    entry = json.loads(line)
-                    if "said" in entry:
-                        say(entry["said"])
-                    else:
-                        seen(entry.pop("epoch"), entry)
-            if ending:
-                return
-            stop.wait(1.0 if jobs.job() else 0.2)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def _worker(config: dict[str, Any]) -> None:
-    """Train in one worker of Ray Train, which is told nothing in between: a report waits for it."""
+    """Train in one worker of Ray Train.
+
+    Nothing is reported to Ray Train, since a report waits until it is read. A user's error is sent,
+    since Ray Train would retry it. An error of memory is raised: the other workers wait for this
+    one, and Ray Train ends them.
+    """
     import ray.train
 
     job_files.download_inputs()
-    _loop(config, ray.train.get_context().get_world_rank() == 0)
-
-
-def _loop(config: dict[str, Any], first: bool) -> None:
-    """Train in one process; the first one keeps the state, the history and the result."""
-    resume, out = Path(config["resume"]), Path(config["out"])
-    states, notes = resume / STATES, resume / NOTES
-    torch.set_num_threads(config["threads"])
+    send = config["send"]
     try:
-        job: TrainingTask = config["setup"](**config["arguments"], device=config["device"])
-        damaged: list[Path] = []
-        state = _resumable(states, first, damaged.append)
-        history: list[dict[str, float]] = list(state["history"]) if state else []
-        epochs = fit(
-            job.model, job.objective, job.data, job.attacked, job.training, job.seed,
-            job.validate, state,
-        )  # fmt: skip
-        # A state is written, and brought to the store of a cluster, while the next epoch runs.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            known = [*_resumed(damaged, len(history)), *_epochs(history, 0)]
-            kept = beside.submit(_note, notes, known) if first else None
-            for epoch in epochs:
-                history.append(epoch.metrics)
-                if kept is not None:
-                    kept.result()
-                    packed = pack_state({**epoch.state, "history": history})
-                    kept = beside.submit(_keep, resume, epoch.index, packed, epoch.metrics)
-            if kept is not None:
+        _train_here(config["run"], ray.train.get_context().get_world_rank() == 0, send)
+    except USER_ERRORS as error:
+        kind = next(kind for kind in USER_ERRORS if isinstance(error, kind))
+        send(("failed", kind(str(error))))
+
+
+def _train_here(run: _Run, first: bool, send: Callable[[Event], None]) -> None:
+    """Train in this process; the first worker keeps the states, sends events and writes `out`."""
+    torch.set_num_threads(run.workers.cpus)
+    task = run.setup(**run.arguments, device=run.workers.device)
+    damaged: list[Path] = []
+    state = _resume_state(run.resume / STATES, first, damaged.append)
+    history: list[dict[str, float]] = list(state["history"]) if state else []
+    epochs = fit(
+        task.model, task.objective, task.data, task.attacked, task.training, task.seed,
+        task.validate, state,
+    )  # fmt: skip
+    if not first:
+        for _ in epochs:
+            pass
+        return
+    for path in damaged:
+        send(("say", f"{path} is damaged and was passed over"))
+    if history:
+        send(("say", f"goes on after epoch {len(history)}"))
+        send(("epochs", 0, history))
+
+    def keep(index: int, packed: bytes, metrics: Mapping[str, float]) -> None:
+        save_state(run.resume / STATES, index, packed)
+        job_files.upload(run.resume / STATES)
+        send(("epochs", index, [metrics]))
+
+    # A state is written, and uploaded to the store, while the next epoch runs.
+    with ThreadPoolExecutor(max_workers=1) as background:
+        kept: Future[None] | None = None
+        for epoch in epochs:
+            history.append(epoch.metrics)
+            if kept:
                 kept.result()
-        if first:
-            job.model.eval()
-            job.finish(job.model)
-            save(out, job.model, job.card(job.model))
-            write_json(out / "history.json", history)
-            job_files.upload(out)
-    except tuple(MISTAKES.values()) as error:
-        kind = next((n for n, m in MISTAKES.items() if type(error) is m), "ValueError")
-        _fail(notes, kind, str(error))
-    except torch.OutOfMemoryError:
-        if dist.is_initialized():
-            # The others of the group wait for this one, and must not for ever.
-            raise
-        _fail(notes, "MemoryError", OUT_OF_MEMORY)
+            packed = pack_state({**epoch.state, "history": history})
+            kept = background.submit(keep, epoch.index, packed, epoch.metrics)
+        if kept:
+            kept.result()
+    task.model.eval()
+    task.finish(task.model)
+    save(run.out, task.model, task.card(task.model))
+    write_json(run.out / HISTORY, history)
+    job_files.upload(run.out)
 
 
-def _resumable(
+def _resume_state(
     states: Path, first: bool, passed_over: Callable[[Path], None]
 ) -> dict[str, Any] | None:
-    """Return the newest whole state; the first worker, which writes them, has them all here."""
+    """Return the newest undamaged state, or None.
+
+    Only the first worker writes states, so only it needs the folder itself; the others may run
+    beside it and read a copy.
+    """
     if first or not jobs.job():
         job_files.download_folder(states)
         return latest_state(states, passed_over)
     with tempfile.TemporaryDirectory() as folder:
         job_files.download_folder(states, Path(folder))
         return latest_state(Path(folder), passed_over)
-
-
-def _resumed(damaged: Sequence[Path], done: int) -> Iterator[dict[str, str]]:
-    """Yield what a person should know of how a training goes on."""
-    for path in damaged:
-        yield {"said": f"{path} is damaged and was passed over"}
-    if done:
-        yield {"said": f"goes on after epoch {done}"}
-
-
-def _keep(resume: Path, index: int, packed: bytes, metrics: Mapping[str, float]) -> None:
-    save_state(resume / STATES, index, packed)
-    job_files.upload(resume / STATES)
-    _note(resume / NOTES, _epochs([metrics], index))
-
-
-def _epochs(history: Sequence[Mapping[str, float]], start: int) -> list[dict[str, Any]]:
-    return [{"epoch": index, **metrics} for index, metrics in enumerate(history, start)]
-
-
-def _note(notes: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    notes.mkdir(parents=True, exist_ok=True)
-    with (notes / HISTORY).open("a") as file:
-        for entry in entries:
-            file.write(json.dumps(entry) + "\n")
-    job_files.upload(notes)
-
-
-def _fail(notes: Path, kind: str, message: str) -> None:
-    write_json(notes / FAILURE, {"kind": kind, "message": message})
-    job_files.upload(notes)
