@@ -1,46 +1,86 @@
-"""The workers of a map: they stay, those that die are replaced, and not for ever."""
+"""Workers of a map: they stay alive, and a task whose worker dies is retried, but not for ever."""
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from components.data.shards import DataError
 from pipelines.cluster import session, worker_pool
 from pipelines.config.resources import Workers
 
-
-def test_workers_stay_and_those_that_die_are_replaced(tmp_path: Path) -> None:
-    tried = tmp_path / "tried"
-
-    def which(device: str) -> int:
-        return os.getpid()
-
-    def dies(often: int, device: str) -> int:
-        with tried.open("a") as file:
-            file.write("x")
-        if tried.stat().st_size <= often:
-            os._exit(1)
-        return often
-
-    share = Workers(workers=2, cpus=1, gpus=0)
-    with session.hold(share):
-        seen = {
-            p
-            for _ in "ab"
-            for p in worker_pool.map_shards(which, [{}] * 6, share, ignore_progress, print)
-        }
-        assert 1 <= len(seen) <= 2 and os.getpid() not in seen, "a process for every piece"
-        found = worker_pool.map_shards(
-            dies, [{"often": worker_pool.MAX_FAILURES}] * 2, share, ignore_progress, print
-        )
-        assert found == [worker_pool.MAX_FAILURES] * 2
-        tried.unlink()
-        with pytest.raises(Exception, match="died"):
-            worker_pool.map_shards(dies, [{"often": 100}], share, ignore_progress, print)
-        assert tried.stat().st_size == 1 + worker_pool.MAX_FAILURES
-        # What is left serves on.
-        assert len(worker_pool.map_shards(which, [{}] * 3, share, ignore_progress, print)) == 3
+WORKERS = Workers(workers=2, cpus=1, gpus=0)
 
 
-def ignore_progress(done: int, total: int) -> None:
-    """Hear of pieces."""
+@pytest.fixture(scope="module", autouse=True)
+def _session() -> Iterator[None]:
+    """Hold one Ray for all tests of this file."""
+    with session.hold(WORKERS):
+        yield
+
+
+def run(function: Callable[..., Any], tasks: Sequence[dict[str, Any]]) -> list[Any]:
+    return worker_pool.map_shards(function, tasks, WORKERS, lambda done, total: None, print)
+
+
+def process_id(device: str) -> int:
+    return os.getpid()
+
+
+def killed_until(file: Path, tries: int, device: str) -> int:
+    """Kill the worker in the first calls; note every call in a file."""
+    with file.open("a") as notes:
+        notes.write("x")
+    if file.stat().st_size <= tries:
+        os._exit(1)
+    return tries
+
+
+def test_workers_stay_alive_between_maps() -> None:
+    seen = {process for _ in "ab" for process in run(process_id, [{}] * 6)}
+    assert 1 <= len(seen) <= 2 and os.getpid() not in seen, "a process for every task"
+
+
+def test_results_are_in_the_order_of_the_tasks_and_progress_is_counted() -> None:
+    def square(x: int, device: str) -> int:
+        return x * x
+
+    progress: list[tuple[int, int]] = []
+    tasks = [{"x": x} for x in range(20)]
+    found = worker_pool.map_shards(
+        square, tasks, WORKERS, lambda *counts: progress.append(counts), print
+    )
+    assert found == [x * x for x in range(20)]
+    assert progress == [(done, 20) for done in range(1, 21)]
+
+
+def test_a_task_whose_worker_dies_is_retried(tmp_path: Path) -> None:
+    task = {"file": tmp_path / "calls", "tries": worker_pool.MAX_FAILURES}
+    assert run(killed_until, [task] * 2) == [worker_pool.MAX_FAILURES] * 2
+
+
+def test_a_task_that_kills_every_worker_fails_and_the_pool_can_be_used_again(
+    tmp_path: Path,
+) -> None:
+    calls = tmp_path / "calls"
+    with pytest.raises(Exception, match="died"):
+        run(killed_until, [{"file": calls, "tries": 100}])
+    assert calls.stat().st_size == 1 + worker_pool.MAX_FAILURES
+    assert len(run(process_id, [{}] * 3)) == 3
+
+
+def test_an_error_of_a_task_is_raised_as_it_is_and_not_retried(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+
+    def damaged(device: str) -> None:
+        with calls.open("a") as notes:
+            notes.write("x")
+        raise DataError("part-00000.parquet was altered")
+
+    with pytest.raises(DataError, match=r"^part-00000\.parquet was altered$") as raised:
+        run(damaged, [{}])
+    assert type(raised.value) is DataError
+    assert calls.stat().st_size == 1
+    assert len(run(process_id, [{}] * 3)) == 3
