@@ -19,7 +19,7 @@ from torch import Tensor
 from components.data.shards import DataError, write_bytes
 from components.models.checkpoints import build, load, read_card
 from components.models.purifiers import Inference, Purifier
-from components.models.purifiers.contract import mean_squared_change
+from components.models.purifiers.contract import mean_squared_error
 from components.sources.folder import SUFFIXES
 from components.sources.images import MAX_BYTES, decode
 from pipelines.config import schema
@@ -159,7 +159,7 @@ def _clean_all(model: _Model, targets: dict[Path, Path], out: Path | None) -> No
                     gap = torch.ones(*x.shape[:2], GAP)
                     picture = _png(torch.cat([x, gap, purified], dim=2))
                     write_bytes(out / SIDE_BY_SIDE / target.name, picture)
-                errors.append(mean_squared_change(x[None], purified[None]).item())
+                errors.append(mean_squared_error(x[None], purified[None]).item())
             progress.advance(len(errors) + len(failed), len(targets), "images")
     finally:
         progress.close()
