@@ -85,7 +85,9 @@ def _attempt(folder: JobFolder, attempt: str) -> int:
 def _run(spec: Spec, emitter: Emitter) -> Result:
     require_versions(spec.versions)
     job_files.download_inputs()
-    # The paths of a stage are relative to the folder of the project; in a job that is its home.
+    # The paths of a stage are relative to the folder of the project; in a job that is its home,
+    # which is not there yet where the stage has no inputs.
+    jobs.home().mkdir(parents=True, exist_ok=True)
     os.chdir(jobs.home())
     module = importlib.import_module(f"pipelines.stages.{spec.stage}")
     view = get_type_hints(module.run)["params"].model_validate_json(json.dumps(spec.view))
