@@ -2,13 +2,13 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/autoattack.py --data DIR --cache MODEL
 
-DIR and MODEL are as in `pgd.py`, whose network this attacks: L-inf 8/255, version standard. Both
-attack the same images in turn, in one process, each round with new images and the other one first.
+DIR and MODEL are as in `pgd.py`, whose network is attacked: L-inf 8/255, version standard. Both
+attack the same images in one process, in turns; each round takes new images and swaps the order.
 
-Out of the box the parts of torchattacks.AutoAttack run 10 steps where AutoAttack has 100; here they
-are given their 100, without which it is neither as strong nor as slow. It reseeds the global random
-stream at every call, which is of no account here, and judges each part in the batch at hand.
-Passes are counted by hooks on its network, and by `craft` for ours; a pass is that of one image.
+By default the attacks inside torchattacks.AutoAttack run 10 steps where AutoAttack has 100. Here
+they get 100: with fewer it is neither as strong nor as slow. It also reseeds the global random
+stream at every call, which does not matter here, and judges each attack within its batch. Passes
+are counted per image: by hooks on its network, and by `craft` for ours.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OURS, LIBRARY = "ours (craft)", "torchattacks, 100 steps"
 
 @dataclass
 class Passes:
-    """Forward and backward passes so far, one for each image."""
+    """Forward and backward passes so far, counted per image."""
 
     forward: int = 0
     backward: int = 0
@@ -42,7 +42,7 @@ Attacker = Callable[[ImageSet], Tensor]
 
 
 def ours(classifier: nn.Module, passes: Passes) -> Attacker:
-    """Return AutoAttack as users get it."""
+    """Return our AutoAttack as users run it."""
     defense = Defense(classifier, None).freeze()
     attack = AutoAttack(kind="autoattack", version="standard")
 
@@ -56,13 +56,13 @@ def ours(classifier: nn.Module, passes: Passes) -> Attacker:
 
 
 def library(classifier: nn.Module, classes: int, passes: Passes) -> Attacker:
-    """Return torchattacks' AutoAttack, with the steps that AutoAttack has."""
+    """Return the AutoAttack of torchattacks with 100 steps, as published."""
     attack = torchattacks.AutoAttack(
         classifier, norm="Linf", eps=THREAT.eps, version="standard", n_classes=classes, seed=SEED
     )
-    for part in attack._autoattack.attacks:
-        if hasattr(part, "steps"):
-            part.steps = STEPS
+    for member in attack._autoattack.attacks:
+        if hasattr(member, "steps"):
+            member.steps = STEPS
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
         passes.forward += len(logits)
@@ -84,10 +84,10 @@ def library(classifier: nn.Module, classes: int, passes: Passes) -> Attacker:
 
 
 def table(runs: dict[str, list[Run]], passes: dict[str, Passes], n: int) -> str:
-    """Return the runs (attack -> one a round) as a Markdown table."""
+    """Return the runs (attack -> one per round) as a Markdown table."""
     lines = [
-        "| AutoAttack | robust | robust % | CPU s | wall s | CPU ms an image "
-        "| forward an image | backward an image | faster than torchattacks | peak MiB |",
+        "| AutoAttack | robust | robust % | CPU s | wall s | CPU ms per image "
+        "| forward per image | backward per image | faster than torchattacks | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rounds in runs.items():
@@ -107,10 +107,14 @@ def table(runs: dict[str, list[Run]], passes: dict[str, Passes], n: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="AutoAttack: ours beside torchattacks")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 in Parquet")
-    parser.add_argument("--cache", type=Path, required=True, help="model folder of the network")
-    parser.add_argument("--n", type=int, default=64, help="images a round")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="model folder of the network, as in pgd.py"
+    )
+    parser.add_argument("--n", type=int, default=64, help="images per round")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="of the attacks; training takes all")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the attacks; training uses all"
+    )
     options = parser.parse_args()
     n, rounds = options.n, options.rounds
     classifier, images = model_and_images(options.data, options.cache, n * rounds)

@@ -1,14 +1,14 @@
-"""DeepFool here and by torchattacks: time, and whether they find the same.
+"""DeepFool, ours beside torchattacks: time and outcomes.
 
     python benchmarks/deepfool.py
 
-Trains a small CNN on the digits of scikit-learn, then attacks 100 unseen ones on one thread by
-both, in turns within one run. Ours is timed as it is used: folding, attack and re-check. Prints
-the median of the ratios per round, with the range, and how many images have the same outcome.
+Trains a small CNN on the digits of scikit-learn and attacks 100 unseen digits with both, in turns,
+on one thread. Ours is timed as users run it: folding, attack and the final check. Prints the median
+and range of the ratios per round, and how many images have the same outcome.
 
-Two things make the difference, so passes are printed, too. A pass costs less in a batch. And fewer
-are needed: torchattacks stretches every step, not their sum, so where pixels are clipped it comes
-ever closer to the boundary and crosses it by rounding, if at all.
+There are two reasons for the difference, so passes are printed too. A pass costs less in a batch.
+And ours needs fewer: torchattacks applies the overshoot to every step instead of their sum, so
+where pixels are clipped it approaches the boundary and crosses it by rounding, if at all.
 """
 
 import time
@@ -31,7 +31,7 @@ from components.training.contract import Frozen
 from components.training.loop import Training, fit
 
 STEPS, OVERSHOOT, IMAGES, ROUNDS = 50, 0.02, 100, 4
-BALL = L2(norm="l2", eps_l2=1.0)  # for its distance alone: DeepFool has no ball
+BALL = L2(norm="l2", eps_l2=1.0)  # only to measure distances: DeepFool has no ball
 
 
 def digits() -> tuple[ImageSet, ImageSet]:
@@ -63,26 +63,26 @@ def train(data: ImageSet) -> Classifier:
 
 
 class Counted(nn.Module):
-    """A model that counts the backward passes through it."""
+    """A model that counts the backward passes through it, per image."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.backward_passes = model, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of `x`, and have their gradients counted."""
+        """Return the logits of `x`; their gradients are counted."""
         logits: Tensor = self.model(x)
         if logits.requires_grad:
             logits.register_hook(self.count)  # type: ignore[no-untyped-call]
         return logits
 
     def count(self, gradient: Tensor) -> None:
-        """Add one pass for each image."""
+        """Add one pass per image."""
         self.backward_passes += len(gradient)
 
 
 def seconds(attack: Callable[[], object]) -> tuple[float, float]:
-    """Return the CPU seconds and the seconds on the wall that an attack took."""
+    """Return the CPU and the wall seconds that an attack took."""
     cpu, wall = time.process_time(), time.perf_counter()
     attack()
     return time.process_time() - cpu, time.perf_counter() - wall

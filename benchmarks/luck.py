@@ -1,13 +1,16 @@
-"""What an attack on a random defense loses to luck: the lowest margin seen, or images asked again.
+"""How much an attack on a random defense loses if it keeps the image of lowest observed margin.
 
-`python benchmarks/luck.py [--images 150] [--seeds 3]`, after `dvc repro` of the demo: attacks its
-AToP through the full gradient, and scores by 64 fresh draws the image whose margin was lowest in
-one look, the last one, and what the search returns, which asks several again under the same draws.
-One search serves all three.
+    python benchmarks/luck.py [--images 150] [--seeds 3]
+
+Run it after `dvc repro` of the demo. It attacks the demo's AToP through the full gradient and
+scores three images of each search under 64 fresh draws: the one whose margin was lowest in a single
+query (luckiest), the last one, and the one that the search returns after evaluating several again
+under the same draws.
 """
 
 import argparse
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.evaluation.counting import count_score
 from components.models.defense import Defense, bind
+from pipelines import layout
 from pipelines.tasks.subject import Subject
 
 THREAT = Linf(norm="linf", eps_255=51.0)
@@ -27,7 +31,7 @@ DRAWS = 64
 
 
 def attacks() -> dict[str, Attack]:
-    """Return what is run, by name."""
+    """Return the attacks by name: PGD and APGD, with 1 and 4 draws per gradient."""
     found: dict[str, Attack] = {}
     for eot in (1, 4):
         for steps in (10, 40):
@@ -40,44 +44,41 @@ def attacks() -> dict[str, Attack]:
 
 
 def found_by(attack: Attack, defense: Defense, images: ImageSet, seed: int) -> dict[str, Tensor]:
-    """Run one search; return its luckiest images, its last, and those it returns."""
+    """Run one search; return its luckiest images, its last ones, and those it returns."""
     kept: dict[str, Tensor] = {}
-    ask = contract.Search.outcome
+    outcome_of = contract.Search.outcome
 
-    def listen(search: contract.Search) -> contract.Outcome:
+    def recorded(search: contract.Search) -> contract.Outcome:
         assert search.finalists is not None, "the defense is not random"
         kept["luckiest"] = search.best.clone()
         kept["last"] = search.finalists.last.clone()
-        return ask(search)
+        return outcome_of(search)
 
-    contract.Search.outcome = listen  # type: ignore[method-assign]
     draws = Draws(seed, "attack", images.ids)
     target = bind(defense, "full", draws, getattr(attack, "eot", 1))
-    try:
+    with patch.object(contract.Search, "outcome", recorded):
         outcome = attack.run(target, images.pixels(), images.labels, THREAT, draws)
-    finally:
-        contract.Search.outcome = ask  # type: ignore[method-assign]
     return {**kept, "returned": outcome.images}
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run all attacks; print the accuracy under each kind of image."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    images = image_set.read(Path("data/test"))[torch.arange(given.images)]
-    defense = Subject(Path("models/standard"), Path("models/atop")).defense("cpu")
+    images = image_set.read(Path(layout.TEST))[torch.arange(given.images)]
+    defense = Subject(Path(layout.STANDARD), layout.MODELS / "atop").defense("cpu")
     for name, attack in attacks().items():
-        shares: dict[str, list[float]] = {}
+        accuracies: dict[str, list[float]] = {}
         for seed in range(given.seeds):
-            for which, x in found_by(attack, defense, images, seed).items():
+            for kind, x in found_by(attack, defense, images, seed).items():
                 score = count_score(
                     defense, x, images.labels, images.ids, seed, "score", DRAWS, DRAWS, len(images)
                 )
-                shares.setdefault(which, []).append(float(score.accuracy().mean()))
-        line = "  ".join(f"{w} {100 * sum(s) / len(s):.1f}" for w, s in shares.items())
-        print(f"{name}: right {line}", flush=True)
+                accuracies.setdefault(kind, []).append(float(score.accuracy().mean()))
+        line = "  ".join(f"{kind} {100 * sum(a) / len(a):.1f}" for kind, a in accuracies.items())
+        print(f"{name}: accuracy in % {line}", flush=True)
 
 
 if __name__ == "__main__":

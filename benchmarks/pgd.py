@@ -2,15 +2,15 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/pgd.py --data DIR --cache MODEL [--peers]
 
-DIR holds train.parquet and test.parquet of CIFAR-10; MODEL is the folder the network is kept in:
-the first run trains it, which takes minutes. All attack the same images in turn, in one
-process, each round with new images and another one first. Ratios are medians over the rounds of
-CPU seconds; peak memory is what an attack adds to the process, and is measured on Linux only.
+DIR holds train.parquet and test.parquet of CIFAR-10. MODEL is the folder of the network, which the
+first run trains in some minutes. All attack the same images in one process, in turns; each round
+takes new images and starts with another attack. Ratios are medians over the rounds, of CPU seconds.
+Peak memory is what an attack adds to the process, measured on Linux only.
 
-The *bare loop* is the least that PGD can do: forward pass, gradient to the input, step; on frozen
+The *bare loop* is the least that PGD can do: forward pass, input gradient, step; on frozen
 channels-last weights, without folding, bookkeeping or checks. Every library gets the frozen network
-in eval mode as `checkpoints.load` returns it. With an early stop an image counts as fooled at any
-iterate, without it at the last one; all else follows Madry et al. 2018.
+in eval mode as `checkpoints.load` returns it. With early stop an image counts as fooled at any
+iterate, without it at the last one; everything else follows Madry et al. 2018.
 """
 
 import argparse
@@ -69,11 +69,11 @@ FGSM_RS = AdversarialClassification(
 
 
 def model_and_images(data: Path, cache: Path, count: int) -> tuple[nn.Module, ImageSet]:
-    """Return a weak but truly robust ResNet-20, frozen, and `count` test images.
+    """Return a weakly but truly robust ResNet-20, frozen, and `count` test images.
 
-    It is trained for a few epochs and then by FGSM from a random start (Wong et al. 2020), so that
-    PGD-20 leaves a quarter of the images: attacks are hard to compare where all or none fall. The
-    model folder `cache` is reused if it was made by this recipe, else written.
+    It is trained for a few epochs and then adversarially, by FGSM from a random start (Wong et al.
+    2020), so that PGD-20 leaves a quarter of the images: attacks are hard to compare if they fool
+    all or none. The model folder `cache` is reused if this recipe made it, else written.
     """
     source = ParquetFiles(
         kind="parquet", path=str(data), val=1, test=0, train_limit=TRAIN_IMAGES, test_limit=count,
@@ -109,20 +109,20 @@ def _train(data: ImageSet) -> nn.Module:
 
 
 def _mixed(objective: Objective) -> Objective:
-    """Take the passes of an objective in bfloat16 where the CPU computes in it."""
-    able = torch.cpu._is_avx512_bf16_supported()
+    """Compute an objective in bfloat16 if the CPU supports it."""
+    supported = torch.cpu._is_avx512_bf16_supported()
 
     def mixed(
         model: nn.Module, batch: Batch, progress: float, draws: Draws
     ) -> tuple[Tensor, Metrics]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=able):
+        with torch.autocast("cpu", torch.bfloat16, enabled=supported):
             return objective(model, batch, progress, draws)
 
     return mixed
 
 
 def ours(classifier: nn.Module) -> dict[str, Attacker]:
-    """Return our attacks: PGD itself at the settings of the bare loop, and as `craft` runs it."""
+    """Return our PGD: at the settings of the bare loop, and as `craft` runs it."""
     defense = Defense(classifier, None).freeze()
     unfolded = deepcopy(defense)
     channels_last(unfolded)
@@ -166,7 +166,7 @@ def bare(classifier: nn.Module) -> Attacker:
 
 
 def libraries(classifier: nn.Module, data: ImageSet) -> dict[str, Attacker]:
-    """Return PGD as other libraries have it; those that are not installed are left out."""
+    """Return the PGD of other libraries, as far as they are installed."""
     attack = torchattacks.PGD(classifier, THREAT.eps, STEP * THREAT.eps, STEPS)
     found: dict[str, Attacker] = {LIBRARY: lambda data: attack(data.pixels(), data.labels)}
     if (foolbox := _installed("foolbox")) is not None:
@@ -209,7 +209,7 @@ def _art(classifier: nn.Module, data: ImageSet) -> Attacker:
 
 @dataclass(frozen=True)
 class Run:
-    """What one attack on one batch took, in seconds and MiB, and how many images still stand."""
+    """The cost of one attack on one batch, in seconds and MiB, and the images left correct."""
 
     cpu: float
     wall: float
@@ -218,7 +218,7 @@ class Run:
 
 
 def measure(name: str, attack: Attacker, data: ImageSet, classifier: nn.Module) -> Run:
-    """Run an attack once; raise AssertionError if what it returns is outside the threat."""
+    """Run an attack once; raise AssertionError if an image leaves the threat."""
     before = _memory("VmRSS", reset_peak=True)
     wall, cpu = time.perf_counter(), time.process_time()
     images = attack(data)
@@ -235,12 +235,12 @@ def _right(classifier: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 
 def _memory(field: str, reset_peak: bool) -> float:
-    """Return a memory figure of this process in MiB, NaN where the system does not say."""
+    """Return a memory figure of this process in MiB; NaN without /proc."""
     process = Path("/proc/self")
     if not process.exists():
         return float("nan")
     if reset_peak:
-        # Freed memory that the allocator keeps would hide what the next attack needs.
+        # Memory that the allocator keeps after a free would hide the need of the next attack.
         ctypes.CDLL(None).malloc_trim(0)
         (process / "clear_refs").write_text("5")
     lines = (process / "status").read_text().splitlines()
@@ -248,7 +248,7 @@ def _memory(field: str, reset_peak: bool) -> float:
 
 
 def table(runs: dict[str, list[Run]], n: int) -> str:
-    """Return the runs (attack -> one a round) as a Markdown table."""
+    """Return the runs (attack -> one per round) as a Markdown table."""
     lines = [
         "| PGD-20 | robust % | CPU s | wall s | CPU to the bare loop | faster than torchattacks "
         "| peak MiB |",
@@ -279,12 +279,12 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="PGD-20: ours, the bare loop, other libraries")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10 in Parquet")
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="model folder to keep the network in"
-    )
-    parser.add_argument("--n", type=int, default=250, help="images a round")
+    parser.add_argument("--cache", type=Path, required=True, help="model folder of the network")
+    parser.add_argument("--n", type=int, default=250, help="images per round")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="of the attacks; training takes all")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the attacks; training uses all"
+    )
     parser.add_argument("--peers", action="store_true", help="pip install foolbox and ART")
     options = parser.parse_args()
     if options.peers:

@@ -1,10 +1,10 @@
-"""Two processes with two threads each on two cores: what idle OpenMP threads cost.
+"""What idle OpenMP threads cost: two processes with two threads each, on two cores.
 
     python benchmarks/threads.py
 
-By default idle OpenMP threads spin, and two such processes on two cores starve each other;
-`OMP_WAIT_POLICY=passive`, which importing `pipelines` sets, lets them sleep. Prints images per
-second (forward and backward of a small ResNet) of two processes side by side for each setting.
+By default idle OpenMP threads spin, and two such processes on two cores slow each other down. With
+`OMP_WAIT_POLICY=passive`, which importing `pipelines` sets, they sleep. Prints for each setting the
+images per second of two processes that run side by side (forward and backward of a small ResNet).
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 
 WORK = """
 import sys, time, torch
-from components.classifiers import ResNet
+from components.models.classifiers import ResNet
 torch.set_num_threads(int(sys.argv[1]))
 net = ResNet(kind="resnet", depth=20, width=16).build((3, 32, 32), 10)
 x, done, end = torch.rand(64, 3, 32, 32), 0, time.monotonic() + float(sys.argv[2])
