@@ -1,4 +1,4 @@
-"""A finished evaluation in small, which tests of its readers share."""
+"""A finished evaluation in small, for tests of the report and of all that reads metrics."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -212,7 +212,7 @@ class FakeEvaluation:
 
 
 def _detector(name: str, sets: list[str]) -> DetectorScores | None:
-    """Suspicions by image: student_adaptive is a good detector, and noisy knows nothing."""
+    """Detector scores by image: student_adaptive is a good detector, and noisy is none."""
     clean = np.arange(N) / 16
     lifted = {"student_adaptive": 0.5, "noisy": 0.0}
     if name not in lifted:

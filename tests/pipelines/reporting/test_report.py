@@ -1,6 +1,5 @@
-"""The report, the score table and the verdict say what the metrics say, and nothing rosier."""
+"""The report says what the metrics say, and nothing rosier."""
 
-import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,16 +9,13 @@ import pytest
 from fake_evaluation import CLASSES, EVIL, PROBES, RIGHT, FakeEvaluation, N
 
 from components.attacks.ladder import MODES
-from components.data.shards import write_json
 from components.evaluation.detection import CURVE
 from components.models.checkpoints import fingerprint
 from components.models.defense import STAND_INS
 from components.models.purifiers.apudae import Apudae
 from components.probes.statistics import wilson
-from pipelines.__main__ import main
 from pipelines.reporting import report
 from pipelines.reporting.wording import BLIND, MEANINGS, describe_subject, settings
-from pipelines.tasks import metrics
 from pipelines.tasks.subject import Subject
 
 APUDAE = Apudae(
@@ -93,12 +89,12 @@ def test_the_report_shows_the_measured_scores(page: Page) -> None:
 
 
 def test_illusions_are_described_in_a_sentence(evaluation: FakeEvaluation, page: Page) -> None:
-    said = (
+    sentence = (
         "student_grey shows 91.7 % when the attacker ignores the purifier, 100.0 % when the "
         "attacker takes the purifier for the identity in the backward pass (BPDA), and 0.0 % when "
         "the attacker differentiates through it: the first two numbers are no robustness."
     )
-    assert said in page.text
+    assert sentence in page.text
     alone = (
         "noisy shows 100.0 % when the attacker ignores the purifier, and 8.3 % when the attacker"
     )
@@ -272,7 +268,7 @@ def test_accuracy_over_passes_is_drawn_for_sets_with_a_usable_gradient(
     # The full rung of `rounded` is void.
     assert titles == ["none: images still right", "student_grey: images still right"]
     drawn, *_ = re.findall(r'<polyline points="(.*?) "/>', found)
-    points = [tuple(float(part) for part in point.split(",")) for point in drawn.split(" ")]
+    points = [tuple(float(number) for number in point.split(",")) for point in drawn.split(" ")]
     assert points[0] == pytest.approx((44, 8 + 150 / 12), abs=0.06)
     assert points[-1] == pytest.approx((44 + 364, 8 + 150 * 4 / 12), abs=0.06)
     assert sorted(points) == points and sorted(y for _, y in points) == [y for _, y in points]
@@ -394,64 +390,3 @@ def test_every_check_has_a_meaning() -> None:
 def test_settings_start_with_the_kind() -> None:
     value = {"steps": 3, "kind": "pgd", "on": True, "inner": {"kind": "a", "b": 1}}
     assert settings(value) == "pgd, steps 3, on yes, inner (a, b 1)"
-
-
-@pytest.fixture
-def file(evaluation: FakeEvaluation, tmp_path: Path) -> Path:
-    path = tmp_path / "metrics.json"
-    metrics.write(path, evaluation.metrics)
-    return path
-
-
-@pytest.mark.parametrize("columns", ["80", "30"])
-def test_scores_fit_into_80_columns_and_lose_no_digit(
-    columns: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    assert main(["scores", "--metrics", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in out.splitlines())
-    (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive"))
-    assert row.split() == ["student_adaptive", "100.0", "66.7", "66.7", "58.3", "58.3",
-                           "32.0-80.7", "100/75", "no", "ok"]  # fmt: skip
-    assert "<=100.0" in out and "2 bad" in out
-    (row,) = (line for line in out.splitlines() if line.startswith("rounded"))
-    assert row.split()[1:5] == ["100.0", "-", "33.3", "void"] and row.split()[-1] == "ok"
-    words = " ".join(out.split())
-    assert "student_grey shows 91.7 % when the attacker ignores the purifier" in words
-    assert "reports/report.html" in out
-    assert "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1\n" in out
-    assert "http://127.0.0.1:5000" in out
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"defenses": {"a": {}}}'])
-@pytest.mark.parametrize(("command", "code"), [("scores", 2), ("verdict", 3)])
-def test_missing_or_damaged_metrics_end_in_one_sentence(
-    content: bytes | None, command: str, code: int, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    path = tmp_path / "metrics.json"
-    if content is not None:
-        path.write_bytes(content)
-    assert main([command, "--metrics", str(path)]) == code
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith(f"error: {path} ")
-    assert captured.err.count("\n") == 1
-
-
-def test_the_verdict_ignores_controls(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verdict", "--metrics", str(file)]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["none", "student_grey"])
-def test_the_verdict_fails_and_names_the_failed_checks(
-    name: str, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = json.loads(file.read_text())
-    found["defenses"][name]["checks"]["blocking_failed"] = ["logits", "provenance/full/pgd"]
-    write_json(file, found)
-    assert main(["verdict", "--metrics", str(file)]) == 5
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and f"{name} (logits, provenance/full/pgd)" in error
-    assert "student_adaptive" not in error and error.count("\n") == 1

@@ -1,0 +1,54 @@
+"""The verdict fails where a blocking check failed, and where metrics cannot be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_evaluation import FakeEvaluation
+
+from components.data.shards import write_json
+from pipelines.__main__ import main
+from pipelines.tasks import metrics
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> FakeEvaluation:
+    return FakeEvaluation(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture
+def file(evaluation: FakeEvaluation, tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.json"
+    metrics.write(path, evaluation.metrics)
+    return path
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"defenses": {"a": {}}}'])
+def test_missing_or_damaged_metrics_end_in_one_sentence(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["verdict", "--metrics", str(path)]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"error: {path} ")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_verdict_ignores_controls(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verdict", "--metrics", str(file)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["none", "student_grey"])
+def test_the_verdict_fails_and_names_the_failed_checks(
+    name: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(file.read_text())
+    found["defenses"][name]["checks"]["blocking_failed"] = ["logits", "provenance/full/pgd"]
+    write_json(file, found)
+    assert main(["verdict", "--metrics", str(file)]) == 5
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"{name} (logits, provenance/full/pgd)" in error
+    assert "student_adaptive" not in error and error.count("\n") == 1
