@@ -1,4 +1,4 @@
-"""The store: what is pushed comes back byte for byte, once, whole, or not at all."""
+"""The store: pushed files come back byte for byte, are uploaded once, and appear whole."""
 
 import http.client
 import itertools
@@ -22,7 +22,7 @@ from pipelines.storage.object_store import File, Listing, Store, StoreError
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    """An S3 endpoint with one bucket, and what a client's environment needs."""
+    """An S3 endpoint with one bucket; the environment of its clients."""
     pytest.importorskip("moto.server")
     with local_cluster.object_store() as environment:
         yield environment
@@ -58,22 +58,22 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_folder_comes_back(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_comes_back_byte_for_byte(store: Store, folder: Path, tmp_path: Path) -> None:
     listing = store.push(folder)
     there = pickle.loads(pickle.dumps(store))
     again = Listing.model_validate_json(listing.model_dump_json())
     (tmp_path / "back").mkdir()
-    (tmp_path / "back/old").write_text("must go")
+    (tmp_path / "back/old").write_text("is replaced")
     there.pull(again, tmp_path / "back")
     assert content(tmp_path / "back") == content(folder)
 
 
-def test_a_file_comes_back(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_a_file_comes_back_byte_for_byte(store: Store, folder: Path, tmp_path: Path) -> None:
     store.pull(store.push(folder / "a"), tmp_path / "deep/file")
     assert (tmp_path / "deep/file").read_bytes() == b"same"
 
 
-def test_what_is_there_does_not_travel_again(
+def test_stored_bytes_are_not_uploaded_again(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
@@ -90,7 +90,7 @@ def test_what_is_there_does_not_travel_again(
     assert len(sent) == 4
 
 
-def test_a_node_fetches_a_file_once(
+def test_a_node_downloads_a_file_once(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listing = store.push(folder)
@@ -113,7 +113,7 @@ def test_a_node_fetches_a_file_once(
     assert content(tmp_path / "second") == content(folder)
 
 
-def test_altered_bytes_are_refused_and_what_was_there_stays(folder: Path, tmp_path: Path) -> None:
+def test_altered_bytes_are_refused_and_replace_nothing(folder: Path, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     listing = store.push(folder)
     digest = next(file.sha256 for file in listing.files if file.path == "a")
@@ -126,7 +126,7 @@ def test_altered_bytes_are_refused_and_what_was_there_stays(folder: Path, tmp_pa
     assert [path.name for path in tmp_path.glob(".back*")] == []
 
 
-def test_half_an_upload_is_sent_again(folder: Path, tmp_path: Path) -> None:
+def test_a_truncated_upload_is_uploaded_again(folder: Path, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     listing = store.push(folder / "inner/c")
     digest = listing.files[0].sha256
@@ -137,7 +137,7 @@ def test_half_an_upload_is_sent_again(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == (folder / "inner/c").read_bytes()
 
 
-def test_what_is_gone_is_said(store: Store, tmp_path: Path) -> None:
+def test_missing_bytes_are_named(store: Store, tmp_path: Path) -> None:
     unknown = {"files": [{"path": "", "size": 1, "sha256": "0" * 64}]}
     with pytest.raises(DataError, match="no longer holds"):
         store.pull(Listing.model_validate_json(json.dumps(unknown)), tmp_path / "x")
@@ -153,7 +153,7 @@ def test_a_listing_cannot_lead_out_of_its_folder(path: str) -> None:
         )
 
 
-def test_names(store: Store) -> None:
+def test_named_objects_are_replaced_listed_and_dropped(store: Store) -> None:
     assert store.read("jobs/a/spec.json") is None and store.names("jobs") == []
     store.write("jobs/a/spec.json", b"1")
     store.write("jobs/a/spec.json", b"2")
@@ -170,7 +170,7 @@ def test_names(store: Store) -> None:
     "uri",
     ["data", "nosuch://x/y", "file://relative/path", "s3://key:secret@b/x", "s3://b/x?region=y"],
 )
-def test_what_is_no_store_is_refused(uri: str) -> None:
+def test_a_uri_that_names_no_store_is_refused_without_its_key(uri: str) -> None:
     with pytest.raises(ValueError, match="LIMPID_STORAGE"):
         Store(uri).read("x")
     with pytest.raises(ValueError, match=r"^((?!secret).)*$"):
@@ -178,13 +178,13 @@ def test_what_is_no_store_is_refused(uri: str) -> None:
 
 
 class FailingEndpoint(BaseHTTPRequestHandler):
-    """An endpoint that answers `code` to the first `times` requests, and then that it is empty."""
+    """An endpoint that answers `code` to the first `times` requests, then 404."""
 
-    code, times, asked = 500, 0, 0
+    code, times, requests = 500, 0, 0
 
     def _answer(self) -> None:
-        type(self).asked += 1
-        failing = self.asked <= self.times
+        type(self).requests += 1
+        failing = self.requests <= self.times
         self.send_response(self.code if failing else 404)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -197,7 +197,7 @@ class FailingEndpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingEndpoint]]:
-    """Such an endpoint, as the store's own."""
+    """Such an endpoint, as that of the store."""
     handler = type("Handler", (FailingEndpoint,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -209,34 +209,34 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingEndpoint]]:
     server.shutdown()
 
 
-def test_an_endpoint_that_fails_for_a_while_is_asked_again(failing: type[FailingEndpoint]) -> None:
+def test_an_endpoint_that_fails_for_a_while_is_retried(failing: type[FailingEndpoint]) -> None:
     failing.times = 35
     assert Store("s3://b/p").read("x") is None
-    assert failing.asked > failing.times
+    assert failing.requests > failing.times
 
 
-def test_an_endpoint_that_keeps_failing_is_given_up(failing: type[FailingEndpoint]) -> None:
+def test_an_endpoint_that_keeps_failing_ends_in_a_sentence(failing: type[FailingEndpoint]) -> None:
     failing.times = 10**6
     with pytest.raises(StoreError, match=r"the store s3://b/p does not answer: .*500"):
         Store("s3://b/p").read("x")
 
 
-def test_a_refusal_is_not_asked_again(failing: type[FailingEndpoint]) -> None:
+def test_a_refusal_is_not_retried(failing: type[FailingEndpoint]) -> None:
     failing.code, failing.times = 403, 10**6
     with pytest.raises(StoreError, match="ACCESS_DENIED"):
         Store("s3://b/p").read("x")
-    assert failing.asked == 1
+    assert failing.requests == 1
 
 
-# What is said of a connection, and not of what goes over it.
+# Headers of one connection, which a proxy does not pass on.
 HOP = ("content-length", "transfer-encoding", "connection", "expect")
 
 
 class Flaky(BaseHTTPRequestHandler):
-    """A way to an S3 endpoint: 500 to every third request, and one answer that is cut short."""
+    """A proxy of an S3 endpoint: 500 to every third request, and one answer that is cut short."""
 
     protocol_version = "HTTP/1.1"
-    there: str
+    endpoint: str
     numbers: Iterator[int]
     cut: threading.Event
 
@@ -257,9 +257,9 @@ class Flaky(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        connection = http.client.HTTPConnection(self.there, timeout=30)
-        ours = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
-        connection.request(self.command, self.path, body, ours)
+        connection = http.client.HTTPConnection(self.endpoint, timeout=30)
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+        connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         content = answer.read()
         self.send_response(answer.status)
@@ -280,11 +280,11 @@ class Flaky(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_a_folder_comes_back_by_a_bad_way(
+def test_a_folder_comes_back_over_a_failing_connection(
     s3: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = s3["AWS_ENDPOINT_URL"].removeprefix("http://")
-    own = {"there": there, "numbers": itertools.count(), "cut": threading.Event()}
+    endpoint = s3["AWS_ENDPOINT_URL"].removeprefix("http://")
+    own = {"endpoint": endpoint, "numbers": itertools.count(), "cut": threading.Event()}
     handler = type("Handler", (Flaky,), own)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -45,15 +45,15 @@ def crafted(kind: str, defense: Defense, data: ImageSet, batch: int) -> Crafted:
     return craft(attack, defense, "full", data, THREAT, 0, batch)
 
 
-def clear(defense: Defense, found: Crafted) -> torch.Tensor:
-    """Which images are off the knife edge."""
+def off_the_boundary(defense: Defense, found: Crafted) -> torch.Tensor:
+    """Return which images (N,) are not on the decision boundary, where rounding decides."""
     with torch.no_grad():
         logits = defense(found.images, Draws(0, "attack", found.ids))
     return margin(logits, found.labels).abs() > EDGE
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
-def test_the_order_of_the_images_changes_no_byte(
+def test_the_order_of_images_changes_no_byte(
     kind: str, defense: Defense, noisy: Defense, test_set: ImageSet
 ) -> None:
     data = test_set[torch.arange(64)]
@@ -66,14 +66,14 @@ def test_the_order_of_the_images_changes_no_byte(
 
 @pytest.mark.parametrize("kind", ATTACKS)
 @pytest.mark.parametrize("batch", [1, 7])
-def test_the_size_of_the_batch_changes_no_flag_off_the_edge(
+def test_the_batch_size_changes_no_flag_off_the_boundary(
     kind: str, batch: int, defense: Defense, noisy: Defense, test_set: ImageSet
 ) -> None:
     data = test_set[torch.arange(21)]
     for one in (defense, noisy) if kind in STOCHASTIC else (defense,):
         large, small = (crafted(kind, one, data, size) for size in (64, batch))
-        off = clear(one, large) & clear(one, small)
-        # DeepFool and EAD end on the boundary by design: there the images agree, not the flags.
+        off = off_the_boundary(one, large) & off_the_boundary(one, small)
+        # DeepFool and EAD end on the boundary by design: their images agree, not their flags.
         if kind in ("deepfool", "elastic_net"):
             assert (large.images - small.images).abs().max() < 0.02
         else:
