@@ -1,4 +1,4 @@
-"""dvc.yaml is held to the code: commands, deps, outs, params and code deps of every stage."""
+"""dvc.yaml agrees with the code: command, deps, outs, params and code deps of every stage."""
 
 import ast
 import importlib
@@ -21,7 +21,9 @@ from pipelines.runner.provenance import code_digests, code_of, stage_key
 
 ROOT = project.ROOT
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-RAY_STAGES = [name for name in STAGES if name not in ("verdict", "selftest")]
+# These have a command line of their own, and no key.
+OWN_MAIN = ("verdict", "selftest")
+WITH_KEY = [name for name in STAGES if name not in OWN_MAIN]
 TRAINING = [
     name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft", "tune"))
 ]
@@ -32,13 +34,13 @@ def definition(name: str) -> dict:
 
 
 def options(name: str) -> dict[str, str]:
-    """Return where each option of a stage points: the table of paths, and what the command says."""
+    """Return the options of a stage: the table of paths, and the words of its command."""
     words = definition(name)["cmd"].split()
     assert words[:3] == ["exec", "pipelines/limpid", name]
     instance = "${item}" if "${item}" in words else "${key}"
     table = {key: path.replace("{name}", instance) for key, path in layout.STAGES[name].items()}
-    said = zip(words[3::2], words[4::2], strict=True)
-    return table | {key.removeprefix("--").replace("-", "_"): value for key, value in said}
+    given = zip(words[3::2], words[4::2], strict=True)
+    return table | {key.removeprefix("--").replace("-", "_"): value for key, value in given}
 
 
 def outs(name: str) -> set[str]:
@@ -54,7 +56,7 @@ def is_code(dep: str) -> bool:
     return dep.startswith(("components", "pipelines"))
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
+@pytest.mark.parametrize("name", WITH_KEY)
 def test_the_paths_in_a_command_are_its_deps_and_outs(name: str) -> None:
     paths = {key: value for key, value in options(name).items() if key != "name"}
     written = {value for key, value in paths.items() if key.startswith("out")}
@@ -63,7 +65,7 @@ def test_the_paths_in_a_command_are_its_deps_and_outs(name: str) -> None:
     assert set(paths.values()) - written == data_deps
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
+@pytest.mark.parametrize("name", WITH_KEY)
 def test_a_command_fits_the_signature_it_calls(name: str) -> None:
     run = importlib.import_module(f"pipelines.stages.{name}").run
     keywords = {
@@ -74,9 +76,9 @@ def test_a_command_fits_the_signature_it_calls(name: str) -> None:
     assert set(options(name)) == keywords
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
-def test_what_a_stage_sees_is_what_its_job_sees(name: str) -> None:
-    """As JSON it is named by the key of the stage, and gets to the cluster."""
+@pytest.mark.parametrize("name", WITH_KEY)
+def test_a_job_sees_the_parameters_of_its_stage(name: str) -> None:
+    """They travel as JSON."""
     view = get_type_hints(importlib.import_module(f"pipelines.stages.{name}").run)["params"]
     document = project.tiny()
     section = STAGES[name].get("foreach", "").strip("${}")
@@ -89,7 +91,7 @@ def test_what_a_stage_sees_is_what_its_job_sees(name: str) -> None:
             assert getattr(there, field) == getattr(here, field), f"{instance}: {field}"
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
+@pytest.mark.parametrize("name", WITH_KEY)
 def test_a_stage_tracks_the_params_it_sees(name: str) -> None:
     run = importlib.import_module(f"pipelines.stages.{name}").run
     view = get_type_hints(run)["params"]
@@ -105,8 +107,8 @@ def files_under(dep: str) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in files}
 
 
-@pytest.mark.parametrize("name", RAY_STAGES)
-def test_code_deps_cover_the_import_closure_and_hold_nothing_else(name: str) -> None:
+@pytest.mark.parametrize("name", WITH_KEY)
+def test_code_deps_cover_the_import_closure_and_nothing_else(name: str) -> None:
     listed = {dep: files_under(dep) for dep in filter(is_code, definition(name)["deps"])}
     needed = {str(path) for path in code_of(importlib.import_module(f"pipelines.stages.{name}"))}
     assert needed - set().union(*listed.values()) == set(), "not tracked"
@@ -114,7 +116,7 @@ def test_code_deps_cover_the_import_closure_and_hold_nothing_else(name: str) -> 
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_what_only_counts_or_prints_is_no_dep_of_a_training(name: str) -> None:
+def test_a_training_does_not_depend_on_checks_and_reports(name: str) -> None:
     if name == "tune":  # It ranks what it trains.
         return
     deps = list(filter(is_code, definition(name)["deps"]))
@@ -122,8 +124,8 @@ def test_what_only_counts_or_prints_is_no_dep_of_a_training(name: str) -> None:
     assert not [dep for dep in deps if dep.startswith((*counts, "pipelines/reporting"))]
 
 
-def test_packages_of_pipelines_hold_no_code_in_their_init() -> None:
-    """The import closure passes over them."""
+def test_packages_of_pipelines_have_only_a_docstring_in_their_init() -> None:
+    """The import closure leaves them out."""
     for path in (ROOT / "pipelines").glob("*/__init__.py"):
         assert len(ast.parse(path.read_text()).body) <= 1, path
 
@@ -132,7 +134,9 @@ def test_the_table_of_paths_lists_the_stages_in_their_order() -> None:
     assert list(layout.STAGES) == list(STAGES)
 
 
-def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_changes_with_all_that_a_result_depends_on_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = importlib.import_module("pipelines.stages.train_classifier")
     view_type = get_type_hints(module.run)["params"]
 
@@ -141,7 +145,7 @@ def test_a_key_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatc
         return stage_key(module, view, {"train": inputs})
 
     keys = {key(), key("b"), key(seed=7)}
-    # No result depends on who computes it.
+    # No result depends on the resources.
     other = {**project.base()["resources"], "shards": {"workers": 7, "cpus": 1, "gpus": 0}}
     assert len(keys) == 3 and key(resources=other) == key()
     monkeypatch.setattr("torch.__version__", "1.0")
