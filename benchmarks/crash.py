@@ -1,12 +1,12 @@
 """SIGKILL at a random moment of a line; then one plain `dvc repro` must end in the same metrics.
 
 `python benchmarks/crash.py --rounds 50` runs the smallest line undisturbed, then again and again in
-folders of their own. In every round DVC, or DVC with all it started, is killed at a moment drawn
-from the time the line takes; then `dvc repro` must end with byte-identical data, models, sets,
-metrics and scores, and no process of the killed run may be there 15 s after (a lock keeps a second
-writer out until then). DVC writes `dvc.lock` in place: where it was killed in the middle of that,
-it refuses the file, and what the doctor says is done, and told. Ends with 1 if any of it fails;
-prints a line a round. `--until STAGE` does with the stages up to that one.
+new folders. Each round kills DVC, or DVC with all the processes it started, at a random moment.
+Then `dvc repro` must end with byte-identical data, models, sets, metrics and scores, and no process
+of the killed run may live for longer than 15 s (a lock keeps a second writer out until then). DVC
+writes `dvc.lock` in place, and refuses the file if it was killed while it wrote: then the script
+does what `limpid doctor` says, and the round is marked. Prints a line for each round, and ends with
+1 if a round fails. `--until STAGE` runs the stages up to that one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MADE = ("data", "models", "pool", "adversarial", "reports/metrics.json", "report
 
 @dataclass(frozen=True)
 class Round:
-    """What came of one kill."""
+    """The outcome of one kill."""
 
     moment: float
     whole: bool
@@ -44,7 +44,7 @@ class Round:
 
     @property
     def good(self) -> bool:
-        """Whether nothing was lost and nothing left."""
+        """Whether no result was lost and no process left."""
         return self.same and self.code == 0 and not self.orphans
 
 
@@ -59,7 +59,7 @@ def undisturbed(folder: Path, command: list[str]) -> tuple[str, float]:
 
 
 def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whole: bool) -> Round:
-    """Kill the line at a moment, run it again, and look."""
+    """Kill the line at a moment, run it again, and compare."""
     make(folder)
     with (folder.parent / f"{folder.name}.txt").open("w") as printed:
         process = project.start(folder, *command, to=printed)
@@ -68,26 +68,24 @@ def disturbed(folder: Path, command: list[str], wanted: str, moment: float, whol
         if process.poll() is None:
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
-        before = {one: " ".join(words(one))[:200] for one in ours(folder)}
+        before = {one: " ".join(command_line(one))[:200] for one in processes_in(folder)}
         began = time.monotonic()
         again = project.start(folder, *command, to=printed)
         while any(map(project.lives, before)) and time.monotonic() - began < ORPHAN_S:
             time.sleep(0.5)
         orphans = [title for process, title in before.items() if project.lives(process)]
         code = again.wait()
-    doctor = bool(code) and cut_short(folder)
+    doctor = bool(code) and lock_is_cut_short(folder)
     if doctor:
         (folder / "dvc.lock").unlink()
         code, _ = project.run(folder, *command)
     return Round(moment, whole, stage, digest(folder) == wanted, orphans, code, doctor)
 
 
-def cut_short(folder: Path) -> bool:
-    """Ask the doctor whether `dvc.lock` is, which it then says to remove."""
-    return (
-        "dvc.lock is cut short"
-        in project.run(folder, sys.executable, "-m", "pipelines", "doctor")[1]
-    )
+def lock_is_cut_short(folder: Path) -> bool:
+    """Return whether `limpid doctor` says that `dvc.lock` is cut short, and so to be removed."""
+    _, printed = project.run(folder, sys.executable, "-m", "pipelines", "doctor")
+    return "dvc.lock is cut short" in printed
 
 
 def make(folder: Path) -> None:
@@ -97,7 +95,7 @@ def make(folder: Path) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Return the sha256 of all that the line makes and counts."""
+    """Return the sha256 over all outputs of the line that must not change."""
     total = hashlib.sha256()
     for path in sorted(
         path for name in MADE for path in (folder / name, *(folder / name).rglob("*"))
@@ -108,7 +106,7 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def ours(folder: Path) -> list[psutil.Process]:
+def processes_in(folder: Path) -> list[psutil.Process]:
     """Return the processes that work in a folder."""
     found = []
     for process in psutil.process_iter():
@@ -120,8 +118,8 @@ def ours(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def words(process: psutil.Process) -> list[str]:
-    """Return the command line of a process, if it is still there."""
+def command_line(process: psutil.Process) -> list[str]:
+    """Return the command line of a process, empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -129,13 +127,13 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def running(folder: Path) -> str:
-    """Return the stage that runs."""
-    for process in ours(folder):
-        said = words(process)
-        found = [word for word in said if word.startswith("pipelines.")]
-        if found and found != ["pipelines.tracking.uploader"]:
-            name = said[said.index("--name") + 1] if "--name" in said else ""
-            return f"{found[0].removeprefix('pipelines.')} {name}".strip()
+    """Return the stage that runs, with its instance."""
+    for process in processes_in(folder):
+        # python -m pipelines STAGE [--name INSTANCE] ...
+        words = command_line(process)
+        if words[1:3] == ["-m", "pipelines"] and len(words) > 3:
+            instance = words[words.index("--name") + 1] if "--name" in words else ""
+            return f"{words[3]} {instance}".strip()
     return "between stages"
 
 
