@@ -1,16 +1,16 @@
-"""Where everything lies in a project: the one table of paths.
+"""All paths of a project, in one table.
 
-The options of a stage default to it, and a test holds it to the deps and outs in dvc.yaml. `{name}`
-is the instance of a stage that dvc.yaml repeats (`foreach`). An option that is missing here has no
-default: only the command can say which model it means.
+The options of a stage default to it, and a test compares it with the deps and outs in dvc.yaml.
+`{name}` is the instance of a stage that dvc.yaml repeats (`foreach`). An option that is missing
+here has no default: only the command line can say which model is meant.
 """
 
 from pathlib import Path
 
 ROOT = Path(".limpid")
-# What runs, what an interrupted stage continues from, and the events that wait for MLflow.
+# Locks of running stages, work in progress that a stage continues, events that wait for MLflow.
 RUNNING, WORK, SPOOL = ROOT / "running", ROOT / "work", ROOT / "spool"
-# What was crafted or downloaded before.
+# Shards that were crafted, and files that were downloaded, before.
 CRAFTED, DOWNLOADS = ROOT / "sets", ROOT / "downloads"
 MLFLOW_DB = Path("mlflow.db")
 PARAMS, PROFILES = Path("params.yaml"), Path("profiles")
@@ -25,7 +25,7 @@ TRAIN, VAL, TEST = "data/train", "data/val", "data/test"
 STANDARD, POOL, MODEL, SETS = "models/standard", "pool", "models/{name}", "adversarial/{name}"
 LEARNING = {"train": TRAIN, "val": VAL, "classifier": STANDARD, "pool": POOL, "out": MODEL}
 
-# In the order in which data travels.
+# The options of every stage, in the order of dvc.yaml.
 STAGES: dict[str, dict[str, str]] = {
     "prepare_data": {"out_train": TRAIN, "out_val": VAL, "out_test": TEST},
     "train_classifier": {"train": TRAIN, "val": VAL, "out": MODEL},
