@@ -99,7 +99,7 @@ def stratified(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDAr
     seed. Raises ValueError unless `count` lies in 0..N.
     """
     if not 0 <= count <= len(labels):
-        raise ValueError(f"{count} rows asked of a set of {len(labels)}")
+        raise ValueError(f"cannot choose {count} of {len(labels)} rows")
     classes, sizes = np.unique(labels, return_counts=True)
     quotas = sizes * (count / max(len(labels), 1))
     counts = np.floor(quotas).astype(np.int64)

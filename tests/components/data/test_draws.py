@@ -1,4 +1,4 @@
-"""Noise belongs to an image: no batch, order or worker changes it, and no two streams are alike."""
+"""Noise belongs to an image: no batch or order changes it, and no two streams are correlated."""
 
 import itertools
 import math
@@ -41,14 +41,14 @@ def test_an_image_has_the_same_noise_in_any_batch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal", "permutation"])
-def test_asking_twice_gives_the_same_noise_and_leaves_the_global_stream_alone(kind: str) -> None:
+def test_equal_keys_give_equal_noise_and_leave_the_global_stream_alone(kind: str) -> None:
     before = torch.get_rng_state()
     draws = Draws(3, "attack", IDS)
     assert torch.equal(sample(draws, kind), sample(Draws(3, "attack", IDS.clone()), kind))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_indexing_keeps_the_draw_and_redrawing_keeps_the_images() -> None:
+def test_indexing_keeps_the_draw_and_redraw_keeps_the_images() -> None:
     draws = Draws(3, "attack", IDS, 4)[torch.tensor([5, 2])].redraw(9)
     assert (draws.seed, draws.role, draws.draw, len(draws)) == (3, "attack", 9, 2)
     assert draws.ids.tolist() == [IDS[5].item(), IDS[2].item()]
@@ -79,18 +79,18 @@ def test_uses_do_not_share_noise() -> None:
         assert abs(correlation(one, other)) < 5 / math.sqrt(24_000)
 
 
-def test_a_use_of_one_role_is_no_use_of_another() -> None:
-    """`attack` and a use named `x` must not meet `attack/x` spelt otherwise."""
+def test_role_and_use_are_kept_apart_in_the_key() -> None:
+    """Role `attack` with use `x` must not collide with another pair that spells `attack/x`."""
     draws = [Draws(0, role, IDS[:50]).uniform((10,), use) for role, use in
              itertools.product(ROLES, ("a", "b", "a/b"))]  # fmt: skip
     assert len({tuple(noise.flatten().tolist()) for noise in draws}) == len(draws)
 
 
 def test_pixels_of_an_image_are_uncorrelated() -> None:
-    """Neither neighbours within an image nor the same pixel of images with neighbouring ids."""
+    """Neither neighbouring pixels nor the same pixel of images with neighbouring ids correlate."""
     noise = Draws(0, "score", torch.arange(2000)).uniform((64,), "use")
-    among = torch.corrcoef(noise.T) - torch.eye(64)
-    assert among.abs().max() < 5.5 / math.sqrt(2000)
+    between = torch.corrcoef(noise.T) - torch.eye(64)
+    assert between.abs().max() < 5.5 / math.sqrt(2000)
     assert abs(correlation(noise[1:], noise[:-1])) < 5 / math.sqrt(noise.numel())
     assert abs(correlation(noise[:, 1:], noise[:, :-1])) < 5 / math.sqrt(noise.numel())
 
@@ -118,8 +118,10 @@ def test_normal_noise_is_normal_to_the_tails() -> None:
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 2**63 - 1, -(2**63)])
-def test_noise_is_sound_for_whatever_bits_come(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest uniform number stays below 1, and no normal one is infinite."""
+def test_extreme_bits_give_finite_noise_in_range(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest uniform value stays below 1, and no normal value is infinite."""
     monkeypatch.setattr(Draws, "_bits", lambda draws, count, use: torch.full((1, count), bits))
     draws = Draws(0, "score", torch.tensor([1]))
     assert 0 <= draws.uniform((1,), "use").item() < 1
@@ -141,12 +143,12 @@ def test_permutations_are_permutations() -> None:
     assert len({tuple(order) for order in orders.tolist()}) == 1000
 
 
-def test_every_place_gets_every_rank_equally_often() -> None:
+def test_every_position_gets_every_rank_equally_often() -> None:
     orders = Draws(0, "score", torch.arange(8000)).permutation(8, "mask")
     counts = torch.stack([(orders == rank).sum(0) for rank in range(8)]).double()
     chi2 = ((counts - 1000) ** 2 / 1000).sum().item()
     assert chi2 < 100  # 49 degrees of freedom: p = 2e-5
-    # And pairs: what is in place 0 says nothing about place 1, save that they differ.
+    # And pairs: position 0 says nothing about position 1, except that they differ.
     pairs = torch.bincount(orders[:, 0] * 8 + orders[:, 1], minlength=64).double()
     pairs = pairs.view(8, 8)[~torch.eye(8, dtype=torch.bool)]
     assert ((pairs - 8000 / 56) ** 2 / (8000 / 56)).sum() < 110  # 55 degrees of freedom

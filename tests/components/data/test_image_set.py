@@ -1,4 +1,4 @@
-"""Shards give back what was written, or say that they cannot; strata are cut in proportion."""
+"""Shards return what was written or raise DataError; strata are cut in proportion."""
 
 import os
 import shutil
@@ -25,83 +25,85 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_reading_gives_back_what_was_written(folder: Path) -> None:
+def test_read_returns_what_was_written(folder: Path) -> None:
     written, read = small_set(), image_set.read(folder)
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
-    parts = image_set.read_by_shard(folder)
-    assert [len(part) for part in parts] == [10, 10, 5]
+    by_shard = image_set.read_by_shard(folder)
+    assert [len(shard) for shard in by_shard] == [10, 10, 5]
     (second,) = image_set.read_by_shard(folder, 1)
-    assert torch.equal(second.ids, parts[1].ids) and torch.equal(second.images, parts[1].images)
+    assert torch.equal(second.ids, by_shard[1].ids) and torch.equal(
+        second.images, by_shard[1].images
+    )
     assert read.pixels().max() <= 1
 
 
-def test_the_same_images_are_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_equal_images_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     image_set.write(tmp_path / "again", small_set(), rows_per_part=10)
     assert shards.fingerprint(folder) == shards.fingerprint(tmp_path / "again")
-    for part in folder.iterdir():
-        assert part.read_bytes() == (tmp_path / "again" / part.name).read_bytes()
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_a_subset_is_written_as_itself(tmp_path: Path) -> None:
+def test_a_subset_is_written_in_its_order(tmp_path: Path) -> None:
     chosen = small_set()[torch.tensor([4, 2])]
     image_set.write(tmp_path / "set", chosen, rows_per_part=10)
     assert torch.equal(image_set.read(tmp_path / "set").images, chosen.images)
 
 
-def test_every_flipped_bit_is_found(folder: Path) -> None:
-    part = folder / shards.shard_name(1)
-    content = part.read_bytes()
-    for place in np.random.default_rng(0).integers(len(content) * 8, size=50):
+def test_every_flipped_bit_is_detected(folder: Path) -> None:
+    shard = folder / shards.shard_name(1)
+    content = shard.read_bytes()
+    for bit in np.random.default_rng(0).integers(len(content) * 8, size=50):
         damaged = bytearray(content)
-        damaged[place // 8] ^= 1 << (place % 8)
-        part.write_bytes(damaged)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        shard.write_bytes(damaged)
         with pytest.raises(DataError, match=r"part-00001\.parquet was altered"):
             image_set.read(folder)
-    part.write_bytes(content)
+    shard.write_bytes(content)
     assert len(image_set.read(folder)) == 25
 
 
-def test_pages_carry_checksums_of_their_own(folder: Path) -> None:
-    """A bit that flips after the manifest was written over it is found by Parquet itself."""
-    part = folder / shards.shard_name(0)
-    content = bytearray(part.read_bytes())
+def test_page_checksums_detect_a_flipped_bit(folder: Path) -> None:
+    """A bit that flipped before the manifest was written is detected by Parquet itself."""
+    shard = folder / shards.shard_name(0)
+    content = bytearray(shard.read_bytes())
     content[content.index(small_set().images[3].numpy().tobytes()[:16])] ^= 1
-    part.write_bytes(content)
+    shard.write_bytes(content)
     shards.write_manifest(folder, {"shape": [3, 4, 5], "class_names": ["a", "b", "c"]})
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         image_set.read(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_a_truncated_part_is_refused(folder: Path, length: int) -> None:
-    part = folder / shards.shard_name(2)
-    part.write_bytes(part.read_bytes()[:length])
+def test_a_truncated_shard_is_refused(folder: Path, length: int) -> None:
+    shard = folder / shards.shard_name(2)
+    shard.write_bytes(shard.read_bytes()[:length])
     with pytest.raises(DataError, match=r"part-00002\.parquet"):
         image_set.read(folder)
 
 
-def test_a_missing_part_is_refused(folder: Path) -> None:
+def test_a_missing_shard_is_refused(folder: Path) -> None:
     (folder / shards.shard_name(0)).unlink()
     with pytest.raises(DataError, match=r"disagree about part-00000\.parquet"):
         image_set.read(folder)
 
 
-def test_an_extra_part_is_refused(folder: Path) -> None:
+def test_an_extra_shard_is_refused(folder: Path) -> None:
     shutil.copy(folder / shards.shard_name(0), folder / shards.shard_name(9))
     with pytest.raises(DataError, match=r"disagree about part-00009\.parquet"):
         image_set.read(folder)
 
 
-def test_a_part_replaced_with_size_and_time_kept_is_refused(folder: Path) -> None:
-    part = folder / shards.shard_name(0)
-    before = part.stat()
-    content = bytearray(part.read_bytes())
+def test_a_shard_altered_with_equal_size_and_time_is_refused(folder: Path) -> None:
+    shard = folder / shards.shard_name(0)
+    before = shard.stat()
+    content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
-    part.write_bytes(content)
-    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert (part.stat().st_size, part.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (shard.stat().st_size, shard.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(DataError, match="was altered"):
         image_set.read(folder)
 
@@ -152,28 +154,28 @@ def test_strata_are_in_proportion() -> None:
     labels = np.repeat(np.arange(4), [100, 50, 30, 20])
     for count in (0, 1, 17, 100, 199, 200):
         chosen = stratified(labels, count, seed=3)
-        shares = np.bincount(labels[chosen], minlength=4)
+        counts = np.bincount(labels[chosen], minlength=4)
         assert chosen.sum() == count
-        assert np.abs(shares - np.array([100, 50, 30, 20]) * count / 200).max() < 1
+        assert np.abs(counts - np.array([100, 50, 30, 20]) * count / 200).max() < 1
     assert np.bincount(labels[stratified(labels, 100, 0)]).tolist() == [50, 25, 15, 10]
 
 
-def test_strata_depend_on_the_seed_alone() -> None:
+def test_strata_depend_only_on_labels_count_and_seed() -> None:
     labels = np.arange(90) % 3
     first = stratified(labels, 30, seed=1)
     assert np.array_equal(first, stratified(labels.copy(), 30, seed=1))
     assert not np.array_equal(first, stratified(labels, 30, seed=2))
 
 
-def test_strata_are_fair_to_every_row() -> None:
+def test_every_row_of_a_class_is_chosen_equally_often() -> None:
     labels = np.repeat([0, 1], [30, 10])
-    share = np.mean([stratified(labels, 10, seed) for seed in range(2000)], axis=0)
+    frequency = np.mean([stratified(labels, 10, seed) for seed in range(2000)], axis=0)
     # Each row is taken with probability 1/4 or 0.3/0.2 by the largest remainder (7.5 and 2.5).
-    assert np.abs(share[:30] - share[:30].mean()).max() < 0.06
-    assert np.abs(share[30:] - share[30:].mean()).max() < 0.06
+    assert np.abs(frequency[:30] - frequency[:30].mean()).max() < 0.06
+    assert np.abs(frequency[30:] - frequency[30:].mean()).max() < 0.06
 
 
 @pytest.mark.parametrize("count", [-1, 11])
 def test_strata_larger_than_the_set_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} rows asked of a set of 10"):
+    with pytest.raises(ValueError, match=f"cannot choose {count} of 10 rows"):
         stratified(np.zeros(10, np.int64), count, seed=0)

@@ -1,0 +1,81 @@
+"""Gradient attacks: the exact robust accuracy of linear models, and the steps of RAND+FGSM."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import (
+    BALL,
+    LINF,
+    THREATS,
+    Linear,
+    attack_model,
+    distances,
+    grey_images,
+    linear_task,
+    parse_attack,
+)
+
+from components.attacks import (
+    L2,
+    Linf,
+    craft,
+)
+from components.attacks.gradient import RFgsm
+from components.models.defense import Defense
+
+# Closed form: a linear model is robust where margin > eps * dual norm of the difference of weights
+
+
+# Attack, number of classes, settings, tolerance. With more than two classes the gradient of the
+# cross-entropy points towards all other classes at once, so it finds less.
+CLOSED: list[tuple[str, int, dict[str, Any], float]] = [
+    ("pgd", 2, {"steps": 20, "step": 0.2}, 0.002),
+    ("apgd_ce", 2, {"steps": 50, "restarts": 1}, 0.002),
+    ("apgd_t", 5, {"steps": 40, "targets": 4}, 0.002),
+    ("pgd", 5, {"steps": 40, "step": 0.1}, 0.1),
+    ("apgd_ce", 5, {"steps": 50, "restarts": 1}, 0.1),
+]
+
+
+@THREATS
+@pytest.mark.parametrize(("name", "classes", "changes", "tolerance"), CLOSED)
+def test_attacks_find_the_exact_robust_accuracy_of_a_linear_model(
+    name: str, classes: int, changes: dict[str, Any], tolerance: float, threat: Linf | L2
+) -> None:
+    model, data = linear_task(classes, 1200)
+    exact = distances(model, data, 1 if threat is LINF else 2)
+    eps = exact.quantile(0.5).item()  # half of the images are robust
+    tight = Linf(norm="linf", eps_255=255 * eps) if threat is LINF else L2(norm="l2", eps_l2=eps)
+    assert 0 < eps < 90 / 255 / 2, "pixels would be clipped to [0,1]"
+    crafted = craft(
+        parse_attack(name, **changes), Defense(model, None).freeze(), "full", data, tight, 0, 400
+    )
+    assert not (crafted.success & (exact > eps + 1e-5)).any(), (
+        "an image was fooled within its exact distance"
+    )
+    found = (~crafted.success).float().mean().item()
+    assert found == pytest.approx(0.5, abs=tolerance)
+
+
+@THREATS
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_the_random_and_the_gradient_step_of_rand_fgsm_share_the_radius(
+    threat: Linf | L2, alpha: float
+) -> None:
+    data = grey_images(30)
+    weight = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
+    weight[1] = -weight[0]
+    attack = RFgsm(kind="r_fgsm", alpha=alpha, eot=1)
+    crafted = attack_model(attack, Linear(weight, torch.tensor([20.0, 0])), data, threat)
+    assert (crafted.iterations == 1).all() and (crafted.backward == 1).all()
+    delta = (crafted.images - data.pixels()).flatten(1)
+    if threat is LINF:
+        rest = delta / LINF.eps + (1 - alpha) * weight[0].sign()
+        assert torch.allclose(rest.abs(), torch.full_like(rest, alpha), atol=1e-5)
+        assert abs((rest > 0).float().mean() - 0.5) < 0.08
+    else:
+        rest = delta / BALL.eps + (1 - alpha) * weight[0] / weight[0].norm()
+        assert torch.allclose(rest.norm(dim=1), torch.full((30,), alpha), atol=1e-5)
+        assert abs(rest.mean()) < 0.02
+    assert not torch.allclose(rest[0], rest[1], atol=1e-3)

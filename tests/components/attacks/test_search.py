@@ -1,0 +1,72 @@
+"""Against a random defense the search returns the strongest image, not the luckiest."""
+
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from toys import (
+    Noisy,
+    head,
+)
+
+from components.attacks.contract import Search, strongest
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.models.defense import Defense, Target, bind
+
+
+def test_the_stronger_image_beats_the_luckier_one(test_set: ImageSet) -> None:
+    """The luckiest of 60 queries of a weak image has a lower margin than a stronger image has."""
+    data = head(test_set, 60)
+    weak, strong = data.pixels(), (data.pixels() + 0.02).clamp(0, 1)
+
+    class Lottery(Noisy):
+        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+            assert draws is not None
+            marked = (x - weak[draws.ids]).flatten(1).amax(1) > 0.01
+            luck = 2 * draws.normal((1,), "luck")[:, 0]
+            return (1.0 - 1.5 * marked + luck)[:, None, None, None].expand_as(x)
+
+    class FirstLogit(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.pad(x.flatten(1).mean(1, keepdim=True), (0, 9))
+
+    for eot in (1, 4):
+        draws = Draws(0, "attack", torch.arange(60))
+        target = bind(Defense(FirstLogit(), Lottery()).freeze(), "full", draws, eot)
+        search = Search(target, weak, torch.zeros(60, dtype=torch.int64), early_stop=True)
+        for _ in range(60):
+            search.query(weak)
+        search.query(strong)
+        lucky = (search.best == weak).flatten(1).all(1)
+        assert lucky.float().mean() > 0.8, "luck made no difference"
+        found = search.outcome()
+        kept = (found.images == strong).flatten(1).all(1)
+        assert kept.float().mean() > 0.8
+        # The reported margin is a mean of fresh draws, not the lowest margin of the search.
+        assert found.margin[kept].mean() == pytest.approx(-0.5, abs=0.4)
+
+
+def test_the_strongest_image_is_classified_correctly_under_the_fewest_draws() -> None:
+    """By hand: three candidates for each of three rows, under four draws."""
+    table = torch.tensor([
+        # Correct once of four, whatever its mean; twice; three times.
+        [[9.0, -1, -1, -1], [1, 1, -9, -9], [1, 1, 1, -9]],
+        # Equally often correct: the lower mean decides.
+        [[2.0, 2, -1, -1], [1, 1, -1, -1], [3, 3, -1, -1]],
+        # NaN and infinite margins give no NaN.
+        [[torch.inf, torch.nan, -torch.inf, 1], [1, 1, 1, 1], [torch.inf] * 4],
+    ])  # fmt: skip
+    labels = torch.zeros(3, dtype=torch.int64)
+
+    class Scripted:
+        def __call__(self, x: Tensor, draw: int) -> Tensor:
+            seen = table[torch.arange(3), x.flatten().long(), draw]
+            return functional.pad(seen[:, None], (0, 1))
+
+    candidates = torch.arange(3.0)[:, None, None, None, None].expand(3, 3, 1, 1, 1)
+    best, margins = strongest(cast(Target, Scripted()), candidates, labels, range(4))
+    assert best.flatten().tolist() == [0, 1, 0]
+    assert margins.tolist() == [1.5, 0.0, -torch.inf]
