@@ -1,4 +1,4 @@
-"""Exit codes of stages: parameters that cannot be used, and code that hears no signal."""
+"""Exit codes of stages: unusable parameters, and compiled code that blocks a signal."""
 
 import os
 import subprocess

@@ -1,18 +1,16 @@
 """What an older version left in `.limpid` and in a store is used rightly, or passed over.
 
 The older version is that of commit 8c2f536: its stages were `pipelines.train_classifier` and so on,
-and its keys held those names.
+and its keys held those names. Its spooled runs are tested in `tracking/test_tracker.py`.
 """
 
 import importlib
 import json
 import os
-import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import project
 import pytest
@@ -65,40 +63,6 @@ def test_crafted_parts_of_an_older_version_are_not_taken(folder: Path, reproduce
     assert code == 0, printed
     made, known = (sorted(path.iterdir()) for path in (folder / "out", reproduced / "pool"))
     assert [(p.name, sha256(p)) for p in made] == [(p.name, sha256(p)) for p in known]
-
-
-def test_a_run_that_an_older_version_kept_is_delivered(tmp_path: Path) -> None:
-    tags = {
-        "git.commit": "8c2f536",
-        "git.dirty": "False",
-        "dvc.stage": "tune",
-        "limpid.key": "6e3b",
-    }
-    about = {"experiment": "limpid-digits", "tags": tags, "id": "0f3a", "params": {"seed": "0"}}
-    trial = {"name": "trial 0", "params": {"rate": "0.1"}, "metrics": {"robust": 0.5}, "step": 1}
-    lines: list[dict[str, Any]] = [
-        {"event": "start", "stage": "tune", **about, "time": 1000},
-        {"event": "metrics", "step": 2, "metrics": {"loss": 0.25}, "time": 1500},
-        {"event": "nested", **trial, "time": 1600},
-        {"event": "artifact", "path": str(tmp_path / "gone.json"), "sha256": "0" * 64},
-        {"event": "end", "status": "FAILED", "time": 2000},
-    ]
-    spool = tmp_path / ".limpid/spool/1000-4242.jsonl"
-    spool.parent.mkdir(parents=True)
-    spool.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    subprocess.run(
-        [sys.executable, "-m", "pipelines.tracking.uploader"], cwd=tmp_path, input="", text=True,
-        env={**environment, "PYTHONPATH": str(project.ROOT)}, check=True,
-    )  # fmt: skip
-    assert list(spool.parent.iterdir()) == []
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        runs = database.execute("select name, status, start_time, end_time from runs").fetchall()
-        metrics = database.execute("select key, value, step from metrics").fetchall()
-        kept = dict(database.execute("select key, value from tags").fetchall())
-    assert ("tune", "FAILED", 1000, 2000) in runs and len(runs) == 2
-    assert set(metrics) == {("loss", 0.25, 2), ("robust", 0.5, 1)}
-    assert kept["git.commit"] == "8c2f536"
 
 
 # A store
