@@ -12,6 +12,7 @@ ROOT = Path(".limpid")
 RUNNING, WORK, SPOOL = ROOT / "running", ROOT / "work", ROOT / "spool"
 # Shards that were crafted, and files that were downloaded, before.
 CRAFTED, DOWNLOADS = ROOT / "sets", ROOT / "downloads"
+LAST_ERROR = ROOT / "last_error.txt"
 MLFLOW_DB = Path("mlflow.db")
 PARAMS, PROFILES = Path("params.yaml"), Path("profiles")
 DVC_LOCK = Path("dvc.lock")

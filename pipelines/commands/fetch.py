@@ -52,7 +52,7 @@ def _call(label: str) -> StageCall:
     except DvcException as error:
         raise ConfigError(f"dvc.yaml has no stage {label}: {error}") from None
     if len(found) != 1:
-        names = ", ".join(stage.addressing for stage in found)
+        names = ", ".join(one.addressing for one in found)
         raise ConfigError(f"name one stage, and not {label}: {names or 'there is none'}")
     # exec pipelines/limpid NAME --option value ...
     _, _, name, *words = shlex.split(found[0].cmd)

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: progress, tables, one sentence for an error."""
+"""What a person sees on the terminal: progress and tables."""
 
 import re
 import sys
@@ -18,12 +18,6 @@ CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 def without_credentials(text: str) -> str:
     """Return the text without the user names, passwords and keys of its URLs."""
     return CREDENTIALS.sub("", text)
-
-
-def refuse(message: str, code: int = 2) -> int:
-    """Print what is wrong in one sentence; return the exit code, by default that of a wrong use."""
-    print(f"error: {without_credentials(message)}", file=sys.stderr)
-    return code
 
 
 def show(table: Table) -> None:

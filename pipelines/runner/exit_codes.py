@@ -12,7 +12,7 @@ from components.data.shards import DataError
 from components.training.loop import Diverged
 from pipelines import PARENT
 from pipelines.errors import ConfigError, Failed, Interrupted
-from pipelines.layout import ROOT
+from pipelines.layout import LAST_ERROR
 from pipelines.runner.console import without_credentials
 
 INTERRUPTED = "interrupted; the same command goes on from where it was"
@@ -56,15 +56,14 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _keep(error: BaseException) -> str:
-    """Write a traceback to a file; return where it is."""
+    """Write the traceback of an error to a file; return the words that name the file."""
     trace = without_credentials("".join(traceback.format_exception(error)))
-    file = ROOT / "last_error.txt"
     try:
-        ROOT.mkdir(exist_ok=True)
-        file.write_text(trace)
+        LAST_ERROR.parent.mkdir(exist_ok=True)
+        LAST_ERROR.write_text(trace)
     except OSError as reason:
         return f"its traceback is lost: {reason}"
-    return f"all of it in {file}"
+    return f"all of it in {LAST_ERROR}"
 
 
 def interruptible() -> None:
