@@ -1,13 +1,10 @@
-"""What the component tests share: one thread, a small trained classifier, where test data lie."""
+"""Fixtures that many tests share: a small trained classifier, test data, the finished line."""
 
-import contextlib
+import fcntl
 import json
 import os
-import shutil
-import signal
-import tempfile
-import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,9 @@ from components.training.loop import Training, fit
 
 torch.set_num_threads(1)
 TRAINED = 1300
-# A project made by `project.copy_to`, in which `dvc repro` has run with the code of now, for one
-# who works on a test of the line and does not want to wait for it each time.
+# Names a project made by `project.copy_to` in which `dvc repro` has run with the present code: work
+# on a test of the line need not wait for the line each time.
 LINE_ELSEWHERE = "LIMPID_TEST_LINE"
-HOME = "LIMPID_TEST_HOME"
 
 
 @pytest.fixture(autouse=True)
@@ -131,51 +127,44 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the home of the line that all processes of this run share."""
-    if not hasattr(config, "workerinput"):
-        os.environ[HOME] = tempfile.mkdtemp(prefix="limpid-line-")
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Put the file with most tests of the line first and its other files last.
+
+    One worker then makes the line while the others run what does not need it.
+    """
+    waiting = Counter(item.path for item in items if "reproduced" in item.fixturenames)
+    first = waiting.most_common(1)[0][0] if waiting else None
+    items.sort(key=lambda item: (item.path != first, item.path in waiting))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what waits for the line after all else, that it may run beside it."""
-    items.sort(key=lambda item: "reproduced" in getattr(item, "fixturenames", ()))
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first worker to ask for makes; the others wait, and share it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            assert not folder.exists(), f"another worker failed to make {folder}"
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin `dvc repro` where a test wants its result: it takes minutes, beside the first tests."""
-    first = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
-    wanted = any("reproduced" in getattr(item, "fixturenames", ()) for item in session.items)
-    if not (first and wanted) or session.config.option.collectonly or LINE_ELSEWHERE in os.environ:
-        return
-    home = Path(os.environ[HOME])
-    folder = project.copy_to(home / "project")
-    told = "dvc repro > ../printed.txt 2>&1; echo $? > ../code.part; mv ../code.part ../code"
-    (home / "printed.txt").touch()
-    line = project.start(folder, "sh", "-c", told, **project.SECRETS)
-    (home / "pid").write_text(str(line.pid))
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End what is left of the line, and leave nothing behind."""
-    if not hasattr(config, "workerinput"):
-        home = Path(os.environ.pop(HOME))
-        if (home / "pid").exists() and not (home / "code").exists():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
-                # Else what is dying may yet write into what is being removed.
-                time.sleep(1)
-        shutil.rmtree(home, ignore_errors=True)
+def _reproduce(home: Path) -> None:
+    code, printed = project.run(
+        project.copy_to(home / "project"), "dvc", "repro", **project.SECRETS
+    )
+    assert code == 0, printed[-4000:]
+    (home / "printed.txt").write_text(printed)
 
 
 @pytest.fixture(scope="session")
-def reproduced() -> Path:
-    """A project in which `dvc repro` has run once."""
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which `dvc repro` has run once; minutes."""
     if LINE_ELSEWHERE in os.environ:
         return Path(os.environ[LINE_ELSEWHERE])
-    home, ends = Path(os.environ[HOME]), time.monotonic() + 900
-    while not (home / "code").exists():
-        assert time.monotonic() < ends, (home / "printed.txt").read_text()[-4000:]
-        time.sleep(0.2)
-    assert (home / "code").read_text().strip() == "0", (home / "printed.txt").read_text()[-4000:]
-    return home / "project"
+    return made_once(tmp_path_factory, "line", _reproduce) / "project"

@@ -1,9 +1,13 @@
-"""A copy of the project in a folder of its own, with parameters small enough for a test."""
+"""Copies of the project with parameters small enough for a test, and commands run in them."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -11,14 +15,14 @@ import psutil
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
-# What a user has in the environment and in the URL of a remote, and what must stay there.
+# A secret of the user, in the environment and in the URL of the remote; it must not spread.
 CANARY = "s3cr3t-c4n4ry"
 SECRETS = {"AWS_SECRET_ACCESS_KEY": CANARY, "HF_TOKEN": CANARY, "DATABASE_PASSWORD": CANARY}
 COPIED = ("components", "pipelines", "profiles", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
 def copy_to(folder: Path) -> Path:
-    """Copy the project and give it tiny parameters; return the folder."""
+    """Copy the project into a new folder, with tiny parameters and a git repository."""
     folder.mkdir(parents=True)
     for name in COPIED:
         source = ROOT / name
@@ -51,7 +55,7 @@ def tiny() -> dict:
     params |= {"rows_per_part": 30, "batch": 30}
     # Every stage that can have a Ray has one.
     params["resources"]["stages"] = {}
-    # Two stages less for everybody to wait for.
+    # Two stages fewer to wait for.
     del params["classifiers"]["robust"], params["baselines"]["adversarial_training"]
     for section in ("classifiers", "purifiers", "students", "atop"):
         for entry in params[section].values():
@@ -111,9 +115,9 @@ def tiny() -> dict:
 
 
 def toy() -> dict:
-    """Return the smallest parameters that still have a stage of almost every kind."""
+    """Return the smallest parameters that keep a stage of almost every kind."""
     params = tiny()
-    # Some of its stages with a Ray, some without.
+    # Some stages with Ray, some without.
     params["resources"]["stages"] = base()["resources"]["stages"]
     params["classifiers"] = {n: params["classifiers"][n] for n in ("standard", "unseen")}
     params["purifiers"] = {n: params["purifiers"][n] for n in ("adversarial_teacher",)}
@@ -136,12 +140,11 @@ def write_params(folder: Path, params: dict) -> None:
 def start(
     folder: Path, *command: str, to: TextIO | int = subprocess.PIPE, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start a command in the project with this interpreter first on the path; it prints `to`."""
+    """Start a command in the project, this interpreter first on its path; `to` gets its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # An installed Limpid must not stand in for the copy under test.
-    # And a store that another test opened must not get its runs.
+    # A store that another test opened must not receive the runs.
     inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    # A plain shell stays between DVC and what it starts, unless that is told to take its place.
+    # PYTHONPATH: the copy under test, not an installed Limpid. SHELL: DVC starts stages through it.
     environment = {
         **inherited, "PATH": path, "PYTHONPATH": str(folder), "SHELL": "/bin/sh", **environment
     }  # fmt: skip
@@ -157,21 +160,51 @@ def start(
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether a process goes on; one that nobody has asked for its exit code does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
+def until(true: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds; fail after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.05)
+
+
+def descendants(pid: int, name: str) -> list[psutil.Process]:
+    """Return the living descendants of a process whose name or command contains `name`."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if name in child.name() or name in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def resumed(printed: str) -> int:
+    """Return after how many epochs a training says that it resumed; 0 where it did not."""
+    found = re.findall(r"goes on after epoch (\d+)", printed)
+    return int(found[-1]) if found else 0
+
+
 def run(folder: Path, *command: str, **environment: str) -> tuple[int, str]:
-    """Run a command to its end; return its exit code and all it printed."""
+    """Run a command to its end; return its exit code and its output."""
     process = start(folder, *command, **environment)
-    printed, _ = process.communicate(timeout=500)
+    try:
+        printed, _ = process.communicate(timeout=900)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process.returncode, printed
 
 
 def stage(folder: Path, module: str, /, **options: str) -> tuple[int, str]:
-    """Run one stage as its DVC command would."""
+    """Run one stage as its DVC command does."""
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     return run(folder, sys.executable, "-m", "pipelines", module, *arguments)

@@ -1,4 +1,4 @@
-"""SIGKILL anywhere: three rounds of `benchmarks/crash.py`."""
+"""A line that SIGKILL ends anywhere recovers: three rounds of `benchmarks/crash.py`."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from project import ROOT
     [["--until", "train_classifier@standard"], pytest.param([], marks=pytest.mark.faults)],
     ids=["a training", "the whole line"],
 )
-def test_killed_anywhere_the_line_ends_the_same(until: list[str]) -> None:
+def test_a_line_killed_anywhere_ends_in_the_same_results(until: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/crash.py", "--rounds", "3", "--seed", "1", *until],
         cwd=ROOT, capture_output=True, text=True, timeout=1800,

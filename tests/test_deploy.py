@@ -1,4 +1,4 @@
-"""What lies in deploy/ fits the published schemas, the versions in use, and docs/cluster.md."""
+"""The files of deploy/ fit the published schemas, the pinned versions and docs/cluster.md."""
 
 import copy
 import json
@@ -32,9 +32,9 @@ def read_yaml(name: str) -> list[Any]:
     return list(YAML(typ="safe", pure=True).load_all((DEPLOY / name).read_text()))
 
 
-# Of the custom resource RayCluster, the fields that are used here: names, types and enumerations as
-# in KubeRay's API reference of v1.6.2, what is required as in its Go types, from which the schema
-# that an API server checks is generated. Unlike that one it refuses what it does not know.
+# The fields of the custom resource RayCluster that deploy/ uses: names, types and enumerations
+# of KubeRay's API reference v1.6.2, required fields of its Go types, from which KubeRay generates
+# the schema of the API server. Unlike that schema, this one refuses unknown fields.
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 AMOUNTS = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
 
@@ -80,24 +80,24 @@ RAY_CLUSTER = strict(
 )  # fmt: skip
 
 
-def put(document: Any, place: str, value: Any) -> Any:
-    """Return a copy with another value at a place, as spec.workerGroupSpecs.0.replicas."""
+def put(document: Any, key: str, value: Any) -> Any:
+    """Return a copy with another value at a key such as spec/workerGroupSpecs/0/replicas."""
     changed = copy.deepcopy(document)
-    node, (*folders, last) = changed, place.split("/")
+    node, (*folders, last) = changed, key.split("/")
     for folder in folders:
         node = node[int(folder) if folder.isdigit() else folder]
     node[last] = value
     return changed
 
 
-def test_the_cluster_on_kubernetes_fits_the_schema() -> None:
+def test_the_kubernetes_cluster_fits_the_schema() -> None:
     cluster, policy = read_yaml("kuberay.yaml")
     jsonschema.validate(cluster, RAY_CLUSTER)
     assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("key", "value"),
     [
         ("spec/headGroupSpec/rayStartParams/num-cpus", 0),
         ("spec/authOptions/mode", "basic"),
@@ -106,17 +106,17 @@ def test_the_cluster_on_kubernetes_fits_the_schema() -> None:
         ("spec/headGroupSpec/template/spec/containers", []),
     ],
 )
-def test_the_schema_refuses_what_kuberay_would(place: str, value: Any) -> None:
+def test_the_schema_refuses_what_kuberay_would(key: str, value: Any) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(put(read_yaml("kuberay.yaml")[0], place, value), RAY_CLUSTER)
+        jsonschema.validate(put(read_yaml("kuberay.yaml")[0], key, value), RAY_CLUSTER)
 
 
 def groups(cluster: Any) -> list[Any]:
     return [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
 
 
-def broken(cluster: Any) -> Iterator[str]:
-    """Yield which promises a RayCluster does not keep."""
+def broken_promises(cluster: Any) -> Iterator[str]:
+    """Yield the promises of docs/cluster.md that a RayCluster breaks."""
     spec, head = cluster["spec"], cluster["spec"]["headGroupSpec"]
     containers = [
         one for group in groups(cluster) for one in group["template"]["spec"]["containers"]
@@ -138,12 +138,12 @@ def broken(cluster: Any) -> Iterator[str]:
         yield "head"
 
 
-def test_the_cluster_on_kubernetes_keeps_its_promises() -> None:
-    assert list(broken(read_yaml("kuberay.yaml")[0])) == []
+def test_the_kubernetes_cluster_keeps_its_promises() -> None:
+    assert list(broken_promises(read_yaml("kuberay.yaml")[0])) == []
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "promise"),
+    ("key", "value", "promise"),
     [
         ("spec/authOptions/mode", "disabled", "token"),
         ("spec/authOptions/secretName", "", "token"),
@@ -155,13 +155,13 @@ def test_the_cluster_on_kubernetes_keeps_its_promises() -> None:
         ("spec/headGroupSpec/rayStartParams/num-cpus", "4", "head"),
     ],
 )
-def test_a_broken_promise_is_seen(place: str, value: Any, promise: str) -> None:
-    assert list(broken(put(read_yaml("kuberay.yaml")[0], place, value))) == [promise]
+def test_a_broken_promise_is_found(key: str, value: Any, promise: str) -> None:
+    assert list(broken_promises(put(read_yaml("kuberay.yaml")[0], key, value))) == [promise]
 
 
-def test_only_the_pods_of_the_cluster_reach_it() -> None:
+def test_only_pods_of_the_cluster_reach_the_cluster() -> None:
     documents = read_yaml("kuberay.yaml")
-    # No Service, Ingress or Route of our own beside what KubeRay makes.
+    # KubeRay creates the Service; there is no Ingress or Route of our own.
     assert [one["kind"] for one in documents] == ["RayCluster", "NetworkPolicy"]
     selected = {"matchLabels": {"ray.io/cluster": documents[0]["metadata"]["name"]}}
     assert documents[1]["spec"] == {
@@ -180,7 +180,7 @@ def test_virtual_machines_fit_the_schema_of_ray() -> None:
     assert machines["head_node_type"] in machines["available_node_types"]
 
 
-def test_virtual_machines_ask_for_the_token_and_open_nothing() -> None:
+def test_virtual_machines_require_the_token_and_open_no_port() -> None:
     (machines,) = read_yaml("vms.yaml")
     (token,) = machines["file_mounts"]
     assert f"--env RAY_AUTH_TOKEN_PATH={token}" in machines["docker"]["run_options"]
@@ -189,7 +189,7 @@ def test_virtual_machines_ask_for_the_token_and_open_nothing() -> None:
     assert machines["provider"]["use_internal_ips"] is True
     kinds = machines["available_node_types"].values()
     for kind in kinds:
-        # Else Ray makes a security group of its own, open to SSH from everywhere.
+        # Otherwise Ray creates a security group that is open to SSH from everywhere.
         assert kind["node_config"]["SecurityGroupIds"] and kind["node_config"]["IamInstanceProfile"]
         assert "docker" not in kind
     head = " ".join(machines["head_start_ray_commands"])
@@ -199,7 +199,7 @@ def test_virtual_machines_ask_for_the_token_and_open_nothing() -> None:
             assert CONSTRAINTS[name] == version
 
 
-def test_one_image_serves_all() -> None:
+def test_all_nodes_use_one_image_of_this_version() -> None:
     (machines,), (cluster, _) = read_yaml("vms.yaml"), read_yaml("kuberay.yaml")
     image = machines["docker"]["image"]
     assert {group["template"]["spec"]["containers"][0]["image"] for group in groups(cluster)} == {
@@ -208,7 +208,7 @@ def test_one_image_serves_all() -> None:
     assert image.endswith(f"/limpid:{PROJECT['version']}")
 
 
-def test_the_image_holds_the_dependencies_and_no_code(tmp_path: Path) -> None:
+def test_the_image_contains_the_dependencies_and_no_code(tmp_path: Path) -> None:
     (base,) = [rest for step, rest in STEPS if step == "FROM"]
     assert re.fullmatch(r"python:3\.\d+-slim", base)
     assert base.split(":")[1].removesuffix("-slim") in SpecifierSet(PROJECT["requires-python"])
@@ -226,25 +226,25 @@ def test_the_image_holds_the_dependencies_and_no_code(tmp_path: Path) -> None:
 
 
 def test_the_versions_that_must_match_are_pinned() -> None:
-    asked = [Requirement(line) for line in PROJECT["dependencies"]]
+    required = [Requirement(line) for line in PROJECT["dependencies"]]
     for name in ("ray", "torch"):
-        (specifier,) = [one.specifier for one in asked if one.name == name]
+        (specifier,) = [one.specifier for one in required if one.name == name]
         assert CONSTRAINTS[name] in specifier
 
 
-# Keys of clouds and of stores, private keys, and anything long enough to be one.
+# Cloud and storage keys, private keys, and any text long enough to be a key.
 SECRET = re.compile(
     r"AKIA|ASIA|-----BEGIN|[0-9a-fA-F]{32}|[A-Za-z0-9+/]{40}|(?i:secret|password)\w*="
 )
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
-def test_no_secret_stands_in_clear(path: Path) -> None:
+def test_files_contain_no_secret(path: Path) -> None:
     assert not SECRET.search(path.read_text())
 
 
 @pytest.mark.parametrize(
     "text", ["AWS_SECRET_ACCESS_KEY=x", "AKIAIOSFODNN7EXAMPLE", "token: " + "0f" * 32]
 )
-def test_a_secret_would_be_seen(text: str) -> None:
+def test_a_secret_would_be_found(text: str) -> None:
     assert SECRET.search(text)

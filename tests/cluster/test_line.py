@@ -10,7 +10,7 @@ from pathlib import Path
 
 import project
 import pytest
-from faults.conftest import descendants, resumed, until
+from project import descendants, resumed, until
 
 from cluster import local_cluster
 from cluster.local_cluster import LocalCluster

@@ -1,46 +1,17 @@
 """Shared by the fault tests: a project whose training takes long enough to be disturbed."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import project
-import psutil
 import pytest
 
 TRAIN = ["--train=data/train", "--val=data/val"]
 STANDARD = [sys.executable, "-m", "pipelines", "train_classifier", "--name=standard", *TRAIN]
-
-
-def until(true: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until a condition holds; fail after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.05)
-
-
-def descendants(pid: int, name: str) -> list[psutil.Process]:
-    """Return the living descendants of a process whose name or command contains `name`."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if name in child.name() or name in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def resumed(printed: str) -> int:
-    """Return after how many epochs a training says that it resumed; 0 where it did not."""
-    found = re.findall(r"goes on after epoch (\d+)", printed)
-    return int(found[-1]) if found else 0
 
 
 def states(folder: Path) -> list[Path]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import project
 import pytest
+from project import resumed, until
 
 from components.data.shards import sha256
-from faults.conftest import STANDARD, resumed, states, until
+from faults.conftest import STANDARD, states
 
 pytestmark = pytest.mark.faults
 Mount = Callable[[Path, str], None]

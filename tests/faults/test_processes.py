@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from project import descendants, resumed, until
 from ruamel.yaml import YAML
 
 from components.data.shards import sha256
-from faults.conftest import STANDARD, descendants, resumed, states, until
+from faults.conftest import STANDARD, states
 from pipelines.cluster import trainer
 from pipelines.config.resources import TrainingWorkers
 

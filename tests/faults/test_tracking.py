@@ -15,9 +15,10 @@ from pathlib import Path
 import project
 import pytest
 from cluster.local_cluster import BIN, free_port
+from project import until
 
 from components.data.shards import sha256
-from faults.conftest import STANDARD, states, until
+from faults.conftest import STANDARD, states
 
 pytestmark = pytest.mark.faults
 OPEN = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import project
 import psutil
-from faults.conftest import until
+from project import until
 
 KILLED = """
 import os, signal

@@ -11,7 +11,7 @@ from pathlib import Path
 import project
 import psutil
 import pytest
-from faults.conftest import until
+from project import until
 
 from components.data.shards import sha256
 from pipelines.tracking.tracker import Tracker
