@@ -16,7 +16,7 @@ WORKERS = Workers(workers=2, cpus=1, gpus=0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _session() -> Iterator[None]:
-    """Hold one Ray for all tests of this file."""
+    """Hold one Ray for all tests of this file. Its workers import no test: they get closures."""
     with session.hold(WORKERS):
         yield
 
@@ -25,21 +25,30 @@ def run(function: Callable[..., Any], tasks: Sequence[dict[str, Any]]) -> list[A
     return worker_pool.map_shards(function, tasks, WORKERS, lambda done, total: None, print)
 
 
-def process_id(device: str) -> int:
-    return os.getpid()
+def processes(tasks: int) -> list[int]:
+    """Return the process id of the worker of each task."""
+
+    def process_id(device: str) -> int:
+        return os.getpid()
+
+    return run(process_id, [{}] * tasks)
 
 
-def killed_until(file: Path, tries: int, device: str) -> int:
-    """Kill the worker in the first calls; note every call in a file."""
-    with file.open("a") as notes:
-        notes.write("x")
-    if file.stat().st_size <= tries:
-        os._exit(1)
-    return tries
+def run_deadly(file: Path, deaths: int, tasks: int) -> list[int]:
+    """Run tasks whose first calls kill their workers; every call is noted in a file."""
+
+    def deadly(device: str) -> int:
+        with file.open("a") as notes:
+            notes.write("x")
+        if file.stat().st_size <= deaths:
+            os._exit(1)
+        return deaths
+
+    return run(deadly, [{}] * tasks)
 
 
 def test_workers_stay_alive_between_maps() -> None:
-    seen = {process for _ in "ab" for process in run(process_id, [{}] * 6)}
+    seen = {*processes(6), *processes(6)}
     assert 1 <= len(seen) <= 2 and os.getpid() not in seen, "a process for every task"
 
 
@@ -57,8 +66,8 @@ def test_results_are_in_the_order_of_the_tasks_and_progress_is_counted() -> None
 
 
 def test_a_task_whose_worker_dies_is_retried(tmp_path: Path) -> None:
-    task = {"file": tmp_path / "calls", "tries": worker_pool.MAX_FAILURES}
-    assert run(killed_until, [task] * 2) == [worker_pool.MAX_FAILURES] * 2
+    deaths = worker_pool.MAX_FAILURES
+    assert run_deadly(tmp_path / "calls", deaths, tasks=2) == [deaths] * 2
 
 
 def test_a_task_that_kills_every_worker_fails_and_the_pool_can_be_used_again(
@@ -66,9 +75,9 @@ def test_a_task_that_kills_every_worker_fails_and_the_pool_can_be_used_again(
 ) -> None:
     calls = tmp_path / "calls"
     with pytest.raises(Exception, match="died"):
-        run(killed_until, [{"file": calls, "tries": 100}])
+        run_deadly(calls, 100, tasks=1)
     assert calls.stat().st_size == 1 + worker_pool.MAX_FAILURES
-    assert len(run(process_id, [{}] * 3)) == 3
+    assert len(processes(3)) == 3
 
 
 def test_an_error_of_a_task_is_raised_as_it_is_and_not_retried(tmp_path: Path) -> None:
@@ -83,4 +92,4 @@ def test_an_error_of_a_task_is_raised_as_it_is_and_not_retried(tmp_path: Path) -
         run(damaged, [{}])
     assert type(raised.value) is DataError
     assert calls.stat().st_size == 1
-    assert len(run(process_id, [{}] * 3)) == 3
+    assert len(processes(3)) == 3
