@@ -55,6 +55,8 @@ def test_a_clock_that_runs_backwards_changes_no_weight(reproduced: Path, tmp_pat
     assert sha256(folder / weights) == sha256(reproduced / weights)
     seconds = json.loads((folder / "reports/timings.json").read_text())
     assert 0 < seconds["train_classifier@standard"]["seconds"] < 300
+    # What MLflow took too long for, on a busy machine, was kept and is delivered now.
+    project.run(folder, "sh", "-c", "python -m pipelines.tracking.uploader < /dev/null")
     with sqlite3.connect(folder / "mlflow.db") as database:
         ((began, ended),) = database.execute("select start_time, end_time from runs").fetchall()
     assert began > ended, "the clock was not ours"
