@@ -107,7 +107,7 @@ def files_under(dep: str) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in files}
 
 
-@pytest.mark.parametrize("name", WITH_KEY)
+@pytest.mark.parametrize("name", STAGES)
 def test_code_deps_cover_the_import_closure_and_nothing_else(name: str) -> None:
     listed = {dep: files_under(dep) for dep in filter(is_code, definition(name)["deps"])}
     needed = {str(path) for path in code_of(importlib.import_module(f"pipelines.stages.{name}"))}
