@@ -50,7 +50,7 @@ def _run(call: StageCall) -> int:
     if submission.submitted_by_hand():
         return job.run_by_hand(call)
     on_cluster = not getattr(call.module, "LOCAL", False) and submission.cluster_is_named()
-    # Before its inputs are read: an unknown instance is the first mistake to name.
+    # Before the inputs are read: an unknown instance is to be reported first.
     params = call.view.model_dump(mode="json")
     key = call.key({option: input_digest(path) for option, path in call.deps.items()})
     with locks.stage_lock(call.label):
