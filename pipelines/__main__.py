@@ -36,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # SIGTERM interrupts as Ctrl-C does, and so does Ctrl-C where a shell has switched it off.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
+    local = Path("pipelines/__main__.py")
+    if local.is_file() and not local.samefile(__file__):
+        # Its data and results are those of its own code.
+        return _refuse(
+            f"this folder has a Limpid of its own, and `limpid` is that of {HERE.parent}; run "
+            f"`python -m pipelines {name}` here"
+        )
     return _run(name, words)
 
 

@@ -106,6 +106,17 @@ def test_an_unknown_name_ends_with_2_and_the_nearest_name(
     assert said.count("\n") == 1
 
 
+def test_the_code_of_another_checkout_is_not_run_in_a_folder_with_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/__main__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 4
+    printed = capsys.readouterr().err
+    assert f"is that of {ROOT}; run `python -m pipelines doctor` here" in printed
+
+
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_the_options_of_a_stage_default_to_the_table_of_paths(name: str) -> None:
     module = importlib.import_module(f"pipelines.stages.{name}")
