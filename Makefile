@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test faults lint ui audit lock clean
+.PHONY: demo test slow faults lint ui audit lock clean
 
 demo: $(VENV)/.installed
 	@dvc repro; status=$$?; limpid scores && exit $$status

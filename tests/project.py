@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 # A secret of the user, in the environment and in the URL of the remote; it must not spread.
 CANARY = "s3cr3t-c4n4ry"
 SECRETS = {"AWS_SECRET_ACCESS_KEY": CANARY, "HF_TOKEN": CANARY, "DATABASE_PASSWORD": CANARY}
+NO_WORKERS = {"workers": 0, "cpus": 1, "gpus": 0}
+# Defenses whose examples are crafted without Ray.
+ONE_PROCESS = ("student_grey", "student_adaptive", "apudae", "diffpure")
 COPIED = ("components", "pipelines", "profiles", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -42,6 +45,15 @@ def copy_to(folder: Path) -> Path:
     return folder
 
 
+def copy_with(line: Path, folder: Path, *shared: str) -> Path:
+    """Copy the project into a new folder that shares these outputs of a finished line."""
+    copy_to(folder)
+    for name in shared:
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.symlink(line / name, folder / name)
+    return folder
+
+
 def base() -> dict:
     """Return the digits profile."""
     read: dict = YAML(typ="safe", pure=True).load((ROOT / "profiles/digits.yaml").read_text())
@@ -53,8 +65,13 @@ def tiny() -> dict:
     params = base()
     params["data"] |= {"test": 60, "val": 60, "train_limit": 256, "test_limit": None}
     params |= {"rows_per_part": 30, "batch": 30}
-    # Every stage that can have a Ray has one.
-    params["resources"]["stages"] = {}
+    # Some stages use Ray workers; the others, which do the same with other models, start faster
+    # without.
+    without = {"shards": NO_WORKERS}
+    params["resources"]["stages"] = {
+        "generate_baseline": without,
+        **{f"generate_adversarial@{name}": without for name in ONE_PROCESS},
+    }
     # Two stages fewer to wait for.
     del params["classifiers"]["robust"], params["baselines"]["adversarial_training"]
     for section in ("classifiers", "purifiers", "students", "atop"):
@@ -103,7 +120,7 @@ def tiny() -> dict:
         "ladder": {"classifier": ["pgd"], "bpda": ["apgd_ce"], "short": ["apgd_ce"]},
     }
     params["attacks"]["apgd_t"] |= {"steps": 10, "targets": 2}
-    params["attacks"]["apgd_ce"] |= {"steps": 30}
+    params["attacks"]["apgd_ce"] |= {"steps": 12}
     params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["square"] |= {"queries": 20}

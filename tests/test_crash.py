@@ -9,7 +9,10 @@ from project import ROOT
 
 @pytest.mark.parametrize(
     "until",
-    [["--until", "train_classifier@standard"], pytest.param([], marks=pytest.mark.faults)],
+    [
+        pytest.param(["--until", "train_classifier@standard"], marks=pytest.mark.slow),
+        pytest.param([], marks=pytest.mark.faults),
+    ],
     ids=["a training", "the whole line"],
 )
 def test_a_line_killed_anywhere_ends_in_the_same_results(until: list[str]) -> None:

@@ -22,11 +22,8 @@ from pipelines import layout
 
 TRAIN = {option: layout.STAGES["train_classifier"][option] for option in ("train", "val")}
 EVALUATE = layout.STAGES["evaluate"]
-
-
-def keep_selftest(reproduced: Path, folder: Path) -> None:
-    (folder / "reports").mkdir()
-    shutil.copyfile(reproduced / EVALUATE["selftest"], folder / EVALUATE["selftest"])
+# What `evaluate` reads.
+INPUTS = ("data", "models", "adversarial", EVALUATE["selftest"])
 
 
 @pytest.fixture
@@ -80,35 +77,35 @@ def test_a_second_run_does_nothing(reproduced: Path) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_one_more_attack_crafts_only_itself(reproduced: Path) -> None:
-    sets = reproduced / ".limpid/sets"
+def test_one_more_attack_crafts_only_itself(reproduced: Path, tmp_path: Path) -> None:
+    folder = project.copy_with(reproduced, tmp_path / "project", "data", "models")
+    sets = folder / ".limpid/sets"
+    shutil.copytree(reproduced / ".limpid/sets", sets)
     before = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     params = project.tiny()
     params["attacks"]["pgd3"] = {**params["attacks"]["pgd"], "steps": 3}
     params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd3"]}
-    project.write_params(reproduced, params)
+    project.write_params(folder, params)
     code, printed = project.stage(
-        reproduced, "generate_baseline", name="none", test="data/test",
+        folder, "generate_baseline", name="none", test="data/test",
         classifier="models/standard", out="again",
     )  # fmt: skip
-    project.write_params(reproduced, project.tiny())
     assert code == 0, printed
     after = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     assert all(after[path] == when for path, when in before.items())
     assert len(after) - len(before) == 2  # two shards of one set
-    assert sorted(path.name for path in (reproduced / "again/full").iterdir()) == [
+    assert sorted(path.name for path in (folder / "again/full").iterdir()) == [
         "fgsm", "pgd", "pgd3",
     ]  # fmt: skip
 
 
 def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
-    folder = project.copy_to(tmp_path / "project")
+    folder = project.copy_with(reproduced, tmp_path / "project", "data", "models")
     params = project.tiny()
     assert params["resources"]["shards"]["workers"] == 2
-    params["resources"]["shards"]["workers"] = 1
+    assert "generate_adversarial@atop" not in params["resources"]["stages"]
+    params["resources"]["shards"] = project.NO_WORKERS
     project.write_params(folder, params)
-    for name in ("data", "models"):
-        os.symlink(reproduced / name, folder / name)
     code, printed = project.stage(
         folder, "generate_adversarial", name="atop", test="data/test",
         classifier="models/standard", purifier="models/atop", out="adversarial/atop",
@@ -123,33 +120,20 @@ def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path:
 def test_scores_do_not_depend_on_whether_there_are_workers(
     reproduced: Path, tmp_path: Path
 ) -> None:
-    folder = project.copy_to(tmp_path / "project")
+    folder = project.copy_with(reproduced, tmp_path / "project", *INPUTS)
     params = project.tiny()
-    params["resources"]["shards"]["workers"] = 0
+    params["resources"]["shards"] = project.NO_WORKERS
     project.write_params(folder, params)
-    for name in ("data", "models", "adversarial"):
-        os.symlink(reproduced / name, folder / name)
-    keep_selftest(reproduced, folder)
     code, printed = project.stage(folder, "evaluate", **EVALUATE)
     assert code == 0, printed
     for name in ("metrics.json", "scores.parquet"):
         assert sha256(folder / "reports" / name) == sha256(reproduced / "reports" / name)
 
 
-def test_same_seed_same_model(reproduced: Path, tmp_path: Path) -> None:
-    code, printed = project.stage(
-        reproduced, "train_classifier", name="standard", out=str(tmp_path / "again"), **TRAIN
-    )
-    assert code == 0, printed
-    for name in ("weights.safetensors", "config.json", "history.json"):
-        assert sha256(tmp_path / "again" / name) == sha256(reproduced / "models/standard" / name)
-
-
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_training_on_ray_workers(reproduced: Path, tmp_path: Path, workers: int) -> None:
     """One worker gives the weights of in-process training; two train on the same global batch."""
-    folder = project.copy_to(tmp_path / "project")
-    os.symlink(reproduced / "data", folder / "data")
+    folder = project.copy_with(reproduced, tmp_path / "project", "data")
     params = project.tiny()
     params["resources"]["train"]["workers"] = workers
     project.write_params(folder, params)
@@ -197,29 +181,59 @@ print(json.dumps([sorted(tags), tags["student_grey"].description,
     assert torch.equal(load(reproduced / "models/standard")(purified), torch.tensor(descended))
 
 
-def test_an_unreachable_tracking_server_fails_no_stage(reproduced: Path, tmp_path: Path) -> None:
-    code, printed = project.run(
-        reproduced, sys.executable, "-m", "pipelines", "train_classifier", "--name=standard",
-        "--train=data/train", "--val=data/val", f"--out={tmp_path / 'out'}",
-        MLFLOW_TRACKING_URI="http://127.0.0.1:9",
-    )  # fmt: skip
-    assert code == 0, printed
-    assert "the run is kept" in printed
-    (spooled,) = (reproduced / ".limpid/spool").glob("*.jsonl")
-    assert '"event": "end"' in spooled.read_text()
-    # The next stage that reaches a store uploads what was kept.
-    code, printed = project.stage(
-        reproduced, "train_classifier", name="standard", out=str(tmp_path / "more"), **TRAIN
-    )
-    assert code == 0
-    assert not spooled.exists()
+@pytest.fixture(scope="module")
+def trained_again(
+    reproduced: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], list[Path]]:
+    """The standard classifier trained twice more, first without a tracking server: the project,
+    what the stages printed, and the spool files after the first.
+    """
+    folder = project.copy_with(reproduced, tmp_path_factory.mktemp("again") / "project", "data")
+    command = [sys.executable, "-m", "pipelines", "train_classifier", "--name=standard"]
+    command += [f"--{option}={path}" for option, path in TRAIN.items()]
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    code, first = project.run(folder, *command, "--out=first", **away)
+    assert code == 0, first
+    spooled = list((folder / ".limpid/spool").glob("*.jsonl"))
+    assert all('"event": "end"' in path.read_text() for path in spooled)
+    code, second = project.run(folder, *command, "--out=second")
+    assert code == 0, second
+    return folder, [first, second], spooled
+
+
+def test_the_same_seed_trains_the_same_model(
+    reproduced: Path, trained_again: tuple[Path, list[str], list[Path]]
+) -> None:
+    for out in ("first", "second"):
+        for name in ("weights.safetensors", "config.json", "history.json"):
+            made = trained_again[0] / out / name
+            assert sha256(made) == sha256(reproduced / "models/standard" / name)
+
+
+def test_an_unreachable_tracking_server_fails_no_stage(
+    trained_again: tuple[Path, list[str], list[Path]],
+) -> None:
+    _, printed, spooled = trained_again
+    assert "the run is kept" in printed[0] and len(spooled) == 1
+    # The next stage that reached a store uploaded what was kept.
+    assert "the run is kept" not in printed[1] and not spooled[0].exists()
+
+
+def few_defenses(*names: str) -> dict:
+    """Return parameters with one baseline, these defenses, no controls and no Ray."""
+    params = project.tiny()
+    params["defenses"] = {name: params["defenses"][name] for name in names}
+    params |= {"controls": {}, "tuning": {"run": [], "studies": {}}}
+    params["resources"]["shards"] = project.NO_WORKERS
+    return params
 
 
 def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> None:
-    folder = project.copy_to(tmp_path / "project")
-    for name in ("data", "models", "adversarial"):
-        shutil.copytree(reproduced / name, folder / name)
-    keep_selftest(reproduced, folder)
+    folder = project.copy_with(
+        reproduced, tmp_path / "project", "data", "models", EVALUATE["selftest"]
+    )
+    shutil.copytree(reproduced / "adversarial", folder / "adversarial")
+    project.write_params(folder, few_defenses("student_grey"))
     part = folder / "adversarial/none/full/pgd/part-00000.parquet"
     os.chmod(part, 0o644)
     content = bytearray(part.read_bytes())
@@ -243,15 +257,15 @@ def test_a_missing_input_is_reported_in_one_sentence(tmp_path: Path) -> None:
 def test_a_set_crafted_against_another_model_is_not_counted(
     reproduced: Path, tmp_path: Path
 ) -> None:
-    folder = project.copy_to(tmp_path / "project")
-    for name in ("data", "models", "adversarial"):
-        shutil.copytree(reproduced / name, folder / name)
-    keep_selftest(reproduced, folder)
+    folder = project.copy_with(
+        reproduced, tmp_path / "project", "data", "models", EVALUATE["selftest"]
+    )
+    shutil.copytree(reproduced / "adversarial", folder / "adversarial")
     mine = folder / "adversarial/student_adaptive/full/pgd"
     shutil.rmtree(mine)
     shutil.copytree(folder / "adversarial/student_grey/full/pgd", mine)
     # The same denoiser used in another way is another defense.
-    params = project.tiny()
+    params = few_defenses("student_adaptive", "apudae")
     params["defenses"]["apudae"] |= {"inference": None, "ladder": {"full": ["apgd_ce"]}}
     project.write_params(folder, params)
     code, printed = project.stage(folder, "evaluate", **EVALUATE)
@@ -339,12 +353,11 @@ def test_a_stand_in_the_purifier_lacks_is_refused_before_anything_is_crafted(
 ) -> None:
     params = project.tiny()
     params["controls"]["bit_depth"]["ladder"]["short"] = ["pgd"]
-    project.write_params(reproduced, params)
+    folder = project.copy_with(reproduced, tmp_path / "project", "data", "models")
+    project.write_params(folder, params)
     code, printed = project.stage(
-        reproduced, "generate_controls", test="data/test", classifier="models/standard",
-        out=str(tmp_path / "out"),
-    )  # fmt: skip
-    project.write_params(reproduced, project.tiny())
+        folder, "generate_controls", test="data/test", classifier="models/standard", out="out"
+    )
     assert code == 2 and "Traceback" not in printed
     assert "ladder of bit_depth names short, but this purifier's stand-ins are soft" in printed
-    assert not (tmp_path / "out").exists()
+    assert not (folder / "out").exists()
