@@ -15,6 +15,10 @@ demo: $(VENV)/.installed
 test: lint
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Shows in more cases what faster tests show; minutes.
+slow: $(VENV)/.installed
+	pytest -n 2 --dist loadfile -m slow
+
 # Provokes every fault for real, and runs the whole line on two nodes; at most an hour.
 faults: $(VENV)/.installed
 	pytest -m faults
