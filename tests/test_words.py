@@ -9,14 +9,19 @@ from project import ROOT
 FOLDERS = ("components", "pipelines", "tests", "docs", "benchmarks", "deploy", ".ci", "profiles")
 FILES = ("README.md", "CONTRIBUTING.md", "Makefile", "params.yaml", "dvc.yaml")
 TEXT = (".py", ".md", ".j2", ".yaml", ".sh", "")
+PEOPLE = "".join(
+    rf"(?<!{people} )"
+    for people in ("attacker", "defender", "everybody", "those", "caller", "person", "readers")
+)
 # What to look for (a regular expression over one line), and what to write instead.
 GIVEN_UP = {
     r"\bcrew\b|\bCrew\b|\bHand\b|\bhire\b": "worker_pool, Worker, scale_up",
     r"\bbears?\b": "retry, tolerate",
     r"\b(join_|_)?ahead\(|\bpipelines[./](ahead|launch)\b": "job",
-    r"\bpipelines[./](delivery|exits|mistakes|standings|candidates|served|microscope|curves)\b": (
-        "uploader, exit_codes, errors, leaderboard, registration, served_model, panels, charts"
+    r"\bpipelines[./](delivery|exits|mistakes|standings|candidates|served)\b": (
+        "uploader, exit_codes, errors, leaderboard, registration, served_model"
     ),
+    r"\bpipelines[./](microscope|curves)\b": "panels, charts",
     r"\bpipelines[./](place|remote|relay|dials|jobs|plots)\b": (
         "storage, submission, job_events, search_space, tasks/training, dvc_plots"
     ),
@@ -33,9 +38,7 @@ GIVEN_UP = {
     r"\baim\(|(target|search)\.look\(": "bind, margins, query",
     r"\bpieces?\b": "task, shard",
     r"python -m pipelines\.(?!runner\.job\b|tracking\.uploader\b)[a-z_.]+": "limpid NAME",
-    r"(?<!attacker )(?<!defender )(?<!everybody )(?<!those )(?<!caller )(?<!person )(?<!readers )\bwhom?\b": (
-        "the name of the thing: who is for people"
-    ),
+    PEOPLE + r"\bwhom?\b": "the name of the thing: who is for people",
 }
 
 
