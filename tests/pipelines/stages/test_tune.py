@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,15 +21,19 @@ STUDENT = "students.student_adaptive"
 @pytest.fixture
 def project_without_test(reproduced: Path, tmp_path: Path) -> Path:
     """A trained project whose test split is gone, with one short study."""
-    folder = project.copy_to(tmp_path / "search")
-    for name in ("data/train", "data/val", "models", "pool"):
-        shutil.copytree(reproduced / name, folder / name)
+    names = ("data/train", "data/val", "models", "pool")
+    folder = project.copy_with(reproduced, tmp_path / "search", *names)
     changed = project.tiny()
     changed["resources"]["trials"]["workers"] = 1
     training = changed["students"]["student_adaptive"]["training"]
     changed["students"]["student_adaptive"]["training"] = {**training, "epochs": 2}
     project.write_params(folder, changed)
     return folder
+
+
+def read_params(folder: Path) -> dict:
+    read: dict = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
+    return read
 
 
 def results(folder: Path) -> dict[str, list[dict]]:
@@ -45,10 +48,18 @@ def ended(folder: Path) -> set[str]:
     return {name for name, lines in results(folder).items() if any("right" in r for r in lines)}
 
 
+@pytest.mark.parametrize(
+    ("count", "train_workers"),
+    [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)],
+    ids=["alone", "side by side"],
+)
 def test_a_killed_search_continues_and_its_best_values_are_adopted(
-    project_without_test: Path,
+    project_without_test: Path, count: int, train_workers: int
 ) -> None:
     folder = project_without_test
+    changed = read_params(folder)
+    changed["tuning"]["studies"]["student"]["trials"] = count
+    project.write_params(folder, changed)
     command = [sys.executable, "-m", "pipelines", "tune", "student"]
     first = project.start(folder, *command)
     until = time.monotonic() + 300
@@ -58,16 +69,15 @@ def test_a_killed_search_continues_and_its_best_values_are_adopted(
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     done = ended(folder)
-    # The rest side by side, each a Ray Train run of its own: two CPUs must be enough for that.
-    changed = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
+    # Two trials side by side, each a Ray Train run of its own: two CPUs must be enough for that.
     changed["resources"]["trials"]["workers"] = 2
-    changed["resources"]["train"]["workers"] = 1
+    changed["resources"]["train"]["workers"] = train_workers
     project.write_params(folder, changed)
     code, printed = project.run(folder, *command)
     assert code == 0, printed
     out = folder / "reports/tuning/student"
     trials = json.loads((out / "trials.json").read_text())
-    assert len(trials) == 3
+    assert len(trials) == count
     names = {t["name"] for t in trials}
     assert all(any(name in path for name in names) for path in done), "a search of its own"
     assert "tied for best" in printed
@@ -98,7 +108,7 @@ def test_a_killed_search_continues_and_its_best_values_are_adopted(
         str(out / "best.yaml"),
     )
     assert code == 0, printed
-    adopted = YAML(typ="safe", pure=True).load((folder / "params.yaml").read_text())
+    adopted = read_params(folder)
     for key, value in trials[0]["values"].items():
         assert get(adopted, key) == value
 

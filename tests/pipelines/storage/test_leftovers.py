@@ -6,7 +6,6 @@ and its keys held those names. Its spooled runs are tested in `tracking/test_tra
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +30,11 @@ OLD_SET = "1f53c74e19f5a6ce64934de11f53b9c7"
 
 @pytest.fixture
 def folder(reproduced: Path, tmp_path: Path) -> Path:
-    """A project with the data and models of a line."""
-    made = project.copy_to(tmp_path / "project")
-    for name in ("data", "models"):
-        os.symlink(reproduced / name, made / name)
+    """A project with the data and models of a line, and without Ray."""
+    made = project.copy_with(reproduced, tmp_path / "project", "data", "models")
+    params = project.tiny()
+    params["resources"]["shards"] = project.NO_WORKERS
+    project.write_params(made, params)
     return made
 
 
