@@ -30,7 +30,7 @@ GIVEN_UP = {
     ),
     r"\bdials?\b|\bDial\b|\.holds\(|\.ends\(": "domain of a search space, contains, bounds",
     r"\b(Train|Trial)?Share\b": "Workers",
-    r"\bshares\b(?= of (images|right|clean|attacked))|\bShares\b|\.share\(": "accuracies, fractions",
+    r"\bshares\b(?= of (images|right|clean))|\bShares\b|\.share\(": "accuracies, fractions",
     r"\bScreen\b|\bBook\b": "Progress, MetricLogger",
     r"(?<!limpid\.)\b(un)?told\b|\bheard?\b|\bhears\b|\boverhear": "sent, received, logged",
     r"\bsuspicion\b|\boddity\b": "detector score",
