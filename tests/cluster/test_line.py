@@ -262,9 +262,9 @@ def test_a_search_has_the_same_trials_there_and_here(
         assert code == 0, printed
         found.append(json.loads((out / "trials.json").read_text()))
         shutil.rmtree(out)
-    for there, here in zip(*(sorted(trials, key=values) for trials in found), strict=True):
-        assert values(cluster) == values(here)
-        assert there["right"] == here["right"] and len(there["right"]) == 20
+    for remote, local in zip(*(sorted(trials, key=values) for trials in found), strict=True):
+        assert values(remote) == values(local)
+        assert remote["right"] == local["right"] and len(remote["right"]) == 20
 
 
 def values(trial: dict) -> list[float]:
