@@ -181,21 +181,28 @@ class KeyedDropout(nn.Module):
 
 
 class _Block(nn.Module):
-    """The residual block: two 3 x 3 convolutions and a shortcut."""
+    """The residual block: two 3 x 3 convolutions and a shortcut.
+
+    The shortcut picks every `stride`-th pixel, then convolves with stride 1, which is equal to a
+    1 x 1 convolution with a stride. On CPUs with AVX-512, the weight gradient of that one writes
+    outside of its memory where fewer than 16 channels are stored channels last (torch 2.13).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.body = nn.Sequential(
             *_conv_norm_relu(inputs, outputs, stride), *_conv_norm_relu(outputs, outputs, 1)[:-1]
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
+        picked = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(self.body(x) + self.shortcut(picked))
 
 
 def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
