@@ -58,7 +58,7 @@ def detector_scores(
 ) -> DetectorScores | None:  # fmt: skip
     """Return the scores of sets of images (N,C,H,W) and of clean validation images (M,C,H,W).
 
-    A bare classifier, and a purifier that changes no image and so scores all 0, give None.
+    M may be 0. A bare classifier has no scores: it gives None.
     """
     if defense.purifier is None:
         return None
@@ -67,8 +67,6 @@ def detector_scores(
         return _detector_score(defense, x, x_ids, seed, role, batch)
 
     score = {name: values(x, ids, "score") for name, x in sets.items()}
-    if not any(found.any() for found in score.values()):
-        return None
     select = score
     if defense.stochastic:
         select = {name: values(x, ids, "select") for name, x in sets.items()}
@@ -77,9 +75,13 @@ def detector_scores(
 
 
 def merge(shards: Sequence[DetectorScores | None]) -> DetectorScores | None:
-    """Join the scores of several shards of the images, in their order; None if one is None."""
+    """Join the scores of several shards of the images, in their order; None if one is None.
+
+    Nor is a purifier a detector if it changes no image of any shard, and so scores all 0.
+    """
     known = [shard for shard in shards if shard is not None]
-    if len(known) < len(shards):
+    changed = any(values.any() for shard in known for values in shard.score.values())
+    if len(known) < len(shards) or not changed:
         return None
 
     def joined(of: str) -> dict[str, Values]:
@@ -202,7 +204,8 @@ def _detector_score(
     device = next(defense.classifier.parameters()).device
     parts = [torch.empty(0)]
     with torch.no_grad():
-        for rows in torch.arange(len(x)).split(batch):  # type: ignore[no-untyped-call]
+        for start in range(0, len(x), batch):
+            rows = slice(start, start + batch)
             # No answer is counted under draw -1.
             draws = Draws(seed, role, ids[rows].to(device), draw=-1)
             parts.append(defense.purifier.detector_score(x[rows].to(device), draws).cpu())

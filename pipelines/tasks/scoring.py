@@ -199,8 +199,11 @@ def _rows(folder: Path, shard: int) -> Tensor:
 
 
 def _subset(images: ImageSet, shard: int, shards: int) -> ImageSet:
-    """Return every `shards`-th image, from position `shard` on: each shard takes other images."""
-    return images[torch.arange(shard, len(images), shards)]
+    """Return every `shards`-th image, from position `shard` on: each shard takes other images.
+
+    Some get none if there are more shards than images.
+    """
+    return images[torch.arange(len(images))[shard::shards]]
 
 
 def _read_sets(

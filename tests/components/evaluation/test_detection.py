@@ -145,8 +145,10 @@ def test_detector_scores_of_defenses_with_and_without_a_detector() -> None:
     assert np.allclose(whole.validation, whole.score["clean"][:3])
     batched = scores_of(Halve(), 2)
     assert batched is not None and np.allclose(batched.score["full/pgd"], whole.score["full/pgd"])
-    assert scores_of(None, 5) is None and scores_of(Nothing(), 5) is None
+    assert scores_of(None, 5) is None and merge([scores_of(Nothing(), 5)] * 2) is None
     assert merge([whole, None]) is None
+    # It is a detector if it changes an image of any shard.
+    assert merge([whole, scores_of(Nothing(), 5)]) is not None
     assert whole.select is whole.score
     noisy = scores_of(Shifted(), 5)
     assert noisy is not None and not np.allclose(noisy.select["clean"], noisy.score["clean"])

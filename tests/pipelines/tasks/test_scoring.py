@@ -1,0 +1,119 @@
+"""Scoring in parts: no result depends on how many parts the test set has."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.attacks import Crafted, Linf
+from components.attacks.gradient import Pgd
+from components.attacks.sets import write_crafted, write_crafted_manifest
+from components.config import Config
+from components.data import image_set, shards
+from components.data.image_set import ImageSet
+from components.data.shards import shard_name, write_json
+from components.evaluation.detection import detection
+from components.models.accuracy import count_correct
+from components.models.checkpoints import ModelCard, build, save
+from components.models.classifiers import SmallCnn
+from components.models.defense import Defense
+from components.models.purifiers.controls import GaussianNoise, Threshold
+from pipelines.config.sections import Scoring
+from pipelines.tasks.scoring import Entry, Plan, Result, merge, score_shard
+from pipelines.tasks.subject import Subject
+
+N, VALIDATION, SHAPE, NAMES = 12, 3, (1, 8, 8), ("a", "b")
+THREAT = Linf(norm="linf", eps_255=51.0)
+PGD = Pgd(
+    kind="pgd", steps=1, step=1.0, restarts=1, random_start=False, early_stop=False, eot=1
+)  # fmt: skip
+RUNGS = ("full/pgd", "bpda/pgd")
+
+
+def images_of(count: int, first: int) -> ImageSet:
+    """Return images of noise; the first one is black, and a threshold does not change it."""
+    levels = torch.randint(256, (count, *SHAPE), dtype=torch.uint8)
+    levels[0] = 0
+    return ImageSet(levels, torch.arange(count) % 2, torch.arange(first, first + count), NAMES)
+
+
+def save_classifier(folder: Path, val: ImageSet) -> None:
+    """Save a classifier of random weights that has its true accuracy in its card."""
+    card = ModelCard(
+        format=1, family="classifier", model={"kind": "small_cnn", "width": 2},
+        shape=list(SHAPE), class_names=list(NAMES), provenance={},
+    )  # fmt: skip
+    model = build(card).eval()
+    right = count_correct(
+        Defense(model, None).freeze(), val.pixels(), val.labels, val.ids, 0, "clean", 1, 5
+    )
+    facts = {"validation": {"correct": int(right.sum()), "n": len(val)}}
+    save(folder, model, card.model_copy(update={"provenance": facts}))
+
+
+def scored(root: Path, control: Config, rows: int) -> Result:
+    """Score a control whose test set has parts of `rows` images, all parts one by one."""
+    torch.manual_seed(0)
+    val, test = images_of(VALIDATION, 100), images_of(N, 0)
+    image_set.write(root / "val", val, VALIDATION)
+    image_set.write(root / "test", test, rows)
+    save_classifier(root / "model", val)
+    subject = Subject(root / "model", control=control)
+    clean, ones = test.pixels(), torch.ones(N, dtype=torch.int64)
+    for name in RUNGS:
+        moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
+        moved[0] = clean[0]
+        crafted = Crafted(test.ids, test.labels, moved, ones.bool(), ones, ones, ones)
+        write_crafted(root / name / shard_name(0), crafted)
+        facts: dict[str, Any] = {
+            **subject.facts(), "data": shards.fingerprint(root / "test"), "seed": 0,
+            "mode": name.partition("/")[0], "attack": PGD.model_dump(mode="json"),
+            "threat": THREAT.model_dump(mode="json"),
+        }  # fmt: skip
+        write_crafted_manifest(root / name, SHAPE, facts)
+    write_json(root / "checks.json", [])
+    plan = Plan(
+        threat=THREAT, attacks={"pgd": PGD}, seed=0, batch=5, val=root / "val",
+        scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
+        unseen=root / "model", surrogate=None,
+    )  # fmt: skip
+    sets = {name: root / name for name in RUNGS}
+    entry = Entry("control", "control", subject, root / "checks.json", sets)
+    parts = -(-N // rows)
+    result = merge([score_shard(entry, plan, part, "cpu") for part in range(parts)])
+    assert all(f.passed for f in result.findings), [f for f in result.findings if not f.passed]
+    return result
+
+
+def plain(value: Any) -> Any:
+    """Return a result as values that can be compared, without its pictures."""
+    if isinstance(value, Result):
+        return {k: plain(v) for k, v in vars(replace(value, panels={}, detector=None)).items()}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return plain(vars(value)) if hasattr(value, "__dict__") else value
+
+
+@pytest.mark.parametrize(
+    "control",
+    [Threshold(kind="threshold", at=0.5), GaussianNoise(kind="gaussian_noise", sigma=0.2)],
+    ids=lambda control: str(control.kind),
+)
+def test_more_parts_than_validation_images_give_the_result_of_one_part(
+    control: Config, tmp_path: Path
+) -> None:
+    """Of twelve parts, nine have no validation image; a threshold changes nothing in the first."""
+    whole, parted = scored(tmp_path / "one", control, N), scored(tmp_path / "many", control, 1)
+    assert set(whole.scores) == {"clean", *RUNGS}, "a set was left out"
+    assert plain(parted) == plain(whole)
+    assert whole.detector is not None and parted.detector is not None
+    assert len(parted.detector.validation) == VALIDATION
+    figures = [detection(r.detector, r.inside, r.scores) for r in (whole, parted) if r.detector]
+    assert figures[0] == figures[1]
