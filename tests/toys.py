@@ -124,6 +124,20 @@ class Blurred(Purifier):
         return 0.8 * x + 0.2 * nn.functional.avg_pool2d(x, 3, 1, 1)
 
 
+# Networks
+
+
+def strided_pointwise(network: nn.Module) -> list[str]:
+    """Return the 1 x 1 convolutions with a stride, whose weight gradient may crash (oneDNN)."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+        and max(module.kernel_size) == 1
+        and max(module.stride) > 1
+    ]
+
+
 # Classifiers
 
 

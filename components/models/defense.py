@@ -91,7 +91,8 @@ def fold_batch_norm(defense: Defense) -> Defense:
 def channels_last(module: nn.Module) -> None:
     """Change the memory layout of the weights to channels last, in place.
 
-    The values stay the same; convolutions over few channels run a quarter faster.
+    The values stay the same; convolutions over few channels run a quarter faster. No network may
+    have a 1 x 1 convolution with a stride, which crashes in this layout (`classifiers._Block`).
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

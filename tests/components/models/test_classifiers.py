@@ -1,12 +1,15 @@
 """Classifiers take pixels in [0,1], normalise them and return logits."""
 
+import subprocess
+import sys
 from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from toys import uniform_pixels
+from torch.nn import functional as F
+from toys import strided_pointwise, uniform_pixels
 
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ClassifierConfig, KeyedDropout
@@ -20,6 +23,30 @@ SAMPLES: dict[str, dict[str, Any]] = {
 }
 SMALLEST = {"defense_gan_a": 9, "defense_gan_b": 26}
 EVERY = pytest.mark.parametrize("kind", SAMPLES)
+# Sides and widths of a ResNet, and a step of training with the gradient that an attack takes.
+NARROW = [(46, 8), (48, 8), (64, 8), (96, 8), (96, 3), (96, 12)]
+STEPS = f"""
+import torch
+from torch.nn import functional as F
+from components.data.draws import Draws
+from components.models.classifiers import ResNet
+from components.models.defense import Defense, bind, channels_last, fold_batch_norm, margin
+
+torch.set_num_threads(1)
+labels = torch.arange(16) % 2
+for side, width in {NARROW}:
+    x = torch.rand(16, 3, side, side)
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        network = ResNet(kind="resnet", depth=8, width=width).build((3, side, side), 2)
+        channels_last(network)
+        F.cross_entropy(network(images), labels).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+        defense = fold_batch_norm(Defense(network, None).freeze())
+        target = bind(defense, "full", Draws(0, "attack", torch.arange(16)), 1)
+        slope = target.evaluate(images, labels, margin, 0).gradient
+        assert slope.isfinite().all() and slope.any()
+    print(side, width, flush=True)
+"""
 SHAPES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 9, 15)]
 
 
@@ -101,6 +128,28 @@ def test_classifier_normalises_its_input(kind: str) -> None:
     assert torch.allclose(model(0.25 + x / 2), before, atol=1e-3)
     hook.remove()
     assert {"mean", "std"} <= set(model.state_dict()), "it is saved with the weights"
+
+
+@EVERY
+def test_no_classifier_has_a_strided_convolution_of_one_pixel(kind: str) -> None:
+    assert strided_pointwise(build_classifier(SAMPLES[kind], (3, 48, 48), 10)) == []
+
+
+def test_a_narrow_resnet_takes_large_images() -> None:
+    """In a process of its own, which a signal may end."""
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{side} {width}" for side, width in NARROW], done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("side", [8, 9, 15, 28])
+def test_the_shortcut_equals_a_strided_convolution(side: int) -> None:
+    model = build_classifier({"kind": "resnet", "depth": 8, "width": 4}, (1, 28, 28), 10).double()
+    block = next(m for m in model.modules() if getattr(m, "stride", None) == 2)
+    x = torch.randn(3, 4, side, side, dtype=torch.float64)
+    convolution, norm = block.shortcut
+    direct = norm(F.conv2d(x, convolution.weight, None, 2))
+    assert torch.allclose(block(x), F.relu(block.body(x) + direct), rtol=0, atol=1e-12)
 
 
 def test_constant_channel_gives_finite_logits() -> None:

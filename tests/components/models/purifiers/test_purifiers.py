@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import TypeAdapter
-from toys import grey_levels, keyed
+from toys import grey_levels, keyed, strided_pointwise
 
 from components.data.draws import Draws
 from components.models.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
@@ -138,6 +138,12 @@ def test_inference_accepts_its_network_kinds_and_refuses_others(name: str) -> No
 def test_generative_network_is_not_a_purifier(kind: str) -> None:
     network = TypeAdapter(PurifierConfig).validate_python(GENERATIVE[kind]).build(SHAPES[0])
     assert not isinstance(network, Purifier)
+
+
+@pytest.mark.parametrize("section", [*SAMPLES.values(), *GENERATIVE.values(), *VARIANTS.values()])
+def test_no_network_has_a_strided_convolution_of_one_pixel(section: dict[str, Any]) -> None:
+    network = TypeAdapter(PurifierConfig).validate_python(section).build((3, 48, 48))
+    assert strided_pointwise(network) == []
 
 
 @EVERY
