@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines import layout
 from pipelines.errors import near
+from pipelines.runner import watcher
 
 # torch takes seconds to import: only the stage or command that runs may import it.
 HERE = Path(__file__).parent
@@ -43,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"this folder has a Limpid of its own, and `limpid` is that of {HERE.parent}; run "
             f"`python -m pipelines {name}` here"
         )
-    return _run(name, words)
+    if argv is None:
+        watcher.watch([name, *words])
+    try:
+        return _run(name, words)
+    finally:
+        watcher.leaves()
 
 
 def names(group: str) -> list[str]:

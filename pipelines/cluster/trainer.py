@@ -24,7 +24,7 @@ from components.models.checkpoints import ModelCard, latest_state, pack_state, s
 from components.training.contract import Objective
 from components.training.loop import Diverged, Training, Validate, fit
 from pipelines.cluster import capacity, session, worker_pool
-from pipelines.cluster.worker_pool import MAX_FAILURES, OUT_OF_MEMORY, WorkerPool
+from pipelines.cluster.worker_pool import MAX_FAILURES, WorkerPool, given_up
 from pipelines.config.resources import TrainingWorkers
 from pipelines.storage import job_files, jobs
 
@@ -181,9 +181,7 @@ def _train_with_ray(run: _Run, send: Callable[[Event], None]) -> None:
     try:
         trainer.fit()
     except Exception as error:
-        if torch.OutOfMemoryError.__name__ in str(error):
-            raise MemoryError(OUT_OF_MEMORY) from None
-        raise
+        raise given_up(error) from None
 
 
 def _worker(config: dict[str, Any]) -> None:

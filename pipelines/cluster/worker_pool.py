@@ -16,11 +16,19 @@ import torch
 
 from pipelines.cluster import capacity, session
 from pipelines.config.resources import Workers
+from pipelines.errors import Failed
 from pipelines.storage import job_files, jobs
 
 # How often a task is retried when its worker is lost. An error that it raises is not retried.
 MAX_FAILURES = 3
 OUT_OF_MEMORY = "a worker ran out of memory; lower batch_size of the training, or batch"
+DIED = (
+    "the same work ended its worker process again and again: compiled code crashed, or the process "
+    "was killed, for example for want of memory; with `workers: 0` in resources the stage does the "
+    "work itself, and says where it dies"
+)
+# How Ray begins to say that a process is gone, whatever ended it.
+ENDED = "died unexpectedly"
 
 Done = Callable[[int, int], None]
 
@@ -88,6 +96,15 @@ def _losses() -> tuple[type[Exception], ...]:
     )  # fmt: skip
 
 
+def given_up(error: Exception) -> Exception:
+    """Return the error to raise where the same work has lost too many workers."""
+    text = f"{type(error).__name__}: {error}"
+    # Ray's error has the name of torch's.
+    if torch.OutOfMemoryError.__name__ in text:
+        return MemoryError(OUT_OF_MEMORY)
+    return Failed(4, DIED) if ENDED in text else error
+
+
 class WorkerPool:
     """At least one worker; they are started when they are needed, and stay for later maps."""
 
@@ -138,8 +155,7 @@ class WorkerPool:
                 losses[task] += 1
                 # A lost node takes all workers with it that were starting there.
                 if losses[task] > MAX_FAILURES * (self.size if task is None else 1):
-                    memory = isinstance(error, ray.exceptions.OutOfMemoryError)
-                    raise (MemoryError(OUT_OF_MEMORY) if memory else error) from None
+                    raise given_up(error) from None
                 waiting += [] if task is None else [task]
                 continue
             self.idle.append(worker)

@@ -13,6 +13,7 @@ from components.training.loop import Diverged
 from pipelines import PARENT
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.layout import LAST_ERROR
+from pipelines.runner import watcher
 from pipelines.runner.console import without_credentials
 
 INTERRUPTED = "interrupted; the same command goes on from where it was"
@@ -89,11 +90,13 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    watcher.leaves()
     os._exit(code)
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     _interrupted.set()
+    watcher.leaves()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Interrupted

@@ -10,6 +10,7 @@ import pytest
 from components.data.shards import DataError
 from pipelines.cluster import session, worker_pool
 from pipelines.config.resources import Workers
+from pipelines.errors import Failed
 
 WORKERS = Workers(workers=2, cpus=1, gpus=0)
 
@@ -74,8 +75,9 @@ def test_a_task_that_kills_every_worker_fails_and_the_pool_can_be_used_again(
     tmp_path: Path,
 ) -> None:
     calls = tmp_path / "calls"
-    with pytest.raises(Exception, match="died"):
+    with pytest.raises(Failed, match="ended its worker process again and again") as raised:
         run_deadly(calls, 100, tasks=1)
+    assert raised.value.code == 4
     assert calls.stat().st_size == 1 + worker_pool.MAX_FAILURES
     assert len(processes(3)) == 3
 
@@ -93,3 +95,15 @@ def test_an_error_of_a_task_is_raised_as_it_is_and_not_retried(tmp_path: Path) -
     assert type(raised.value) is DataError
     assert calls.stat().st_size == 1
     assert len(processes(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind"),
+    [
+        ("Training failed:\nThe actor died unexpectedly before finishing this task.", Failed),
+        ("Training failed:\ntorch.OutOfMemoryError: CUDA out of memory", MemoryError),
+        ("Training failed:\nZeroDivisionError", RuntimeError),
+    ],
+)
+def test_lost_workers_end_in_a_sentence(ended: str, kind: type[Exception]) -> None:
+    assert type(worker_pool.given_up(RuntimeError(ended))) is kind

@@ -18,7 +18,6 @@ from components.data.shards import shard_name, write_json
 from components.evaluation.detection import detection
 from components.models.accuracy import count_correct
 from components.models.checkpoints import ModelCard, build, save
-from components.models.classifiers import SmallCnn
 from components.models.defense import Defense
 from components.models.purifiers.controls import GaussianNoise, Threshold
 from pipelines.config.sections import Scoring
