@@ -107,6 +107,7 @@ def _end_if_stuck(receiver: int) -> None:
     while os.read(receiver, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
         pass
     time.sleep(STUCK_S)
+    watcher.leaves()
     # `print` could wait for a lock that the stuck code holds.
     os.write(2, f"error: {INTERRUPTED}\n".encode())
     os._exit(130)

@@ -19,6 +19,16 @@ from pipelines.runner import watcher
 watcher.KILLS = Path("vmstat")
 watcher.watch(["train_classifier", "unseen"])
 """
+# SIGTERM while compiled code never returns.
+STUCK = """
+from pipelines.runner import exit_codes
+exit_codes.STUCK_S = 0.1
+exit_codes.interruptible()
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+lock(mutex)
+"""
 
 
 def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
@@ -72,9 +82,10 @@ def test_a_killed_process_and_one_that_the_kernel_ended_for_memory(
         ("from pipelines.runner.exit_codes import leave; leave(3)", 3),
         ("from pipelines.runner.exit_codes import interruptible; interruptible(); "
          "os.kill(os.getpid(), signal.SIGTERM)", 1),
+        (STUCK, 130),
         ("watcher.leaves(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ],
-    ids=["leaves", "interrupted", "killed at its end"],
+    ids=["leaves", "interrupted", "stuck", "killed at its end"],
 )  # fmt: skip
 def test_nothing_is_added_where_a_process_ends_by_itself(
     end: str, code: int, tmp_path: Path
