@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from components.data.draws import Draws, fresh
+from components.data.draws import Draws, NoiseStream, fresh
 from components.models.defense import Defense
 from components.models.purifiers.contract import mean_squared_error
 
@@ -42,10 +42,8 @@ def predict(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Predic
     return Prediction(*(torch.cat(column) for column in columns))
 
 
-def _predict_batch(defense: Defense, x: Tensor, draws: Draws) -> Prediction:
-    purifier = defense.purifier
-    assert purifier is not None
+def _predict_batch(defense: Defense, x: Tensor, draws: Draws | NoiseStream) -> Prediction:
     purified = defense.purify(x, draws)
-    detector_score = purifier.detector_score(x, draws, purified)
+    detector_score = defense.detector_score(x, draws, purified)
     error = mean_squared_error(x, purified)
     return Prediction(purified, defense.classifier(purified), error, detector_score)

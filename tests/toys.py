@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.attacks import L2, Attack, AttackConfig, Crafted, Linf, craft
 from components.attacks.contract import Outcome
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.checkpoints import ModelCard, build, save
 from components.models.defense import Defense, Mode, Target, bind
@@ -88,9 +88,9 @@ class Noisy(Purifier):
         super().__init__()
         self.sigma = sigma
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        noise = draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        assert stream is not None
+        noise = stream.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
         return (x + self.sigma * noise).clamp(0, 1)
 
 
@@ -101,7 +101,7 @@ class Rounded(Purifier):
         super().__init__()
         self.levels, self.differentiable = levels, differentiable
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return torch.round(x * self.levels) / self.levels
 
 
@@ -112,7 +112,7 @@ class Detached(Purifier):
         super().__init__()
         self.factor = factor
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         with torch.no_grad():
             return self.factor * x
 
@@ -120,7 +120,7 @@ class Detached(Purifier):
 class Blurred(Purifier):
     """An honest deterministic purifier: a slight blur."""
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return 0.8 * x + 0.2 * nn.functional.avg_pool2d(x, 3, 1, 1)
 
 
@@ -136,6 +136,25 @@ def strided_pointwise(network: nn.Module) -> list[str]:
         and max(module.kernel_size) == 1
         and max(module.stride) > 1
     ]
+
+
+def listening(classifier: nn.Module, record: Callable[[Draws], None]) -> Defense:
+    """Return a random defense that reports the draws of every query to `record`."""
+
+    class Listening(Defense):
+        def purify(self, x: Tensor, draws: Draws | NoiseStream | None = None) -> Tensor:
+            assert isinstance(draws, Draws)
+            record(draws)
+            return super().purify(x, draws)
+
+        def detector_score(
+            self, x: Tensor, draws: Draws | NoiseStream | None, purified: Tensor | None = None
+        ) -> Tensor:
+            assert isinstance(draws, Draws)
+            record(draws)
+            return super().detector_score(x, draws, purified)
+
+    return Listening(classifier, Noisy())
 
 
 # Classifiers

@@ -1,13 +1,20 @@
 """Noise keyed per image: an image gets the same noise in any batch, order or worker.
 
-A stream is keyed by seed, role, image id, draw and use. Two roles never share a stream, so an
-attack cannot fit the draws that are used for scoring. The generator is counter-based (the
-SplitMix64 finaliser of Steele, Lea and Flood, OOPSLA 2014, over a hashed key) and written in int64
-tensor arithmetic, so a whole batch is drawn at once on any device.
+Two classes share one generator. `Draws` belongs to the harness: it names seed, role, image ids and
+the number of the draw. `NoiseStream` belongs to the defense under test, and names nothing: a
+purifier that could tell an attack from the scoring, or one image from another, could answer
+differently in each. A `NoiseStream` holds one key per image, hashed with a salt that is the
+defense's own digest, so a defense cannot have a table of the keys that it will meet.
+
+Two roles never share a stream, so an attack cannot fit the draws that are used for scoring. The
+generator is counter-based (the SplitMix64 finaliser of Steele, Lea and Flood, OOPSLA 2014, over a
+hashed key) and written in int64 tensor arithmetic, so a whole batch is drawn at once on any device.
 """
 
+import hashlib
 import math
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,30 +44,22 @@ def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """One draw of noise for a batch of images; index it in the same way as the batch.
+class Keyed(ABC):
+    """A batch of independent random streams, one per image; index it in the same way as the batch.
 
-    `ids` (N,) int64 are image ids; `draw` numbers independent repetitions for the same image.
+    `use` names what the noise is for: each use has noise of its own.
     """
 
-    seed: int
-    role: Role
-    ids: Tensor
-    draw: int = 0
-
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.ids)
+        """Return the number of images."""
 
-    def __getitem__(self, rows: Tensor) -> "Draws":
-        return replace(self, ids=self.ids[rows])
-
-    def redraw(self, draw: int) -> "Draws":
-        """Return the same images at repetition `draw`."""
-        return replace(self, draw=draw)
+    @abstractmethod
+    def _keys_of(self, use: str) -> Tensor:
+        """Return the key of each image (N,) int64 for one use."""
 
     def uniform(self, shape: tuple[int, ...], use: str) -> Tensor:
-        """Return uniform noise (N, *shape), float32 in [0, 1); `use` names what it is for."""
+        """Return uniform noise (N, *shape), float32 in [0, 1)."""
         # 24 bits fit a float32 mantissa exactly, so rounding cannot give 1.0.
         return (_shift(self._bits(math.prod(shape), use), 40).float() / (1 << 24)).view(
             len(self), *shape
@@ -82,14 +81,73 @@ class Draws:
 
     def _bits(self, count: int, use: str) -> Tensor:
         """Return random int64 values (N, count) over all 64 bits."""
+        keys = self._keys_of(use)
+        counter = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
+        return _mix(keys[:, None] + counter)
+
+
+class NoiseStream(Keyed):
+    """The noise of one query of a purifier: all that it gets besides pixels.
+
+    It holds one hashed key per image, which reveals neither role nor image nor draw.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, rows: Tensor) -> "NoiseStream":
+        return NoiseStream(self._keys[rows])
+
+    def _keys_of(self, use: str) -> Tensor:
+        return _mix(self._keys + _signed(zlib.crc32(use.encode()) * _GOLDEN))
+
+
+@dataclass(frozen=True)
+class Draws(Keyed):
+    """One draw of the harness's noise for a batch of images.
+
+    `ids` (N,) int64 are image ids; `draw` numbers independent repetitions for the same image. Its
+    own methods are for choices of attacks and of trainings; a defense gets the `stream`.
+    """
+
+    seed: int
+    role: Role
+    ids: Tensor
+    draw: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Tensor) -> "Draws":
+        return replace(self, ids=self.ids[rows])
+
+    def redraw(self, draw: int) -> "Draws":
+        """Return the same images at repetition `draw`."""
+        return replace(self, draw=draw)
+
+    def stream(self, salt: str = "") -> NoiseStream:
+        """Return the noise of this draw for a defense; `salt` is the digest of that defense.
+
+        Every id passes through a mixer between secret keys three times (after Even and Mansour,
+        1997). Without the salt, keys of known ids are as good as random.
+        """
+        name = f"{salt}/{self.seed}/{self.role}/{self.draw}".encode()
+        digest = hashlib.blake2b(name, digest_size=32).digest()
+        parts = [int.from_bytes(digest[k : k + 8], "little", signed=True) for k in (0, 8, 16, 24)]
+        keys = self.ids ^ parts[0]
+        for part in parts[1:]:
+            keys = _mix(keys) ^ part
+        return NoiseStream(keys)
+
+    def _keys_of(self, use: str) -> Tensor:
         name = zlib.crc32(f"{self.role}/{use}".encode())
         stream = (self.seed * 0x1_0000_0001 + name) * _GOLDEN + self.draw * 0xD1B54A32D192ED03
-        key = _mix(_mix(self.ids * _signed(_GOLDEN)) ^ _signed(stream))
-        counter = torch.arange(1, count + 1, device=self.ids.device) * _signed(_GOLDEN)
-        return _mix(key[:, None] + counter)
+        return _mix(_mix(self.ids * _signed(_GOLDEN)) ^ _signed(stream))
 
 
-def fresh(count: int, device: torch.device) -> Draws:
-    """Return unpredictable draws for `count` images: for serving, where nothing is scored."""
-    ids = torch.randint(1 << 62, (count,), device=device)
-    return Draws(int(torch.randint(1 << 62, ()).item()), "clean", ids)
+def fresh(count: int, device: torch.device) -> NoiseStream:
+    """Return unpredictable noise for `count` images: for serving, where nothing is scored."""
+    return NoiseStream(torch.randint(1 << 62, (count,), device=device))

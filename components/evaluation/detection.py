@@ -208,7 +208,7 @@ def _detector_score(
             rows = slice(start, start + batch)
             # No answer is counted under draw -1.
             draws = Draws(seed, role, ids[rows].to(device), draw=-1)
-            parts.append(defense.purifier.detector_score(x[rows].to(device), draws).cpu())
+            parts.append(defense.detector_score(x[rows].to(device), draws).cpu())
     return np.asarray(torch.cat(parts).double().numpy())
 
 

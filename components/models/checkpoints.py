@@ -6,7 +6,6 @@ module in eval mode; it needs torch, safetensors and `components` only. Nothing 
 states are read by `torch.load(weights_only=True)`.
 """
 
-import hashlib
 import io
 import json
 import pickle
@@ -148,15 +147,6 @@ def fingerprint(folder: Path) -> str:
     """Verify a model folder and return the sha256 of its manifest, which covers its other files."""
     read_card(folder)
     return sha256(folder / MANIFEST)
-
-
-def state_digest(module: nn.Module) -> str:
-    """Return one sha256 of all parameters and buffers, which shows whether they have changed."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
+from components.models.identity import identity
 from components.models.purifiers.contract import Purifier, StandIn
 
 Mode = Literal["full", "bpda", "fixed_noise"] | StandIn
@@ -37,10 +38,22 @@ class Defense(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.purifier = purifier
+        # The weights of a defense in training change with every step.
+        self._digest = ""
 
     def freeze(self) -> "Defense":
-        """Set eval mode, switch off the gradients of all parameters, and return the defense."""
-        return self.eval().requires_grad_(False)
+        """Set eval mode, switch off the gradients of all parameters, and return the defense.
+
+        From here on its noise is salted with its digest.
+        """
+        self.eval().requires_grad_(False)
+        self._digest = identity(self)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """The identity of the frozen defense; copies of it, folded or in float64, keep it."""
+        return self._digest
 
     @property
     def stochastic(self) -> bool:
@@ -52,11 +65,15 @@ class Defense(nn.Module):
         """Whether the exact gradient is usable."""
         return self.purifier is None or self.purifier.differentiable
 
-    def purify(self, x: Tensor, draws: Draws | None = None) -> Tensor:
-        """Return the purified images (N,C,H,W) in [0,1]."""
+    def purify(self, x: Tensor, draws: Draws | NoiseStream | None = None) -> Tensor:
+        """Return the purified images (N,C,H,W) in [0,1].
+
+        The purifier gets an opaque stream of the noise, or none if it is deterministic. Without
+        `draws`, noise is fresh.
+        """
         if self.purifier is None:
             return x
-        purified: Tensor = self.purifier(x, draws)
+        purified: Tensor = self.purifier(x, self._stream(draws))
         return purified
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
@@ -66,12 +83,28 @@ class Defense(nn.Module):
             raise ValueError(
                 f"this purifier has no stand-in {kind}; it has {', '.join(known) or 'none'}"
             )
-        return self.purifier.stand_in(kind, x, draws)
+        return self.purifier.stand_in(kind, x, self._stream(draws))
+
+    def detector_score(
+        self, x: Tensor, draws: Draws | NoiseStream | None, purified: Tensor | None = None
+    ) -> Tensor:
+        """Return the purifier's detector score (N,); without a purifier it is zero.
+
+        `purified` saves a pass: it is the output of the purifier for `x` under the same draws.
+        """
+        if self.purifier is None:
+            return torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        return self.purifier.detector_score(x, self._stream(draws), purified)
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1]."""
         logits: Tensor = self.classifier(self.purify(x, draws))
         return logits
+
+    def _stream(self, draws: Draws | NoiseStream | None) -> NoiseStream | None:
+        if not self.stochastic:
+            return None
+        return draws.stream(self.digest) if isinstance(draws, Draws) else draws
 
 
 def fold_batch_norm(defense: Defense) -> Defense:
@@ -271,10 +304,9 @@ class Target:
         )
 
     def _detector_score(self, x: Tensor, draw: int) -> Tensor:
-        if self.defense.purifier is None:
-            return torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
-        return self.defense.purifier.detector_score(x, self._redraw(draw))
+        if self.defense.purifier is not None:
+            self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        return self.defense.detector_score(x, self._redraw(draw))
 
     def _draws_of(self, query: int) -> range:
         """Return the numbers of the draws of a query."""

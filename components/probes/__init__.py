@@ -39,7 +39,7 @@ def probe(
     bench = Bench(defense, x, labels, ids, threat, seed)
     findings = [
         models.convention(data.pixels()),
-        *models.check_logits(defense, x, labels, bench.draws),
+        *models.check_logits(defense, x, bench.draws),
     ]
     for mode in modes:
         findings.append(gradients.gradient_present(defense, mode, x, labels, bench.draws))

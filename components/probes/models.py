@@ -7,15 +7,12 @@ from torch import Tensor
 
 from components.data.draws import Draws
 from components.models.defense import Defense
-from components.probes.contract import SIGNIFICANT, Finding
-from components.probes.statistics import more_fooled
+from components.probes.contract import Finding
 
 # Logits further apart than this fraction of their norm are different; AutoAttack's rule.
 TOLERANCE = 1e-4
 REPEATS = 5
 BATCH_SIZES = (1, 7)
-# Added to ids to make ids that no image has.
-UNKNOWN = 1_000_003
 
 
 def convention(pixels: Tensor) -> Finding:
@@ -41,8 +38,8 @@ def logits_sound(logits: Tensor) -> Finding:
     return Finding(name="logits", level="block", passed=not found, detail=detail)
 
 
-def check_logits(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> list[Finding]:
-    """Checks 5, 11, 29 and batch independence, on pixels (N,C,H,W) with labels (N,)."""
+def check_logits(defense: Defense, x: Tensor, draws: Draws) -> list[Finding]:
+    """Checks 5 and 11 and batch independence, on pixels (N,C,H,W)."""
     with torch.no_grad():
         logits = [defense(x, draws.redraw(draw)) for draw in range(REPEATS)]
     spread = max(_relative_distance(one, logits[0]) for one in logits)
@@ -58,7 +55,6 @@ def check_logits(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> l
             detail=detail,
         ),
         _batch_independence(defense, x, draws, logits[0]),
-        _labels_unseen(defense, x, labels, draws),
     ]
 
 
@@ -76,31 +72,6 @@ def _batch_independence(defense: Defense, x: Tensor, draws: Draws, whole: Tensor
         level="block",
         passed=largest <= 10 * TOLERANCE,
         detail=f"answers in batches of 1, 7 and {len(x)} differ by {largest:.1e} of their length",
-    )
-
-
-def _labels_unseen(defense: Defense, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
-    """Check 29: the prediction depends on pixels and noise alone, never on the image's id.
-
-    A purifier gets the id with the noise. Here every image comes with the id of another one. A
-    defense that looks labels up by id then predicts the class of that other image, more often than
-    it does under ids that no image has.
-    """
-    unknown = Draws(draws.seed, draws.role, draws.ids + UNKNOWN)
-    swapped = x.roll(1, 0)
-    repeats = REPEATS if defense.stochastic else 1
-    rates = []
-    with torch.no_grad():
-        for noise in (draws, unknown):
-            hits = [defense(swapped, noise.redraw(k)).argmax(1) == labels for k in range(repeats)]
-            rates.append(torch.stack(hits).double().mean(0).cpu().numpy())
-    p = more_fooled(rates[1], rates[0])
-    return Finding(
-        name="labels_unseen",
-        level="block",
-        passed=p >= SIGNIFICANT,
-        detail=f"shown under another's id, that one's class is named for {rates[0].mean():.1%}, "
-        f"under an unknown id for {rates[1].mean():.1%} (p = {p:.3g})",
     )
 
 

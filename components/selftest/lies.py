@@ -15,9 +15,9 @@ from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Fgsm, Noise, Pgd
 from components.checks.scores import draws_enough, strong_enough, undefended_falls
 from components.checks.sets import agreement, effort
-from components.data.draws import Draws
-from components.models.checkpoints import state_digest
+from components.data.draws import NoiseStream
 from components.models.defense import Defense
+from components.models.identity import state_digest
 from components.probes import Finding, probe
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.toy import (
@@ -53,44 +53,28 @@ def _with_logits(function: Callable[[Tensor], Tensor]) -> Case:
 # Purifiers
 
 
-def _rounded(x: Tensor, draws: Draws | None) -> Tensor:
+def _rounded(x: Tensor, stream: NoiseStream | None) -> Tensor:
     return (3 * x).round() / 3
 
 
-def _half_detached(x: Tensor, draws: Draws | None) -> Tensor:
+def _half_detached(x: Tensor, stream: NoiseStream | None) -> Tensor:
     blurred = torch.nn.functional.avg_pool2d(x.detach(), 3, 1, 1)
     return 0.3 * x + 0.7 * blurred
 
 
-def _with_fixed_noise(x: Tensor, draws: Draws | None) -> Tensor:
+def _with_fixed_noise(x: Tensor, stream: NoiseStream | None) -> Tensor:
     noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.dtype)
     return (x + 0.1 * noise).clamp(0, 1)
 
 
-def _with_noise_of_content(x: Tensor, draws: Draws | None) -> Tensor:
+def _with_noise_of_content(x: Tensor, stream: NoiseStream | None) -> Tensor:
     keys = (x.detach().double().flatten(1).sum(1) * 1e9).long()
-    noise = Draws(0, "clean", keys).normal(tuple(x.shape[1:]), "content").to(x.dtype)
+    noise = NoiseStream(keys).normal(tuple(x.shape[1:]), "content").to(x.dtype)
     return (x + 0.1 * noise).clamp(0, 1)
 
 
-def _less_batch_mean(x: Tensor, draws: Draws | None) -> Tensor:
+def _less_batch_mean(x: Tensor, stream: NoiseStream | None) -> Tensor:
     return (x - 0.5 * x.mean(0, keepdim=True)).clamp(0, 1)
-
-
-def _labels_leaked(toy: Toy) -> list[Finding]:
-    """Look the label up by the id, and return a training image of that class."""
-    labels = dict(zip(toy.test.ids.tolist(), toy.test.labels.tolist(), strict=True))
-    pixels = toy.train.pixels()
-    example = {k: pixels[(toy.train.labels == k).nonzero()[0, 0]] for k in range(10)}
-
-    def looked_up(x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        known = [labels.get(int(image)) for image in draws.ids]
-        return torch.stack(
-            [x[i] if k is None else example[k].to(x.dtype) for i, k in enumerate(known)]
-        )
-
-    return purifying(looked_up)(toy)
 
 
 # Models and data
@@ -172,7 +156,6 @@ LIES: dict[str, tuple[str, Case]] = {
     ),
     "input in 0..255": ("input_convention", lambda toy: [convention(255 * toy.test.pixels())]),
     "purifier that knows its batch": ("batch_independence", purifying(_less_batch_mean)),
-    "labels leaked": ("labels_unseen", _labels_leaked),
     "batch norm left in train mode": ("state_unchanged", _batch_norm_training),
     "radius doubled": ("threat_model/full/pgd", _doubled),
     "storage that truncates": ("threat_model/full/pgd", _truncated),

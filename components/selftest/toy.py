@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from components.attacks import Attack, Crafted, Linf, craft
 from components.checks.sets import stored_set
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ResNet, SmallCnn
 from components.models.defense import Defense
@@ -45,6 +45,7 @@ class Toy:
 
 
 Case = Callable[[Toy], list[Finding]]
+Function = Callable[[Tensor, NoiseStream | None], Tensor]
 
 
 def train_toy() -> Toy:
@@ -97,16 +98,16 @@ def train(model: nn.Module, objective: Objective, data: ImageSet, epochs: int) -
 
 
 class FunctionPurifier(Purifier):
-    """A purifier made of one function of (x, draws); `random` is what it declares itself to be."""
+    """A purifier of one function of (x, stream); `random` is what it declares itself to be."""
 
-    def __init__(self, function: Callable[[Tensor, Draws | None], Tensor], random: bool) -> None:
+    def __init__(self, function: Function, random: bool) -> None:
         super().__init__()
         self.function = function
         self.stochastic = random
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Return what the function returns."""
-        return self.function(x, draws)
+        return self.function(x, stream)
 
 
 def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Case:
@@ -122,7 +123,7 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
     return case
 
 
-def purifying(function: Callable[[Tensor, Draws | None], Tensor], random: bool = False) -> Case:
+def purifying(function: Function, random: bool = False) -> Case:
     """Return the case of a `FunctionPurifier`."""
     return probed(FunctionPurifier(function, random))
 

@@ -57,13 +57,13 @@ class Atop(Config):
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
             attacked = self.adversary.examples(model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED).stream())
             original = F.mse_loss(purified, batch.images if self.target == "clean" else attacked)
             logits = classifier(purified)
             ce = F.cross_entropy(logits, batch.labels)
             loss = original + self.weight * ce
             if self.w_clean:
-                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN).stream()))
                 loss = loss + self.w_clean * F.cross_entropy(clean, batch.labels)
             metrics = {"loss": loss, "original": original, "ce": ce}
             return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}

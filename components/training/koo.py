@@ -33,7 +33,7 @@ class NormalTeacher(Config):
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
-            loss = F.mse_loss(model(batch.images, draws), batch.images)
+            loss = F.mse_loss(model(batch.images, draws.stream()), batch.images)
             return loss, {"loss": loss}
 
         return objective
@@ -61,13 +61,13 @@ class AdversarialTeacher(Config):
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
             attacked = self.adversary.examples(model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED).stream())
             mse = F.mse_loss(purified, batch.images)
             logits = classifier(purified)
             adv = relativistic(logits, classifier(attacked), batch.labels)
             loss = mse + self.w_adv * adv
             if self.w_classification:
-                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN).stream()))
                 loss = loss + self.w_classification * _cross_entropies(
                     (logits, clean), batch.labels
                 )
@@ -102,7 +102,7 @@ class Distillation(Config):
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
             attacked = self.adversary.examples(model, batch, frozen, progress, draws)
-            purified = model(attacked, draws.redraw(LOSS_ATTACKED))
+            purified = model(attacked, draws.redraw(LOSS_ATTACKED).stream())
             mse = F.mse_loss(purified, batch.images)
             with torch.no_grad():
                 given = batch.images if self.nt_input == "clean" else attacked
@@ -111,7 +111,7 @@ class Distillation(Config):
             loss = self.beta * mse + self.gamma * kd
             logits = classifier(purified)
             if self.w_classification:
-                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN)))
+                clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN).stream()))
                 loss = loss + self.w_classification * _cross_entropies(
                     (logits, clean), batch.labels
                 )

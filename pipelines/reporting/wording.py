@@ -17,7 +17,6 @@ MEANINGS = {
     "logits": "Answers are finite, no softmax, and not the same for every image.",
     "randomness_declared": "The defense answers at random exactly if it is declared stochastic.",
     "batch_independence": "An image is answered alike in any company.",
-    "labels_unseen": "The defense answers by the picture, not by whose picture it is.",
     "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
     "gradient_correct": "The gradient says what differences measure, in halves and whole.",
     "loss_alive": "The cross-entropy has a gradient where the margin has one.",

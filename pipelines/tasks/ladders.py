@@ -11,8 +11,8 @@ from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
 from components.data import image_set
 from components.data.shards import write_json
-from components.models.checkpoints import state_digest
 from components.models.defense import STAND_INS, Mode
+from components.models.identity import state_digest
 from components.probes import Finding, probe
 from components.probes.models import unchanged
 from pipelines.config.sections import Ladder

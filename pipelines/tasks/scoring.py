@@ -26,8 +26,9 @@ from components.evaluation.counting import CLEAN, Effort, Score, count_score, wo
 from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
 from components.models.accuracy import Counts, count_correct
-from components.models.checkpoints import load, read_card, state_digest
+from components.models.checkpoints import load, read_card
 from components.models.defense import STAND_INS, Defense
+from components.models.identity import state_digest
 from components.probes import Finding
 from components.probes.models import recorded_accuracy, unchanged
 from pipelines.config.sections import Scoring

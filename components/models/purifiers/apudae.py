@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.models.purifiers.contract import Inference, Purifier, StandIn
 from components.models.purifiers.denoiser import DenoisingAutoencoder
 from components.models.purifiers.descent import State, adam_direction, descend, gradient_at
@@ -39,9 +39,9 @@ class RandomAffine(Config):
     degrees: Annotated[float, Field(ge=0, le=45)]
     stretch: Annotated[float, Field(ge=0, lt=1)]
 
-    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+    def apply(self, x: Tensor, stream: NoiseStream) -> Tensor:
         """Return `x` (N,C,H,W) rotated and scaled about its centre; the outside is black."""
-        spread = 2 * draws.uniform((2,), "turn").to(x.dtype) - 1
+        spread = 2 * stream.uniform((2,), "turn").to(x.dtype) - 1
         angle, scale = spread[:, 0] * math.radians(self.degrees), 1 + spread[:, 1] * self.stretch
         # `affine_grid` has coordinates from -1 to 1 on both axes, whatever their lengths.
         aspect = x.shape[3] / x.shape[2]
@@ -89,39 +89,39 @@ class _Apudae(Purifier):
         self.stochastic = config.noise_255 > 0 or config.transform is not None
         self.stand_ins = config.stand_ins()
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._descend(x, draws, self.config.optimiser)
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._descend(x, stream, self.config.optimiser)
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         if kind == "direct":
-            purified: Tensor = self.denoiser(self._transform(x, draws))
+            purified: Tensor = self.denoiser(self._transform(x, stream))
             return purified
-        return self._descend(x, draws, kind)
+        return self._descend(x, stream, kind)
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         return self.denoiser.detector_score(x)
 
-    def _transform(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def _transform(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         if self.config.transform is None:
             return x
-        assert draws is not None
-        return self.config.transform.apply(x, draws)
+        assert stream is not None
+        return self.config.transform.apply(x, stream)
 
-    def _descend(self, x: Tensor, draws: Draws | None, rule: str) -> Tensor:
+    def _descend(self, x: Tensor, stream: NoiseStream | None, rule: str) -> Tensor:
         """Return the image after all steps; `rule` is an optimiser or the name of a stand-in."""
-        start = self._transform(x, draws)
+        start = self._transform(x, stream)
         moments = () if rule in ("sgd", "plain") else (torch.zeros_like(start),) * 2
-        step = partial(self._step, draws, rule)
+        step = partial(self._step, stream, rule)
         image, *_ = descend(step, self.config.steps, (), (start, *moments))
         return image.clamp(0, 1)
 
     def _step(
-        self, draws: Draws | None, rule: str, index: int, constants: State, state: State
+        self, stream: NoiseStream | None, rule: str, index: int, constants: State, state: State
     ) -> State:
         """Take one step of all images (N,C,H,W); the state is the image and Adam's moments."""
-        image, moments = self._add_noise(state[0], draws, index), state[1:]
+        image, moments = self._add_noise(state[0], stream, index), state[1:]
         direction = gradient_at(self._loss, image)
         if rule == "plain":
             # The step has the length of Adam's, but the direction of the gradient.
@@ -146,12 +146,12 @@ class _Apudae(Purifier):
         factor = torch.sigmoid(self.denoiser.detector_score(image))
         return self.config.rate * factor[:, None, None, None]
 
-    def _add_noise(self, image: Tensor, draws: Draws | None, index: int) -> Tensor:
+    def _add_noise(self, image: Tensor, stream: NoiseStream | None, index: int) -> Tensor:
         if not self.config.noise_255:
             return image
-        assert draws is not None
+        assert stream is not None
         # The noise grows with the detector score; the factors are those of the authors' code.
         excess = self.denoiser.detector_score(image)
         size = (excess / 2).square().clamp(0, 4) * self.config.noise_255 / 255
-        noise = 2 * draws.uniform(tuple(image.shape[1:]), f"step {index}").to(image.dtype) - 1
+        noise = 2 * stream.uniform(tuple(image.shape[1:]), f"step {index}").to(image.dtype) - 1
         return image + size[:, None, None, None] * noise

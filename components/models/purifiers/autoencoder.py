@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Purifier
 
@@ -74,7 +74,7 @@ class _Autoencoder(Purifier):
         self.last = nn.ConvTranspose2d(width, channels, 3, last, 1, output_padding=last - 1)
         self.residual = config.residual == "global"
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         u = 2 * x - 1
         feature, skips = u, []
         for index, block in enumerate(self.encoder, start=1):

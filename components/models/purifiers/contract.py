@@ -1,9 +1,10 @@
 """What a purifier is, and how a trained network becomes one.
 
 A purifier maps pixels (N,C,H,W) in [0,1] to pixels of the same shape, range and device. It sees
-images only, never labels, and purifies every image independently of the rest of the batch. Two
-flags decide how it can be attacked: `differentiable` (its gradient is usable: it does not quantise)
-and `stochastic` (it draws noise). The contract test measures both.
+pixels and an opaque stream of noise, never labels, image ids or the purpose of the call, and
+purifies every image independently of the rest of the batch. Two flags decide how it can be
+attacked: `differentiable` (its gradient is usable: it does not quantise) and `stochastic` (it draws
+noise; a deterministic purifier gets no stream). The contract test measures both.
 
 A purifier that optimises at test time, or that quantises, offers stand-ins: cheaper or smoother
 purifiers that an attack may differentiate in its place. Its own gradient is expensive, masked or
@@ -18,7 +19,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from components.config import Config
-from components.data.draws import Draws, fresh
+from components.data.draws import NoiseStream, fresh
 
 # `direct` is one pass of the network in place of the descent (counter-attack A of APuDAE).
 # `plain` descends along the plain gradient in place of Adam's direction.
@@ -45,45 +46,45 @@ class Purifier(nn.Module):
     stochastic: bool = False
     stand_ins: tuple[StandIn, ...] = ()
 
-    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
-        """Return the purified images (N,C,H,W) in [0,1]; without `draws`, noise is fresh."""
-        return self.purify(x, self._or_fresh(draws, x))
+    def forward(self, x: Tensor, stream: NoiseStream | None = None) -> Tensor:
+        """Return the purified images (N,C,H,W) in [0,1]; without `stream`, noise is fresh."""
+        return self.purify(x, self._or_fresh(stream, x))
 
     def detector_score(
-        self, x: Tensor, draws: Draws | None = None, purified: Tensor | None = None
+        self, x: Tensor, stream: NoiseStream | None = None, purified: Tensor | None = None
     ) -> Tensor:
         """Return the detector score of every image (N,): a larger score suggests an attack.
 
         Its unit depends on the purifier. `purified` saves a pass: it is the output of this purifier
-        for `x` under the same draws.
+        for `x` under the same noise.
         """
-        return self.compute_detector_score(x, self._or_fresh(draws, x), purified)
+        return self.compute_detector_score(x, self._or_fresh(stream, x), purified)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        """Return the purified images (N,C,H,W) in [0,1]; a stochastic purifier is given `draws`."""
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        """Return the purified images (N,C,H,W) in [0,1]; a stochastic purifier gets a `stream`."""
         raise NotImplementedError
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Purify `x` by the stand-in `kind`, one of `stand_ins`."""
         raise NotImplementedError(kind)
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         """Return the detector score (N,): by default the mean squared change of each image.
 
-        A stochastic purifier is given `draws`; `purified` is as in `detector_score`.
+        A stochastic purifier gets a `stream`; `purified` is as in `detector_score`.
         """
-        return mean_squared_error(x, self.purify(x, draws) if purified is None else purified)
+        return mean_squared_error(x, self.purify(x, stream) if purified is None else purified)
 
     def calibrate(self, clean: Tensor, batch: int) -> None:
         """Store statistics of clean training pixels (M,C,H,W) after training; by default none."""
 
-    def _or_fresh(self, draws: Draws | None, x: Tensor) -> Draws | None:
-        """Return `draws`, or fresh noise for `x` where the purifier needs noise and has none."""
-        if self.stochastic and draws is None:
-            draws = fresh(len(x), x.device)
-        return draws
+    def _or_fresh(self, stream: NoiseStream | None, x: Tensor) -> NoiseStream | None:
+        """Return `stream`, or fresh noise for `x` where the purifier needs noise and has none."""
+        if self.stochastic and stream is None:
+            stream = fresh(len(x), x.device)
+        return stream
 
 
 class Inference(Config):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.contract import Purifier, StandIn
@@ -89,7 +89,7 @@ class RandomNetwork(Config):
 
 
 class _Identity(Purifier):
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return x
 
 
@@ -100,9 +100,9 @@ class _GaussianNoise(Purifier):
         super().__init__()
         self.sigma = sigma
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        noise = draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        assert stream is not None
+        noise = stream.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
         return (x + self.sigma * noise).clamp(0, 1)
 
 
@@ -114,10 +114,10 @@ class _BitDepth(Purifier):
         super().__init__()
         self.levels: int = 2**bits - 1
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return torch.round(x * self.levels) / self.levels
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         scaled = x * self.levels
         low = scaled.detach().floor()
         # One sigmoid for every step, half way between two levels.
@@ -129,7 +129,7 @@ class _Median(Purifier):
         super().__init__()
         self.size = size
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         margin = self.size // 2
         padded = F.pad(x, (margin,) * 4, mode="replicate")
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
@@ -145,10 +145,10 @@ class _Threshold(Purifier):
         super().__init__()
         self.at = at
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return (x > self.at).to(x.dtype)
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return _soft_step(x - self.at)
 
 

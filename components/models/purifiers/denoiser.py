@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Purifier
 
@@ -89,7 +89,7 @@ class DenoisingAutoencoder(Purifier):
         self.clean_std.copy_(errors.std().clamp_min(1e-6))
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         """Return the standardised reconstruction error (N,): 0 is the mean of clean images."""
         return (self.error(x, purified) - self.clean_mean) / self.clean_std
@@ -103,7 +103,7 @@ class _TableOneNet(DenoisingAutoencoder):
         self.rise = _block(nn.ConvTranspose2d(width, width, 3, 1, 1))
         self.last = nn.ConvTranspose2d(width, channels, 3, 2, 1, output_padding=1)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         down = self.down(x)
         # Equation 6: every encoder map is added to the decoder map of the same layer.
         up = self.rise(self.flat(down)) + down
@@ -122,7 +122,7 @@ class _RedNet(DenoisingAutoencoder):
         )
         self.last = nn.ConvTranspose2d(width, channels, 3, 2, 1, output_padding=1)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         feature, skips = x, []
         for index, block in enumerate(self.encoder, start=1):
             feature = block(feature)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
 from components.models.purifiers.descent import State, descend, gradient_at
@@ -151,19 +151,19 @@ class _DefenseGan(Purifier):
         self.stand_ins = config.stand_ins()
         self.config, self.latent, self.generator = config, pair.latent, pair.generator
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._reconstruct(x, draws, self.config.iterations, self.config.restarts)
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._reconstruct(x, stream, self.config.iterations, self.config.restarts)
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         # A shorter descent from the first start; the rate still decays over its whole length.
-        return self._reconstruct(x, draws, max(2, self.config.iterations // 10), 1)
+        return self._reconstruct(x, stream, max(2, self.config.iterations // 10), 1)
 
     def _reconstruct(
-        self, x: Tensor, draws: Draws | None, iterations: int, restarts: int
+        self, x: Tensor, stream: NoiseStream | None, iterations: int, restarts: int
     ) -> Tensor:
         """Return the best reconstruction of each image; all starts are one batch (N R,...)."""
-        assert draws is not None
-        starts = [draws.normal((self.latent,), f"start {restart}") for restart in range(restarts)]
+        assert stream is not None
+        starts = [stream.normal((self.latent,), f"start {restart}") for restart in range(restarts)]
         # As in the authors' code, the variance is 1/Z, although training used variance 1.
         codes = torch.stack(starts, 1).flatten(0, 1).to(x.dtype) / self.latent**0.5
         step = partial(self._step, iterations, restarts)

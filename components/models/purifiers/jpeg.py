@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Purifier
 
@@ -74,7 +74,7 @@ class _Jpeg(Purifier):
         super().__init__()
         self.quality = quality
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         height, width = x.shape[2:]
         colour = x.shape[1] == 3
         # In float32 the batch size would decide which way the finest steps are rounded.

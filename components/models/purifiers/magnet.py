@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Purifier
 
@@ -65,7 +65,7 @@ class MagNetPurifier(Purifier):
         """Return AE-I(x) and AE-II(x), each (N,C,H,W) in [0,1]."""
         return self.halving(x), self.keeping(x)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Return AE-I(x)."""
         reformed: Tensor = self.halving(x)
         return reformed
@@ -86,7 +86,7 @@ class MagNetPurifier(Purifier):
         self.error_std.copy_(errors.std(0, correction=0).clamp_min(1e-6))
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         """Return the larger of the two standardised errors (N,)."""
         return ((self.errors(x) - self.error_mean) / self.error_std).amax(1)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.contract import Purifier
@@ -26,16 +26,16 @@ class Rt1(Config):
     patch: Annotated[int, Field(ge=1)]
     missing: Annotated[float, Field(gt=0, lt=1)]
 
-    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+    def apply(self, x: Tensor, stream: NoiseStream) -> Tensor:
         """Return `x` (N,C,H,W) in [0,1] with the removed patches set to zero."""
-        return x * self._mask(x, draws)
+        return x * self._mask(x, stream)
 
-    def _mask(self, x: Tensor, draws: Draws) -> Tensor:
+    def _mask(self, x: Tensor, stream: NoiseStream) -> Tensor:
         """Return the mask (N,1,H,W): 0 where a patch is removed, else 1."""
         rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
         missing = round(self.missing * rows * columns)
         # Every image has a random order of its patches, and loses the first `missing`.
-        kept = (draws.permutation(rows * columns, "mask") >= missing).to(x.dtype)
+        kept = (stream.permutation(rows * columns, "mask") >= missing).to(x.dtype)
         grid = kept.view(-1, 1, rows, columns)
         return grid.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
@@ -46,10 +46,10 @@ class Rt2(Rt1):
     kind: Literal["rt2"]  # type: ignore[assignment]
     sigma: Annotated[float, Field(gt=0)]
 
-    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+    def apply(self, x: Tensor, stream: NoiseStream) -> Tensor:
         """Return the noisy `x` (N,C,H,W) in [0,1] with the removed patches set to zero."""
-        noise = draws.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
-        return (x + self.sigma * noise).clamp(0, 1) * self._mask(x, draws)
+        noise = stream.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+        return (x + self.sigma * noise).clamp(0, 1) * self._mask(x, stream)
 
 
 class RandomTransform(Config):
@@ -84,7 +84,7 @@ class _RandomTransform(Purifier):
         self.transform = config.transform
         self.inner = config.inner.build(shape)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        purified: Tensor = self.inner(self.transform.apply(x, draws))
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        assert stream is not None
+        purified: Tensor = self.inner(self.transform.apply(x, stream))
         return torch.clamp(purified, 0, 1)

@@ -26,7 +26,7 @@ from components.attacks.apgd import ApgdDlr
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import Outcome
 from components.attacks.distance.fab import FabT
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, Target, bind
@@ -151,7 +151,7 @@ def test_rand_runs_every_attack_on_every_image_and_keeps_the_stronger(
     clean, fooled_by = data.pixels(), torch.tensor([2, 1, 1, 2, 1])
 
     class Identity(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             return x
 
     class Scripted(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from components.attacks import Linf, craft
 from components.attacks.detector_aware import DetectorAware
 from components.attacks.gradient import Pgd
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, bind
@@ -21,11 +21,11 @@ LINF = Linf(norm="linf", eps_255=51.0)
 class FirstRow(Purifier):
     """The identity, with a detector score that is the sum of squares of the first row."""
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return x
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         return x[:, 0, 0].square().sum(1)
 
@@ -82,7 +82,7 @@ def test_the_step_lowers_the_detector_score() -> None:
 
 def test_the_gradient_goes_through_the_purifier_only_if_it_sees_the_defense() -> None:
     class Inverted(FirstRow):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             return 1 - x
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
@@ -111,9 +111,9 @@ def test_small_differences_of_the_detector_score_count(
 
     class Faint(FirstRow):
         def compute_detector_score(
-            self, x: Tensor, draws: Draws | None, purified: Tensor | None
+            self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
         ) -> Tensor:
-            return 1e-6 * super().compute_detector_score(x, draws, purified)
+            return 1e-6 * super().compute_detector_score(x, stream, purified)
 
     data = test_set[torch.arange(48)]
     defense = Defense(classifier, Faint()).freeze()

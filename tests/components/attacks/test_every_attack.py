@@ -22,6 +22,7 @@ from toys import (
     Rounded,
     fooled,
     head,
+    listening,
     parse_attack,
     true_margins,
 )
@@ -293,13 +294,11 @@ def test_no_two_queries_share_noise(name: str, classifier: Classifier, test_set:
     followed: list[int] = []
     judged: list[int] = []
 
-    class Listening(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None and draws.role == "attack"
-            (followed if torch.is_grad_enabled() else judged).append(draws.draw)
-            return super().purify(x, draws)
+    def record(draws: Draws) -> None:
+        assert draws.role == "attack"
+        (followed if torch.is_grad_enabled() else judged).append(draws.draw)
 
-    defense = Defense(classifier, Listening()).freeze()
+    defense = listening(classifier, record).freeze()
     if refuses(name, defense, head(test_set, 8)):
         return
     followed.clear()

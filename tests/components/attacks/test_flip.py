@@ -8,7 +8,7 @@ from toys import BALL, LINF, Function, Linear, attack_model, fooled, grey_images
 from components.attacks import Linf
 from components.attacks.flip import Flip
 from components.attacks.gradient import Pgd
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
@@ -137,9 +137,9 @@ def test_flips_are_compared_under_equal_noise() -> None:
     class Shifted(Purifier):
         stochastic = True
 
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None
-            return (x > 0.5).double() + 50 * draws.normal((1, 1, 1), "shift")
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            assert stream is not None
+            return (x > 0.5).double() + 50 * stream.normal((1, 1, 1), "shift")
 
     attack = Flip(kind="flip", at=0.5, steps=100, candidates=9, eot=2)
     crafted = attack_model(attack, Defense(model, Shifted()), data, TIGHT)

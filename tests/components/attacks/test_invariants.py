@@ -21,6 +21,7 @@ from toys import (
     fooled,
     grey_images,
     head,
+    listening,
 )
 
 from components.attacks import L2, Attack, Linf, craft, violations
@@ -28,7 +29,7 @@ from components.attacks.flip import Flip
 from components.attacks.gradient import RFgsm
 from components.attacks.library import MiFgsm
 from components.attacks.square import Square
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode, bind
@@ -141,7 +142,7 @@ def test_square_and_flip_keep_an_image_with_nan_logits(attack: Attack, noisy: bo
     class Still(Purifier):
         stochastic = True
 
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             return x
 
     crafted = attack_model(
@@ -211,14 +212,12 @@ def test_every_query_has_noise_of_its_own(
 ) -> None:
     seen: list[int] = []
 
-    class Listening(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None and draws.role == "attack"
-            seen.append(draws.draw)
-            return super().purify(x, draws)
+    def record(draws: Draws) -> None:
+        assert draws.role == "attack"
+        seen.append(draws.draw)
 
     data = head(test_set, 6)
-    target = bind(Defense(classifier, Listening()), "full", Draws(0, "attack", data.ids), 2)
+    target = bind(listening(classifier, record), "full", Draws(0, "attack", data.ids), 2)
     attack.run(target, data.pixels(), data.labels, threat, target.draws)
     # At the end of a search five images are compared under the same draws, one after another.
     queries = [draw for draw, _ in groupby(seen)]

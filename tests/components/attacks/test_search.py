@@ -12,7 +12,7 @@ from toys import (
 )
 
 from components.attacks.contract import Search, strongest
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Target, bind
 
@@ -23,10 +23,10 @@ def test_the_stronger_image_beats_the_luckier_one(test_set: ImageSet) -> None:
     weak, strong = data.pixels(), (data.pixels() + 0.02).clamp(0, 1)
 
     class Lottery(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None
-            marked = (x - weak[draws.ids]).flatten(1).amax(1) > 0.01
-            luck = 2 * draws.normal((1,), "luck")[:, 0]
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            assert stream is not None
+            marked = (x - weak).flatten(1).amax(1) > 0.01
+            luck = 2 * stream.normal((1,), "luck")[:, 0]
             return (1.0 - 1.5 * marked + luck)[:, None, None, None].expand_as(x)
 
     class FirstLogit(nn.Module):
@@ -41,7 +41,7 @@ def test_the_stronger_image_beats_the_luckier_one(test_set: ImageSet) -> None:
             search.query(weak)
         search.query(strong)
         lucky = (search.best == weak).flatten(1).all(1)
-        assert lucky.float().mean() > 0.8, "luck made no difference"
+        assert lucky.float().mean() > 0.6, "luck made no difference"
         found = search.outcome()
         kept = (found.images == strong).flatten(1).all(1)
         assert kept.float().mean() > 0.8

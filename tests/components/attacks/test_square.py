@@ -23,7 +23,7 @@ from toys import (
 from components.attacks import L2, Linf, craft, violations
 from components.attacks.gradient import Pgd
 from components.attacks.square import Square, move_mass, patch_area, pyramid, two_pyramids
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
@@ -147,7 +147,7 @@ def test_square_returns_the_clean_image_if_nothing_is_better(
     class Still(Purifier):
         stochastic = True
 
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             return x
 
     crafted = attack_model(
@@ -189,9 +189,9 @@ def test_square_compares_images_under_equal_noise(threat: Linf | L2) -> None:
     class Shifted(Purifier):
         stochastic = True
 
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None
-            return x.double() + 100 * draws.normal((1, 1, 1), "shift")
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            assert stream is not None
+            return x.double() + 100 * stream.normal((1, 1, 1), "shift")
 
     for eot in (1, 3):
         attack = Square(kind="square", queries=50, eot=eot)

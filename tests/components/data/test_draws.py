@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.data.draws import Draws, Role, fresh
+from components.data.draws import Draws, Keyed, NoiseStream, Role, fresh
 
 IDS = torch.arange(1000) * 13 + 5
 SHAPE = (2, 3, 4)
 ROLES: tuple[Role, ...] = ("train", "attack", "select", "score", "clean")
 
 
-def sample(draws: Draws, kind: str) -> Tensor:
+def sample(draws: Keyed, kind: str) -> Tensor:
     if kind == "uniform":
         return draws.uniform(SHAPE, "use")
     if kind == "normal":
@@ -64,9 +64,14 @@ def variants() -> dict[str, Draws]:
     return streams
 
 
+@pytest.mark.parametrize("of", ["harness", "defense"])
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
-def test_no_two_streams_are_correlated(kind: str) -> None:
-    noise = {name: sample(draws, kind) for name, draws in variants().items()}
+def test_no_two_streams_are_correlated(kind: str, of: str) -> None:
+    streams: dict[str, Keyed] = dict(variants())
+    if of == "defense":
+        streams = {name: draws.stream("salt") for name, draws in variants().items()}
+        streams["another salt"] = Draws(0, "attack", IDS).stream("pepper")
+    noise = {name: sample(stream, kind) for name, stream in streams.items()}
     # 24,000 values: the standard error of a correlation is 0.0065; 105 pairs.
     for one, other in itertools.combinations(noise, 2):
         assert abs(correlation(noise[one], noise[other])) < 5 / math.sqrt(24_000), (one, other)
@@ -158,3 +163,44 @@ def test_fresh_draws_differ_every_time() -> None:
     one, other = fresh(4, torch.device("cpu")), fresh(4, torch.device("cpu"))
     assert not torch.equal(one.normal((3,), "noise"), other.normal((3,), "noise"))
     assert len({tuple(row) for row in one.normal((3,), "noise").tolist()}) == 4
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "permutation"])
+def test_a_stream_is_keyed_by_image_and_salt_and_indexed_like_the_batch(kind: str) -> None:
+    draws = Draws(3, "score", IDS, 2)
+    whole = sample(draws.stream("salt"), kind)
+    order = torch.randperm(len(IDS), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sample(draws[order].stream("salt"), kind), whole[order])
+    assert torch.equal(sample(draws.stream("salt")[order], kind), whole[order])
+    assert not torch.equal(sample(draws.stream("pepper"), kind), whole)
+
+
+def test_keys_do_not_reveal_ids() -> None:
+    """Every bit of an id flips every bit of the key in half of the cases, under unknown salts."""
+    salts = [str(salt) for salt in range(400)]
+    for bit in (0, 1, 17, 40):
+        pair = torch.tensor([1234, 1234 ^ (1 << bit)])
+        flips = torch.zeros(64)
+        for salt in salts:
+            one, other = _keys(Draws(0, "attack", pair).stream(salt))
+            flips += torch.tensor([(int(one) ^ int(other)) >> k & 1 for k in range(64)])
+        # 400 tosses: half, within five standard deviations.
+        assert (flips / 400 - 0.5).abs().max() < 5 * 0.5 / 20
+
+
+def test_keys_of_two_images_differ_by_nothing_that_lasts() -> None:
+    """The XOR and the difference of the keys of two images change with draw, role and salt."""
+    pair = torch.tensor([3, 4])
+    keys = [
+        _keys(Draws(0, role, pair, draw).stream(salt))
+        for role in ROLES for draw in range(4) for salt in ("a", "b")
+    ]  # fmt: skip
+    assert len({int(one) ^ int(other) for one, other in keys}) == len(keys)
+    assert len({int(one) - int(other) for one, other in keys}) == len(keys)
+
+
+def _keys(stream: NoiseStream) -> Tensor:
+    """Return the keys, the one thing that a stream holds."""
+    (keys,) = vars(stream).values()
+    assert isinstance(keys, Tensor)
+    return keys

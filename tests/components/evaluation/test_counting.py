@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import ATTACK_VARIANTS, ATTACKS, LINF, parse_attack
 
 from components.attacks import craft
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.evaluation.counting import Effort, Score, majority_of, per_class, worst, worst_of
 from components.models.accuracy import count_correct
@@ -50,9 +50,9 @@ class Coin(Purifier):
 
     stochastic = True
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        toss = draws.uniform((1, 1, 1), "toss")
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        assert stream is not None
+        toss = stream.uniform((1, 1, 1), "toss")
         return torch.where(toss < x[:, :, :1, :1], torch.zeros_like(x), torch.ones_like(x))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.evaluation.counting import Score
 from components.evaluation.detection import (
     DetectorScores,
@@ -114,20 +114,20 @@ def test_an_example_outside_the_ball_has_the_score_of_the_clean_image() -> None:
 
 
 class Halve(Purifier):
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return x / 2
 
 
 class Shifted(Purifier):
     stochastic = True
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        assert draws is not None
-        return x + draws.normal(tuple(x.shape[1:]), "noise")
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        assert stream is not None
+        return x + stream.normal(tuple(x.shape[1:]), "noise")
 
 
 class Nothing(Purifier):
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return x
 
 

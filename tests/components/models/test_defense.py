@@ -1,6 +1,8 @@
 """Targets: values and gradients of the modes, counted passes, EOT, and folded BatchNorm."""
 
+import gc
 from copy import deepcopy
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import Detached, Noisy, Rounded
 
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ClassifierConfig
 from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
@@ -257,3 +259,84 @@ def test_defense_has_the_flags_of_its_purifier(classifier: Classifier) -> None:
         for d in (Defense(classifier, p) for p in (None, Rounded(3), Noisy(0.2), Detached()))
     ]
     assert facts == [(False, True), (False, False), (True, True), (False, True)]
+
+
+class _Curious(Noisy):
+    """Keeps all that its base is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[object] = []
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        self.given.append(stream)
+        return super().purify(x, stream)
+
+
+# What all of Python is reached by.
+SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType)
+
+
+def everything_in(thing: object) -> list[object]:
+    """Return all objects that can be reached from `thing`, other than classes and modules."""
+    seen: dict[int, object] = {}
+    waiting = [thing]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(
+            one, type | ModuleType | FunctionType | BuiltinFunctionType
+        ):
+            continue
+        seen[id(one)] = one
+        waiting += gc.get_referents(one)
+        if isinstance(one, Tensor) and one._base is not None:
+            waiting.append(one._base)
+    return list(seen.values())
+
+
+def test_a_purifier_is_told_neither_role_nor_image_nor_draw() -> None:
+    purifier = _Curious()
+    defense = Defense(classifier_of("small_cnn"), purifier).freeze()
+    ids = torch.tensor([7_654_321, 1_234_567])
+    draws = Draws(424_242, "attack", ids, 313_131)
+    target = bind(defense, "full", draws, 1)
+    x = torch.rand(2, 1, 8, 8)
+    target.evaluate(x, torch.tensor([1, 2]), margin, 313_131)
+    defense(x, draws)
+    defense.detector_score(x, draws)
+    assert len(purifier.given) == 3
+    for stream in purifier.given:
+        for one in everything_in(stream):
+            assert not isinstance(one, Draws)
+            if isinstance(one, str):
+                assert "attack" not in one and "424242" not in one
+            if isinstance(one, int):
+                assert one not in (424_242, 313_131, 7_654_321, 1_234_567)
+            if isinstance(one, Tensor):
+                assert not set(one.flatten().tolist()) & {7_654_321, 1_234_567}
+
+
+def test_noise_of_two_defenses_differs_for_the_same_images() -> None:
+    one, other = _Curious(), _Curious()
+    draws = Draws(0, "score", torch.arange(4))
+    torch.manual_seed(1)
+    for purifier in (one, other):
+        Defense(classifier_of("small_cnn"), purifier).freeze()(torch.rand(4, 1, 8, 8), draws)
+    again = _Curious()
+    noise = []
+    for name, purifier in (("small_cnn", again), ("resnet", _Curious())):
+        torch.manual_seed(2)
+        Defense(classifier_of(name), purifier).freeze()(torch.rand(4, 1, 8, 8), draws)
+        stream = purifier.given[0]
+        assert isinstance(stream, NoiseStream)
+        noise.append(stream.normal((3,), "noise"))
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_deterministic_purifier_gets_no_stream() -> None:
+    purifier = _Curious()
+    purifier.stochastic = False
+    purifier.purify = lambda x, stream: purifier.given.append(stream) or x  # type: ignore[method-assign, func-returns-value]
+    defense = Defense(classifier_of("small_cnn"), purifier).freeze()
+    defense(torch.rand(2, 1, 8, 8), Draws(0, "score", torch.arange(2)))
+    assert purifier.given == [None]

@@ -10,7 +10,7 @@ from toys import head
 from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Noise, Pgd
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
@@ -51,7 +51,7 @@ class Global(Purifier):
 
     stochastic = True
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
 
 
@@ -91,7 +91,10 @@ def test_planted_examples_are_found_by_a_usable_gradient_only(
 
 
 def test_accuracy_that_unknown_noise_adds_is_reported(noisy: Bench) -> None:
-    found = attacks.fixed_noise(noisy)
+    loud = GaussianNoise(kind="gaussian_noise", sigma=0.5).build((1, 8, 8))
+    found = attacks.fixed_noise(
+        replace(noisy, defense=Defense(noisy.defense.classifier, loud).freeze())
+    )
     assert found.figures["gap"] > 0.1 and not found.passed
     little = GaussianNoise(kind="gaussian_noise", sigma=0.001).build((1, 8, 8))
     quiet = replace(noisy, defense=Defense(noisy.defense.classifier, little).freeze())
@@ -138,7 +141,7 @@ class Scaled(Purifier):
         super().__init__()
         self.flipped = flipped
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return 2 * x.detach() * 0.9 - x * 0.9 if self.flipped else 0.9 * x
 
 

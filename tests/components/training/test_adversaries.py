@@ -9,7 +9,7 @@ from toys import LINF
 from training_toys import IN_LOOP, bind, first_batch
 
 from components.attacks import L2, Linf, violations
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.purifiers import Purifier
@@ -33,7 +33,7 @@ class Spy(Purifier):
         self.seen: list[Tensor] = []
         self.modes: list[bool] = []
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         self.seen.append(x.detach().clone())
         self.modes.append(self.training)
         purified: Tensor = self.norm(x)

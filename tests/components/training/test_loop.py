@@ -22,9 +22,9 @@ from components.models.checkpoints import (
     latest_state,
     pack_state,
     save_state,
-    state_digest,
 )
 from components.models.classifiers import SmallCnn
+from components.models.identity import state_digest
 from components.models.purifiers import PurifierConfig
 from components.training.classification import AdversarialClassification, Classification
 from components.training.contract import Batch, Frozen, InLoop, Metrics, Objective

@@ -154,7 +154,7 @@ def test_the_loss_equals_its_formula(
     twin = deepcopy(model)
     loss, metrics = bind(name, frozen, **changes)(model, batch, 0.5, draws)
     assert batch.attacked is not None and frozen.classifier is not None
-    purified = twin(batch.attacked, draws.redraw(LOSS_ATTACKED))
+    purified = twin(batch.attacked, draws.redraw(LOSS_ATTACKED).stream())
     logits, behind = frozen.classifier(purified), frozen.classifier(batch.attacked)
     rows = torch.arange(len(batch.labels))
     adversarial, normal = frozen.teachers
@@ -168,7 +168,7 @@ def test_the_loss_equals_its_formula(
         "to_normal_clean": distance(normal(batch.images), purified),
         "to_normal_attacked": distance(normal(batch.attacked), purified),
     }
-    clean = frozen.classifier(twin(batch.images, draws.redraw(LOSS_CLEAN)))
+    clean = frozen.classifier(twin(batch.images, draws.redraw(LOSS_CLEAN).stream()))
     parts["ce_clean"] = -clean.softmax(1)[rows, batch.labels].log().mean()
     by_hand = expected({**SECTIONS[name][1], **changes}, parts)
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
@@ -182,7 +182,7 @@ def test_plain_losses_equal_their_formulas(frozen: Frozen, train_set: ImageSet) 
     for name in ("normal_teacher", "reconstruction"):
         model = untrained(NOISY)
         loss, _ = bind(name, frozen)(model, batch, 0.5, draws)
-        repeated = F.mse_loss(untrained(NOISY)(batch.images, draws), batch.images)
+        repeated = F.mse_loss(untrained(NOISY)(batch.images, draws.stream()), batch.images)
         assert loss.item() == pytest.approx(repeated.item())
     model = deepcopy(frozen.classifier)
     assert model is not None

@@ -25,7 +25,7 @@ from torch import Tensor
 from toys import write_model
 
 from components import serving
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.models.checkpoints import fingerprint
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig, Purifier
@@ -137,7 +137,7 @@ def test_the_served_defense_is_the_one_that_is_scored(
     scored, draws = subject(folder, name).defense(), Draws(SEED, "score", torch.arange(len(x)))
     with torch.no_grad():
         purified, logits = scored.purify(x, draws), scored(x, draws)
-        score = scored.purifier.detector_score(x, draws)
+        score = scored.detector_score(x, draws)
     assert not torch.equal(purified, x)
     assert found["purified"].tobytes() == purified.numpy().tobytes()
     assert found["logits"].tobytes() == logits.numpy().tobytes()
@@ -173,10 +173,10 @@ class Counting(Purifier):
     stochastic = True
     purified = 0
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         self.purified += 1
-        assert draws is not None
-        return (x + draws.normal(tuple(x.shape[1:]), "grain")).clamp(0, 1)
+        assert stream is not None
+        return (x + stream.normal(tuple(x.shape[1:]), "grain")).clamp(0, 1)
 
 
 def test_an_image_is_purified_once_if_its_detector_score_needs_no_more(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_an_image_is_purified_once_if_its_detector_score_needs_no_more(folder: P
     found = serving.predict(defense, x, SEED, 5)
     assert purifier.purified == 3, "one purification for each batch of at most five"
     draws = Draws(SEED, "score", torch.arange(len(x)))
-    assert torch.equal(found.detector_score, purifier.detector_score(x, draws))
+    assert torch.equal(found.detector_score, defense.detector_score(x, draws))
     assert found.detector_score.unique().numel() > 1
 
 
@@ -194,7 +194,7 @@ class FailingPurifier(Purifier):
 
     fails = False
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         if self.fails:
             raise RuntimeError("not enough memory: secret")
         return torch.cat([x[:1] * float("nan"), x[1:]])

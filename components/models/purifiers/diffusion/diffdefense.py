@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
 from components.models.purifiers.descent import State, adam_direction, descend, gradient_at
@@ -128,49 +128,53 @@ class DiffDefensePurifier(Purifier):
         self.selection = min(selection, config.iterations)
         self.stand_ins = config.stand_ins()
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Return the reconstruction from the best start."""
-        return self._best(x, draws, self.config.iterations, self.config.iterations)
+        return self._best(x, stream, self.config.iterations, self.config.iterations)
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Return the best start's reconstruction after fewer iterations, at the same rates.
 
         The derivative from another start would say nothing about the best one.
         """
-        return self._best(x, draws, self.selection, self.short)
+        return self._best(x, stream, self.selection, self.short)
 
     def compute_detector_score(
-        self, x: Tensor, draws: Draws | None, purified: Tensor | None
+        self, x: Tensor, stream: NoiseStream | None, purified: Tensor | None
     ) -> Tensor:
         """Return the mean squared reconstruction error, averaged over the starts (N,)."""
-        assert draws is not None
+        assert stream is not None
         errors = []
         # One start at a time: a graph of all starts needs R times the memory.
         for restart in range(self.config.restarts):
-            starts = torch.full_like(draws.ids, restart)
-            images = self.reconstruct(x, draws, starts, self.config.iterations)
+            starts = torch.full((len(x),), restart, device=x.device)
+            images = self.reconstruct(x, stream, starts, self.config.iterations)
             errors.append(mean_squared_error(images, x))
         return torch.stack(errors).mean(0)
 
-    def reconstruct(self, x: Tensor, draws: Draws, starts: Tensor, iterations: int) -> Tensor:
+    def reconstruct(
+        self, x: Tensor, stream: NoiseStream, starts: Tensor, iterations: int
+    ) -> Tensor:
         """Return the reconstructions of `x` (M,C,H,W), each from its own start (M,) int64."""
-        return self._fit(x, _noise_per_start(draws, starts, x), iterations)
+        return self._fit(x, _noise_per_start(stream, starts, x), iterations)
 
-    def _best(self, x: Tensor, draws: Draws | None, selection: int, iterations: int) -> Tensor:
+    def _best(
+        self, x: Tensor, stream: NoiseStream | None, selection: int, iterations: int
+    ) -> Tensor:
         """Choose the best start after `selection` iterations; return its image after `iterations`.
 
         The graph, if any, holds the chosen start only.
         """
-        assert draws is not None
+        assert stream is not None
         rows = torch.arange(len(x), device=x.device)
         repeated = rows.repeat_interleave(self.config.restarts)
         starts = torch.arange(self.config.restarts, device=x.device).repeat(len(x))
         with torch.no_grad():
-            images = self.reconstruct(x[repeated], draws[repeated], starts, selection)
+            images = self.reconstruct(x[repeated], stream[repeated], starts, selection)
             images = images.view(len(x), -1, *x.shape[1:])
             best = (images - x[:, None]).square().flatten(2).mean(2).argmin(1)
         if selection != iterations or (torch.is_grad_enabled() and x.requires_grad):
-            return self.reconstruct(x, draws, best, iterations)
+            return self.reconstruct(x, stream, best, iterations)
         chosen: Tensor = images[rows, best]
         return chosen
 
@@ -258,7 +262,7 @@ def released_learning_rate(index: int, iterations: int, rate: float) -> float:
     return 0.02 if index == 0 else rate * 0.1 ** (index / -(-4 * iterations // 5))
 
 
-def _noise_per_start(draws: Draws, starts: Tensor, like: Tensor) -> Noise:
+def _noise_per_start(stream: NoiseStream, starts: Tensor, like: Tensor) -> Noise:
     """Return the noise of rows `like` (M,C,H,W), keyed by the start (M,) of each and by its use."""
     shape = tuple(like.shape[1:])
     groups = [(start, (starts == start).nonzero()[:, 0]) for start in sorted(set(starts.tolist()))]
@@ -266,7 +270,7 @@ def _noise_per_start(draws: Draws, starts: Tensor, like: Tensor) -> Noise:
     def noise(use: str) -> Tensor:
         made = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for start, rows in groups:
-            made[rows] = draws[rows].normal(shape, f"start {start} {use}").to(like.dtype)
+            made[rows] = stream[rows].normal(shape, f"start {start} {use}").to(like.dtype)
         return made
 
     return noise

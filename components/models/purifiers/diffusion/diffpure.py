@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from components.config import Config
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.models.purifiers.contract import Inference, Purifier, StandIn
 from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
@@ -80,19 +80,19 @@ class _DiffPure(Purifier):
         self.process = respaced_process(network, count, config.substeps, step)
         self.short = respaced_process(network, count, max(1, config.substeps // 3), step)
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._diffuse_and_denoise(x, draws, self.process)
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._diffuse_and_denoise(x, stream, self.process)
 
-    def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
-        return self._diffuse_and_denoise(x, draws, self.short)
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._diffuse_and_denoise(x, stream, self.short)
 
     def _diffuse_and_denoise(
-        self, x: Tensor, draws: Draws | None, process: ReverseProcess
+        self, x: Tensor, stream: NoiseStream | None, process: ReverseProcess
     ) -> Tensor:
-        assert draws is not None
+        assert stream is not None
 
         def noise(use: str) -> Tensor:
-            return draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
+            return stream.normal(tuple(x.shape[1:]), use).to(x.dtype)
 
         z = add_noise(self.network.encode(x), noise("start"), process.alpha_bars[0])
         end = process.run(self.network, z, noise if self.noise_in_steps else None, True)

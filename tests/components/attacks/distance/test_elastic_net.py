@@ -18,7 +18,7 @@ from toys import (
 from components.attacks import craft
 from components.attacks.distance.cw import CwL2
 from components.attacks.distance.elastic_net import ElasticNet, shrink
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, Target, margin
@@ -65,7 +65,7 @@ def test_the_first_steps_by_hand() -> None:
     seen: list[Tensor] = []
 
     class Listening(Purifier):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             seen.append(x.detach().clone())
             return x
 
@@ -89,7 +89,7 @@ def test_momentum_is_the_one_of_the_paper() -> None:
     seen: list[float] = []
 
     class Listening(Purifier):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             seen.append(x.item())
             return x
 

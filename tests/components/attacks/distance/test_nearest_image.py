@@ -17,12 +17,13 @@ from toys import (
     Rounded,
     head,
     linear_task,
+    listening,
     parse_attack,
     run_on_target,
 )
 
 from components.attacks import L2, Attack, Linf, craft
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
@@ -154,8 +155,8 @@ def test_a_nan_gradient_in_one_pixel_does_not_stop_the_others(name: str) -> None
 @STOCHASTIC
 def test_a_defense_without_gradient_gives_the_clean_images(name: str, stochastic: bool) -> None:
     class NoGradient(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            return super().purify(x, draws).detach()
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            return super().purify(x, stream).detach()
 
     model, data = linear_task(10, 12)
     right = ImageSet(data.images, model(data.pixels()).argmax(1), data.ids, data.class_names)
@@ -214,16 +215,13 @@ def test_no_two_queries_share_noise_and_the_global_stream_is_untouched(
 ) -> None:
     seen: list[int] = []
 
-    class Listening(Noisy):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
-            assert draws is not None and draws.role == "attack"
-            assert x.min() >= 0 and x.max() <= 1
-            seen.append(draws.draw)
-            return super().purify(x, draws)
+    def record(draws: Draws) -> None:
+        assert draws.role == "attack"
+        seen.append(draws.draw)
 
     data, state = head(test_set, 6), torch.get_rng_state()
     pixels = data.images.clone()
-    run_on_target(nearest_attack(name), Defense(classifier, Listening()), data)
+    run_on_target(nearest_attack(name), listening(classifier, record), data)
     # At the end of a search five images are compared under the same draws, one after another.
     later = [draw for draw, _ in groupby(seen) if draw]
     assert len(later) == len(set(later)) == max(seen)

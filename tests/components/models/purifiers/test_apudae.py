@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from toys import keyed, uniform_pixels
 
-from components.data.draws import Draws
+from components.data.draws import NoiseStream
 from components.models.defense import Defense, bind, margin
 from components.models.purifiers.apudae import Apudae, RandomAffine
 from components.models.purifiers.autoencoder import ConvAutoencoder
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Shrink(DenoisingAutoencoder):
     """f(x) = half of x: rd(x) = |x|^2 / 4, whose gradient is x / 2."""
 
-    def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         return x / 2
 
 
@@ -244,7 +244,7 @@ def test_denoising_objective_draws_a_noise_level_per_image() -> None:
     """With f = identity, the loss is the mean squared noise: sigma_max^2 / 3."""
 
     class Identity(Purifier):
-        def purify(self, x: Tensor, draws: Draws | None) -> Tensor:
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
             return x
 
     frozen = Frozen(None, (), None)  # type: ignore[arg-type]

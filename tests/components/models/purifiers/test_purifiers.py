@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from toys import grey_levels, keyed, strided_pointwise
 
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.models.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
 
 AUTOENCODER = {
@@ -108,6 +108,11 @@ def build_purifier(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifi
     return built.eval().requires_grad_(False)
 
 
+def noise(count: int) -> NoiseStream:
+    """Return the noise of `count` images as a purifier gets it."""
+    return keyed(count).stream()
+
+
 def kinds(union: Any) -> set[str]:
     members = get_args(get_args(union)[0])
     return {kind for m in members for kind in get_args(m.model_fields["kind"].annotation)}
@@ -148,28 +153,28 @@ def test_no_network_has_a_strided_convolution_of_one_pixel(section: dict[str, An
 
 @EVERY
 def test_stand_ins_return_images_with_keyed_noise_and_a_gradient(name: str) -> None:
-    purifier, draws = build_purifier(name), keyed(IMAGES)
+    purifier, stream = build_purifier(name), noise(IMAGES)
     for kind in purifier.stand_ins:
         x = (0.2 + 0.6 * grey_levels(IMAGES, SHAPES[0])).requires_grad_()
-        purified = purifier.stand_in(kind, x, draws)
+        purified = purifier.stand_in(kind, x, stream)
         assert purified.shape == x.shape and purified.min() >= 0 and purified.max() <= 1
-        assert torch.equal(purifier.stand_in(kind, x, draws), purified), "the noise is not keyed"
+        assert torch.equal(purifier.stand_in(kind, x, stream), purified), "the noise is not keyed"
         (gradient,) = torch.autograd.grad(purified.square().sum(), x)
         assert gradient.isfinite().all() and gradient.flatten(1).ne(0).any(1).all()
     if not purifier.stand_ins:
         with pytest.raises(NotImplementedError):
-            purifier.stand_in("direct", grey_levels(IMAGES, SHAPES[0]), draws)
+            purifier.stand_in("direct", grey_levels(IMAGES, SHAPES[0]), stream)
 
 
 @EVERY
 def test_detector_score_of_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    purifier, x, draws = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), keyed(IMAGES)
-    scores = purifier.detector_score(x, draws)
+    purifier, x, stream = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), noise(IMAGES)
+    scores = purifier.detector_score(x, stream)
     assert scores.shape == (IMAGES,) and scores.isfinite().all()
     rows = torch.tensor([3, 17, 5])
-    alone = purifier.detector_score(x[rows], draws[rows])
+    alone = purifier.detector_score(x[rows], stream[rows])
     assert torch.allclose(alone, scores[rows], rtol=1e-3, atol=1e-5)
-    assert purifier.detector_score(x).shape == (IMAGES,), "without draws"
+    assert purifier.detector_score(x).shape == (IMAGES,), "without a stream"
 
 
 @EVERY
@@ -180,7 +185,7 @@ def test_output_has_shape_dtype_and_range_of_images(
 ) -> None:
     x = grey_levels(IMAGES, shape).to(dtype)
     before = x.clone()
-    purified = build_purifier(name, shape).to(dtype)(x, keyed(IMAGES))
+    purified = build_purifier(name, shape).to(dtype)(x, noise(IMAGES))
     assert purified.shape == x.shape and purified.dtype == dtype and purified.device == x.device
     assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
     assert torch.equal(x, before), "the input has changed"
@@ -190,24 +195,24 @@ def test_output_has_shape_dtype_and_range_of_images(
 @pytest.mark.parametrize("image", ["black", "white", "one"])
 def test_extreme_images_stay_finite_and_in_range(name: str, image: str) -> None:
     x = torch.ones(1, 1, 8, 8) if image == "one" else torch.full((4, 1, 8, 8), image == "white")
-    purified = build_purifier(name)(x.float(), keyed(len(x)))
+    purified = build_purifier(name)(x.float(), noise(len(x)))
     assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
 
 
 @EVERY
 def test_output_is_random_only_if_declared_stochastic(name: str) -> None:
     purifier, x = build_purifier(name), grey_levels(IMAGES, SHAPES[0])
-    one = purifier(x, keyed(IMAGES))
-    assert torch.equal(purifier(x, keyed(IMAGES)), one), "equal draws, other output"
-    redrawn = keyed(IMAGES).redraw(1)
-    reseeded, other_role = Draws(1, "score", redrawn.ids), Draws(0, "attack", redrawn.ids)
-    for draws in (redrawn, reseeded, other_role):
-        moved = (purifier(x, draws) != one).flatten(1).any(1)
+    one = purifier(x, noise(IMAGES))
+    assert torch.equal(purifier(x, noise(IMAGES)), one), "equal noise, other output"
+    draws = keyed(IMAGES)
+    reseeded, other_role = Draws(1, "score", draws.ids), Draws(0, "attack", draws.ids)
+    for other in (draws.redraw(1), reseeded, other_role):
+        moved = (purifier(x, other.stream()) != one).flatten(1).any(1)
         assert moved.all() if purifier.stochastic else not moved.any()
 
 
 @EVERY
-def test_noise_is_fresh_for_every_image_without_draws(name: str) -> None:
+def test_noise_is_fresh_for_every_image_without_a_stream(name: str) -> None:
     purifier, x = build_purifier(name), grey_levels(IMAGES, SHAPES[0])
     same = torch.equal(purifier(x), purifier(x))
     assert same != purifier.stochastic
@@ -220,7 +225,7 @@ def test_noise_is_fresh_for_every_image_without_draws(name: str) -> None:
 def test_gradient_is_usable_only_if_declared_differentiable(name: str) -> None:
     purifier = build_purifier(name)
     x = (0.2 + 0.6 * grey_levels(IMAGES, SHAPES[0])).requires_grad_()
-    purified = purifier(x, keyed(IMAGES))
+    purified = purifier(x, noise(IMAGES))
     probe = torch.randn(purified.shape, generator=torch.Generator().manual_seed(2))
     gradient = torch.zeros_like(x)
     if purified.requires_grad:
@@ -234,29 +239,29 @@ def test_gradient_is_usable_only_if_declared_differentiable(name: str) -> None:
 @EVERY
 def test_purified_image_does_not_depend_on_its_batch(name: str) -> None:
     """Equal bytes in batches of equal size; equal up to rounding in batches of another size."""
-    purifier, x, draws = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), keyed(IMAGES)
-    whole = purifier(x, draws)
+    purifier, x, stream = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), noise(IMAGES)
+    whole = purifier(x, stream)
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(purifier(x[order], draws[order]), whole[order])
+    assert torch.equal(purifier(x[order], stream[order]), whole[order])
     others_changed = x.clone()
     others_changed[1:] = 1 - others_changed[1:]
-    assert torch.equal(purifier(others_changed, draws)[0], whole[0])
+    assert torch.equal(purifier(others_changed, stream)[0], whole[0])
     for rows in (order[:1], order[:7], order[5:]):
-        assert torch.allclose(purifier(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
+        assert torch.allclose(purifier(x[rows], stream[rows]), whole[rows], rtol=0, atol=1e-5)
 
 
 @EVERY
-def test_purifier_takes_images_and_draws_only(name: str) -> None:
+def test_purifier_takes_images_and_noise_only(name: str) -> None:
     purifier = build_purifier(name)
     for method in (purifier.forward, purifier.purify):
-        assert list(inspect.signature(method).parameters) == ["x", "draws"]
+        assert list(inspect.signature(method).parameters) == ["x", "stream"]
 
 
 @EVERY
 def test_purifying_changes_neither_state_nor_global_stream(name: str) -> None:
     purifier = build_purifier(name)
     before = {key: value.clone() for key, value in purifier.state_dict().items()}
-    stream = torch.get_rng_state()
-    purifier(grey_levels(IMAGES, SHAPES[0]), keyed(IMAGES))
+    state = torch.get_rng_state()
+    purifier(grey_levels(IMAGES, SHAPES[0]), noise(IMAGES))
     assert all(torch.equal(before[key], value) for key, value in purifier.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), stream), "it drew from the global stream"
+    assert torch.equal(torch.get_rng_state(), state), "it drew from the global stream"
