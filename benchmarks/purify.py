@@ -23,7 +23,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from components.data.draws import Draws
+from components.data.draws import Draws, NoiseStream
 from components.models.purifiers import InferenceConfig, Purifier, PurifierConfig
 from components.models.purifiers.diffusion.ddpm import Diffusion, linear_alpha_bar
 
@@ -101,9 +101,9 @@ def timed(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def input_gradient(purifier: Purifier, x: Tensor, draws: Draws) -> Tensor:
+def input_gradient(purifier: Purifier, x: Tensor, stream: NoiseStream) -> Tensor:
     point = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(purifier(point, draws).square().sum(), point)
+    (gradient,) = torch.autograd.grad(purifier(point, stream).square().sum(), point)
     return gradient
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device, count = options.device, options.images
     x = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
-    draws = Draws(0, "clean", torch.arange(count, device=device))
+    stream = Draws(0, "clean", torch.arange(count, device=device)).stream()
     built = {name: build(n, i, device) for name, (n, i, _) in PURIFIERS.items()}
     forward: dict[str, list[float]] = {name: [] for name in built}
     with_gradient: dict[str, list[float]] = {name: [] for name in built if PURIFIERS[name][2]}
@@ -166,11 +166,11 @@ def main() -> None:
     for round_ in range(options.rounds + 1):
         for name, purifier in built.items():
             with torch.no_grad():
-                taken = timed(lambda p=purifier: p(x, draws), device)
+                taken = timed(lambda p=purifier: p(x, stream), device)
             if round_:  # the first round warms up
                 forward[name].append(taken / count)
             if name in with_gradient:
-                taken = timed(lambda p=purifier: input_gradient(p, x, draws), device)
+                taken = timed(lambda p=purifier: input_gradient(p, x, stream), device)
                 if round_:
                     with_gradient[name].append(taken / count)
         network = built["DiffDefense released, L 4, R 5"].network
