@@ -167,7 +167,11 @@ class FakeEvaluation:
         clean = self.test.pixels()
         moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
         ones = torch.ones(N, dtype=torch.int64)
-        crafted = Crafted(self.test.ids, self.test.labels, moved, ones.bool(), ones, ones, ones)
+        fooled = ones.bool()
+        crafted = Crafted(
+            self.test.ids, self.test.labels, moved, fooled, ones, ones, ones, fooled, 1 - ones,
+            -ones.float(),
+        )  # fmt: skip
         write_crafted(folder / shard_name(0), crafted)
         write_crafted_manifest(folder, SHAPE, {})
 
@@ -207,7 +211,7 @@ class FakeEvaluation:
         unseen = (score(N), score(9))
         efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
         return Result(
-            scored, inside, distance, findings, unseen, score(6), detector, panels, efforts
+            scored, inside, distance, findings, unseen, score(6), detector, panels, efforts, {}
         )
 
 

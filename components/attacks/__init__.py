@@ -4,7 +4,7 @@
 pixel range are measured on the images that come back: an attack never grades itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 import torch
@@ -26,7 +26,7 @@ from components.attacks.square import Square
 from components.attacks.stadv import StAdv
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
-from components.models.defense import Defense, Mode, bind, fold_batch_norm
+from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
 
 # The one place where an attack is added: a kind listed here can be used in params.yaml and by every
 # stage. Only a kind that has a rank in the order of strength is named once more, with its tier, in
@@ -37,6 +37,9 @@ AttackConfig = Annotated[
     | DetectorAware,
     Field(discriminator="kind"),
 ]  # fmt: skip
+
+# How often a random defense is asked about every finished image, as an attack would ask.
+ASKED = 4
 
 # Float32 cannot represent most radii exactly: an excess up to this is rounding, not a violation.
 SLACK = 1e-6
@@ -61,6 +64,11 @@ class Crafted:
     `success` (N,) bool: the defense misclassifies the returned image under one draw of its noise
     (role `attack`). `iterations`, `forward` and `backward` (N,) int64 count the iterations and
     passes spent on each image.
+
+    The rest is what the attack was answered, which the scoring is held to: `fooled` (N,) bool is
+    its own view of the returned image; `answers` (N,) int64 are the right answers to `ASKED` more
+    queries like those of the attack (one, if the defense is deterministic), and `margin` (N,)
+    float32 their mean margin as a fraction of the length of the logits.
     """
 
     ids: Tensor
@@ -70,6 +78,13 @@ class Crafted:
     iterations: Tensor
     forward: Tensor
     backward: Tensor
+    fooled: Tensor
+    answers: Tensor
+    margin: Tensor
+
+    def pick(self, rows: Tensor) -> "Crafted":
+        """Return the set of some images."""
+        return Crafted(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def craft(
@@ -105,8 +120,34 @@ def _craft(
         logits = defense(images, draws)
     # Logits that are not finite classify nothing.
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
-    columns = (images, ~right, outcome.iterations, target.passes.forward, target.passes.backward)
+    spent = (outcome.iterations, target.passes.forward.clone(), target.passes.backward.clone())
+    answers = _ask(folded, mode, images, labels, draws)
+    columns = (images, ~right, *spent, outcome.margin <= 0, *answers)
     return (data.ids, data.labels, *(column.cpu() for column in columns))
+
+
+def _ask(
+    folded: Defense, mode: Mode, images: Tensor, labels: Tensor, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Ask about finished images as attacks ask: with gradients on, in batches of several sizes.
+
+    Returns the right answers (N,) and the mean relative margins (N,), under draws of role `attack`
+    that no attack uses.
+    """
+    target = bind(folded, "full" if mode == "fixed_noise" else mode, draws, 1)
+    right, margins = torch.zeros_like(labels), torch.zeros(len(images), device=images.device)
+    asked = ASKED if target.stochastic else 1
+    rows = torch.arange(len(images), device=images.device)
+    for draw in range(asked):
+        for some in rows.tensor_split((1, 1 + len(rows) // 3)):
+            with torch.enable_grad():
+                logits = target[some](images[some].requires_grad_(), -1 - draw).detach()
+            found = margin(logits, labels[some]) / logits.norm(dim=1).clamp_min(1e-30)
+            # A tie counts for the label where it is the first, as in the scoring.
+            sound = logits.isfinite().all(1)
+            right[some] += (logits.argmax(1) == labels[some]) & sound
+            margins[some] += found.nan_to_num(0, 0, 0).float() / asked
+    return right, margins
 
 
 def violations(images: Tensor, clean: Tensor, threat: Linf | L2) -> list[str]:

@@ -1,8 +1,8 @@
 """Adversarial sets on disk: Parquet shards with a manifest (`components.data.shards`).
 
-Columns: `id`, `label`, `image` (fixed-size binary: float32, C x H x W), `success`, `iterations`,
-`forward`, `backward`. Images are stored in float32: rounded to bytes they could leave the ball or
-stop fooling. The manifest says what was attacked, how, and with which attack.
+Columns: `id`, `label`, `image` (fixed-size binary: float32, C x H x W), and the other fields of
+`Crafted` by their names. Images are stored in float32: rounded to bytes they could leave the ball
+or stop fooling. The manifest says what was attacked, how, and with which attack.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,18 @@ from components.attacks import Crafted
 from components.data.image_set import Shape, fixed_size_column
 from components.data.shards import read_manifest, read_shards, write_manifest, write_shard
 
-COUNTS = ("iterations", "forward", "backward")
+# What else is known of every image, with the type that it is stored in.
+FACTS = {
+    "success": pa.bool_(), "iterations": pa.int64(), "forward": pa.int64(), "backward": pa.int64(),
+    "fooled": pa.bool_(), "answers": pa.int64(), "margin": pa.float32(),
+}  # fmt: skip
 
 
 def schema(shape: Shape) -> pa.Schema:
     """Return the Parquet schema of adversarial images of this shape."""
     size = 4 * int(np.prod(shape))
     columns = [("id", pa.int64()), ("label", pa.int64()), ("image", pa.binary(size))]
-    columns += [("success", pa.bool_()), *((name, pa.int64()) for name in COUNTS)]
-    return pa.schema(columns)
+    return pa.schema([*columns, *FACTS.items()])
 
 
 def write_crafted(path: Path, crafted: Crafted) -> None:
@@ -36,8 +39,8 @@ def write_crafted(path: Path, crafted: Crafted) -> None:
     image = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(4 * flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
     )
-    columns = [crafted.ids, crafted.labels, image, crafted.success]
-    columns += [getattr(crafted, name) for name in COUNTS]
+    columns = [crafted.ids, crafted.labels, image]
+    columns += [getattr(crafted, name) for name in FACTS]
     arrays = [c if isinstance(c, pa.Array) else pa.array(c.numpy()) for c in columns]
     write_shard(path, pa.table(arrays, schema=schema((channels, height, width))))
 
@@ -61,8 +64,5 @@ def read_crafted(folder: Path) -> Crafted:
         ids=column("id"),
         labels=column("label"),
         images=torch.from_numpy(flat.reshape(-1, *shape)),
-        success=column("success"),
-        iterations=column("iterations"),
-        forward=column("forward"),
-        backward=column("backward"),
+        **{name: column(name) for name in FACTS},
     )

@@ -1,13 +1,24 @@
 """Checks of stored adversarial sets: their bytes, their provenance, and the effort behind them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import L2, Attack, Crafted, Linf, violations
+from components.attacks import ASKED, L2, Attack, Crafted, Linf, violations
 from components.data.image_set import ImageSet
+from components.models.accuracy import Counts
 from components.probes.contract import Finding
+from components.probes.statistics import shares_differ
+
+# A margin below this fraction of the length of the logits may change its sign by rounding.
+KNIFE_EDGE = 1e-3
+# The p-value under which two rates of right answers are different. It is small, because every set
+# of every random defense is compared.
+DIFFERENT = 1e-4
 
 
 def stored_set(
@@ -52,6 +63,65 @@ def agreement(name: str, digests: Mapping[str, tuple[str, str]]) -> Finding:
     if changed:
         detail = f"crafted against another {' and '.join(changed)}: a transfer, not robust accuracy"
     return Finding(name=f"provenance/{name}", level="block", passed=not changed, detail=detail)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an attack was answered about the images that it stored, as in `Crafted`: (N,) each.
+
+    `asked` is the number of queries that `right` counts.
+    """
+
+    asked: int
+    fooled: npt.NDArray[np.bool_]
+    right: Counts
+    margin: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, crafted: Crafted, stochastic: bool) -> "Answers":
+        """Return the answers in a set that was crafted against the defense itself."""
+        return cls(
+            ASKED if stochastic else 1,
+            crafted.fooled.numpy(),
+            crafted.answers.numpy(),
+            crafted.margin.numpy(),
+        )
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Answers]") -> "Answers":
+        """Return the answers about several parts of one set."""
+        return cls(
+            parts[0].asked,
+            np.concatenate([part.fooled for part in parts]),
+            np.concatenate([part.right for part in parts]),
+            np.concatenate([part.margin for part in parts]),
+        )
+
+
+def same_answer(name: str, crafting: Answers, scoring: Counts, draws: int, rough: bool) -> Finding:
+    """Check 31: on the stored bytes, the scoring is answered as the attack was.
+
+    `scoring` (N,) counts right answers of `draws` queries. A deterministic defense gives the same
+    answer, except where the margin is within rounding; `rough` ones, which descend or round, may
+    differ on 2 % of the images. The answers of a random one are compared by an exact test of their
+    rates. A defense that knows when it is attacked differs, by whatever means it knows.
+    """
+    if draws > 1:
+        p = shares_differ(crafting.right, crafting.asked, scoring, draws)
+        passed = p >= DIFFERENT
+        then, now = crafting.right.mean() / crafting.asked, scoring.mean() / draws
+        detail = f"{then:.1%} right when crafted, {now:.1%} when scored (p = {p:.3g})"
+    else:
+        right = scoring > 0
+        differ = (right != (crafting.right > 0)) | (right & crafting.fooled)
+        clear = differ & (np.abs(crafting.margin) > KNIFE_EDGE)
+        allowed = 0.02 * len(scoring) if rough else 0
+        passed = int(clear.sum()) <= allowed
+        detail = (
+            f"of {len(scoring)} answers {int(differ.sum())} differ between crafting and scoring, "
+            f"{int(clear.sum())} of them by more than rounding"
+        )
+    return Finding(name=f"same_answer/{name}", level="block", passed=passed, detail=detail)
 
 
 def effort(name: str, attack: Attack, crafted: Crafted) -> Finding:

@@ -1,10 +1,12 @@
 """Intervals and exact paired tests; the unit is always the image."""
 
 from collections.abc import Sequence
-from math import sqrt
+from math import comb, sqrt
 
 import numpy as np
+import numpy.typing as npt
 
+from components.models.accuracy import Counts
 from components.probes.contract import Accuracies
 
 Z95 = 1.959963984540054
@@ -49,6 +51,41 @@ def _subsets(n: int, most: int) -> int:
         # Of C(n, size) to C(n, size + 1): far quicker than computing each anew.
         ways = ways * (n - size) // (size + 1)
     return total
+
+
+def shares_differ(few: Counts, of: int, many: Counts, of_many: int) -> float:
+    """Return the two-sided p-value that two rates of right answers are the same for every image.
+
+    Image i was answered right `few[i]` times of `of`, and `many[i]` times of `of_many`, by
+    independent draws. Given their sum, `few[i]` is hypergeometric if the rates are equal, so the
+    sum over all images has an exact distribution: the convolution over images.
+    """
+    distribution = np.ones(1)
+    totals, images = np.unique(few + many, return_counts=True)
+    for total, count in zip(totals.tolist(), images.tolist(), strict=True):
+        one = _hypergeometric(of, of_many, total)
+        distribution = np.convolve(distribution, _power(one, count))
+    seen = int(few.sum())
+    return min(1.0, 2 * float(min(distribution[: seen + 1].sum(), distribution[seen:].sum())))
+
+
+def _hypergeometric(of: int, rest: int, total: int) -> npt.NDArray[np.float64]:
+    """Return the chances that k = 0..`of` of `total` right answers fall among the first `of`."""
+    ways = comb(of + rest, total)
+    return np.array(
+        [comb(of, k) * comb(rest, total - k) / ways if k <= total else 0.0 for k in range(of + 1)]
+    )
+
+
+def _power(one: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """Return the distribution of the sum of `count` independent variables, by squaring."""
+    whole = np.ones(1)
+    while count:
+        if count & 1:
+            whole = np.convolve(whole, one)
+        one = np.convolve(one, one)
+        count >>= 1
+    return whole
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -35,6 +35,7 @@ MEANINGS = {
     "accounting": "Every test image is in the set exactly once, with its own label.",
     "threat_model": "The stored bytes are in [0, 1] and, where the attack is bounded, in the ball.",
     "provenance": "The set was crafted as params.yaml says, against what it is scored on.",
+    "same_answer": "On the stored bytes, the scoring is answered as the attack was.",
     "effort": "Images that withstood were attacked for as long as the attack's name promises.",
     "quantisation": "Rounded to 8 bits, the worst examples fool as many.",
     "order_of_strength": "No attack fools what all stronger attacks together leave standing.",

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import L2, SLACK, Attack, Linf
+from components.attacks import L2, SLACK, Attack, Crafted, Linf
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
-from components.checks.sets import agreement, effort, stored_set
+from components.checks.sets import Answers, agreement, effort, stored_set
 from components.data import image_set, shards
 from components.data.draws import Role
 from components.data.image_set import ImageSet
@@ -88,7 +88,7 @@ class Result:
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
     bits; `detector` are the detector scores, None where the purifier is no detector; `panels` are
     pictures of every set; `efforts` are the passes that white-box sets cost whose attack stops at
-    success.
+    success; `answers` are what attacks were answered about the sets that they made of this entry.
     """
 
     scores: Mapping[str, Score]
@@ -100,6 +100,7 @@ class Result:
     detector: DetectorScores | None
     panels: Mapping[str, Panel]
     efforts: Mapping[str, Effort]
+    answers: Mapping[str, Answers]
 
     def within_threat(self) -> dict[str, Score]:
         """Return the scores by the rule of the headline: an example outside the ball is clean."""
@@ -113,9 +114,10 @@ def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
     before = state_digest(defense)
     images = image_set.read(plan.test)
     rows = _rows(plan.test, shard)
-    stored, efforts, findings = _read_sets(entry, plan, images)
+    crafted, findings = _read_sets(entry, plan, images)
     some, pixels = images[rows], images.pixels()[rows]
-    sets = {name: x[rows] for name, x in stored.items()}
+    mine = {name: one.pick(rows) for name, one in crafted.items()}
+    sets = {CLEAN: pixels, **{name: one.images for name, one in mine.items()}}
     scores = {name: _score(defense, x, some, plan, name) for name, x in sets.items()}
     reach = {name: plan.threat.distance(x, pixels).numpy() for name, x in sets.items()}
     inside = {name: far <= plan.threat.eps + SLACK for name, far in reach.items()}
@@ -137,11 +139,18 @@ def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
     findings.append(unchanged(before, state_digest(defense), defense.training))
     panels = _panels(defense, some, sets, scores[CLEAN], plan) if shard == 0 else {}
     spent = {
-        name: Effort(one.passes[rows.numpy()], one.fooled[rows.numpy()])
-        for name, one in efforts.items()
+        name: Effort.of(one)
+        for name, one in mine.items()
         if _stops_in_white_box(name, entry, plan) and not defense.stochastic
     }
-    return Result(scores, inside, distance, findings, unseen, rounded, detector, panels, spent)
+    answers = {
+        name: Answers.of(one, defense.stochastic)
+        for name, one in mine.items()
+        if rung_of(name) not in REPLAYED
+    }
+    return Result(
+        scores, inside, distance, findings, unseen, rounded, detector, panels, spent, answers
+    )
 
 
 def merge(results: Sequence[Result]) -> Result:
@@ -169,6 +178,7 @@ def merge(results: Sequence[Result]) -> Result:
             )
             for name in first.efforts
         },
+        answers={n: Answers.joined([one.answers[n] for one in results]) for n in first.answers},
     )
 
 
@@ -209,12 +219,9 @@ def _subset(images: ImageSet, shard: int, shards: int) -> ImageSet:
 
 def _read_sets(
     entry: Entry, plan: Plan, images: ImageSet
-) -> tuple[dict[str, Tensor], dict[str, Effort], list[Finding]]:
-    """Read the clean images and all sets of an entry, and check the sets.
-
-    Returns the images and the efforts of those sets that may be counted, and all findings.
-    """
-    stored, efforts = {CLEAN: images.pixels()}, {}
+) -> tuple[dict[str, Crafted], list[Finding]]:
+    """Read and check all sets of an entry; return those that may be counted, and all findings."""
+    sound = {}
     findings = [Finding(**finding) for finding in json.loads(entry.probes.read_text())]
     for name, folder in entry.sets.items():
         crafted = read_crafted(folder)
@@ -223,8 +230,8 @@ def _read_sets(
         checks.append(_provenance(name, folder, entry, plan))
         findings += [*checks, effort(name, plan.attack(name), crafted)]
         if all(finding.passed for finding in checks):
-            stored[name], efforts[name] = crafted.images, Effort.of(crafted)
-    return stored, efforts, findings
+            sound[name] = crafted
+    return sound, findings
 
 
 def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:

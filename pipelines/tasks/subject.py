@@ -55,6 +55,10 @@ class Subject:
         """Say whether the exact gradient is usable."""
         return self._traits[1]
 
+    def rough(self) -> bool:
+        """Say whether the purifier descends or rounds, so that a last bit may become a label."""
+        return bool(self.stand_ins()) or not self.differentiable()
+
     @cached_property
     def _traits(self) -> tuple[Sequence[str], bool]:
         """Load the networks, once; a bare classifier need not be loaded."""

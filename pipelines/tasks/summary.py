@@ -22,7 +22,7 @@ from components.checks.scores import (
     undefended_falls,
     white_is_strongest,
 )
-from components.checks.sets import rounding
+from components.checks.sets import rounding, same_answer
 from components.data.image_set import ImageSet
 from components.evaluation.counting import CLEAN, Score, majority_of, per_class, worst, worst_of
 from components.evaluation.detection import detection
@@ -200,6 +200,9 @@ def _judged(
     }
     stochastic = carried.draws > 1
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
+    for name, answers in result.answers.items():
+        score = result.scores[name]
+        findings.append(same_answer(name, answers, score.score, score.draws, entry.subject.rough()))
     stored, rounded = (round(float(s.accuracy().sum())) for s in (carried, result.rounded))
     findings.append(rounding(stored, rounded, len(carried.score)))
     singles = {name: score.accuracy() for name, score in counted.items()}

@@ -289,14 +289,19 @@ def test_no_attack_stops_early_on_a_stochastic_defense(
 def test_no_two_queries_share_noise(name: str, classifier: Classifier, test_set: ImageSet) -> None:
     """Except images that are compared with each other, under noise that no gradient has seen.
 
-    Draw 0 is used again: it ranks the target classes and decides about success.
+    Draw 0 is used again: it ranks the target classes and decides about success. The queries about
+    the finished images have numbers below 0.
     """
+    asked: set[int] = set()
     followed: list[int] = []
     judged: list[int] = []
 
     def record(draws: Draws) -> None:
         assert draws.role == "attack"
-        (followed if torch.is_grad_enabled() else judged).append(draws.draw)
+        if draws.draw < 0:
+            asked.add(draws.draw)
+        else:
+            (followed if torch.is_grad_enabled() else judged).append(draws.draw)
 
     defense = listening(classifier, record).freeze()
     if refuses(name, defense, head(test_set, 8)):
@@ -304,6 +309,7 @@ def test_no_two_queries_share_noise(name: str, classifier: Classifier, test_set:
     followed.clear()
     judged.clear()
     craft(parse_attack(name), defense, "full", head(test_set, 8), LINF, 0, 8)
+    assert asked == {-1, -2, -3, -4}
     assert len(followed) == len(set(followed))
     assert not (set(followed) & set(judged)) - {0}
     assert len({*followed, *judged} - {0}) == max(*followed, *judged), "a draw was skipped"

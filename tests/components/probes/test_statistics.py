@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from components.probes.contract import Accuracies
-from components.probes.statistics import holm, more_fooled, summarise, wilson
+from components.probes.statistics import (
+    holm,
+    more_fooled,
+    shares_differ,
+    summarise,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +105,47 @@ def test_holm_equals_a_calculation_by_hand() -> None:
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([0.02, 0.011]) == pytest.approx([0.022, 0.022])
     assert holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_shares_of_one_image_are_compared_by_fishers_test() -> None:
+    """By hand: 4 of 4 against 1 of 4; given 5 right answers of 8, C(4,4) C(4,1) of C(8,5) ways."""
+    p = shares_differ(np.array([4]), 4, np.array([1]), 4)
+    assert p == pytest.approx(2 * 4 / 56)
+    assert shares_differ(np.array([2]), 4, np.array([2]), 4) == 1
+
+
+def test_shares_of_several_images_have_the_distribution_of_every_split() -> None:
+    """Against all ways to split the right answers of each image, counted one by one."""
+    few, many = np.array([2, 0, 1]), np.array([1, 0, 3])
+    chances: dict[int, Fraction] = {0: Fraction(1)}
+    for total in (few + many).tolist():
+        ways = {
+            k: Fraction(comb(2, k) * comb(3, total - k), comb(5, total))
+            for k in range(3) if total - k >= 0
+        }  # fmt: skip
+        chances = {
+            s: sum((chances.get(s - k, Fraction(0)) * way for k, way in ways.items()), Fraction(0))
+            for s in range(7)
+        }
+    upper = sum(chance for total, chance in chances.items() if total >= 3)
+    lower = sum(chance for total, chance in chances.items() if total <= 3)
+    assert shares_differ(few, 2, many, 3) == pytest.approx(float(min(1, 2 * min(upper, lower))))
+
+
+def test_equal_rates_differ_no_more_often_than_promised() -> None:
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(400):
+        rates = generator.uniform(size=50)
+        few, many = generator.binomial(4, rates), generator.binomial(32, rates)
+        values.append(shares_differ(few, 4, many, 32))
+    assert 5 <= sum(p < 0.05 for p in values) <= 33, "20 expected"
+
+
+def test_ten_thousand_images_take_seconds() -> None:
+    generator = np.random.default_rng(0)
+    rates = generator.uniform(size=10_000)
+    few, many = generator.binomial(4, rates), generator.binomial(32, rates)
+    began = time.perf_counter()
+    assert 0.001 < shares_differ(few, 4, many, 32) <= 1
+    assert time.perf_counter() - began < 10
