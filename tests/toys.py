@@ -61,7 +61,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 ATTACK_VARIANTS: dict[str, dict[str, Any]] = {
     "fgsm from a random start": {"kind": "fgsm", "random_start": True, "step": 1.25, "eot": 2},
     "detector_aware, classifier": {
-        "kind": "detector_aware", "sees": "classifier", "weights": [1.0], "steps": 8,
+        "kind": "detector_aware", "sees": "classifier", "weights": [10.0], "steps": 8,
         "step": 0.25, "eot": 2,
     },
     "pgd, last iterate": {

@@ -1,9 +1,10 @@
 """Auto-PGD (APGD; Croce and Hein 2020, algorithm 1): PGD that chooses its own step length.
 
-It maximises the cross-entropy (`apgd_ce`), the difference-of-logits ratio (`apgd_dlr`, equation 6)
-or the targeted form of that ratio towards each of `targets` runner-up classes (`apgd_t`, equation
-7); with 100 steps these belong to AutoAttack. Written from the paper. The random start is scaled to
-the surface of the ball, as in the authors' code, so that outcomes can be compared.
+It maximises the cross-entropy (`apgd_ce`, by way of the `log_odds`, which rise and fall with it),
+the difference-of-logits ratio (`apgd_dlr`, equation 6) or the targeted form of that ratio towards
+each of `targets` runner-up classes (`apgd_t`, equation 7); with 100 steps these belong to
+AutoAttack. Written from the paper. The random start is scaled to the surface of the ball, as in the
+authors' code, so that outcomes can be compared.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
-from components.attacks.gradient import cross_entropy
+from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Loss, Target, margin
 
@@ -50,7 +51,7 @@ class ApgdCe(Attack):
     ) -> Outcome:
         """Return the iterate of lowest margin."""
         search = Search(target, images, labels, early_stop=True)
-        return _run_restarts(search, threat, draws, self.steps, self.restarts, cross_entropy)
+        return _run_restarts(search, threat, draws, self.steps, self.restarts, log_odds)
 
 
 class ApgdDlr(Attack):
@@ -279,7 +280,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
     ordered = logits.sort(dim=1, descending=True).values
     true = logits.gather(1, labels[:, None]).squeeze(1)
     other = logits.gather(1, classes[:, None]).squeeze(1)
-    return -(true - other) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    return (other - true) / _or_one(ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2)
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -290,4 +291,12 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         raise ValueError(f"apgd_dlr needs 3 classes, but the classifier has {logits.shape[1]}")
     ordered = logits.sort(dim=1, descending=True).values
-    return -margin(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    return -margin(logits, labels) / _or_one(ordered[:, 0] - ordered[:, 2])
+
+
+def _or_one(spread: Tensor) -> Tensor:
+    """Return `spread` (N,), and 1 where it is zero because the largest logits are equal.
+
+    The authors add 1e-12 instead, which is not small beside small logits.
+    """
+    return torch.where(spread > 0, spread, 1)

@@ -75,8 +75,8 @@ class L2(Config):
         return (origin + delta * (self.eps / norm).clamp(max=1)).clamp(0, 1)
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
-        """Take a step of length `step` along the normalised gradient."""
-        return x + step * gradient / _length(gradient).clamp_min(1e-12)
+        """Take a step of length `step` along the gradient, however small or large that is."""
+        return x + step * normalised(gradient)
 
     def start(self, origin: Tensor, draws: Draws, use: str) -> Tensor:
         """Return a random image of the ball: a Gaussian direction, a uniform radius."""
@@ -151,6 +151,20 @@ class Attack(Config):
 def nan_as_fooled(margins: Tensor) -> Tensor:
     """Replace NaN by minus infinity: NaN logits classify nothing, so they count as fooled."""
     return margins.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+
+def normalised(gradient: Tensor) -> Tensor:
+    """Return `gradient` (N,C,H,W) scaled to Euclidean length 1 in each image; zero stays zero.
+
+    It is divided by its largest entry first: the squares of small or large entries would leave the
+    range of float32. NaN counts as zero, and infinity as the largest number there is, so an
+    infinite entry leaves nothing of the finite ones.
+    """
+    gradient = gradient.nan_to_num(0)
+    largest = gradient.flatten(1).abs().amax(1)[:, None, None, None]
+    scaled = gradient / torch.where(largest > 0, largest, 1)
+    # The largest entry is 1 now, so only a zero gradient is shorter than 1.
+    return scaled / _length(scaled).clamp_min(1)
 
 
 def _length(delta: Tensor) -> Tensor:
@@ -268,10 +282,9 @@ def strongest(
     """
     with torch.no_grad():
         by_draw = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
-    margins = torch.stack(by_draw).float().nan_to_num(-torch.inf).clamp(max=1e6)
-    means = margins.mean(0)
-    finite = means.clamp(min=-1e6)
-    # The tie-break weighs less than half a draw, however large the margins are.
-    best = ((margins > 0).sum(0) + 0.49 * finite / (1 + finite.abs())).argmin(0)
+    # The bound keeps means finite: infinity marks the candidates that are out.
+    margins = torch.stack(by_draw).float().nan_to_num(-torch.inf).clamp(max=1e30)
+    means, right = margins.mean(0), (margins > 0).sum(0)
+    best = means.masked_fill(right > right.amin(0), torch.inf).argmin(0)
     rows = torch.arange(len(labels), device=labels.device)
     return candidates[best, rows], means[best, rows]

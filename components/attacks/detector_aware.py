@@ -1,11 +1,12 @@
 """A detector-aware attack: fool the classifier while keeping the detector score low.
 
-For every weight it ascends cross-entropy less `weight` times the detector score of the purifier,
-and it returns the fooling image of lowest detector score. With `sees: classifier` the cross-entropy
-is that of the bare classifier, so purification is ignored: counter-attack B of APuDAE (Kalaria et
-al., equation 15). With `sees: defense` the gradient goes through the purification too. The detector
-score is in the purifier's own units, so the same weight means something else for every purifier:
-give a wide range. Without a purifier this is plain PGD.
+For every weight it ascends the `log_odds` less `weight` times the detector score of the purifier,
+and it returns the fooling image of lowest detector score. With `sees: classifier` the log odds are
+those of the bare classifier, so purification is ignored: counter-attack B of APuDAE (Kalaria et
+al., equation 15, where the cross-entropy stands: it is flat while the classifier is confident, and
+then the detector score alone would be followed). With `sees: defense` the gradient goes through the
+purification too. The detector score is in the purifier's own units, so the same weight means
+something else for every purifier: give a wide range. Without a purifier this is plain PGD.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import FINAL_DRAWS, L2, Attack, Linf, Outcome, Positive
-from components.attacks.gradient import Factor, cross_entropy
+from components.attacks.gradient import Factor, log_odds
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -65,10 +66,10 @@ class DetectorAware(Attack):
     def _gradient(
         self, target: Target, x: Tensor, labels: Tensor, weight: float, queries: Iterator[int]
     ) -> Tensor:
-        """Return the gradient of cross-entropy less `weight` times the detector score."""
+        """Return the gradient of the log odds less `weight` times the detector score."""
         bare = self.sees == "classifier"
         # The bare classifier draws no noise, so evaluating it uses up no query.
-        fool = target.evaluate(x, labels, cross_entropy, 0 if bare else next(queries), bare)
+        fool = target.evaluate(x, labels, log_odds, 0 if bare else next(queries), bare)
         return fool.gradient - weight * target.detector_gradient(x, next(queries))
 
 

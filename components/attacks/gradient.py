@@ -1,8 +1,9 @@
-"""Attacks by plain gradient ascent on the cross-entropy: FGSM, RAND+FGSM, BIM, PGD; and noise.
+"""Attacks by plain gradient ascent on the log odds: FGSM, RAND+FGSM, BIM, PGD; and noise.
 
 Papers: Goodfellow et al. 2015 (FGSM), Kurakin et al. 2017 (BIM), Madry et al. 2018 (PGD), Tramer et
 al. 2018 (RAND+FGSM), Wong et al. 2020 (FGSM from a random start), Athalye et al. 2018 (EOT,
 expectation over transformation: `eot` draws of the defense's noise are averaged per gradient).
+The papers climb the cross-entropy; its gradient has the direction of that of the `log_odds`.
 Under L-inf a step follows the sign of the gradient, under L2 its direction. Step lengths are given
 in multiples of the radius.
 """
@@ -13,7 +14,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
 from components.data.draws import Draws
@@ -97,7 +97,7 @@ def _multi_start(
         search.restart()
         x = start[search.rows]
         for _ in range(steps):
-            gradient = search.evaluate(x, cross_entropy).gradient
+            gradient = search.evaluate(x, log_odds).gradient
             stay = search.drop_fooled()
             if not len(search.rows):
                 break
@@ -112,10 +112,13 @@ def ascend(
     target: Target, start: Tensor, images: Tensor, labels: Tensor, threat: Linf | L2,
     steps: int, step: float,
 ) -> Tensor:  # fmt: skip
-    """Run bare PGD from `start` in the ball around `images`; return the last iterate."""
+    """Run bare PGD from `start` in the ball around `images`; return the last iterate.
+
+    Adversarial training takes its attacks from here.
+    """
     x = start
     for query in range(steps):
-        gradient = target.evaluate(x, labels, cross_entropy, query).gradient
+        gradient = target.evaluate(x, labels, log_odds, query).gradient
         x = threat.project(threat.ascend(x, gradient, step * threat.eps), images)
     return x
 
@@ -193,6 +196,19 @@ def _enough_travel(steps: int, step: float) -> bool:
     return steps >= 10 and steps * step >= 1.5
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy per image (N,)."""
-    return F.cross_entropy(logits, labels, reduction="none")
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log((1 - p) / p) per image (N,) in float64, p the probability of the true class.
+
+    That is the logsumexp of the other logits minus the true one: the odds of a wrong answer.
+    Attacks "on the cross-entropy" climb it. The cross-entropy is softplus(log odds), so it rises
+    with the log odds, and its gradient is 1 - p times theirs: the same direction for each image.
+    But 1 - p is rounded to zero in float32 once the true logit is about 17 above the others, and
+    the gradient of the log odds does not vanish there.
+
+    Where gradients of several draws are averaged (EOT), every draw has the same weight; the
+    cross-entropy weighs a draw by 1 - p, which ignores those that are right with confidence. In
+    float64, since differences of small logits vanish beside the log of the number of classes.
+    """
+    logits = logits.double()
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - true

@@ -5,6 +5,8 @@
   module around the target, with one dummy parameter.
 - It counts no passes: the target does.
 - It relies on its own clipping: here the result is projected once more.
+- It climbs the cross-entropy, which is flat where the classifier is confident: here it is shown
+  logits whose cross-entropy climbs along the same direction and is never flat (`_Module`).
 - It evaluates subsets of the batch without saying which images they are, so noise cannot be keyed
   per image: here it is refused for stochastic targets.
 
@@ -21,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
+from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -75,7 +78,7 @@ def run_torchattack(
     if len(rows):
         origin = images[rows].contiguous()
         with torch.random.fork_rng():
-            moved = make(_Module(target[rows])).forward(origin, labels[rows])
+            moved = make(_Module(target[rows], labels[rows])).forward(origin, labels[rows])
         found[rows] = threat.project(moved.detach(), origin)
         margin[rows] = nan_as_fooled(target[rows].margins(found[rows], labels[rows], 1))
     return Outcome(found, margin.float(), spent)
@@ -84,17 +87,23 @@ def run_torchattack(
 class _Module(nn.Module):
     """A target as torchattacks needs it: a module that has a parameter, and so a device.
 
-    The target is no submodule: its networks are out of reach of `train()` and of gradients.
+    It returns logits (N,K) of which only the true class and one other are possible, and equally
+    likely: the cross-entropy towards the true class is log 2, and its gradient half of that of the
+    `log_odds`. The target is no submodule: its networks are out of reach of `train()` and of
+    gradients.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, labels: Tensor) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros((), device=target.rows.device))
-        self.target = target
+        self.target, self.labels = target, labels
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = _Logits.apply(x, self.target)  # type: ignore[no-untyped-call]
-        return logits
+        odds = log_odds(logits, self.labels)
+        true, other = self.labels[:, None], (self.labels[:, None] + 1) % logits.shape[1]
+        none = torch.full_like(logits, -torch.inf, dtype=odds.dtype)
+        return none.scatter(1, true, 0).scatter(1, other, (odds - odds.detach())[:, None])
 
 
 class _Logits(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.attacks.gradient import cross_entropy
+from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Defense, Mode, bind, margin
 from components.probes.contract import Finding
@@ -53,20 +53,21 @@ def gradient_present(
 
 
 def loss_alive(defense: Defense, mode: Mode, x: Tensor, labels: Tensor, draws: Draws) -> Finding:
-    """Check 20: the cross-entropy has a gradient where the margin has one.
+    """Check 20: the `log_odds`, which attacks climb, have a gradient where the margin has one.
 
-    Very large logits saturate the cross-entropy; attacks on that loss then stand still.
+    Very large logits saturate the cross-entropy: attacks on that loss, which other authors write,
+    then stand still. Those on the log odds do not.
     """
     with torch.no_grad():
         scale = float(defense(x, draws).abs().amax())
-    missing = _unusable(_input_gradient(defense, mode, x, labels, draws, cross_entropy))
+    missing = _unusable(_input_gradient(defense, mode, x, labels, draws, log_odds))
     margin_missing = _unusable(_input_gradient(defense, mode, x, labels, draws, margin))
     return Finding(
         name=f"loss_alive/{mode}",
         level="warn",
         passed=scale <= LARGE_LOGIT and missing <= margin_missing + 0.01,
         detail=f"largest logit {scale:.3g}; {missing:.1%} of {len(x)} images have no gradient of "
-        f"the cross-entropy, {margin_missing:.1%} none of the margin",
+        f"the log odds, {margin_missing:.1%} none of the margin",
     )
 
 

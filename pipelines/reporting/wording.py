@@ -19,7 +19,7 @@ MEANINGS = {
     "batch_independence": "An image is answered alike in any company.",
     "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
     "gradient_correct": "The gradient says what differences measure, in halves and whole.",
-    "loss_alive": "The cross-entropy has a gradient where the margin has one.",
+    "loss_alive": "The loss that attacks climb has a gradient where the margin has one.",
     "eot_agreement": "Two estimates of the gradient over the noise point one way.",
     "unbounded": "With every image allowed, one of another class is not taken for the true one.",
     "unbounded_by_gradient": "With every image allowed, following the gradient fools the defense.",

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search, normalised
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -105,8 +105,10 @@ def onto_nearest(gaps: Tensor, gradients: Tensor) -> Tensor:
     """
     missing = -gaps.to(gradients.dtype).clamp_max(0)
     gradients = gradients.nan_to_num(0, 0, 0)
-    length = gradients.flatten(2).norm(dim=2).clamp_min(1e-12)
-    nearest = (missing / length).argmin(1)
+    directions = normalised(gradients.flatten(0, 1)).view_as(gradients)
+    slopes = (directions * gradients).flatten(2).sum(2)
+    away = torch.where(missing > 0, missing / slopes, missing)
+    nearest = away.argmin(1)
     rows = torch.arange(len(gaps), device=gaps.device)
-    scale: Tensor = (missing / length**2)[rows, nearest]
-    return (scale[:, None, None, None] * gradients[rows, nearest]).nan_to_num(0, 0, 0)
+    moves = away[rows, nearest][:, None, None, None] * directions[rows, nearest]
+    return moves.nan_to_num(0, 0, 0)

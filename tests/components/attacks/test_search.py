@@ -50,7 +50,7 @@ def test_the_stronger_image_beats_the_luckier_one(test_set: ImageSet) -> None:
 
 
 def test_the_strongest_image_is_classified_correctly_under_the_fewest_draws() -> None:
-    """By hand: three candidates for each of three rows, under four draws."""
+    """By hand: three candidates for each of four rows, under four draws."""
     table = torch.tensor([
         # Correct once of four, whatever its mean; twice; three times.
         [[9.0, -1, -1, -1], [1, 1, -9, -9], [1, 1, 1, -9]],
@@ -58,15 +58,17 @@ def test_the_strongest_image_is_classified_correctly_under_the_fewest_draws() ->
         [[2.0, 2, -1, -1], [1, 1, -1, -1], [3, 3, -1, -1]],
         # NaN and infinite margins give no NaN.
         [[torch.inf, torch.nan, -torch.inf, 1], [1, 1, 1, 1], [torch.inf] * 4],
+        # As in the second row, of margins that are small beside a count of draws.
+        [[2e-12, 2e-12, -1e-12, -1e-12], [1e-12, 1e-12, -1e-12, -1e-12], [3e-12] * 4],
     ])  # fmt: skip
-    labels = torch.zeros(3, dtype=torch.int64)
+    labels = torch.zeros(4, dtype=torch.int64)
 
     class Scripted:
         def __call__(self, x: Tensor, draw: int) -> Tensor:
-            seen = table[torch.arange(3), x.flatten().long(), draw]
+            seen = table[torch.arange(4), x.flatten().long(), draw]
             return functional.pad(seen[:, None], (0, 1))
 
-    candidates = torch.arange(3.0)[:, None, None, None, None].expand(3, 3, 1, 1, 1)
+    candidates = torch.arange(3.0)[:, None, None, None, None].expand(3, 4, 1, 1, 1)
     best, margins = strongest(cast(Target, Scripted()), candidates, labels, range(4))
-    assert best.flatten().tolist() == [0, 1, 0]
-    assert margins.tolist() == [1.5, 0.0, -torch.inf]
+    assert best.flatten().tolist() == [0, 1, 0, 1]
+    assert margins.tolist() == [1.5, 0.0, -torch.inf, 0.0]
