@@ -27,6 +27,7 @@ from components.attacks.stadv import StAdv
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
+from components.models.precision import full_precision
 
 # The one place where an attack is added: a kind listed here can be used in params.yaml and by every
 # stage. Only a kind that has a rank in the order of strength is named once more, with its tier, in
@@ -87,11 +88,14 @@ class Crafted:
         return Crafted(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+@full_precision()
 def craft(
     attack: Attack, defense: Defense, mode: Mode, data: ImageSet, threat: Linf | L2, seed: int,
     batch: int,
 ) -> Crafted:  # fmt: skip
     """Attack every image of `data` in batches of `batch`; noise is keyed by image, role `attack`.
+
+    In full float32 (`full_precision`), like the scores.
 
     Raises ValueError if the attack does not apply to this defense or threat, and AssertionError if
     a bounded attack returns images outside the threat.

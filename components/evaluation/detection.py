@@ -18,6 +18,7 @@ from torch import Tensor
 from components.data.draws import Draws, Role
 from components.evaluation.counting import CLEAN, Score
 from components.models.defense import Defense
+from components.models.precision import full_precision
 from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
 
@@ -52,13 +53,15 @@ class DetectorScores:
         return replace(self, score=score, select=select)
 
 
+@full_precision()
 def detector_scores(
     defense: Defense, sets: Mapping[str, Tensor], ids: Tensor, val: Tensor, val_ids: Tensor,
     seed: int, batch: int,
 ) -> DetectorScores | None:  # fmt: skip
     """Return the scores of sets of images (N,C,H,W) and of clean validation images (M,C,H,W).
 
-    M may be 0. A bare classifier has no scores: it gives None.
+    M may be 0. A bare classifier has no scores: it gives None. In full float32
+    (`full_precision`).
     """
     if defense.purifier is None:
         return None

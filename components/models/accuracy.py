@@ -10,10 +10,12 @@ from torch import Tensor
 
 from components.data.draws import Draws, Role
 from components.models.defense import Defense
+from components.models.precision import full_precision
 
 Counts = npt.NDArray[np.int64]
 
 
+@full_precision()
 def count_correct(
     defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
     draws: int, batch: int,
@@ -21,7 +23,8 @@ def count_correct(
     """Return per image (N,) how many of `draws` predictions under noise of role `role` are right.
 
     A deterministic defense predicts once, and that prediction counts for all draws. Logits that are
-    not finite count as wrong. The images are moved to the classifier's device batch by batch.
+    not finite count as wrong. The images are moved to the classifier's device batch by batch. In
+    full float32 (`full_precision`).
     """
     device = next(defense.classifier.parameters()).device
     total = torch.zeros(len(ids), dtype=torch.int64)

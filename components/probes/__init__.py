@@ -14,6 +14,7 @@ from components.attacks import L2, Linf
 from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Mode
+from components.models.precision import full_precision
 from components.probes import attacks, gradients, models
 from components.probes.attacks import UNBOUNDED, Bench
 from components.probes.contract import Finding
@@ -21,6 +22,7 @@ from components.probes.contract import Finding
 __all__ = ["Finding", "probe"]
 
 
+@full_precision()
 def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
     images: int, eot: int, stored: Sequence[Tensor] | None,
@@ -29,7 +31,7 @@ def probe(
 
     `eot` is the number of draws that its attacks average over. `stored` are the images (N,C,H,W)
     that the bounded attacks of the full rung made of `data`. With them the thorough probes run as
-    well, which cost attacks of their own.
+    well, which cost attacks of their own. In full float32 (`full_precision`), like the scores.
     """
     device = next(defense.classifier.parameters()).device
     rows = torch.arange(min(len(data), images))

@@ -17,6 +17,7 @@ from torch import Tensor
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.defense import Defense
+from components.models.precision import full_precision
 
 # Side of a picture on the page in CSS pixels, approximately: magnification is a whole number.
 TILE_PX = 76
@@ -38,13 +39,15 @@ class Panel:
     rows: dict[str, Captions]
 
 
+@full_precision()
 def render(
     defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], seed: int, batch: int
 ) -> dict[str, Panel]:
     """Return a panel for every set (S,C,H,W) crafted from `images`; none if there are no images.
 
     A caption is the answer of the bare classifier to that picture: under a purified picture it is
-    the answer of the defense. Images are purified under the first draw of role `score`.
+    the answer of the defense. Images are purified under the first draw of role `score`, in
+    full float32 as when they are scored.
     """
     if not sets or not len(images):
         return {}

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from components.data.draws import Draws
 from components.models.defense import Defense
+from components.models.precision import full_precision
 
 
+@full_precision()
 def seconds_per_image(defense: Defense, images: Tensor, ids: Tensor) -> float:
     """Return the seconds per image that purifying a batch (N,C,H,W) takes on the second call.
 
-    Zero for a bare classifier. This is wall-clock time, whatever else the machine is doing.
+    Zero for a bare classifier. This is wall-clock time, whatever else the machine is doing, in
+    full float32 as when defenses are scored.
     """
     if defense.purifier is None:
         return 0.0

@@ -1,0 +1,210 @@
+"""Scores, attacks and probes are computed in full float32, whatever is switched on around them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import LINF, Noisy, head, parse_attack
+
+from components.attacks import craft
+from components.data.image_set import ImageSet
+from components.evaluation.detection import detector_scores
+from components.models.accuracy import count_correct
+from components.models.classifiers import Classifier
+from components.models.defense import Defense
+from components.models.precision import full_precision
+from components.probes import probe
+from pipelines.tasks.panels import render
+from pipelines.tasks.speed import seconds_per_image
+
+cudnn: Any = torch.backends.cudnn
+mkldnn: Any = torch.backends.mkldnn
+cuda: Any = torch.backends.cuda
+PRODUCTS = {
+    "cuda.matmul": cuda.matmul, "cudnn.conv": cudnn.conv, "cudnn.rnn": cudnn.rnn,
+    "mkldnn.matmul": mkldnn.matmul, "mkldnn.conv": mkldnn.conv, "mkldnn.rnn": mkldnn.rnn,
+}  # fmt: skip
+DEVICES = ("cpu", "cuda")
+State = dict[str, Any]
+
+
+def state() -> State:
+    """Return every setting that could lower the precision."""
+    autocast = {device: torch.is_autocast_enabled(device) for device in DEVICES}
+    return autocast | {name: one.fp32_precision for name, one in PRODUCTS.items()}
+
+
+FULL = dict.fromkeys(DEVICES, False) | dict.fromkeys(PRODUCTS, "ieee")
+
+
+@pytest.fixture(autouse=True)
+def _defaults_of_torch() -> Iterator[None]:
+    """Set back what these tests change."""
+    yield
+    for one in (torch.backends, *PRODUCTS.values()):
+        one.fp32_precision = "none"
+    mkldnn.set_flags(_fp32_precision="none")
+    cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = True
+
+
+@contextmanager
+def lowered_by_the_older_settings() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    cudnn.allow_tf32 = True
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def lowered_by_the_newer_settings() -> Iterator[None]:
+    for one in (cuda.matmul, cudnn.conv, cudnn.rnn):
+        one.fp32_precision = "tf32"
+    for one in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn):
+        one.fp32_precision = "bf16"
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def lowered_in_general() -> Iterator[None]:
+    for one in PRODUCTS.values():
+        one.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    mkldnn.set_flags(_fp32_precision="bf16")
+    yield
+
+
+LOWERED = pytest.mark.parametrize(
+    "lowered",
+    [lowered_by_the_older_settings, lowered_by_the_newer_settings, lowered_in_general, nullcontext],
+)
+Lowered = Callable[[], AbstractContextManager[None]]
+
+
+class Notes(list[State]):
+    """A list that copies of its owner share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Notes":
+        return self
+
+
+class Witness(nn.Module):
+    """A classifier that notes the settings that it finds in every call."""
+
+    def __init__(self, network: nn.Module, seen: Notes) -> None:
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(state())
+        logits: Tensor = self.network(x)
+        return logits
+
+
+class WitnessPurifier(Noisy):
+    """Adds noise, and notes the settings in every call."""
+
+    def __init__(self, seen: Notes) -> None:
+        super().__init__(0.05)
+        self.seen = seen
+
+    def purify(self, x: Tensor, draws: Any) -> Tensor:
+        self.seen.append(state())
+        return super().purify(x, draws)
+
+
+def results(defense: Defense, data: ImageSet) -> list[Any]:
+    """Return what every entry point reports of a defense: counts, images, scores, findings."""
+    pixels, labels, ids = data.pixels(), data.labels, data.ids
+    counts = count_correct(defense, pixels, labels, ids, 0, "score", 2, 8)
+    attack = parse_attack("pgd", steps=3, eot=1)
+    crafted = craft(attack, defense, "full", data, LINF, 0, 8)
+    findings = probe(defense, ["full"], data, LINF, 0, 8, 1, None)
+    detector = detector_scores(defense, {"clean": pixels}, ids, pixels, ids, 0, 8)
+    panels = render(defense, data, {"pgd": crafted.images}, 0, 8)
+    return [
+        counts.tolist(), crafted.images.tolist(), findings,
+        None if detector is None else detector.score["clean"].tolist(), panels,
+    ]  # fmt: skip
+
+
+@LOWERED
+def test_whatever_is_on_outside_a_defense_is_called_in_full_float32(
+    lowered: Lowered, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data, seen = head(test_set, 8), Notes()
+    pixels, labels, ids = data.pixels(), data.labels, data.ids
+    defense = Defense(Witness(classifier, seen), WitnessPurifier(seen)).freeze()
+    calls: dict[str, Callable[[], Any]] = {
+        "count_correct": lambda: count_correct(defense, pixels, labels, ids, 0, "score", 1, 8),
+        "craft": lambda: craft(parse_attack("fgsm"), defense, "full", data, LINF, 0, 8),
+        "probe": lambda: probe(defense, ["full"], data, LINF, 0, 8, 1, None),
+        "detector_scores": lambda: detector_scores(
+            defense, {"clean": pixels}, ids, pixels, ids, 0, 8
+        ),
+        "panels": lambda: render(defense, data, {"pgd": pixels}, 0, 8),
+        "speed": lambda: seconds_per_image(defense, pixels, ids),
+    }
+    with lowered():
+        before = state()
+        for name, call in calls.items():
+            seen.clear()
+            call()
+            assert seen and all(one == FULL for one in seen), name
+            assert state() == before, f"{name} did not restore what was on"
+
+
+@pytest.mark.parametrize("purifier", [None, Noisy()], ids=repr)
+def test_lowered_precision_outside_changes_no_result(
+    purifier: Noisy | None, classifier: Classifier, test_set: ImageSet
+) -> None:
+    data, defense = head(test_set, 16), Defense(classifier, purifier).freeze()
+    expected = results(defense, data)
+    for lowered in (lowered_by_the_older_settings, lowered_by_the_newer_settings):
+        with lowered():
+            assert results(defense, data) == expected
+
+
+@LOWERED
+def test_what_was_on_is_restored_after_an_error(lowered: Lowered) -> None:
+    with lowered():
+        before = state()
+        with pytest.raises(ZeroDivisionError), full_precision():
+            raise ZeroDivisionError
+        assert state() == before
+        with full_precision(), full_precision():
+            assert state() == FULL
+        assert state() == before
+
+
+def test_settings_that_follow_a_general_one_follow_it_afterwards() -> None:
+    for one in PRODUCTS.values():
+        one.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    with full_precision():
+        assert state() == FULL
+    torch.backends.fp32_precision = "ieee"
+    assert state() == FULL, "a setting was left at the value that it only followed"
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_torch_can_read_its_older_settings_inside_and_afterwards(precision: str) -> None:
+    """It does when it compiles, and refuses to where they contradict the newer ones."""
+    torch.set_float32_matmul_precision(precision)
+    with full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not cudnn.allow_tf32 and not cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == precision
+    assert cudnn.allow_tf32 and cuda.matmul.allow_tf32 == (precision != "highest")
+
+
+def test_what_a_network_switches_on_itself_is_its_own() -> None:
+    with full_precision():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_enabled("cpu")
