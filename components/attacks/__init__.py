@@ -142,8 +142,9 @@ def _ask(
     right, margins = torch.zeros_like(labels), torch.zeros(len(images), device=images.device)
     asked = ASKED if target.stochastic else 1
     rows = torch.arange(len(images), device=images.device)
+    groups = [some for some in rows.tensor_split((1, 1 + len(rows) // 3)) if len(some)]
     for draw in range(asked):
-        for some in rows.tensor_split((1, 1 + len(rows) // 3)):
+        for some in groups:
             with torch.enable_grad():
                 logits = target[some](images[some].requires_grad_(), -1 - draw).detach()
             found = margin(logits, labels[some]) / logits.norm(dim=1).clamp_min(1e-30)

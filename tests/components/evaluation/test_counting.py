@@ -277,8 +277,8 @@ def test_an_attack_that_stops_early_ends_when_the_image_is_fooled(
         if crafted.success.any() and not Witness.seen[0]:
             count += 1
             after.append(len(Witness.seen) - 1 - Witness.seen.index(True))
-    # `craft` itself evaluates the image once, and the attack may have evaluated it twice.
-    assert count and max(after) <= 2
+    # `craft` itself evaluates the image twice, and the attack may have evaluated it twice.
+    assert count and max(after) <= 3
 
 
 def test_a_curve_over_passes_has_the_fraction_of_images_not_fooled() -> None:
