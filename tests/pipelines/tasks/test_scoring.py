@@ -65,7 +65,18 @@ def scored(root: Path, control: Config, rows: int) -> Result:
     for name in RUNGS:
         moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
         moved[0] = clean[0]
-        crafted = Crafted(test.ids, test.labels, moved, ones.bool(), ones, ones, ones)
+        crafted = Crafted(
+            test.ids,
+            test.labels,
+            moved,
+            ones.bool(),
+            ones,
+            ones,
+            ones,
+            ones.bool(),
+            1 - ones,
+            -ones.float(),
+        )
         write_crafted(root / name / shard_name(0), crafted)
         facts: dict[str, Any] = {
             **subject.facts(), "data": shards.fingerprint(root / "test"), "seed": 0,
