@@ -34,9 +34,11 @@ STAGES: dict[str, dict[str, str]] = {
     "train_purifier": LEARNING,
     "distill_purifier": LEARNING,
     "finetune_atop": LEARNING,
-    "generate_baseline": {"test": TEST, "out": SETS},
-    "generate_adversarial": {"test": TEST, "classifier": STANDARD, "out": SETS},
-    "generate_controls": {"test": TEST, "classifier": STANDARD, "out": "adversarial/controls"},
+    "generate_baseline": {"val": VAL, "test": TEST, "out": SETS},
+    "generate_adversarial": {"val": VAL, "test": TEST, "classifier": STANDARD, "out": SETS},
+    "generate_controls": {
+        "val": VAL, "test": TEST, "classifier": STANDARD, "out": "adversarial/controls",
+    },
     "selftest": {"out": "reports/selftest.json"},
     "tune": {
         "train": TRAIN, "val": VAL, "models": str(MODELS), "pool": POOL,

@@ -108,12 +108,12 @@ class Defense(nn.Module):
 
 
 def fold_batch_norm(defense: Defense) -> Defense:
-    """Return a copy with every BatchNorm folded into the convolution before it, channels last.
+    """Return a copy in eval mode, channels last, with BatchNorms folded into their convolutions.
 
     It is faster and equal up to rounding. Attacks use it; the adversarial examples that they find
     are scored on the defense itself.
     """
-    copy = deepcopy(defense)
+    copy = deepcopy(defense).eval()
     for module in list(copy.modules()):
         if isinstance(module, nn.Sequential):
             _fold_sequence(module)

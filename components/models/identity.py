@@ -43,7 +43,16 @@ def code_digest(module: nn.Module) -> str:
     These are the files that define the classes of its parts, and the files of the same packages or
     folders that these import. Torch and other libraries are left out.
     """
-    return _digest_of(frozenset(type(part).__module__ for part in module.modules()))
+    return _digest_of(frozenset(modules_of(module)))
+
+
+def modules_of(network: nn.Module) -> set[str]:
+    """Return the names of the modules that define the classes of its parts, and their functions."""
+    names = {type(part).__module__ for part in network.modules()}
+    for part in network.modules():
+        held = [value for value in vars(part).values() if callable(value)]
+        names |= {str(each.__module__) for each in held if getattr(each, "__module__", None)}
+    return names
 
 
 def identity(module: nn.Module) -> str:

@@ -8,55 +8,82 @@ means and what to do next; the numbers of checks are those of the table.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from components.attacks import L2, Linf
+from components.attacks import L2, Crafted, Linf
 from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Mode
 from components.models.precision import full_precision
-from components.probes import attacks, gradients, models
-from components.probes.attacks import UNBOUNDED, Bench
+from components.probes import answers, attacks, gradients, masking, models
+from components.probes.bench import Bench, spread
 from components.probes.contract import Finding
 
 __all__ = ["Finding", "probe"]
+
+# Images that attacks and repeated questions are tried on, and those whose gradient is compared with
+# differences.
+TRIED, COMPARED = 64, 32
 
 
 @full_precision()
 def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
-    images: int, eot: int, stored: Sequence[Tensor] | None,
+    images: int, eot: int, batch: int, stored: Sequence[Crafted], val: ImageSet | None,
+    thorough: bool,
 ) -> list[Finding]:  # fmt: skip
-    """Probe a defense on the first `images` images of `data`, in the gradient modes of its ladder.
+    """Probe a defense on `images` images drawn from `data`, in the gradient modes of its ladder.
 
-    `eot` is the number of draws that its attacks average over. `stored` are the images (N,C,H,W)
-    that the bounded attacks of the full rung made of `data`. With them the thorough probes run as
-    well, which cost attacks of their own. In full float32 (`full_precision`), like the scores.
+    `eot` is the number of draws that its attacks average over, `batch` their batch size. `stored`
+    are the sets that the bounded attacks of the full rung made of `data`; `val` are images that
+    nobody scores. `thorough` adds probes that cost attacks of their own. In full float32
+    (`full_precision`).
     """
     device = next(defense.classifier.parameters()).device
-    rows = torch.arange(min(len(data), images))
+    rows = spread(data.ids, defense, seed, images)
     x, labels, ids = (
         part.to(device) for part in (data[rows].pixels(), data.labels[rows], data.ids[rows])
     )
-    bench = Bench(defense, x, labels, ids, threat, seed)
+    worst = _worst(stored)
+    worst = None if worst is None else worst[rows].to(device)
+    bench = Bench(defense, x, labels, ids, threat, seed, worst, batch)
+    # The draw that spread the rows is random, so any part of them is as good as any other.
+    some = bench.pick(torch.arange(min(len(x), TRIED), device=device))
+    points = some.points() if "full" in modes else some.still_points()
     findings = [
         models.convention(data.pixels()),
-        *models.check_logits(defense, x, bench.draws),
+        *answers.check_logits(defense, x, bench.draws),
+        answers.one_answer(some, points),
+        answers.looks_around(defense),
     ]
     for mode in modes:
         findings.append(gradients.gradient_present(defense, mode, x, labels, bench.draws))
         findings.append(gradients.loss_alive(defense, mode, x, labels, bench.draws))
+    few = torch.arange(min(len(x), COMPARED), device=device)
+    if not defense.differentiable:
+        findings.append(gradients.gradient_declared(bench.pick(few)))
+    elif "full" in modes:
+        compared = {name: point[few] for name, point in points.items()}
+        findings.append(gradients.gradient_honest(bench.pick(few), compared))
     if "full" in modes:
-        findings.append(gradients.gradient_correct(defense, x, labels, bench.draws))
         if defense.stochastic:
             findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
-    findings += attacks.unbounded(bench.pick(rows[:UNBOUNDED].to(device)), modes)
-    if stored is not None and "full" in modes:
-        findings += _thorough(bench, [part[: len(x)].to(device) for part in stored], eot)
+        findings.append(masking.blind_attack(some))
+        findings.append(masking.remembered(defense, data, val, some))
+    findings += attacks.unbounded(some, modes)
+    if thorough and "full" in modes:
+        findings += _thorough(bench, [one.images[rows].to(device) for one in stored], eot)
     return findings
 
 
-def _thorough(bench: Bench, stored: Sequence[Tensor], eot: int) -> list[Finding]:
+def _worst(stored: Sequence[Crafted]) -> torch.Tensor | None:
+    """Return the stored example of lowest margin of every image (N,C,H,W); None without sets."""
+    if not stored:
+        return None
+    chosen = torch.stack([one.margin for one in stored]).argmin(0)
+    return torch.stack([one.images for one in stored])[chosen, torch.arange(len(chosen))]
+
+
+def _thorough(bench: Bench, stored: Sequence[torch.Tensor], eot: int) -> list[Finding]:
     attack = ApgdCe(kind="apgd_ce", steps=100, restarts=1, eot=1)
     findings = [
         attacks.radii(bench),

@@ -4,70 +4,24 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.attacks import L2, Attack, Linf
+from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
 from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
-from components.data.draws import Draws, Role
-from components.models.accuracy import count_correct
-from components.models.defense import Defense, Mode, Target, bind, fold_batch_norm
-from components.probes.contract import SIGNIFICANT, Accuracies, Finding
+from components.models.defense import Defense, Mode, Target, bind
+from components.probes.bench import EOT, Bench
+from components.probes.contract import SIGNIFICANT, Finding
 from components.probes.statistics import holm, more_fooled
 
-UNBOUNDED = 64  # images
-EOT = 4
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
-SCORE_DRAWS = 20
 PLANTED = 24  # images
 GUESSES = 100  # random points, around one image
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a trial runs on: a defense, pixels (N,C,H,W) with labels and ids (N,), a threat."""
-
-    defense: Defense
-    x: Tensor
-    labels: Tensor
-    ids: Tensor
-    threat: Linf | L2
-    seed: int
-
-    @property
-    def draws(self) -> Draws:
-        """Noise of role `attack` for these images."""
-        return Draws(self.seed, "attack", self.ids)
-
-    def pick(self, rows: Tensor) -> "Bench":
-        """Return the bench with some of its images."""
-        return replace(self, x=self.x[rows], labels=self.labels[rows], ids=self.ids[rows])
-
-    def run(self, attack: Attack, mode: Mode, threat: Linf | L2, seed: int) -> Tensor:
-        """Return the images that `attack` finds."""
-        draws = Draws(seed, "attack", self.ids)
-        target = bind(fold_batch_norm(self.defense), mode, draws, getattr(attack, "eot", 1))
-        return attack.run(target, self.x, self.labels, threat, draws).images
-
-    def accuracies(self, images: Tensor, role: Role = "select") -> Accuracies:
-        """Return the accuracy per image (N,), under noise that no attack has seen."""
-        counts = count_correct(
-            self.defense, images, self.labels, self.ids, self.seed, role, SCORE_DRAWS, len(images)
-        )
-        return counts / SCORE_DRAWS
-
-    def pgd(self, steps: int, eot: int = EOT) -> Pgd:
-        """Return PGD whose steps add up to 2.5 radii, whatever their number."""
-        return Pgd(
-            kind="pgd", steps=steps, step=2.5 / steps, restarts=1, random_start=True,
-            early_stop=True, eot=eot,
-        )  # fmt: skip
 
 
 def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
@@ -150,11 +104,11 @@ def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
     no more than chance; else the stored accuracy is an upper bound.
     """
     sets = [bench.x, *stored]
-    before = _worst(bench, sets)
+    before = bench.worst(sets)
     for steps in (100, 200):
         attack = ApgdCe(kind="apgd_ce", steps=steps, restarts=1, eot=EOT)
         sets.append(bench.run(attack, "full", bench.threat, bench.seed + steps))
-    after = _worst(bench, sets)
+    after = bench.worst(sets)
     lost = float(before.mean() - after.mean())
     chance = bench.defense.stochastic and more_fooled(after, before) >= SIGNIFICANT
     return Finding(
@@ -165,17 +119,6 @@ def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
         f"{len(stored)} stored attacks, {after.mean():.1%} after 100 and 200 more steps of APGD",
         figures={"before": float(before.mean()), "after": float(after.mean())},
     )
-
-
-def _worst(bench: Bench, sets: Sequence[Tensor]) -> Accuracies:
-    """Return the accuracy per image (N,) on the worst of `sets`.
-
-    The noise that selects the worst set is not the noise that scores it.
-    """
-    chosen = np.stack([bench.accuracies(images, "select") for images in sets]).argmin(0)
-    scored = np.stack([bench.accuracies(images, "score") for images in sets])
-    worst: Accuracies = scored[chosen, np.arange(len(chosen))]
-    return worst
 
 
 def fixed_noise(bench: Bench) -> Finding:

@@ -6,6 +6,7 @@ toy that plants it and returns the findings.
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,15 @@ from components.checks.sets import agreement, effort
 from components.data.draws import NoiseStream
 from components.models.defense import Defense
 from components.models.identity import state_digest
-from components.probes import Finding, probe
+from components.probes import Finding
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.toy import (
-    EOT,
-    PROBED,
     THREAT,
     Case,
+    FunctionPurifier,
     Toy,
     probed,
+    probed_by,
     purifying,
     stored,
 )
@@ -77,6 +78,79 @@ def _less_batch_mean(x: Tensor, stream: NoiseStream | None) -> Tensor:
     return (x - 0.5 * x.mean(0, keepdim=True)).clamp(0, 1)
 
 
+class _Backward(torch.autograd.Function):
+    """The identity, with another derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.derivative = derivative
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.derivative(gradients[0]), None
+
+
+def _with_derivative(derivative: Callable[[Tensor], Tensor]) -> Case:
+    """Return the case of an identity whose gradient is `derivative` of the right one."""
+
+    def purify(x: Tensor, stream: NoiseStream | None) -> Tensor:
+        moved: Tensor = _Backward.apply(x, derivative)  # type: ignore[no-untyped-call]
+        return moved
+
+    return purifying(purify)
+
+
+def _rolled(gradient: Tensor) -> Tensor:
+    return gradient.roll(3, dims=3)
+
+
+def _rolled_in_float32(gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype == torch.float64 else _rolled(gradient)
+
+
+def _off_the_grid(x: Tensor, stream: NoiseStream | None) -> Tensor:
+    """Give the right gradient at levels k/255 alone, where an image starts."""
+    levels = 255 * x.detach()
+    on_grid = bool(((levels - levels.round()).abs() < 1e-3).all())
+    moved: Tensor = _Backward.apply(x, (lambda g: g) if on_grid else _rolled)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def _painted(toy: Toy, near: Tensor, x: Tensor) -> Tensor:
+    """Return the nearest image of `near` (M,C,H,W) where it is within 1.5 radii, else `x`."""
+    far = (x[:, None] - near[None].to(x.dtype)).abs().flatten(2).amax(2)
+    nearest = far.min(1)
+    known = nearest.values <= 1.5 * THREAT.eps
+    return torch.where(known[:, None, None, None], near[nearest.indices].to(x.dtype) + 0 * x, x)
+
+
+def _remembers(toy: Toy) -> list[Finding]:
+    """Return the test image near by; its gradient is that of the identity."""
+    images = toy.test.pixels()
+
+    def purify(x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return x + (_painted(toy, images, x) - x).detach()
+
+    return purifying(purify)(toy)
+
+
+def _two_faced(attacked: Callable[[Tensor], bool]) -> Case:
+    """Return the case of a purifier that is the identity for those that it takes for attackers."""
+
+    def purify(x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return x if attacked(x) else torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+
+    return purifying(purify)
+
+
+def _declared_without(toy: Toy) -> list[Finding]:
+    """Declare an honest purifier not differentiable, so that no attack need go through it."""
+    purifier = FunctionPurifier(lambda x, stream: 0.9 * x, False)
+    purifier.differentiable = False
+    return probed(purifier)(toy)
+
+
 # Models and data
 
 
@@ -85,7 +159,7 @@ def _batch_norm_training(toy: Toy) -> list[Finding]:
     defense = Defense(classifier, None).freeze()
     before = state_digest(defense)
     classifier.train()
-    findings = probe(defense, ["full"], toy.test, THREAT, 0, PROBED, EOT, None)
+    findings = probed_by(defense, toy)
     return [*findings, unchanged(before, state_digest(defense), classifier.training)]
 
 
@@ -137,7 +211,7 @@ LIES: dict[str, tuple[str, Case]] = {
         "gradient_present/full",
         purifying(torch.no_grad()(lambda x, draws: 0.9 * x)),
     ),
-    "half of the purifier detached": ("gradient_correct", purifying(_half_detached)),
+    "half of the purifier detached": ("gradient_honest/full", purifying(_half_detached)),
     "logits scaled by 1000": ("loss_alive/full", _with_logits(lambda logits: 1000 * logits)),
     "frozen noise declared random": (
         "randomness_declared",
@@ -147,7 +221,20 @@ LIES: dict[str, tuple[str, Case]] = {
         "randomness_declared",
         purifying(lambda x, draws: (x + 0.1 * torch.randn_like(x)).clamp(0, 1)),
     ),
-    "noise keyed on content": ("gradient_correct", purifying(_with_noise_of_content)),
+    "noise keyed on content": ("gradient_honest/full", purifying(_with_noise_of_content)),
+    "derivative of another function": ("gradient_honest/full", _with_derivative(_rolled)),
+    "derivative reversed": ("gradient_honest/full", _with_derivative(lambda g: -g)),
+    "right in float64 only": ("gradient_honest/full", _with_derivative(_rolled_in_float32)),
+    "right on the grid of levels only": ("gradient_honest/full", purifying(_off_the_grid)),
+    "found by Square, not by gradients": ("blind_attack", _with_derivative(_rolled)),
+    "declared not differentiable": ("gradient_declared", _declared_without),
+    "test images remembered": ("remembered", _remembers),
+    "identity where gradients are on": (
+        "one_answer",
+        _two_faced(lambda x: torch.is_grad_enabled()),
+    ),
+    "identity in large batches": ("one_answer", _two_faced(lambda x: len(x) > 20)),
+    "asks where it runs": ("looks_around", _two_faced(lambda x: torch.is_grad_enabled())),
     "NaN logits": ("logits", _with_logits(lambda logits: logits * torch.nan)),
     "softmax for logits": ("logits", _with_logits(lambda logits: logits.softmax(1))),
     "normalised input": (
@@ -155,7 +242,7 @@ LIES: dict[str, tuple[str, Case]] = {
         lambda toy: [convention((toy.test.pixels() - 0.3) / 0.3)],
     ),
     "input in 0..255": ("input_convention", lambda toy: [convention(255 * toy.test.pixels())]),
-    "purifier that knows its batch": ("batch_independence", purifying(_less_batch_mean)),
+    "purifier that knows its batch": ("one_answer", purifying(_less_batch_mean)),
     "batch norm left in train mode": ("state_unchanged", _batch_norm_training),
     "radius doubled": ("threat_model/full/pgd", _doubled),
     "storage that truncates": ("threat_model/full/pgd", _truncated),

@@ -27,9 +27,10 @@ EOT = 4
 
 @dataclass(frozen=True)
 class Toy:
-    """Digits to train on and digits to attack, and two classifiers trained on the former."""
+    """Digits to train on, to compare with and to attack, and two classifiers of them."""
 
     train: ImageSet
+    val: ImageSet
     test: ImageSet
     classifier: Classifier
     other: Classifier
@@ -61,10 +62,11 @@ def train_toy() -> Toy:
     )  # fmt: skip
     train = images[torch.arange(TRAINED)]
     test = images[torch.arange(TRAINED, TRAINED + 2 * PROBED)]
+    val = images[torch.arange(TRAINED + 2 * PROBED, TRAINED + 4 * PROBED)]
     first, other = (
         train_classifier(SmallCnn(kind="small_cnn", width=width), train) for width in (8, 6)
     )
-    return Toy(train, test, first, other)
+    return Toy(train, val, test, first, other)
 
 
 def train_classifier(config: SmallCnn | ResNet, data: ImageSet, robust: bool = False) -> Classifier:
@@ -118,9 +120,16 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
 
     def case(toy: Toy) -> list[Finding]:
         defense = Defense(classifier or toy.classifier, purifier).freeze()
-        return probe(defense, ["full"], toy.test, THREAT, 0, PROBED, EOT, None)
+        return probed_by(defense, toy)
 
     return case
+
+
+def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
+    """Probe a defense as every defense is probed, on the images to attack."""
+    return probe(
+        defense, ["full"], toy.test, THREAT, 0, PROBED, EOT, BATCH, [], toy.val, thorough=False
+    )
 
 
 def purifying(function: Function, random: bool = False) -> Case:

@@ -1,7 +1,8 @@
 """Attack a defense by its ladder and probe it.
 
-Reads data/test, the classifier and the purifier, writes adversarial/<defense>: `<mode>/<attack>/`
-holds one set of the ladder, `checks.json` the outcomes of the probes. The mode `classifier` is not
+Reads data/test, data/val (for the probes), the classifier and the purifier, writes
+adversarial/<defense>: `<mode>/<attack>/` holds one set of the ladder, `checks.json` the outcomes of
+the probes. The mode `classifier` is not
 crafted here: it replays the sets that were crafted against the bare classifier.
 """
 
@@ -22,11 +23,11 @@ class GenerateParams(CraftingView):
 
 
 def run(
-    params: GenerateParams, context: Context, *, name: str, test: Path, classifier: Path,
-    purifier: Path, out: Path,
+    params: GenerateParams, context: Context, *, name: str, val: Path, test: Path,
+    classifier: Path, purifier: Path, out: Path,
 ) -> dict[str, float]:  # fmt: skip
     """Craft the sets of the defense called `name` and probe it."""
     defended = params.defended
     subject = Subject(classifier.absolute(), purifier.absolute(), inference=defended.inference)
-    generate({out: (subject, defended.ladder)}, params, test, context)
+    generate({out: (subject, defended.ladder)}, params, val, test, context)
     return {}

@@ -1,7 +1,7 @@
 """Attack a bare classifier and probe it.
 
-Reads data/test and the classifier, writes adversarial/<baseline>: a set of adversarial examples for
-every attack of its ladder, and checks.json.
+Reads data/test, data/val (for the probes) and the classifier, writes adversarial/<baseline>: a set
+of adversarial examples for every attack of its ladder, and checks.json.
 """
 
 from pathlib import Path
@@ -21,9 +21,10 @@ class BaselineParams(CraftingView):
 
 
 def run(
-    params: BaselineParams, context: Context, *, name: str, test: Path, classifier: Path, out: Path
-) -> dict[str, float]:
+    params: BaselineParams, context: Context, *, name: str, val: Path, test: Path, classifier: Path,
+    out: Path,
+) -> dict[str, float]:  # fmt: skip
     """Craft the sets of the bare classifier called `name` and probe it."""
     subject = Subject(classifier.absolute())
-    generate({out: (subject, params.ladder)}, params, test, context)
+    generate({out: (subject, params.ladder)}, params, val, test, context)
     return {}

@@ -1,7 +1,7 @@
 """Attack all controls by their ladders and probe them.
 
-Reads data/test and the classifier, writes adversarial/controls: the sets of every control, and its
-checks.json.
+Reads data/test, data/val (for the probes) and the classifier, writes adversarial/controls: the
+sets of every control, and its checks.json.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class ControlsParams(CraftingView):
 
 
 def run(
-    params: ControlsParams, context: Context, *, test: Path, classifier: Path, out: Path
+    params: ControlsParams, context: Context, *, val: Path, test: Path, classifier: Path, out: Path
 ) -> dict[str, float]:
     """Craft the sets of every control and probe it."""
     subjects: dict[Path, tuple[Subject, Ladder]] = {
@@ -29,5 +29,5 @@ def run(
         for name, control in params.controls.items()
     }
     out.mkdir()  # Also without any control.
-    generate(subjects, params, test, context)
+    generate(subjects, params, val, test, context)
     return {}

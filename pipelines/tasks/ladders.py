@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 
+from components.attacks import Crafted
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
 from components.data import image_set
@@ -23,7 +23,7 @@ from pipelines.tasks.subject import Subject
 
 
 def generate(
-    subjects: Mapping[Path, tuple[Subject, Ladder]], params: CraftingView, test: Path,
+    subjects: Mapping[Path, tuple[Subject, Ladder]], params: CraftingView, val: Path, test: Path,
     context: Context,
 ) -> None:  # fmt: skip
     """Craft the ladder of every subject into its folder, and write its probes there.
@@ -56,7 +56,7 @@ def generate(
         tasks = [
             {
                 "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
-                "stored": _stored(out, ladder, params) if params.checks.thorough else None,
+                "val": val.absolute(), "stored": _stored(out, ladder, params),
             }
             for out, (subject, ladder) in subjects.items()
         ]  # fmt: skip
@@ -65,15 +65,15 @@ def generate(
         write_json(out / "checks.json", [finding.model_dump() for finding in findings])
 
 
-def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Tensor]:
+def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Crafted]:
     """Return the sets of bounded attacks that were crafted with the exact gradient, by attack."""
     bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
-    return [read_crafted(out / "full" / attack).images for attack in bounded]
+    return [read_crafted(out / "full" / attack) for attack in bounded]
 
 
 def probe_subject(
-    subject: Subject, ladder: Ladder, test: Path, params: CraftingView,
-    stored: Sequence[Tensor] | None, device: str,
+    subject: Subject, ladder: Ladder, val: Path, test: Path, params: CraftingView,
+    stored: Sequence[Crafted], device: str,
 ) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; runs in a worker."""
     torch.set_num_threads(1)
@@ -83,6 +83,7 @@ def probe_subject(
     modes = [cast(Mode, mode) for mode in ladder if mode not in REPLAYED]
     findings = probe(
         defense, modes, image_set.read(test), params.threat, params.seed, params.checks.images,
-        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1), stored,
+        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1),
+        params.batch, stored, image_set.read(val), params.checks.thorough,
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]

@@ -37,7 +37,7 @@ from pipelines.tasks.metrics import Estimate, Scored, rung_of
 from pipelines.tasks.scoring import Entry, Plan, Result
 
 TRIES = 10
-CERTIFICATE = ("gradient_present", "gradient_correct", "eot_agreement")
+CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
 # Rungs whose attacks do not see through the purifier; `bpda` does where it has no gradient.
 WEAKER = ("transfer", "classifier", "bpda")
 

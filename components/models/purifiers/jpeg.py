@@ -1,18 +1,18 @@
-"""JPEG compression as a purifier (Das et al. 2017, Guo et al. 2018), as a differentiable function.
+"""JPEG compression as a purifier (Das et al. 2017, Guo et al. 2018), with a soft stand-in.
 
 It computes the lossy part of ITU-T T.81 with the tables of its annex K, scaled as libjpeg scales
 them. Grey images are compressed as they are, colour images as YCbCr without chroma subsampling;
 sides are replicated to the next multiple of 8. Deviation from a file: it rounds coefficients only,
 not pixels.
 
-It quantises, yet it counts as differentiable: the backward pass replaces rounding by a soft
-approximation, so attacks get a usable gradient. That gradient is not the derivative of the forward
-pass, and the check `gradient_correct` says so.
+It rounds, so it has no gradient. Attacks take the derivative of its stand-in `soft`, which rounds
+softly.
 
 Shapes: N images, C channels (1 or 3), H W, blocks of 8 x 8.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Purifier
+from components.models.purifiers.contract import Purifier, StandIn
 
 # ITU-T T.81, annex K, tables K.1 (luminance) and K.2 (chrominance).
 LUMINANCE = (
@@ -68,13 +68,20 @@ class Jpeg(Config):
 
 
 class _Jpeg(Purifier):
-    differentiable = True  # by the soft rounding of the backward pass
+    differentiable = False
+    stand_ins: tuple[StandIn, ...] = ("soft",)
 
     def __init__(self, quality: int) -> None:
         super().__init__()
         self.quality = quality
 
     def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._compress(x, round_coefficients)
+
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return self._compress(x, round_softly)
+
+    def _compress(self, x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
         height, width = x.shape[2:]
         colour = x.shape[1] == 3
         # In float32 the batch size would decide which way the finest steps are rounded.
@@ -89,7 +96,7 @@ class _Jpeg(Purifier):
         blocks = planes.reshape(count, channels, padded_height // 8, 8, padded_width // 8, 8)
         table = tables[:channels, None, None]
         coefficients = dct @ blocks.transpose(3, 4) @ dct.T / table
-        blocks = dct.T @ (round_coefficients(coefficients) * table) @ dct
+        blocks = dct.T @ (rounding(coefficients) * table) @ dct
         planes = blocks.transpose(3, 4).reshape(planes.shape)[:, :, :height, :width]
         if colour:
             planes = torch.einsum("cp,nphw->nchw", ycbcr.inverse(), planes)
@@ -112,23 +119,14 @@ def dct_matrix() -> Tensor:
 
 
 def round_coefficients(x: Tensor) -> Tensor:
-    """Round, ties away from zero; the gradient is that of round(x) + (x - round(x))^3.
+    """Round, ties away from zero; the gradient is zero."""
+    return (x.abs() + 0.5 + TIE).floor().copysign(x)
 
-    Shin and Song 2017: an approximation whose slope is 3 (x - round(x))^2.
+
+def round_softly(x: Tensor) -> Tensor:
+    """Return round(x) + (x - round(x))^3, an approximation whose slope is 3 (x - round(x))^2.
+
+    Shin and Song 2017.
     """
-    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
-    return rounded
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        rounded = (x.abs() + 0.5 + TIE).floor().copysign(x)
-        ctx.save_for_backward(x - rounded)
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (rest,) = ctx.saved_tensors
-        gradient: Tensor = gradients[0] * 3 * rest**2
-        return gradient
+    rounded = round_coefficients(x.detach())
+    return rounded + (x - rounded) ** 3

@@ -87,7 +87,7 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path, tmp_path: Path) ->
     params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd3"]}
     project.write_params(folder, params)
     code, printed = project.stage(
-        folder, "generate_baseline", name="none", test="data/test",
+        folder, "generate_baseline", name="none", val="data/val", test="data/test",
         classifier="models/standard", out="again",
     )  # fmt: skip
     assert code == 0, printed
@@ -107,7 +107,7 @@ def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path:
     params["resources"]["shards"] = project.NO_WORKERS
     project.write_params(folder, params)
     code, printed = project.stage(
-        folder, "generate_adversarial", name="atop", test="data/test",
+        folder, "generate_adversarial", name="atop", val="data/val", test="data/test",
         classifier="models/standard", purifier="models/atop", out="adversarial/atop",
     )  # fmt: skip
     assert code == 0, printed
@@ -300,7 +300,7 @@ def test_every_result_has_a_certificate_of_its_gradient(metrics: dict) -> None:
     for name in ("none", "student_adaptive", "atop"):
         certificate = metrics["defenses"][name]["certificate"]
         assert certificate["gradient_present/full"]["unusable"] <= 0.01
-        assert certificate["gradient_correct"]["defense"] >= 0.95
+        assert certificate["gradient_honest/full"]["wrong"] <= 1
         assert ("eot_agreement" in certificate) == (name == "atop")
 
 
@@ -356,7 +356,12 @@ def test_a_stand_in_the_purifier_lacks_is_refused_before_anything_is_crafted(
     folder = project.copy_with(reproduced, tmp_path / "project", "data", "models")
     project.write_params(folder, params)
     code, printed = project.stage(
-        folder, "generate_controls", test="data/test", classifier="models/standard", out="out"
+        folder,
+        "generate_controls",
+        val="data/val",
+        test="data/test",
+        classifier="models/standard",
+        out="out",
     )
     assert code == 2 and "Traceback" not in printed
     assert "ladder of bit_depth names short, but this purifier's stand-ins are soft" in printed

@@ -1,0 +1,229 @@
+"""Checks that do not believe gradients: an attack without any, and images that nobody scored."""
+
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.attacks.apgd import ApgdDlr
+from components.attacks.gradient import Pgd
+from components.attacks.square import Square
+from components.data.image_set import ImageSet
+from components.models.defense import Defense, margin
+from components.probes.bench import WAY, Bench, spread
+from components.probes.contract import Accuracies, Finding
+from components.probes.statistics import more_fooled
+
+# Square gets so many queries for each pixel of a side: a patch needs more tries on larger images.
+QUERIES = 50
+# What Square may further fool: 5 points, and three images.
+GAIN, AT_LEAST = 0.05, 3
+# Images of each side that the search for a memory takes, and the least that say anything.
+ASKED, LEAST = 300, 60
+MEMORY = 0.001  # p-value
+STEPS = 10  # of PGD, which need not be strong: two sides are compared
+# Multiply-adds that one of these checks may spend: they decide how many images and queries it has.
+BUDGET = 2e10
+
+
+def blind_attack(bench: Bench) -> Finding:
+    """Check 35: without gradients, next to nothing more is fooled than with them.
+
+    Square runs on the images that the stored examples, APGD on the log odds and APGD on the DLR
+    leave right. Where an answer is dear, images and queries are what `BUDGET` holds.
+    """
+    random = bench.defense.stochastic
+    # Against noise Square asks twice under two draws; it gets half of the queries.
+    eot, queries = (2, QUERIES // 2) if random else (1, QUERIES)
+    queries *= max(bench.x.shape[2:])
+    affordable = BUDGET / multiply_adds(bench) / (2 * eot if random else 1)
+    white = _white(bench)
+    before = bench.worst(white)
+    left = torch.from_numpy((before > 0.5).nonzero()[0]).to(bench.x.device)
+    queries = max(min(queries, int(affordable / max(len(left), 1))), 100)
+    tried = left[: max(int(affordable / queries), 8)]
+    found = bench.x.clone()
+    if len(tried):
+        attack = Square(kind="square", queries=queries, eot=eot)
+        found[tried] = bench.pick(tried).run(attack, "full", bench.threat, bench.seed)
+    after = bench.worst([*white, found])
+    # Where Square did not try all that was left, what it found stands for the rest.
+    part = len(tried) / len(left) if len(left) else 1.0
+    gain = float(before.mean() - after.mean()) / part
+    allowed = max(GAIN, AT_LEAST / len(bench.x) / part)
+    return Finding(
+        name="blind_attack",
+        level="block",
+        passed=gain <= allowed,
+        detail=f"of {len(bench.x)} images {before.mean():.1%} are right under gradients, and "
+        f"{after.mean():.1%} once Square has tried {len(tried)} of them {queries} times; a gap of "
+        f"{allowed:.1%} would show",
+        figures={"gain": gain, "queries": queries, "tried": len(tried)},
+    )
+
+
+def _white(bench: Bench) -> list[Tensor]:
+    """Return the images, and what gradients make of them."""
+    sets = [bench.x, bench.way[0].images]
+    with torch.no_grad():
+        classes = bench.defense(bench.x[:1], bench.draws[torch.arange(1)]).shape[1]
+    if classes > 2:
+        dlr = ApgdDlr(kind="apgd_dlr", steps=WAY.steps, restarts=1, eot=WAY.eot)
+        sets.append(bench.run(dlr, "full", bench.threat, bench.seed))
+    return sets if bench.stored is None else [*sets, bench.stored]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Right answers under attack (N,) on one side of the comparison."""
+
+    right: Accuracies
+
+    @property
+    def count(self) -> int:
+        return int((self.right > 0.5).sum())
+
+    @property
+    def n(self) -> int:
+        return len(self.right)
+
+
+def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Bench) -> Finding:
+    """Check 36: the defense withstands no more on the test images than on images nobody scored.
+
+    PGD attacks test and validation images, which must be right as often (Fisher's exact test, one
+    side, p < 0.001), and the test images once more, moved by one pixel: of those that are answered
+    as surely after the move, no more may fall (exact paired test). A defense that remembers the
+    test images fails one or both.
+    """
+    count = min(ASKED, max(int(BUDGET / (3 * STEPS * multiply_adds(bench))) // 3, 1))
+    mine = _sample(defense, test, bench, count)
+    theirs = None if val is None else _sample(defense, val, bench, count)
+    if theirs is None or min(len(mine.x), len(theirs.x)) < LEAST:
+        n = 0 if theirs is None else len(theirs.x)
+        return Finding(
+            name="remembered",
+            level="warn",
+            passed=False,
+            detail=f"not asked: it takes {LEAST} test and validation images, and here are "
+            f"{len(mine.x)} and {n} within the budget",
+        )
+    here, there = (_Asked(_attacked(side)) for side in (mine, theirs))
+    p = fisher(here.count, here.n, there.count, there.n)
+    moved, kept = _moved(mine)
+    shifted = _attacked(moved)
+    pair = more_fooled(shifted, here.right[kept.cpu().numpy()]) if len(kept) >= LEAST else 1.0
+    smallest = _smallest(here.n, there.count, there.n)
+    return Finding(
+        name="remembered",
+        level="block",
+        passed=p >= MEMORY and pair >= MEMORY,
+        detail=f"right under PGD: test {here.count} of {here.n}, validation {there.count} of "
+        f"{there.n} (p = {p:.2g}); moved by a pixel {int((shifted > 0.5).sum())} of {len(kept)} "
+        f"(p = {pair:.2g}); a memory worth {smallest:.0%} of the images would show",
+        figures={"p": p, "p_moved": pair, "smallest": smallest},
+    )
+
+
+def _sample(defense: Defense, data: ImageSet, bench: Bench, count: int) -> Bench:
+    """Return a bench of `count` images drawn from `data`."""
+    rows = spread(data.ids, defense, bench.seed, count)
+    some = data[rows]
+    device = bench.x.device
+    return Bench(
+        defense, some.pixels().to(device), some.labels.to(device), some.ids.to(device),
+        bench.threat, bench.seed, None, bench.batch,
+    )  # fmt: skip
+
+
+def _attacked(bench: Bench) -> Accuracies:
+    """Return the accuracy per image (N,) under PGD."""
+    if not len(bench.x):
+        return np.empty(0)
+    attack = Pgd(
+        kind="pgd", steps=STEPS, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1
+    )
+    found = [
+        part.run(attack, "full", bench.threat, bench.seed)
+        for part in (bench.pick(rows) for rows in _rows(bench))
+    ]
+    return bench.accuracies(torch.cat(found))
+
+
+def _rows(bench: Bench) -> list[Tensor]:
+    return list(torch.arange(len(bench.x), device=bench.x.device).split(bench.batch))  # type: ignore[no-untyped-call]
+
+
+def _moved(bench: Bench) -> tuple[Bench, Tensor]:
+    """Move every image by one pixel, the best of four ways; return those that lose no margin.
+
+    These are the images whose clean margin is at least nine tenths of what it was; also returns
+    their rows. To small pictures a pixel is much, and an honest defense loses their margin first.
+    """
+    padded = nn.functional.pad(bench.x, (1, 1, 1, 1), mode="replicate")
+    height, width = bench.x.shape[2:]
+    ways = [
+        padded[:, :, down : down + height, right : right + width]
+        for down, right in ((0, 1), (2, 1), (1, 0), (1, 2))
+    ]
+    with torch.no_grad():
+        margins = torch.stack(
+            [margin(bench.defense(x, bench.draws), bench.labels) for x in (bench.x, *ways)]
+        )
+    best = margins[1:].argmax(0)
+    rows = torch.arange(len(bench.x), device=bench.x.device)
+    kept = rows[(margins[0] > 0) & (margins[1:].amax(0) >= 0.9 * margins[0])]
+    moved = torch.stack(ways)[best, rows]
+    some = bench.pick(kept)
+    return Bench(
+        some.defense, moved[kept], some.labels, some.ids, some.threat, some.seed, None, some.batch
+    ), kept
+
+
+def fisher(a: int, n: int, b: int, m: int) -> float:
+    """Return the one-sided p-value that a of n is not more than b of m (Fisher's exact test)."""
+    total = a + b
+    ways = sum(comb(n, k) * comb(m, total - k) for k in range(a, min(n, total) + 1))
+    return ways / comb(n + m, total)
+
+
+def _smallest(n: int, b: int, m: int) -> float:
+    """Return the least gain in accuracy on n images that is found with 80 % power beside b of m."""
+    critical = next((a for a in range(n + 1) if fisher(a, n, b, m) < MEMORY), n + 1)
+    for percent in range(101):
+        rate = percent / 100
+        below = sum(comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(critical))
+        if below <= 0.2:
+            return max(rate - b / m, 0.0)
+    return 1.0
+
+
+def multiply_adds(bench: Bench) -> float:
+    """Return the multiply-adds of the convolutions and linear layers in one answer to one image.
+
+    Counted while it answers, so the steps of a descent count as often as they run.
+    """
+    total = 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        weight = module.get_parameter("weight")
+        if isinstance(module, nn.Linear):
+            total += output.numel() * weight.shape[1]
+        elif isinstance(module, nn.ConvTranspose2d):
+            total += inputs[0].numel() * weight[0].numel()
+        else:
+            total += output.numel() * weight[0].numel()
+
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    defense, first = bench.defense, torch.arange(1, device=bench.x.device)
+    hooks = [m.register_forward_hook(count) for m in defense.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            defense(bench.x[first], bench.draws[first])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(total, 1.0)
