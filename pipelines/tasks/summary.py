@@ -24,7 +24,15 @@ from components.checks.scores import (
 )
 from components.checks.sets import rounding, same_answer
 from components.data.image_set import ImageSet
-from components.evaluation.counting import CLEAN, Score, majority_of, per_class, worst, worst_of
+from components.evaluation.counting import (
+    CLEAN,
+    Score,
+    majority_of,
+    per_class,
+    worst,
+    worst_of,
+    worst_of_all,
+)
 from components.evaluation.detection import detection
 from components.models.checkpoints import read_card
 from components.models.defense import STAND_INS
@@ -45,7 +53,7 @@ WEAKER = ("transfer", "classifier", "bpda")
 def headline(result: Result) -> tuple[list[str], Score]:
     """Return which set carries each image (N,), and how often the entry is then right."""
     counted = result.within_threat()
-    return worst(counted, list(counted))
+    return worst_of_all(counted, list(counted))
 
 
 def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Scored:

@@ -13,7 +13,15 @@ from toys import ATTACK_VARIANTS, ATTACKS, LINF, parse_attack
 from components.attacks import craft
 from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
-from components.evaluation.counting import Effort, Score, majority_of, per_class, worst, worst_of
+from components.evaluation.counting import (
+    Effort,
+    Score,
+    majority_of,
+    per_class,
+    worst,
+    worst_of,
+    worst_of_all,
+)
 from components.models.accuracy import count_correct
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
@@ -243,6 +251,35 @@ def test_the_noise_that_selects_the_worst_attack_does_not_score_it() -> None:
     assert set(chosen) == set(names)
     assert abs(headline.accuracy().mean() - 0.6) < 4 * sqrt(0.24 / 2000 / 32)
     assert (headline.select / 32).mean() < 0.5
+
+
+def test_the_headline_of_a_random_defense_is_the_smaller_of_two() -> None:
+    """By hand: per image "a" then "b" are selected, and score 0.75; "b" alone scores 0.625."""
+    scores = {
+        "a": draws_score(4, [1, 4], [3, 4]),
+        "b": draws_score(4, [2, 1], [2, 3]),
+    }
+    chosen, found = worst_of_all(scores, ["a", "b"])
+    assert chosen == ["b", "b"] and found.score.tolist() == [2, 3]
+    swapped = {"a": draws_score(4, [1, 4], [1, 4]), "b": scores["b"]}
+    chosen, found = worst_of_all(swapped, ["a", "b"])
+    assert chosen == ["a", "b"] and found.score.tolist() == [1, 3]
+    certain = {"a": draws_score(1, [1, 0], [1, 0]), "b": draws_score(1, [0, 1], [0, 1])}
+    assert worst_of_all(certain, ["a", "b"])[1].score.tolist() == [0, 0]
+
+
+def test_the_single_set_is_not_selected_by_the_noise_that_scores_it() -> None:
+    rng = np.random.default_rng(1)
+    scores = {
+        f"attack {k}": Score(32, rng.binomial(32, 0.6, 60), rng.binomial(32, 0.6, 60))
+        for k in range(20)
+    }
+    order = list(scores)
+    lowest = min(order, key=lambda name: scores[name].select.mean())
+    _, found = worst_of_all(scores, order)
+    single, each = scores[lowest].accuracy().mean(), worst(scores, order)[1].accuracy().mean()
+    assert found.accuracy().mean() == min(single, each)
+    assert found.accuracy().mean() > min(one.accuracy().mean() for one in scores.values())
 
 
 class Witness(nn.Module):
