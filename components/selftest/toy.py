@@ -119,7 +119,8 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
     """
 
     def case(toy: Toy) -> list[Finding]:
-        defense = Defense(classifier or toy.classifier, purifier).freeze()
+        behind = toy.classifier if classifier is None else classifier
+        defense = Defense(behind, purifier).freeze()
         return probed_by(defense, toy)
 
     return case
