@@ -20,8 +20,9 @@ from components.probes.statistics import more_fooled
 QUERIES = 50
 # What Square may further fool: 5 points, and three images.
 GAIN, AT_LEAST = 0.05, 3
-# Images of each side that the search for a memory takes, and the least that say anything.
-ASKED, LEAST = 300, 60
+# Images of each side that the search for a memory takes, and the least that say anything: on each
+# side, and of those moved by a pixel.
+ASKED, LEAST, LEAST_MOVED = 300, 60, 20
 MEMORY = 0.001  # p-value
 STEPS = 10  # of PGD, which need not be strong: two sides are compared
 # Multiply-adds that one of these checks may spend: they decide how many images and queries it has.
@@ -114,7 +115,7 @@ def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Be
     p = fisher(here.count, here.n, there.count, there.n)
     moved, kept = _moved(mine)
     shifted = _attacked(moved)
-    pair = more_fooled(shifted, here.right[kept.cpu().numpy()]) if len(kept) >= LEAST else 1.0
+    pair = more_fooled(shifted, here.right[kept.cpu().numpy()]) if len(kept) >= LEAST_MOVED else 1.0
     smallest = _smallest(here.n, there.count, there.n)
     return Finding(
         name="remembered",

@@ -87,11 +87,14 @@ def train_classifier(config: SmallCnn | ResNet, data: ImageSet, robust: bool = F
     return model
 
 
-def train(model: nn.Module, objective: Objective, data: ImageSet, epochs: int) -> None:
-    """Train `model` in place, and freeze it."""
+def train(
+    model: nn.Module, objective: Objective, data: ImageSet, epochs: int, gan: bool = False
+) -> None:
+    """Train `model` in place, and freeze it; `gan` takes the rate and moments of such a pair."""
     config = Training(
-        epochs=epochs, batch_size=50, optimiser="adam", learning_rate=0.01, weight_decay=0,
-        schedule="one_cycle", augmentation="none", precision="float32",
+        epochs=epochs, batch_size=50, optimiser="adam_gan" if gan else "adam",
+        learning_rate=0.002 if gan else 0.01, weight_decay=0,
+        schedule="constant" if gan else "one_cycle", augmentation="none", precision="float32",
     )  # fmt: skip
     nothing: Mapping[str, float] = {}
     for _ in fit(model, objective, data, None, config, 0, lambda *_: nothing, None):

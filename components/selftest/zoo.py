@@ -130,7 +130,7 @@ def _purifier(network: dict[str, Any], objective: Objective, epochs: int = 8, **
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             built = TypeAdapter(PurifierConfig).validate_python(network).build(toy.train.shape)
-        train(built, objective, toy.train, epochs)
+        train(built, objective, toy.train, epochs, gan=network["kind"] == "gan")
         if how:
             built = TypeAdapter(InferenceConfig).validate_python(how).wrap(built)
         assert isinstance(built, Purifier)
@@ -183,9 +183,9 @@ ZOO: dict[str, Case] = {
     "compiled network": _compiled,
     "AToP": _atop,
     "Defense-GAN": _purifier(
-        {"kind": "gan", "latent": 8, "width": 8},
-        WganGp(kind="wgan_gp", critic_steps=2).bind(NOTHING), 30,
-        kind="defense_gan", iterations=10, restarts=2, rate=10.0,
+        {"kind": "gan", "latent": 16, "width": 8},
+        WganGp(kind="wgan_gp", critic_steps=3).bind(NOTHING), 30,
+        kind="defense_gan", iterations=4, restarts=2, rate=10.0,
     ),
     "DiffPure": _purifier(
         DDPM, DIFFUSION, 20, kind="diffpure", t_star=3, sampler="ddpm", substeps=2
