@@ -12,7 +12,7 @@ import torch
 from components.attacks import L2, Crafted, Linf
 from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
-from components.models.defense import Defense, Mode
+from components.models.defense import STAND_INS, Defense, Mode
 from components.models.precision import full_precision
 from components.probes import answers, attacks, gradients, masking, models
 from components.probes.bench import Bench, spread
@@ -45,10 +45,10 @@ def probe(
     )
     worst = _worst(stored)
     worst = None if worst is None else worst[rows].to(device)
-    bench = Bench(defense, x, labels, ids, threat, seed, worst, batch)
+    bench = Bench(defense, x, labels, ids, threat, seed, worst, batch, _mode(defense, modes))
     # The draw that spread the rows is random, so any part of them is as good as any other.
-    some = bench.pick(torch.arange(min(len(x), TRIED), device=device))
-    points = some.points() if "full" in modes else some.still_points()
+    some = bench.affordable(TRIED)
+    points = some.points()
     findings = [
         models.convention(data.pixels()),
         *answers.check_logits(defense, x, bench.draws),
@@ -58,21 +58,36 @@ def probe(
     for mode in modes:
         findings.append(gradients.gradient_present(defense, mode, x, labels, bench.draws))
         findings.append(gradients.loss_alive(defense, mode, x, labels, bench.draws))
-    few = torch.arange(min(len(x), COMPARED), device=device)
+    few = torch.arange(min(len(some.x), COMPARED), device=device)
     if not defense.differentiable:
         findings.append(gradients.gradient_declared(bench.pick(few)))
     elif "full" in modes:
         compared = {name: point[few] for name, point in points.items()}
         findings.append(gradients.gradient_honest(bench.pick(few), compared))
-    if "full" in modes:
-        if defense.stochastic:
-            findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
-        findings.append(masking.blind_attack(some))
-        findings.append(masking.remembered(defense, data, val, some))
+    if "full" in modes and defense.stochastic:
+        findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
+    findings.append(masking.blind_attack(some))
+    findings.append(masking.remembered(defense, data, val, some))
     findings += attacks.unbounded(some, modes)
     if thorough and "full" in modes:
         findings += _thorough(bench, [one.images[rows].to(device) for one in stored], eot)
     return findings
+
+
+def _mode(defense: Defense, modes: Sequence[Mode]) -> Mode:
+    """Return the mode in which attacks see most: the exact gradient, a stand-in, or `bpda`.
+
+    The ladder decides where it names one: the exact gradient may be dear. No ladder spares a
+    defense the probes that attack.
+    """
+    if defense.differentiable and "full" in modes:
+        return "full"
+    for mode in modes:
+        if mode in STAND_INS:
+            return mode
+    if "bpda" in modes or not defense.differentiable:
+        return "bpda"
+    return "full"
 
 
 def _worst(stored: Sequence[Crafted]) -> torch.Tensor | None:

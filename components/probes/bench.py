@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from components.attacks import L2, Attack, Linf
 from components.attacks.apgd import ApgdCe, random_direction
@@ -29,6 +30,9 @@ EOT = 4
 SCORE_DRAWS = 20
 # The attack on whose way points are taken, and the fractions of its steps at which they are.
 WAY = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=EOT)
+# Multiply-adds that one probe may spend: they decide how many images and queries it has. That is
+# seconds on one core.
+BUDGET = 1e11
 STOPS = {"a quarter": 0.25, "half": 0.5, "all": 1.0}
 
 
@@ -46,7 +50,7 @@ class Bench:
     """What a trial runs on: a defense, pixels (N,C,H,W) with labels and ids (N,), a threat.
 
     `stored` is the worst stored example of each image, (N,C,H,W), if there is one. `batch` is the
-    batch size of attacks and of the scoring.
+    batch size of attacks and of the scoring. `mode` is the gradient mode of their attacks.
     """
 
     defense: Defense
@@ -57,6 +61,7 @@ class Bench:
     seed: int
     stored: Tensor | None = None
     batch: int = 150
+    mode: Mode = "full"
 
     @property
     def draws(self) -> Draws:
@@ -88,7 +93,7 @@ class Bench:
         """The outcome of `WAY` on these images, and its iterates after each of the `STOPS`."""
         stops = [round(stop * WAY.steps) for stop in STOPS.values()]
         log = [self.x.clone() for _ in stops]
-        target = bind(self.folded, "full", self.draws, WAY.eot)
+        target = bind(self.folded, self.mode, self.draws, WAY.eot)
         watched = _Watched(target, log, stops)
         outcome = WAY.run(watched, self.x, self.labels, self.threat, self.draws)
         return outcome, dict(zip(STOPS, log, strict=True))
@@ -107,6 +112,14 @@ class Bench:
         """Whether the purifier descends or rounds, so that a last bit may become another label."""
         purifier = self.defense.purifier
         return purifier is not None and bool(purifier.stand_ins or not purifier.differentiable)
+
+    def affordable(self, most: int) -> "Bench":
+        """Return the bench with the first images, at most `most`, on which `WAY` is affordable."""
+        eot = WAY.eot if self.defense.stochastic else 1
+        # A gradient costs about three answers.
+        count = int(BUDGET / (3 * WAY.steps * eot * multiply_adds(self)))
+        count = min(most, max(count, 8), len(self.x))
+        return self.pick(torch.arange(count, device=self.x.device))
 
     def pick(self, rows: Tensor) -> "Bench":
         """Return the bench with some of its images."""
@@ -169,3 +182,32 @@ class _Watched(Target):
             if query <= stop + 1:
                 kept[self.rows] = x.detach()
         return found
+
+
+def multiply_adds(bench: Bench) -> float:
+    """Return the multiply-adds of the convolutions and linear layers in one answer to one image.
+
+    Counted while it answers, so the steps of a descent count as often as they run.
+    """
+    total = 0.0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        weight = module.get_parameter("weight")
+        if isinstance(module, nn.Linear):
+            total += output.numel() * weight.shape[1]
+        elif isinstance(module, nn.ConvTranspose2d):
+            total += inputs[0].numel() * weight[0].numel()
+        else:
+            total += output.numel() * weight[0].numel()
+
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    defense, first = bench.defense, torch.arange(1, device=bench.x.device)
+    hooks = [m.register_forward_hook(count) for m in defense.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            defense(bench.x[first], bench.draws[first])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(total, 1.0)

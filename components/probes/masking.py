@@ -1,6 +1,6 @@
 """Checks that do not believe gradients: an attack without any, and images that nobody scored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
@@ -12,7 +12,7 @@ from components.attacks.gradient import Pgd
 from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
-from components.probes.bench import WAY, Bench, spread
+from components.probes.bench import BUDGET, WAY, Bench, multiply_adds, spread
 from components.probes.contract import Accuracies, Finding
 from components.probes.statistics import more_fooled
 
@@ -25,8 +25,6 @@ GAIN, AT_LEAST = 0.05, 3
 ASKED, LEAST, LEAST_MOVED = 300, 60, 20
 MEMORY = 0.001  # p-value
 STEPS = 10  # of PGD, which need not be strong: two sides are compared
-# Multiply-adds that one of these checks may spend: they decide how many images and queries it has.
-BUDGET = 2e10
 
 
 def blind_attack(bench: Bench) -> Finding:
@@ -48,7 +46,7 @@ def blind_attack(bench: Bench) -> Finding:
     found = bench.x.clone()
     if len(tried):
         attack = Square(kind="square", queries=queries, eot=eot)
-        found[tried] = bench.pick(tried).run(attack, "full", bench.threat, bench.seed)
+        found[tried] = bench.pick(tried).run(attack, bench.mode, bench.threat, bench.seed)
     after = bench.worst([*white, found])
     # Where Square did not try all that was left, what it found stands for the rest.
     part = len(tried) / len(left) if len(left) else 1.0
@@ -72,7 +70,7 @@ def _white(bench: Bench) -> list[Tensor]:
         classes = bench.defense(bench.x[:1], bench.draws[torch.arange(1)]).shape[1]
     if classes > 2:
         dlr = ApgdDlr(kind="apgd_dlr", steps=WAY.steps, restarts=1, eot=WAY.eot)
-        sets.append(bench.run(dlr, "full", bench.threat, bench.seed))
+        sets.append(bench.run(dlr, bench.mode, bench.threat, bench.seed))
     return sets if bench.stored is None else [*sets, bench.stored]
 
 
@@ -135,7 +133,7 @@ def _sample(defense: Defense, data: ImageSet, bench: Bench, count: int) -> Bench
     device = bench.x.device
     return Bench(
         defense, some.pixels().to(device), some.labels.to(device), some.ids.to(device),
-        bench.threat, bench.seed, None, bench.batch,
+        bench.threat, bench.seed, None, bench.batch, bench.mode,
     )  # fmt: skip
 
 
@@ -147,7 +145,7 @@ def _attacked(bench: Bench) -> Accuracies:
         kind="pgd", steps=STEPS, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1
     )
     found = [
-        part.run(attack, "full", bench.threat, bench.seed)
+        part.run(attack, bench.mode, bench.threat, bench.seed)
         for part in (bench.pick(rows) for rows in _rows(bench))
     ]
     return bench.accuracies(torch.cat(found))
@@ -178,9 +176,7 @@ def _moved(bench: Bench) -> tuple[Bench, Tensor]:
     kept = rows[(margins[0] > 0) & (margins[1:].amax(0) >= 0.9 * margins[0])]
     moved = torch.stack(ways)[best, rows]
     some = bench.pick(kept)
-    return Bench(
-        some.defense, moved[kept], some.labels, some.ids, some.threat, some.seed, None, some.batch
-    ), kept
+    return replace(some, x=moved[kept]), kept
 
 
 def fisher(a: int, n: int, b: int, m: int) -> float:
@@ -199,32 +195,3 @@ def _smallest(n: int, b: int, m: int) -> float:
         if below <= 0.2:
             return max(rate - b / m, 0.0)
     return 1.0
-
-
-def multiply_adds(bench: Bench) -> float:
-    """Return the multiply-adds of the convolutions and linear layers in one answer to one image.
-
-    Counted while it answers, so the steps of a descent count as often as they run.
-    """
-    total = 0.0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        weight = module.get_parameter("weight")
-        if isinstance(module, nn.Linear):
-            total += output.numel() * weight.shape[1]
-        elif isinstance(module, nn.ConvTranspose2d):
-            total += inputs[0].numel() * weight[0].numel()
-        else:
-            total += output.numel() * weight[0].numel()
-
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-    defense, first = bench.defense, torch.arange(1, device=bench.x.device)
-    hooks = [m.register_forward_hook(count) for m in defense.modules() if isinstance(m, kinds)]
-    try:
-        with torch.no_grad():
-            defense(bench.x[first], bench.draws[first])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(total, 1.0)

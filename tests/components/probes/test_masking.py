@@ -16,8 +16,8 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
 from components.probes import masking
-from components.probes.bench import Bench, spread
-from components.probes.masking import blind_attack, fisher, multiply_adds, remembered
+from components.probes.bench import Bench, multiply_adds, spread
+from components.probes.masking import blind_attack, fisher, remembered
 
 THREAT = Linf(norm="linf", eps_255=51)
 
