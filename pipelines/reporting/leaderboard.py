@@ -14,7 +14,7 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
-from components.checks.scores import not_beaten
+from components.checks.verdicts import unbeaten
 from pipelines.config.search_space import Value
 from pipelines.config.sections import Study
 from pipelines.runner.context import Context
@@ -65,7 +65,7 @@ def rank(trials: Sequence[Trial], study: Study) -> list[Trial]:
     if not ended:
         return ranked
     best = next(iter(ended))
-    tied = {best, *not_beaten(ended[best], {n: x for n, x in ended.items() if n != best})}
+    tied = {best, *unbeaten(ended[best], {n: x for n, x in ended.items() if n != best})}
     return [
         replace(
             trial, tied=trial.name in tied, front=study.goal == "pareto" and _front(trial, ranked)
