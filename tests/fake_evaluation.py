@@ -39,7 +39,7 @@ from pipelines.tasks.metrics import (
 from pipelines.tasks.panels import render
 from pipelines.tasks.scoring import Entry, Plan, Result
 from pipelines.tasks.subject import Subject
-from pipelines.tasks.summary import summary, threat_model
+from pipelines.tasks.summary import compared, summary, threat_model
 
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
 EVIL = "<script>alert(1)</script>"
@@ -108,11 +108,13 @@ class FakeEvaluation:
             selftest=Selftest(cases=34, caught=34),
             threat_model=threat_model(THREAT, N, self.plan.scoring),
             published={},
-            defenses={
-                entry.name: summary(entry, result, self.plan, self.test)
-                for entry, result in zip(self.entries, self.results, strict=True)
-            },
+            defenses=self._scored(),
         )
+
+    def _scored(self) -> dict[str, Scored]:
+        pairs = zip(self.entries, self.results, strict=True)
+        scored = {e.name: summary(e, r, self.plan, self.test) for e, r in pairs}
+        return compared(self.entries, self.results, scored)
 
     def values(self) -> dict[str, Any]:
         """Return the metrics as a file has them, to be changed at will."""
@@ -233,6 +235,7 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
     one = Estimate(accuracy=accuracy, low=0.0, high=1.0, n=50)
     values: dict[str, Any] = {
         "role": "defense",
+        "digest": "",
         "stochastic": False,
         "clean": one,
         "headline": Headline(**dict(one), upper_bound=False),
@@ -252,5 +255,6 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
         "radius_curve": [],
         "checks": Checks(blocking_failed=[], warnings=[], findings=[]),
         "certificate": {},
+        "written_for": [],
     }
     return Scored(**values | changes)

@@ -15,8 +15,13 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from components.config import Config
 from components.data.shards import DataError, write_json
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 EntryRole = Literal["baseline", "defense", "control"]
+# As in `components.checks.verdicts`: readers of the metrics need not load what computes them.
+Standing = Literal[
+    "above", "below", "not told apart", "no better than a control", "broken", "no comparison",
+    "not measured",
+]  # fmt: skip
 
 
 class Estimate(Config):
@@ -29,7 +34,7 @@ class Estimate(Config):
 
 
 class Headline(Estimate):
-    """The accuracy under the worst of all attacks; an upper bound where a blocking check failed."""
+    """Robust accuracy (worst of all attacks); an upper bound where a blocking check failed."""
 
     upper_bound: bool
 
@@ -65,6 +70,28 @@ class Rival(Config):
 
     difference: float
     p: float
+
+
+class Difference(Config):
+    """Robust accuracy less that of `baseline`, its paired 99 % interval and two-sided p-value."""
+
+    baseline: str
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+class Verdict(Config):
+    """How a defense stands beside the other entries, as in `components.checks.verdicts`.
+
+    `rivals` are those that it does not beat, or the baseline it is compared with;
+    `adversarial_training` is the comparison with such a baseline, None where there is none.
+    """
+
+    standing: Standing
+    rivals: list[str]
+    adversarial_training: Difference | None
 
 
 class Retries(Config):
@@ -134,16 +161,24 @@ class Checks(Config):
         """Return the findings that failed, blocking ones first."""
         return sorted((f for f in self.findings if not f.passed), key=lambda f: f.level)
 
+    def warned(self) -> str:
+        """Say how many warnings there are, and which: `2 warnings: chance, selection`."""
+        count = f"{len(self.warnings) or 'no'} warning{'' if len(self.warnings) == 1 else 's'}"
+        return f"{count}: {', '.join(self.warnings)}" if self.warnings else count
+
 
 class Scored(Config):
     """The scores of one baseline, defense or control.
 
     Dictionaries are keyed by rung (`rungs`), by set (`attacks`, `carried_by`, where "clean" counts
     too) or by class. `void_rungs` had no usable gradient. `radius_curve` is empty without a probe.
-    Only defenses have `not_better_than`; no other entry has the key.
+    `digest` identifies weights, settings and code that were scored; `written_for` are the attacks
+    that were written for this entry. Only defenses have `not_better_than` and `verdict`; no other
+    entry has these keys.
     """
 
     role: EntryRole
+    digest: str
     stochastic: bool
     clean: Estimate
     headline: Headline
@@ -161,13 +196,16 @@ class Scored(Config):
     radius_curve: list[RadiusPoint]
     checks: Checks
     certificate: dict[str, dict[str, float]]
+    written_for: list[str]
     not_better_than: dict[str, Rival] | None = None
+    verdict: Verdict | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        if self.not_better_than is None:
-            del values["not_better_than"]
+        for key in ("not_better_than", "verdict"):
+            if values[key] is None:
+                del values[key]
         return values
 
 
@@ -211,7 +249,7 @@ class PublishedFigures(Config):
 class Metrics(Config):
     """All that is in reports/metrics.json; `defenses` holds baselines and controls, too."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     seed: int
     selftest: Selftest
     threat_model: ThreatModel

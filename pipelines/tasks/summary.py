@@ -14,7 +14,6 @@ from components.checks.scores import (
     draws_enough,
     full_is_strongest,
     illusions,
-    not_beaten,
     order_of_strength,
     selection,
     stand_ins_tried,
@@ -23,6 +22,7 @@ from components.checks.scores import (
     white_is_strongest,
 )
 from components.checks.sets import rounding, same_answer
+from components.checks.verdicts import Verdict, unbeaten, verdict, written_for
 from components.data.image_set import ImageSet
 from components.evaluation.counting import (
     CLEAN,
@@ -43,6 +43,7 @@ from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import Estimate, Scored, rung_of
 from pipelines.tasks.scoring import Entry, Plan, Result
+from pipelines.tasks.subject import Subject
 
 TRIES = 10
 CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
@@ -74,6 +75,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     void = {f.about for f in findings if f.check == "gradient_present" and not f.passed}
     return Scored(
         role=entry.role,
+        digest=entry.subject.defense().digest,
         stochastic=bool(clean.draws > 1),
         clean=_estimate(clean.accuracy()),
         headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
@@ -104,24 +106,56 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
             findings=findings,
         ),
         certificate={f.name: f.figures for f in findings if f.check in CERTIFICATE},
+        written_for=written_for({n: plan.attack(n).kind for n in result.scores if n != CLEAN}),
     )
 
 
 def compared(
     entries: Sequence[Entry], results: Sequence[Result], scored: Mapping[str, Scored]
 ) -> dict[str, Scored]:
-    """Return the scores, each defense with the controls and bare classifiers it does not beat."""
+    """Return the scores, each defense with its verdict and the entries that it does not beat."""
     right = {e.name: headline(r)[1].accuracy() for e, r in zip(entries, results, strict=True)}
     rivals = {entry.name: right[entry.name] for entry in entries if entry.role != "defense"}
+    trained = {
+        e.name: (right[e.name], scored[e.name].headline.upper_bound)
+        for e in entries
+        if e.role == "baseline" and not _standard_trained(e)
+    }
     found = dict(scored)
     for entry in entries:
         if entry.role == "defense":
-            unbeaten = {
-                rival: metrics.Rival(difference=difference, p=p)
-                for rival, (difference, p) in not_beaten(right[entry.name], rivals).items()
+            lost = unbeaten(right[entry.name], rivals)
+            behind = Subject(entry.subject.classifier)
+            judged = verdict(
+                right[entry.name],
+                found[entry.name].headline.upper_bound,
+                lost,
+                [e.name for e in entries if e.role == "baseline" and e.subject == behind],
+                [e.name for e in entries if e.role == "control"],
+                trained,
+            )
+            changes = {
+                "not_better_than": {
+                    rival: metrics.Rival(difference=difference, p=p)
+                    for rival, (difference, p) in lost.items()
+                },
+                "verdict": _verdict(judged),
             }
-            found[entry.name] = found[entry.name].model_copy(update={"not_better_than": unbeaten})
+            found[entry.name] = found[entry.name].model_copy(update=changes)
     return found
+
+
+def _verdict(judged: Verdict) -> metrics.Verdict:
+    one = judged.difference
+    return metrics.Verdict(
+        standing=judged.standing,
+        rivals=list(judged.rivals),
+        adversarial_training=metrics.Difference(
+            baseline=one.baseline, difference=one.mean, low=one.low, high=one.high, p=one.p
+        )
+        if one
+        else None,
+    )
 
 
 def threat_model(

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fake_evaluation import EVIL, PROBES, FakeEvaluation, bare_scores
 
 from components.attacks import L2
+from components.checks import verdicts
 from components.data.shards import DataError
 from components.probes.statistics import wilson
 from pipelines.config.sections import Scoring
@@ -19,21 +20,23 @@ from pipelines.tasks.summary import threat_model
 
 # The keys of every version, by the type they belong to.
 KEYS: dict[int, dict[str, str]] = {
-    1: {
+    2: {
         "Metrics": "schema_version seed selftest threat_model published defenses",
         "Selftest": "cases caught",
         "LinfThreat": "norm eps_255 n select_draws score_draws",
         "L2Threat": "norm eps_l2 n select_draws score_draws",
         "PublishedFigures": "source accuracy",
-        "Scored": "role stochastic clean headline per_class carried_by rungs void_rungs white_box "
-        "attacks detection retries unseen_classifier illusions illusory_rungs radius_curve checks "
-        "certificate not_better_than",
+        "Scored": "role digest stochastic clean headline per_class carried_by rungs void_rungs "
+        "white_box attacks detection retries unseen_classifier illusions illusory_rungs "
+        "radius_curve checks certificate written_for not_better_than verdict",
         "Estimate": "accuracy low high n",
         "Headline": "accuracy low high n upper_bound",
         "AttackScore": "accuracy low high n bounded inside median_l2",
         "RadiusPoint": "accuracy low high n radius",
         "IllusoryRung": "rung seen left",
         "Rival": "difference p",
+        "Difference": "baseline difference low high p",
+        "Verdict": "standing rivals adversarial_training",
         "Retries": "worst_of_10 majority_of_10 clean_worst_of_10 clean_majority_of_10",
         "UnseenClassifier": "clean worst_examples",
         "SetDetection": "auc control_auc tpr_1 tpr_5 roc",
@@ -55,11 +58,17 @@ def test_another_form_is_another_version() -> None:
     keys = {name: set(one["properties"]) for name, one in types.items()}
     pinned = {name: set(text.split()) for name, text in KEYS[SCHEMA_VERSION].items()}
     assert keys == pinned, "raise SCHEMA_VERSION and list the keys of the new version here"
-    # Every key is always there, but for one that only defenses have.
+    # Every key is always there, but for two that only defenses have.
     optional = {
         (name, key) for name, one in types.items() for key in keys[name] - set(one["required"])
     }
-    assert optional == {("Metrics", "schema_version"), ("Scored", "not_better_than")}
+    assert optional == {
+        ("Metrics", "schema_version"), ("Scored", "not_better_than"), ("Scored", "verdict"),
+    }  # fmt: skip
+
+
+def test_the_standings_are_those_that_are_computed() -> None:
+    assert get_args(metrics.Standing) == get_args(verdicts.Standing)
 
 
 def test_metrics_come_back_from_a_file_as_they_were(
@@ -81,8 +90,9 @@ def test_the_metrics_of_a_line_are_read_and_written_to_the_byte(
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_only_defenses_have_rivals() -> None:
-    assert "not_better_than" not in bare_scores(0.5, role="baseline").model_dump(mode="json")
+def test_only_defenses_have_rivals_and_a_verdict() -> None:
+    bare = bare_scores(0.5, role="baseline").model_dump(mode="json")
+    assert not {"not_better_than", "verdict"} & set(bare)
     unbeaten = {"identity": Rival(difference=0.0, p=1.0)}
     found = bare_scores(0.5, not_better_than=unbeaten).model_dump(mode="json")
     assert found["not_better_than"] == {"identity": {"difference": 0.0, "p": 1.0}}
@@ -128,7 +138,7 @@ def test_a_threat_in_l2_keeps_its_radius() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "has schema 2, and this Limpid reads schema 1; `dvc repro`"),
+        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 2; `dvc repro`"),
         ({"schema_version": None}, "has no schema version, and this Limpid"),
         ({"seed": "0"}, "is damaged (seed: "),
         ({"surprise": 1}, "is damaged (surprise: "),

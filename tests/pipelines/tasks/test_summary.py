@@ -1,0 +1,62 @@
+"""Entries are compared with each other: with no defense, and with adversarial training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_evaluation import FakeEvaluation
+
+from components.models.checkpoints import load, read_card, save
+from pipelines.tasks.subject import Subject
+from pipelines.tasks.summary import compared
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> FakeEvaluation:
+    return FakeEvaluation(tmp_path_factory.mktemp("evaluation"))
+
+
+def test_the_digest_is_that_of_what_was_scored(evaluation: FakeEvaluation) -> None:
+    for entry in evaluation.entries:
+        found = evaluation.metrics.defenses[entry.name]
+        assert found.digest == entry.subject.defense().digest != ""
+    digests = {found.digest for found in evaluation.metrics.defenses.values()}
+    # A bare classifier is scored twice.
+    assert len(digests) == len(evaluation.entries) - 1
+
+
+def test_only_defenses_get_a_verdict(evaluation: FakeEvaluation) -> None:
+    for entry in evaluation.entries:
+        found = evaluation.metrics.defenses[entry.name].verdict
+        assert (found is not None) == (entry.role == "defense")
+        assert found is None or found.adversarial_training is None
+
+
+def test_adversarial_training_is_known_by_its_objective(
+    evaluation: FakeEvaluation, tmp_path: Path
+) -> None:
+    """A baseline that was trained adversarially and has the results of a defense."""
+    standard = evaluation.models / "standard"
+    card = read_card(standard)
+    objective = {"objective": {"kind": "adversarial_classification"}}
+    changed = card.model_copy(update={"provenance": {**card.provenance, **objective}})
+    save(tmp_path / "robust", load(standard), changed)
+    entries, results = list(evaluation.entries), list(evaluation.results)
+    known = {entry.name: index for index, entry in enumerate(entries)}
+    robust = replace(entries[known["none"]], name="robust", subject=Subject(tmp_path / "robust"))
+    of = known["student_adaptive"]
+    scored = evaluation.metrics.defenses
+    scored = {**scored, "robust": scored["student_adaptive"]}
+    found = compared([*entries, robust], [*results, results[of]], scored)
+    one = found["student_adaptive"].verdict
+    assert one is not None and one.adversarial_training is not None
+    assert one.adversarial_training.baseline == "robust"
+    assert one.adversarial_training.difference == 0 and one.adversarial_training.p == 1
+    # It is no "no defense": only the bare classifier behind the defense is.
+    assert one.standing == "broken" and one.rivals == ["none"]
+
+
+def test_attacks_that_were_written_for_an_entry_are_named(evaluation: FakeEvaluation) -> None:
+    scored = evaluation.metrics.defenses
+    assert scored["rounded"].written_for == ["soft"]
+    assert scored["student_grey"].written_for == []
