@@ -32,7 +32,9 @@ GIVEN_UP = {
     r"\b(Train|Trial)?Share\b": "Workers",
     r"\bshares\b(?= of (images|right|clean))|\bShares\b|\.share\(": "accuracies, fractions",
     r"\bScreen\b|\bBook\b": "Progress, MetricLogger",
-    r"(?<!limpid\.)\b(un)?told\b|\bheard?\b|\bhears\b|\boverhear": "sent, received, logged",
+    r"(?<!limpid\.)\b(un)?told\b(?! apart)|\bheard?\b|\bhears\b|\boverhear": (
+        "sent, received, logged"
+    ),
     r"\bsuspicion\b|\boddity\b": "detector score",
     r"\bPatience\b|\bpatience\b|\bapart\(": "CapacityWatch, run_in_thread",
     r"\baim\(|(target|search)\.look\(": "bind, margins, query",

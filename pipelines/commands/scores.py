@@ -1,4 +1,4 @@
-"""Print the scores in reports/metrics.json, and which are illusions.
+"""Print the scores in reports/metrics.json, the verdict of each defense, and all warnings.
 
 Exit codes: 0, 2 metrics that are missing or cannot be read.
 """
@@ -16,7 +16,13 @@ from rich.text import Text
 from components.data.shards import DataError
 from pipelines.errors import ConfigError
 from pipelines.layout import METRICS, REPORT
-from pipelines.reporting.wording import ROLES, describe_threat, illusion, not_beaten
+from pipelines.reporting.wording import (
+    ROLES,
+    describe_threat,
+    illusion,
+    verdict,
+    written_for,
+)
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import Estimate, Metrics, Scored
 
@@ -24,13 +30,17 @@ MLFLOW = "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1"
 # Without the query the UI shows models as agents, and no metrics.
 UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 WIDTH = 80
-NUMBERS = ("clean", "grey", "BPDA", "full", "headline, 95 %", "unseen", "rnd", "checks")
+NUMBERS = (
+    "clean", "grey", "BPDA", "full", "robust accuracy\n(worst of all\nattacks), 95 %", "unseen",
+    "rnd", "measure-\nment\nvalid",
+)  # fmt: skip
 NOTES = (
-    "All in % of n = {n} test images; {threat}. headline: worst of all attacks per image, with "
-    "its Wilson interval (<= upper bound, a check failed). grey: the attacker sees only the "
+    "All in % of n = {n} test images; {threat}. robust accuracy: the worst of all attacks per "
+    "image, with its Wilson interval. measurement valid: no, if a blocking check failed; then it "
+    "is an upper bound (<=). +1: one warning. grey: the attacker sees only the "
     "classifier, which is never robust accuracy. unseen: a classifier that played no part in "
-    "training, clean/same worst examples: a transfer. void: there was no gradient to follow. Other "
-    "rungs and detection are in the report."
+    "training, clean/same worst examples: a transfer. void: there was no gradient to follow. rnd: "
+    "random. Other rungs and detection are in the report."
 )
 
 
@@ -41,21 +51,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = read(parser.parse_args(argv).metrics)
     scored, threat = found.defenses, found.threat_model
     names = ordered(scored)
-    rivals = {name: not_beaten(scored[name]) for name in names}
-    sentences = [illusion(name, scored[name]) for name in names]
-    sentences += [f"{name} {loses}." for name, loses in rivals.items() if loses]
+    illusions = [illusion(name, scored[name]) for name in names]
     console = Console(highlight=False)
     # Narrower, the table would cut digits off, and a cut number is another number.
     console.width = max(console.width, WIDTH)
     console.print(score_table(scored))
     notes = NOTES.format(n=threat.n, threat=describe_threat(threat))
     console.print(Text(f"\n{notes}"), style="dim")
-    for sentence in filter(None, sentences):
+    for name in names:
+        _print_verdict(console, name, scored[name])
+    for sentence in filter(None, illusions):
         console.print(Text(f"\n{sentence}", style="yellow"))
     console.print(f"\nReport:    {REPORT}", soft_wrap=True)
     console.print(f"MLflow UI: {MLFLOW}", soft_wrap=True)
     console.print(f"then open  {UI}", soft_wrap=True)
     return 0
+
+
+def _print_verdict(console: Console, name: str, found: Scored) -> None:
+    """Print what a defense is worth, and what speaks against the measurement of any entry."""
+    console.print()
+    judged = verdict(found)
+    console.print(Text.assemble((name, "bold"), f": {judged}" if judged else ""))
+    if found.role != "baseline":
+        console.print(Text(f"  attacks written for this defense: {written_for(found)}"))
+    if found.checks.blocking_failed:
+        failed = ", ".join(found.checks.blocking_failed)
+        console.print(Text(f"  measurement not valid, failed checks: {failed}", "red"))
+    console.print(Text(f"  {found.checks.warned()}", "yellow" if found.checks.warnings else "dim"))
 
 
 def read(path: Path) -> Metrics:
@@ -82,25 +105,27 @@ def score_table(scored: Mapping[str, Scored]) -> Table:
 
 
 def ordered(scored: Mapping[str, Scored]) -> list[str]:
-    """Return the names in the order of their roles, the best headline first."""
+    """Return the names in the order of their roles, the highest robust accuracy first."""
     return sorted(scored, key=lambda n: (ROLES.index(scored[n].role), -scored[n].headline.accuracy))
 
 
 def _row(found: Scored) -> list[Text]:
     head, unseen = found.headline, found.unseen_classifier
-    bound, failed = head.upper_bound, len(found.checks.blocking_failed)
+    bound = head.upper_bound
     rungs = [_rung(found, mode) for mode in ("classifier", "bpda", "full")]
-    headline = Text(f"{'<=' if bound else ''}{_number(head)} ", "strike" if bound else "bold")
-    headline.append(f"{100 * head.low:.1f}-{100 * head.high:.1f}", "not bold dim")
+    robust = Text(f"{'<=' if bound else ''}{_number(head)} ", "strike" if bound else "bold")
+    robust.append(f"{100 * head.low:.1f}-{100 * head.high:.1f}", "not bold dim")
     behind = f"{100 * unseen.clean.accuracy:.0f}/{100 * unseen.worst_examples.accuracy:.0f}"
-    verdict = Text(f"{failed} bad", "red") if failed else Text("ok", "green")
+    valid = Text("no", "red") if bound else Text("yes", "green")
+    if found.checks.warnings:
+        valid.append(f" +{len(found.checks.warnings)}", "yellow")
     return [
         Text(_number(found.clean)),
         *rungs,
-        headline,
+        robust,
         Text(behind),
         Text("yes" if found.stochastic else "no"),
-        verdict,
+        valid,
     ]
 
 

@@ -71,7 +71,7 @@ def read_runs(files: Sequence[Path]) -> list[Metrics]:
 def spread(runs: Sequence[Mapping[str, Scored]]) -> Table:
     """Return the table over the `defenses` of some runs, all of the same names."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for title in ("", "clean", *RUNGS, "headline", "least to most"):
+    for title in ("", "clean", *RUNGS, "robust accuracy", "least to most"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name in ordered(runs[0]):
         found = [run[name] for run in runs]

@@ -59,10 +59,11 @@ def write_headlines(out: Path, metrics: Metrics) -> None:
     for name, found in metrics.defenses.items():
         few = {
             "clean": found.clean.accuracy,
-            "headline": found.headline.accuracy,
+            "robust_accuracy": found.headline.accuracy,
             "low": found.headline.low,
             "high": found.headline.high,
             "blocking_failed": len(found.checks.blocking_failed),
+            "warnings": len(found.checks.warnings),
         }
         if found.white_box is not None:
             few["white_box"] = found.white_box.accuracy
@@ -70,9 +71,9 @@ def write_headlines(out: Path, metrics: Metrics) -> None:
 
 
 def _ladder(name: str, found: Scored) -> Iterable[dict[str, Any]]:
-    """Yield the clean accuracy, every rung and the headline of one entry."""
+    """Yield the clean accuracy, every rung and the robust accuracy of one entry."""
     rungs = {mode: found.rungs[mode] for mode in MODES if mode in found.rungs}
-    for rung, score in {"clean": found.clean, **rungs, "headline": found.headline}.items():
+    for rung, score in {"clean": found.clean, **rungs, "robust accuracy": found.headline}.items():
         counted = {key: getattr(score, key) for key in ("low", "high", "n", "accuracy")}
         yield {"step": f"{name}, {rung}", "defense": name, "rung": rung, **counted}
 

@@ -41,6 +41,8 @@ from pipelines.reporting.wording import (
     not_beaten,
     percent,
     settings,
+    verdict,
+    written_for,
 )
 from pipelines.tasks.metrics import (
     AttackScore,
@@ -85,6 +87,8 @@ class Shown:
     scores: Scored
     subject: str
     illusion: str
+    verdict: str
+    written_for: str
     not_beaten: str
     no_better: str
     curve: Curve | None
@@ -179,6 +183,8 @@ def _shown(entry: Entry, found: Scored, result: Result, plan: Plan) -> Shown:
         scores=found,
         subject=describe_subject(entry.subject),
         illusion=illusion(entry.name, found),
+        verdict=verdict(found),
+        written_for=written_for(found),
         not_beaten=not_beaten(found),
         no_better=no_better(entry.name, found),
         curve=_curve(found.detection) if found.detection else None,

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from pipelines.tasks.metrics import EntryRole, Estimate, Scored, ThreatModel, rung_of
+from pipelines.tasks.metrics import EntryRole, Estimate, Scored, Standing, ThreatModel, rung_of
 from pipelines.tasks.subject import Subject
 
+ROBUST = "robust accuracy (worst of all attacks)"
 ROLES: tuple[EntryRole, ...] = get_args(EntryRole)
 BLIND = {
     "transfer": "has only another classifier",
@@ -113,6 +114,36 @@ def not_beaten(found: Scored) -> str:
         for name, rival in (found.not_better_than or {}).items()
     ]
     return f"does not beat {', '.join(rivals)}" if rivals else ""
+
+
+def verdict(found: Scored) -> str:
+    """Say how a defense stands beside no defense, controls and adversarial training; "" else."""
+    if found.verdict is None:
+        return ""
+    standing, rivals = found.verdict.standing, ", ".join(found.verdict.rivals)
+    compared = found.verdict.adversarial_training
+    beside = ""
+    if compared is not None:
+        beside = (
+            f"{100 * compared.difference:+.1f} points beside {compared.baseline} (99 % interval "
+            f"{100 * compared.low:+.1f} to {100 * compared.high:+.1f})"
+        )
+    sentences: dict[Standing, str] = {
+        "above": f"above adversarial training: {beside}",
+        "below": f"below adversarial training: {beside}",
+        "not told apart": f"not told apart from adversarial training: {beside}",
+        "no better than a control": f"no better than a control: does not beat {rivals}",
+        "broken": f"broken: does not beat {rivals}, the classifier without a defense",
+        "no comparison": "no comparison: no baseline is trained adversarially",
+        "not measured": "not measured: a failed check makes an accuracy an upper bound",
+    }
+    lost = standing in ("no better than a control", "broken") and beside
+    return sentences[standing] + (f"; {beside}" if lost else "")
+
+
+def written_for(found: Scored) -> str:
+    """Return the attacks that were written for an entry, or `none`."""
+    return ", ".join(found.written_for) or "none"
 
 
 def no_better(name: str, found: Scored) -> str:

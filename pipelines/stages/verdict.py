@@ -1,11 +1,11 @@
-"""Fail where a blocking check failed; write nothing.
+"""Say how each defense stands and what warns of it; fail where a blocking check failed.
 
 Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline.
-Controls are never judged: some are there to be caught.
+Controls are never judged: some are there to be caught. Writes nothing.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from components.data.shards import DataError
@@ -20,26 +20,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--metrics", type=Path, default=layout.METRICS, help=f"by default {layout.METRICS}"
     )
-    judged, failed = judge(parser.parse_args(argv).metrics)
-    if failed:
-        named = "; ".join(f"{name} ({', '.join(checks)})" for name, checks in failed.items())
+    found = read(parser.parse_args(argv).metrics)
+    judged = {name: one for name, one in found.defenses.items() if one.role != "control"}
+    for name, one in judged.items():
+        standing = f"{one.verdict.standing}; " if one.verdict else ""
+        print(f"{name}: {standing}{one.checks.warned()}")
+    failed = {n: one.checks.blocking_failed for n, one in judged.items()}
+    named = "; ".join(f"{n} ({', '.join(checks)})" for n, checks in failed.items() if checks)
+    if named:
         raise Failed(5, f"blocking checks failed, so these scores are upper bounds only: {named}")
-    print(f"verdict: no blocking check failed on {judged} scored classifiers and defenses")
+    print(f"verdict: no blocking check failed on {len(judged)} scored classifiers and defenses")
     return 0
 
 
-def judge(path: Path) -> tuple[int, Mapping[str, Sequence[str]]]:
-    """Return how many entries were judged, and the blocking failures of those that have any.
-
-    Raises DataError for metrics that are missing or cannot be read.
-    """
+def read(path: Path) -> metrics.Metrics:
+    """Return the metrics; raise DataError for those that are missing or cannot be read."""
     try:
-        scored = metrics.read(path).defenses
+        return metrics.read(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `dvc repro` makes it") from None
-    failures = {
-        name: found.checks.blocking_failed
-        for name, found in scored.items()
-        if found.role != "control"
-    }
-    return len(failures), {name: checks for name, checks in failures.items() if checks}

@@ -29,13 +29,19 @@ def test_scores_fit_into_80_columns_and_lose_no_digit(
     assert main(["scores", "--metrics", str(file)]) == 0
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
-    (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive"))
+    (row,) = (line for line in out.splitlines() if line.startswith("student_adaptive "))
     assert row.split() == ["student_adaptive", "100.0", "66.7", "66.7", "58.3", "58.3",
-                           "32.0-80.7", "100/75", "no", "ok"]  # fmt: skip
-    assert "<=100.0" in out and "2 bad" in out
-    (row,) = (line for line in out.splitlines() if line.startswith("rounded"))
-    assert row.split()[1:5] == ["100.0", "-", "33.3", "void"] and row.split()[-1] == "ok"
+                           "32.0-80.7", "100/75", "no", "yes"]  # fmt: skip
+    assert "<=100.0" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("rounded "))
+    assert row.split()[1:5] == ["100.0", "-", "33.3", "void"] and row.split()[-2:] == ["yes", "+2"]
     words = " ".join(out.split())
+    assert "robust accuracy" in out and "(worst of all" in out
+    assert "failed checks: gradient_present/full, undefended_falls" in words
+    assert "2 warnings: gradient_present/full, quantisation" in words
+    assert "student_grey: broken: does not beat none, the classifier without a defense" in words
+    assert words.count("attacks written for this defense: none") == 4
+    assert "attacks written for this defense: soft" in words
     assert "student_grey shows 91.7 % when the attacker ignores the purifier" in words
     assert "reports/report.html" in out
     assert "mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1\n" in out

@@ -59,7 +59,7 @@ def test_the_table_of_the_ladder_has_the_scores_of_the_metrics(
     for name in PLAIN:
         found = evaluation.metrics.defenses[name]
         assert ladder[f"{name}, clean"] == found.clean.accuracy
-        assert ladder[f"{name}, headline"] == found.headline.accuracy
+        assert ladder[f"{name}, robust accuracy"] == found.headline.accuracy
         for rung, score in found.rungs.items():
             assert ladder[f"{name}, {rung}"] == score.accuracy
 
@@ -115,9 +115,10 @@ def test_headlines_are_few_numbers_of_the_metrics(
     for name in PLAIN:
         few = json.loads((reports / f"headlines/{name}.json").read_text())
         found = evaluation.metrics.defenses[name]
-        assert few["headline"] == found.headline.accuracy and len(few) <= 6
+        assert few["robust_accuracy"] == found.headline.accuracy and len(few) <= 7
         assert few["white_box"] == found.white_box.accuracy
         assert few["blocking_failed"] == len(found.checks.blocking_failed)
+        assert few["warnings"] == len(found.checks.warnings)
 
 
 def test_sets_together_leave_the_images_that_none_of_them_fooled() -> None:

@@ -239,7 +239,7 @@ def test_the_detection_section_is_left_out_without_a_detector(evaluation: FakeEv
 def test_the_probe_over_the_radius_is_drawn_with_its_intervals(evaluation: FakeEvaluation) -> None:
     found = section(evaluation.html(), "radius")
     words = Page(found).text
-    assert "not its headline" in words and "on the first 16 test images" in words
+    assert "not its robust accuracy" in words and "on the first 16 test images" in words
     one, two = re.findall(
         r'<g class="h(\d)"><path d="(.*?)"/><polyline points="(.*?) "/></g>', found
     )
@@ -287,7 +287,7 @@ def test_published_figures_are_shown_beside_measured_ones(evaluation: FakeEvalua
     assert "student_grey A <Paper>, Table 2 clean 98.7 % 100.0 % 75.8\N{EN DASH}100.0 +1.3" in words
     assert "grey box, pgd 95.0 % 91.7 % 64.6\N{EN DASH}98.5 -3.3" in words
     assert "full gradient, cw 50.0 % not counted" in words
-    assert "headline, worst of all not printed 0.0 % 0.0\N{EN DASH}24.2" in words
+    assert "robust accuracy (worst of all attacks) not printed 0.0 % 0.0\N{EN DASH}24.2" in words
 
 
 def test_the_worst_class_is_bold(evaluation: FakeEvaluation) -> None:

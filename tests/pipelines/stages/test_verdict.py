@@ -38,7 +38,23 @@ def test_missing_or_damaged_metrics_end_in_one_sentence(
 
 def test_the_verdict_ignores_controls(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verdict", "--metrics", str(file)]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
+    out = capsys.readouterr().out
+    assert "no blocking check failed on 3 scored" in out
+    assert "noisy" not in out and "rounded" not in out
+
+
+def test_the_verdict_says_how_each_defense_stands_and_what_warns_of_it(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(file.read_text())
+    found["defenses"]["student_grey"]["checks"]["warnings"] = ["chance", "selection"]
+    found["defenses"]["student_adaptive"]["checks"]["warnings"] = []
+    write_json(file, found)
+    assert main(["verdict", "--metrics", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "none: 1 warning: quantisation" in lines
+    assert "student_grey: broken; 2 warnings: chance, selection" in lines
+    assert "student_adaptive: broken; no warnings" in lines
 
 
 @pytest.mark.parametrize("name", ["none", "student_grey"])
