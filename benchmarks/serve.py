@@ -71,7 +71,6 @@ def make(folder: Path, family: str, model: dict[str, Any]) -> Path:
 
 def register(folder: Path) -> dict[str, Subject]:
     """Register every defense from `folder`, which must be the working directory."""
-    (folder / "components").symlink_to(ROOT / "components")
     classifier = make(folder / "classifier", "classifier", {"kind": "small_cnn", "width": 16})
     subjects, registrations = {}, []
     for index, (name, (network, inference)) in enumerate(DEFENSES.items()):
@@ -81,8 +80,12 @@ def register(folder: Path) -> dict[str, Subject]:
         folders = {"classifier": classifier, "purifier": purifier}
         tags = {"defense": name}
         registrations.append(
-            Registration(f"defense{index}", NAME, name, folders, inference, {}, tags, name)
-        )
+            Registration(
+                name=f"defense{index}", version_of=NAME, fingerprint=name,
+                digest=subjects[name].defense().digest, verdict="not scored", folders=folders,
+                inference=inference, metrics={}, tags=tags, description=name,
+            )
+        )  # fmt: skip
     tracker = Tracker("benchmark", NAME, {}, "key")
     tracker.finish("FINISHED", registrations)
     tracker.thread.join()

@@ -1,10 +1,12 @@
 """List the registered defenses, or make one of them the champion.
 
-`limpid promote` lists what is registered, best headline first. `limpid promote atop --reason TEXT`,
-or a version number in place of the name, makes one the champion; `--by worst --min-clean 0.9` takes
-the one with the highest lower bound under the worst of all attacks. A version that failed a
-blocking check, or is not byte for byte what was scored, is refused. `--sync` first registers this
-checkout's scored defenses: in an empty store, or where the results came from DVC's cache.
+`limpid promote` lists what is registered, highest robust accuracy first. `limpid promote atop
+--reason TEXT`, or a version number in place of the name, makes one the champion; `--by worst
+--min-clean 0.9` takes the one with the highest lower bound under the worst of all attacks. A
+version that failed a blocking check, or is not byte for byte what was scored, is refused. So is one
+that does not beat no defense and every control, unless `--anyway` is given with a reason; one that
+is below adversarial training takes a reason. `--sync` first registers this checkout's scored
+defenses: in an empty store, or where the results came from DVC's cache.
 """
 
 import argparse
@@ -23,10 +25,10 @@ from pipelines.reporting.registration import registrations
 from pipelines.runner.console import show
 from pipelines.tasks import metrics
 from pipelines.tracking import registry
-from pipelines.tracking.registry import CHAMPION, Version
+from pipelines.tracking.registry import CHAMPION, NO_CHAMPION, Version
 from pipelines.tracking.tracker import Tracker
 
-ORDERS = {"worst": "headline_low", "clean": "clean_low"}
+ORDERS = {"worst": "robust_accuracy_low", "clean": "clean_low"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=sorted(ORDERS), help="take the best by this")
     parser.add_argument("--min-clean", type=float, default=0.0, help="clean accuracy, 0 to 1")
     parser.add_argument("--reason", help="why; kept with the version")
+    parser.add_argument(
+        "--anyway", action="store_true",
+        help="with --reason: also where it does not beat no defense and every control",
+    )  # fmt: skip
     parser.add_argument("--sync", action="store_true", help="register what was evaluated here")
     parser.add_argument("--model", help="the registered model, by default that of params.yaml")
     options = parser.parse_args(argv)
@@ -69,13 +75,13 @@ def _promote(client: Any, name: str, found: Sequence[Version], options: Any) -> 
     """Make the version that is meant the champion, if nothing speaks against it."""
     chosen = _chosen(found, options)
     title = f"version {chosen.number} ({chosen.defense}) of {name}"
+    if math.isnan(chosen.figure("robust_accuracy")) or not chosen.standing:
+        raise ConfigError(f"{title} has no robust accuracy and verdict: register it by --sync")
     if chosen.failed:
         failed = ", ".join(chosen.failed)
         raise ConfigError(
             f"{title} failed {failed}: its accuracy is an upper bound, and it is not promoted"
         )
-    if math.isnan(chosen.figure("headline")):
-        raise ConfigError(f"{title} has no headline: register it by --sync")
     if chosen.figure("clean") < options.min_clean:
         raise ConfigError(
             f"{title} gets {chosen.figure('clean'):.1%} of clean images right, less than "
@@ -83,6 +89,7 @@ def _promote(client: Any, name: str, found: Sequence[Version], options: Any) -> 
         )
     if problem := registry.damage(chosen):
         raise DataError(f"{title} is refused: {problem}")
+    _require_worth(chosen, title, options)
     before = next((version for version in found if CHAMPION in version.aliases), None)
     reason = options.reason or (
         f"best by {options.by}, clean at least {options.min_clean:.1%}" if options.by else ""
@@ -94,15 +101,31 @@ def _promote(client: Any, name: str, found: Sequence[Version], options: Any) -> 
     print(
         f"{CHAMPION} of {name} is now version {chosen.number} ({chosen.defense}){instead}: {reason}"
     )
+    print(f"  {_beside(chosen)}")
+
+
+def _require_worth(chosen: Version, title: str, options: Any) -> None:
+    """Raise ConfigError for a defense that is worth too little for the reason that is given."""
+    judged = chosen.tags.get("verdict", "")
+    if chosen.standing in NO_CHAMPION and not (options.anyway and options.reason):
+        raise ConfigError(
+            f"{title} is {judged}; it is not promoted without --anyway and --reason TEXT"
+        )
+    if chosen.standing == "below" and not options.reason:
+        raise ConfigError(f"{title} is {judged}; say by --reason TEXT why it is the champion")
 
 
 def _chosen(found: Sequence[Version], options: Any) -> Version:
     """Return the version that is meant; ConfigError where there is none."""
     if options.by:
-        fit = [v for v in found if not v.failed and v.figure("clean") >= options.min_clean]
+        sound = [v for v in found if not v.failed and v.standing]
+        if not options.anyway:
+            sound = [version for version in sound if version.standing not in NO_CHAMPION]
+        fit = [version for version in sound if version.figure("clean") >= options.min_clean]
         if not fit:
             raise ConfigError(
-                f"no version without a failed blocking check reaches {options.min_clean:.1%} clean"
+                "no version without a failed blocking check that beats no defense and every "
+                f"control reaches {options.min_clean:.1%} clean; --anyway takes those that do not"
             )
         return max(fit, key=lambda version: version.figure(ORDERS[options.by]))
     named = [v for v in found if options.defense in (str(v.number), v.defense)]
@@ -132,17 +155,34 @@ def _sync(params: Params) -> None:
 def _print(found: Sequence[Version], name: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=name)
     table.add_column("version", justify="right")
-    for title in ("defense", "clean", "worst case, 95 %", "n", "ms/image", "checks", "alias"):
+    for title in (
+        "defense", "clean", "robust accuracy\n(worst of all attacks), 95 %", "n", "ms/image",
+        "measurement\nvalid", "warnings", "alias",
+    ):  # fmt: skip
         table.add_column(title, no_wrap=True, justify="left" if title == "defense" else "right")
     for one in found:
-        low, high = one.figure("headline_low"), one.figure("headline_high")
+        low, high = one.figure("robust_accuracy_low"), one.figure("robust_accuracy_high")
         time = one.figure("ms_per_image")
-        worst = f"{100 * one.figure('headline'):.1f} ({100 * low:.1f}-{100 * high:.1f})"
+        worst = f"{100 * one.figure('robust_accuracy'):.1f} ({100 * low:.1f}-{100 * high:.1f})"
         table.add_row(
             str(one.number), one.defense, f"{100 * one.figure('clean'):.1f}",
             f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}",
             "-" if math.isnan(time) else f"{time:.3g}",
-            f"{len(one.failed)} failed" if one.failed else "ok",
-            ", ".join(one.aliases), style="dim" if one.failed else "",
+            f"no, {len(one.failed)} failed" if one.failed else "yes",
+            f"{one.figure('warnings_count'):.0f}", ", ".join(one.aliases),
+            style="dim" if one.failed else "",
         )  # fmt: skip
     show(table)
+    for one in found:
+        print(f"{one.number} {one.defense}: {_beside(one)}")
+
+
+def _beside(version: Version) -> str:
+    """Say what belongs beside the number: verdict, attacks written for the defense, warnings."""
+    if not version.standing:
+        return "without a verdict: register it by --sync"
+    written = version.tags.get("attacks written for this defense", "none")
+    return (
+        f"{version.tags['verdict']}; attacks written for this defense: {written}; "
+        f"{version.tags['warnings']}"
+    )

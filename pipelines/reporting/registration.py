@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from components.data.shards import DataError
 from components.models.checkpoints import fingerprint, read_card
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
@@ -15,23 +16,35 @@ from pipelines.errors import ConfigError
 from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT
 from pipelines.reporting.wording import (
     MEANINGS,
+    ROBUST,
     describe_subject,
     describe_threat,
     illusion,
     not_beaten,
+    verdict,
+    written_for,
 )
 from pipelines.storage import timings
 from pipelines.tasks.metrics import Estimate, Headline, Metrics, Scored, ThreatModel
 from pipelines.tasks.subject import Subject
-from pipelines.tracking.registry import Registration, identity
+from pipelines.tracking.registry import NO_CHAMPION, Registration, identity
 
 
 def registrations(
     defenses: Mapping[str, Defended], metrics: Metrics, models: Path, dataset: str
 ) -> list[Registration]:
-    """Describe every trained defense; the best without a failed blocking check is the candidate."""
+    """Describe every trained defense; the best that may be the champion is the candidate.
+
+    Raises DataError where weights, settings or code are not those that were scored.
+    """
     found = {name: metrics.defenses[name] for name in defenses}
-    sound = {name: one for name, one in found.items() if not one.checks.blocking_failed}
+    sound = {
+        name: one
+        for name, one in found.items()
+        if not one.checks.blocking_failed
+        and one.verdict
+        and one.verdict.standing not in NO_CHAMPION
+    }
     best = max(sound, key=lambda name: sound[name].headline.low, default=None)
     return [
         _registration(
@@ -48,10 +61,18 @@ def _registration(
     folders = {"classifier": models / "standard", "purifier": models / defended.model}
     inference = defended.inference.model_dump(mode="json") if defended.inference else None
     subject = Subject(folders["classifier"], folders["purifier"], inference=defended.inference)
+    if subject.defense().digest != found.digest:
+        raise DataError(
+            f"{name} is not what was scored: its weights, settings or code have changed since; "
+            "`dvc repro` scores it again"
+        )
+    prints = [fingerprint(folder) for folder in folders.values()]
     return Registration(
         name=name,
         version_of=f"limpid-{dataset}",
-        fingerprint=identity([fingerprint(folder) for folder in folders.values()], inference),
+        fingerprint=identity(prints, inference, found.digest),
+        digest=found.digest,
+        verdict=verdict(found),
         folders=folders,
         inference=inference,
         params={
@@ -61,10 +82,14 @@ def _registration(
         metrics=_figures(name, found),
         tags={
             "defense": name,
-            "worst_case": _short(found.headline),
+            "robust accuracy": f"{_short(found.headline)}, worst of all attacks",
             "clean": _short(found.clean),
+            "standing": found.verdict.standing if found.verdict else "",
+            "verdict": verdict(found),
+            "attacks written for this defense": written_for(found),
+            "measurement valid": "no" if found.checks.blocking_failed else "yes",
             "blocking_failed": ", ".join(found.checks.blocking_failed),
-            "warnings": ", ".join(found.checks.warnings)[:4000],
+            "warnings": found.checks.warned()[:4000],
             "threat": json.dumps(threat.model_dump(mode="json"), sort_keys=True),
             "limpid.candidate": "yes" if best else "no",
             **{f"dvc.lock.{path}": md5 for path, md5 in _locked(folders.values()).items()},
@@ -80,10 +105,12 @@ def describe(name: str, subject: str, found: Scored, threat: ThreatModel) -> str
     head, clean = found.headline, found.clean
     sentences = [
         f"**{name}**: {subject}, in front of a standard-trained classifier.",
-        f"{clean.accuracy:.1%} of {clean.n} clean test images are right, and "
-        f"{head.accuracy:.1%} (95 % interval {head.low:.1%} to {head.high:.1%}) under the "
-        f"worst of {len(found.attacks)} attacks, chosen image by image. The attacker: "
+        f"{clean.accuracy:.1%} of {clean.n} clean test images are right; {ROBUST}: "
+        f"{head.accuracy:.1%} (95 % interval {head.low:.1%} to {head.high:.1%}), the worst of "
+        f"{len(found.attacks)} attacks chosen image by image. The attacker: "
         f"{describe_threat(threat)}.",
+        f"Verdict: {verdict(found)}. Attacks written for this defense: {written_for(found)}. "
+        f"Of its checks: {found.checks.warned()}.",
     ]
     if head.upper_bound:
         sentences.append("**A blocking check failed: this is an upper bound and no result.**")
@@ -110,14 +137,15 @@ def _short(score: Estimate) -> str:
 def _figures(name: str, found: Scored) -> dict[str, float]:
     head, clean = found.headline, found.clean
     figures = {
-        "headline": head.accuracy,
-        "headline_low": head.low,
-        "headline_high": head.high,
+        "robust_accuracy": head.accuracy,
+        "robust_accuracy_low": head.low,
+        "robust_accuracy_high": head.high,
         "clean": clean.accuracy,
         "clean_low": clean.low,
         "clean_high": clean.high,
         "n": head.n,
         "blocking_failed_count": len(found.checks.blocking_failed),
+        "warnings_count": len(found.checks.warnings),
         **{f"rung_{rung}": score.accuracy for rung, score in found.rungs.items()},
     }
     seconds = timings.known(image_of(name))

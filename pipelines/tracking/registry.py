@@ -1,13 +1,16 @@
 """The model registry of MLflow: every scored defense is a version of one registered model.
 
-A version is identified by the fingerprint of its networks and settings. It carries its figures, the
-checks it failed and a description. Registering moves the alias `candidate`; only a person moves
-`champion`, and a version is verified byte by byte before.
+A version is identified by its networks, its settings, the code of the defense, and its figures:
+where one of these changes, another version is made, and no version gets other figures. It carries
+its verdict, the checks that failed and a description. Registering moves the alias `candidate`; only
+a person moves `champion`, and a version is verified byte by byte before.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,24 +18,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.data.shards import DataError, write_bytes
+import components
+from components.data.shards import DataError, sha256, write_bytes
 from pipelines.layout import MLFLOW_DB
 from pipelines.storage.locks import lock
 
 CHAMPION, CANDIDATE = "champion", "candidate"
+# A defense that stands like this becomes the champion by an explicit wish only.
+NO_CHAMPION = ("broken", "no better than a control", "not measured")
+# A figure of the machine: it differs from one evaluation to the next.
+TIME = "ms_per_image"
 
 
 @dataclass(frozen=True)
 class Registration:
     """A defense to register: its folders, figures and description.
 
-    `inference` says how the network of the purifier folder is used. `artifacts` are files on disk,
-    `files` the contents of others by name; both are logged in the run of the defense.
+    `digest` is the identity of the defense that was scored, its code included, and `verdict` says
+    how it stands; the served model carries both. `inference` says how the network of the purifier
+    folder is used. `artifacts` are files on disk, `files` the contents of others by name; both are
+    logged in the run of the defense.
     """
 
     name: str
     version_of: str
     fingerprint: str
+    digest: str
+    verdict: str
     folders: Mapping[str, Path]
     inference: Mapping[str, Any] | None
     metrics: Mapping[str, float]
@@ -61,6 +73,14 @@ class Version:
     def failed(self) -> list[str]:
         """The names of the blocking checks that failed."""
         return [name for name in self.tags.get("blocking_failed", "").split(", ") if name]
+
+    @property
+    def standing(self) -> str:
+        """How it stands beside no defense, controls and adversarial training.
+
+        Versions that an older Limpid registered say nothing: "".
+        """
+        return self.tags.get("standing", "")
 
 
 def tracking_uri() -> str:
@@ -102,7 +122,7 @@ def _create_store(uri: str) -> None:
 
 
 def register(client: Any, run: str, one: Registration, provenance: Mapping[str, str]) -> None:
-    """Register a defense, once per fingerprint; later calls renew figures, tags and description.
+    """Register a defense, once for each of its figures; later calls renew tags and description.
 
     Figures and files are logged in `run` at every call.
     """
@@ -110,21 +130,16 @@ def register(client: Any, run: str, one: Registration, provenance: Mapping[str, 
 
     name, known = one.version_of, None
     with contextlib.suppress(mlflow.exceptions.MlflowException):
-        known = next(
-            (
-                version
-                for version in client.search_model_versions(f"name = '{name}'")
-                if version.tags.get("limpid.fingerprint") == one.fingerprint
-            ),
-            None,
-        )
+        found = client.search_model_versions(f"name = '{name}'")
+        known = next((version for version in found if _is(version.tags, one)), None)
     if known is None:
         known = _add_version(client, run, one)
     mlflow.log_metrics(dict(one.metrics), run_id=run, model_id=known.model_id)
     _log_files(client, run, one)
     # The page of a model lists tags in this order: those for people come first.
     tags = {**one.tags, "limpid.figures": json.dumps(dict(one.metrics))}
-    tags |= {"limpid.fingerprint": one.fingerprint, "limpid.run": run, **provenance}
+    tags |= {"limpid.fingerprint": one.fingerprint, "limpid.digest": one.digest}
+    tags |= {"limpid.run": run, **provenance}
     for key, value in tags.items():
         client.set_model_version_tag(name, known.version, key, value)
     client.update_model_version(name, known.version, one.description)
@@ -134,7 +149,7 @@ def register(client: Any, run: str, one: Registration, provenance: Mapping[str, 
 
 
 def versions(client: Any, name: str) -> list[Version]:
-    """Return all versions of a registered model, those with the best headline first."""
+    """Return all versions of a registered model, those with the highest robust accuracy first."""
     aliases: dict[int, list[str]] = {}
     import mlflow
 
@@ -153,7 +168,12 @@ def versions(client: Any, name: str) -> list[Version]:
         )
         for version in client.search_model_versions(f"name = '{name}'")
     ]
-    return sorted(found, key=lambda version: -version.figure("headline"))
+
+    def order(version: Version) -> float:
+        accuracy = version.figure("robust_accuracy")
+        return 1.0 if math.isnan(accuracy) else -accuracy
+
+    return sorted(found, key=order)
 
 
 def damage(version: Version) -> str:
@@ -170,17 +190,25 @@ def damage(version: Version) -> str:
             flavour = Model.load(home).flavors["python_function"]
             parts = {key: home / part["path"] for key, part in flavour["artifacts"].items()}
             prints = [fingerprint(parts[key]) for key in ("classifier", "purifier")]
+            code = _digest_of_files(home / flavour["code"] / "components")
         except (OSError, KeyError, DataError, mlflow.exceptions.MlflowException) as error:
             return f"its artifacts are not whole: {str(error).splitlines()[0][:200]}"
-    settings = (flavour.get("config") or {}).get("inference")
-    if identity(prints, settings) != version.tags.get("limpid.fingerprint"):
+    config = flavour.get("config") or {}
+    found = identity(prints, config.get("inference"), config.get("digest", ""))
+    if found != version.tags.get("limpid.fingerprint"):
         return "its networks or settings are not those that were scored"
+    if code != version.tags.get("limpid.code"):
+        return "its code is not that which was registered"
     return ""
 
 
-def identity(prints: Sequence[str], inference: Mapping[str, Any] | None) -> str:
-    """Return the fingerprint of a defense, from those of its folders and its inference."""
-    return ":".join([*prints, json.dumps(inference, sort_keys=True) if inference else "none"])
+def identity(prints: Sequence[str], inference: Mapping[str, Any] | None, digest: str) -> str:
+    """Return the fingerprint of a defense: of its folders, its inference, and `Defense.digest`.
+
+    The last covers the code, so that changed code is another defense.
+    """
+    settings = json.dumps(inference, sort_keys=True) if inference else "none"
+    return ":".join([*prints, settings, digest])
 
 
 def promote(client: Any, name: str, version: Version, reason: str) -> None:
@@ -189,27 +217,54 @@ def promote(client: Any, name: str, version: Version, reason: str) -> None:
     client.set_model_version_tag(name, str(version.number), "limpid.champion_because", reason)
 
 
+def _is(tags: Mapping[str, str], one: Registration) -> bool:
+    """Whether a version with these tags is this defense with these figures, time aside."""
+
+    def measured(figures: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in figures.items() if name != TIME}
+
+    figures = json.loads(tags.get("limpid.figures", "{}"))
+    same = measured(figures) == measured(one.metrics) and tags.get("verdict", "") == one.verdict
+    return same and tags.get("limpid.fingerprint") == one.fingerprint
+
+
+def _digest_of_files(folder: Path) -> str:
+    """Return one sha256 of the names and bytes of all Python files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def _add_version(client: Any, run: str, one: Registration) -> Any:
     import mlflow
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+    code = Path(components.__file__).parent
     with mlflow.start_run(run_id=run):
         logged = mlflow.pyfunc.log_model(
             name=one.name,
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={key: str(path) for key, path in one.folders.items()},
-            model_config={"inference": one.inference},
-            code_paths=["components"],
+            model_config={
+                "inference": one.inference,
+                "digest": one.digest,
+                "verdict": one.verdict,
+            },
+            code_paths=[str(code)],
             pip_requirements=["torch", "safetensors", "pydantic", "numpy", "pyarrow"],
         )
     with contextlib.suppress(mlflow.exceptions.MlflowException):
         client.create_registered_model(
             one.version_of,
-            description="Defenses that were attacked and scored; `headline` is the accuracy under "
-            "the worst of all attacks, image by image.",
+            description="Defenses that were attacked and scored; `robust_accuracy` is the accuracy "
+            "under the worst of all attacks, image by image.",
         )
     version = client.create_model_version(
         one.version_of, logged.model_uri, run, model_id=logged.model_id
+    )
+    client.set_model_version_tag(
+        one.version_of, version.version, "limpid.code", _digest_of_files(code)
     )
     # With this tag the table of models links to the registry.
     link = [{"name": one.version_of, "version": version.version}]

@@ -51,11 +51,16 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
-        """Load the registered model folders."""
+        """Load the registered model folders.
+
+        Raises ServingError, in one sentence, where weights, settings or code are not those that
+        were scored.
+        """
         folder = Path(context.artifacts["classifier"])
         card = read_card(folder)
         self.shape, self.class_names = tuple(card.shape), card.class_names
-        inference = (context.model_config or {}).get("inference")
+        config = context.model_config or {}
+        inference = config.get("inference")
         purifier = load_purifier(
             Path(context.artifacts["purifier"]),
             inference=TypeAdapter(InferenceConfig).validate_python(inference)
@@ -63,6 +68,17 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             else None,
         )
         self.defense = Defense(load(folder), purifier).freeze()
+        if not config.get("digest"):
+            raise _refusal(
+                "this version does not say what was scored: register it by `limpid promote --sync`"
+            )
+        if self.defense.digest != config["digest"]:
+            raise _refusal(
+                "this is not the defense that was scored: its weights, settings or code differ "
+                f"(scored {config['digest'][:12]}, found {self.defense.digest[:12]})"
+            )
+        self.digest, self.verdict = config["digest"], config["verdict"]
+        _log.info("defense %s, %s", self.digest[:12], self.verdict)
 
     def predict(self, context, model_input):  # type: ignore[no-untyped-def]
         """Return arrays over the images: `purified` (N,C,H,W), `logits` (N,K), `label` (N,) names,

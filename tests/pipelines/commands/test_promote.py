@@ -1,6 +1,7 @@
 """Registered versions carry their figures, and only sound ones become the champion."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,32 +9,106 @@ from pathlib import Path
 import mlflow
 import project
 import pytest
+from fake_evaluation import bare_scores
+from ruamel.yaml import YAML
+from toys import write_model
 
+from components.models import identity as identities
 from pipelines.__main__ import main
-from pipelines.config.schema import load
+from pipelines.config.schema import Params, load
+from pipelines.config.sections import Defended
 from pipelines.reporting import registration
 from pipelines.reporting.wording import MEANINGS
-from pipelines.tasks.metrics import Metrics
+from pipelines.storage import timings
+from pipelines.tasks import metrics
+from pipelines.tasks.metrics import (
+    Checks,
+    Difference,
+    Estimate,
+    Headline,
+    Metrics,
+    Scored,
+    Selftest,
+    Standing,
+    Verdict,
+)
+from pipelines.tasks.subject import Subject
+from pipelines.tasks.summary import threat_model
 from pipelines.tracking import registry
 from pipelines.tracking.registry import Version
 
 MODEL = "limpid-digits"
 
 
+# How every defense of the tiny line stands; `promote` judges by this.
+STANDINGS: dict[str, Standing] = {
+    "student_grey": "broken",
+    "student_adaptive": "below",
+    "atop": "not told apart",
+    "apudae": "no better than a control",
+    "diffpure": "above",
+}
+ROBUST = {"student_grey": 0.0, "student_adaptive": 0.3, "atop": 0.5, "apudae": 0.6, "diffpure": 0.2}
+
+
 @pytest.fixture(scope="module")
-def synced(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of an evaluation, and a store in which they were registered afterwards."""
+def synced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a made-up evaluation, and a store in which they were registered."""
     folder = tmp_path_factory.mktemp("registry") / "evaluated"
     folder.mkdir()
-    for name in ("models", "reports", "components"):
-        shutil.copytree(reproduced / name, folder / name)
-    for name in ("params.yaml", "dvc.lock"):
-        shutil.copyfile(reproduced / name, folder / name)
+    project.write_params(folder, project.tiny())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        params = load()
+        shape, names = (1, 8, 8), [str(label) for label in range(10)]
+        standard = params.classifiers["standard"].model.model_dump(mode="json")
+        write_model(folder / "models/standard", standard, shape, names)
+        for defended in params.defenses.values():
+            network = params.model_of(defended.model).model_dump(mode="json")
+            write_model(folder / "models" / defended.model, network, shape, names)
+        write(evaluated(params))
+        locked = [{"path": "models/student_adaptive", "md5": "0" * 32 + ".dir"}]
+        YAML().dump({"stages": {"a": {"outs": locked}}}, folder / "dvc.lock")
+        (folder / "reports/report.html").write_text("a report")
+        for name in params.defenses:
+            timings.record(registration.image_of(name), 0.001)
         assert promote(["--sync"]) == 0
     return folder
+
+
+def evaluated(params: Params) -> Metrics:
+    """Return metrics of all defenses of the parameters, made up but for the digests."""
+    return Metrics(
+        seed=0,
+        selftest=Selftest(cases=1, caught=1),
+        threat_model=threat_model(params.threat, 50, params.scoring),
+        published={},
+        defenses={name: one(params.defenses[name], name) for name in params.defenses},
+    )
+
+
+def one(defended: Defended, name: str) -> Scored:
+    standing = STANDINGS[name]
+    difference = Difference(baseline="robust", difference=-0.1, low=-0.2, high=-0.01, p=0.001)
+    subject = Subject(
+        Path("models/standard"), Path("models") / defended.model, inference=defended.inference
+    )
+    low = ROBUST[name]
+    estimate = Estimate(accuracy=low + 0.05, low=low, high=low + 0.1, n=50)
+    return bare_scores(
+        low,
+        headline=Headline(**dict(estimate), upper_bound=False),
+        digest=subject.defense().digest,
+        verdict=Verdict(standing=standing, rivals=["none"], adversarial_training=difference),
+        checks=Checks(blocking_failed=[], warnings=["chance", "selection"], findings=[]),
+        written_for=["direct"] if name == "apudae" else [],
+    )
+
+
+def write(values: Metrics) -> None:
+    Path("reports").mkdir(exist_ok=True)
+    metrics.write(Path("reports/metrics.json"), values)
 
 
 @pytest.fixture
@@ -54,15 +129,23 @@ def registered_versions() -> dict[str, Version]:
     return {one.defense: one for one in registry.versions(registry.connect(), MODEL)}
 
 
+def registered_versions_by_number() -> dict[int, Version]:
+    return {one.number: one for one in registry.versions(registry.connect(), MODEL)}
+
+
 def champion() -> str:
     known = registered_versions().values()
     return next((one.defense for one in known if registry.CHAMPION in one.aliases), "")
 
 
-def artifact(folder: Path, defense: str) -> Path:
+def home_of(defense: str) -> Path:
+    """Return where the store keeps the files of a defense."""
+    return Path(mlflow.artifacts.download_artifacts(registered_versions()[defense].source))
+
+
+def artifact(defense: str) -> Path:
     """Return where the store keeps the purifier of a defense."""
-    model = project.tiny()["defenses"][defense]["model"]
-    return next((folder / "mlruns").rglob(f"*/artifacts/{model}"))
+    return home_of(defense) / "artifacts" / project.tiny()["defenses"][defense]["model"]
 
 
 def test_sync_registers_every_defense_once_in_an_empty_store(
@@ -80,7 +163,7 @@ def test_sync_registers_every_defense_once_in_an_empty_store(
     for name, version in first.items():
         head = found[name]["headline"]
         assert name in printed and f"{100 * head['accuracy']:.1f}" in printed
-        assert version.figure("headline_low") == pytest.approx(head["low"], rel=1e-4)
+        assert version.figure("robust_accuracy_low") == pytest.approx(head["low"], rel=1e-4)
         assert version.failed == found[name]["checks"]["blocking_failed"]
         assert version.figure("ms_per_image") > 0
     tags = first["student_adaptive"].tags
@@ -93,27 +176,132 @@ def test_sync_registers_every_defense_once_in_an_empty_store(
     assert "clean test images" in words and "no pixel changes by more" in words
 
 
+def test_the_list_says_what_stands_beside_each_number(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert promote([]) == 0
+    printed = capsys.readouterr().out
+    assert "robust accuracy" in printed and "measurement" in printed
+    (line,) = (line for line in printed.splitlines() if " apudae: " in line)
+    assert "no better than a control: does not beat none" in line
+    assert "-10.0 points beside robust (99 % interval -20.0 to -1.0)" in line
+    assert "attacks written for this defense: direct; 2 warnings: chance, selection" in line
+    tags = registered_versions()["student_grey"].tags
+    assert tags["standing"] == "broken" and tags["measurement valid"] == "yes"
+    assert tags["attacks written for this defense"] == "none"
+
+
+@pytest.mark.parametrize("name", ["student_grey", "apudae"])
+def test_what_beats_no_defense_or_a_control_not_is_promoted_by_an_explicit_wish_only(
+    store: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    for argv in (["--reason", "x"], ["--anyway"]):
+        assert promote([name, *argv]) == 2 and champion() == ""
+        error = capsys.readouterr().err
+        assert "does not beat none" in error and "--anyway and --reason" in error
+        assert error.count("\n") == 1
+    assert promote([name, "--anyway", "--reason", "to show it"]) == 0
+    assert champion() == name
+
+
+def test_what_is_below_adversarial_training_takes_a_reason(
+    store: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The best of those that may be promoted by its bound, once the two above it are away.
+    client, known = registry.connect(), registered_versions()
+    for name in ("atop", "diffpure"):
+        client.set_model_version_tag(MODEL, str(known[name].number), "standing", "broken")
+    assert promote(["--by", "worst"]) == 2 and champion() == ""
+    error = capsys.readouterr().err
+    assert "below adversarial training" in error and "say by --reason" in error
+    assert promote(["--by", "worst", "--reason", "it is quick"]) == 0
+    assert champion() == "student_adaptive"
+    for name in ("atop", "diffpure"):
+        client.set_model_version_tag(MODEL, str(known[name].number), "standing", STANDINGS[name])
+
+
+def test_a_version_without_a_verdict_is_not_promoted(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    client, number = registry.connect(), str(registered_versions()["atop"].number)
+    client.delete_model_version_tag(MODEL, number, "standing")
+    assert promote([]) == 0
+    assert "atop: without a verdict: register it by --sync" in capsys.readouterr().out
+    assert promote(["atop", "--reason", "x"]) == 2 and champion() == ""
+    assert "register it by --sync" in capsys.readouterr().err
+    client.set_model_version_tag(MODEL, number, "standing", "not told apart")
+
+
 def test_promoting_needs_a_reason_and_keeps_it(store: Path, capsys: pytest.CaptureFixture) -> None:
     assert promote(["atop"]) == 2 and champion() == ""
     assert "give a reason" in capsys.readouterr().err
     assert promote(["atop", "--reason", "for the test"]) == 0
     assert champion() == "atop"
     assert registered_versions()["atop"].tags["limpid.champion_because"] == "for the test"
-    number = str(registered_versions()["student_grey"].number)
+    number = str(registered_versions()["diffpure"].number)
     assert promote([number, "--reason", "another"]) == 0
-    assert champion() == "student_grey"
+    assert champion() == "diffpure"
     assert "instead of" in capsys.readouterr().out
 
 
-def test_by_worst_promotes_the_highest_lower_bound(store: Path) -> None:
-    found = json.loads((store / "reports/metrics.json").read_text())["defenses"]
-    sound = {
-        name: found[name]["headline"]["low"]
-        for name in project.tiny()["defenses"]
-        if not found[name]["checks"]["blocking_failed"]
-    }
+def test_by_worst_promotes_the_highest_lower_bound_that_is_worth_something(store: Path) -> None:
+    # apudae has a higher bound and does not beat a control.
     assert promote(["--by", "worst"]) == 0
-    assert champion() == max(sound, key=sound.__getitem__)
+    assert champion() == "atop"
+    assert registered_versions()["atop"].aliases == ("candidate", "champion")
+
+
+def test_other_figures_make_another_version_and_leave_the_champion_as_it_is(store: Path) -> None:
+    assert promote(["atop", "--reason", "for the test"]) == 0
+    before = registered_versions_by_number()
+    values = json.loads(Path("reports/metrics.json").read_text())
+    values["defenses"]["atop"]["headline"]["accuracy"] = 0.9
+    Path("reports/metrics.json").write_text(json.dumps(values))
+    assert promote(["--sync"]) == 0
+    after = registered_versions_by_number()
+    (new,) = set(after) - set(before)
+    assert after[new].defense == "atop" and after[new].figure("robust_accuracy") == 0.9
+    for number, version in before.items():
+        assert after[number].tags["limpid.figures"] == version.tags["limpid.figures"]
+    write(evaluated(load()))
+    registry.connect().delete_model_version(MODEL, str(new))
+
+
+def test_changed_code_makes_another_version(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of a defense covers its code; where it is scored anew it is registered anew."""
+    before = registered_versions_by_number()
+    monkeypatch.setattr(identities, "_digest_of", lambda names: "changed")
+    assert promote(["--sync"]) == 3
+    write(evaluated(load()))
+    assert promote(["--sync"]) == 0
+    monkeypatch.undo()
+    os.chdir(store)
+    new = set(registered_versions_by_number()) - set(before)
+    assert len(new) == len(STANDINGS)
+    write(evaluated(load()))
+    for number in new:
+        registry.connect().delete_model_version(MODEL, str(number))
+
+
+def test_what_was_not_scored_is_not_registered(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(identities, "_digest_of", lambda names: "changed")
+    assert promote(["--sync"]) == 3
+    error = capsys.readouterr().err
+    assert "is not what was scored" in error and error.count("\n") == 1
+
+
+def test_changed_code_in_the_artifacts_is_refused(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    code = home_of("diffpure") / "code/components/models/purifiers/diffusion/diffpure.py"
+    whole = code.read_text()
+    code.write_text(whole + "\n# another line\n")
+    assert promote(["diffpure", "--reason", "no"]) == 3
+    assert "its code is not that which was registered" in capsys.readouterr().err
+    code.write_text(whole)
+    assert promote(["diffpure", "--reason", "whole again"]) == 0
 
 
 def test_a_version_with_a_failed_blocking_check_is_refused(
@@ -138,8 +326,8 @@ def test_a_failed_check_is_registered_with_the_defense(store: Path) -> None:
         "findings": [{**planted, "level": "block", "passed": False}],
     }
     values["defenses"]["atop"]["headline"]["upper_bound"] = True
-    metrics = Metrics.model_validate_json(json.dumps(values))
-    registered = registration.registrations(load().defenses, metrics, Path("models"), "digits")
+    found = Metrics.model_validate_json(json.dumps(values))
+    registered = registration.registrations(load().defenses, found, Path("models"), "digits")
     atop = next(one for one in registered if one.name == "atop")
     assert atop.tags["blocking_failed"] == "planted"
     assert atop.tags["limpid.candidate"] == "no"
@@ -150,26 +338,26 @@ def test_a_failed_check_is_registered_with_the_defense(store: Path) -> None:
 def test_altered_or_missing_artifacts_are_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    weights = artifact(store, "student_grey") / "weights.safetensors"
+    weights = artifact("atop") / "weights.safetensors"
     whole = weights.read_bytes()
     faults = {"altered": whole[:-1] + bytes([whole[-1] ^ 1]), "missing": None}
     for content in faults.values():
         weights.unlink()
         if content is not None:
             weights.write_bytes(content)
-        assert promote(["student_grey", "--reason", "no"]) == 3
+        assert promote(["atop", "--reason", "no"]) == 3
         assert "is refused: its artifacts are not whole" in capsys.readouterr().err
         weights.write_bytes(whole)
     assert champion() == ""
-    assert promote(["student_grey", "--reason", "whole again"]) == 0
+    assert promote(["atop", "--reason", "whole again"]) == 0
 
 
 def test_another_network_in_the_artifacts_is_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = artifact(store, "student_adaptive")
+    folder = artifact("student_adaptive")
     shutil.rmtree(folder)
-    shutil.copytree(store / "models/student_grey", folder)
+    shutil.copytree(store / "models/denoiser", folder)
     assert promote(["student_adaptive", "--reason", "no"]) == 3
     assert "are not those that were scored" in capsys.readouterr().err
 

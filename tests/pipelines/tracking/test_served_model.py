@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -26,6 +27,7 @@ from toys import write_model
 
 from components import serving
 from components.data.draws import Draws, NoiseStream
+from components.models import identity as identities
 from components.models.checkpoints import fingerprint
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig, Purifier
@@ -113,6 +115,8 @@ def registration(folder: Path, name: str) -> Registration:
         name=name,
         version_of=NAME,
         fingerprint=f"{name}:{fingerprint(folder / name)}",
+        digest=subject(folder, name).defense().digest,
+        verdict="above adversarial training",
         folders={"classifier": folder / "classifier", "purifier": folder / name},
         inference=DEFENSES[name][1],
         metrics={"headline": 0.5},
@@ -145,6 +149,35 @@ def test_the_served_defense_is_the_one_that_is_scored(
     error = ((x - purified) ** 2).mean((1, 2, 3))
     assert np.allclose(found["reconstruction_error"], error, rtol=1e-5)
     assert list(found["label"]) == [NAMES[int(best)] for best in logits.argmax(1)]
+
+
+def loaded(folder: Path, **config: Any) -> ServedDefense:
+    """Load a defense as MLflow does, with what its version says of it."""
+    served = ServedDefense()
+    artifacts = {"classifier": str(folder / "classifier"), "purifier": str(folder / "koo")}
+    served.load_context(SimpleNamespace(artifacts=artifacts, model_config=config))
+    return served
+
+
+def test_the_served_defense_carries_its_digest_and_verdict(models: dict[str, Any]) -> None:
+    served = models["koo"].unwrap_python_model()
+    assert served.digest == served.defense.digest
+    assert served.verdict == "above adversarial training"
+
+
+def test_other_weights_or_code_than_were_scored_are_not_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"digest": subject(folder, "koo").defense().digest, "verdict": "broken"}
+    assert loaded(folder, **about).verdict == "broken"
+    other = {**about, "digest": subject(folder, "denoiser").defense().digest}
+    with pytest.raises(ServingError, match=r"^this is not the defense that was scored: .*\)$"):
+        loaded(folder, **other)
+    monkeypatch.setattr(identities, "_digest_of", lambda names: "changed")
+    with pytest.raises(ServingError, match="its weights, settings or code differ"):
+        loaded(folder, **about)
+    with pytest.raises(ServingError, match="register it by `limpid promote --sync`"):
+        loaded(folder, inference=None)
 
 
 @EVERY
