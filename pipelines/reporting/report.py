@@ -28,6 +28,7 @@ from pipelines.reporting.charts import (
     over_radius,
     over_rejected,
 )
+from pipelines.reporting.claims import claims, compared_baseline, conclusion
 from pipelines.reporting.networks import Model
 from pipelines.reporting.wording import (
     MEANINGS,
@@ -116,12 +117,16 @@ def write_report(
     ]
     curves = [each.curve for each in scored if each.curve]
     best = _best(scored)
+    claimed, baseline = claims(entries, metrics.defenses), compared_baseline(metrics.defenses)
     probes = {e.name: e.scores.radius_curve for e in scored if e.scores.radius_curve}
     html = template(TEMPLATE).render(
         threat=describe_threat(metrics.threat_model),
         threat_model=metrics.threat_model,
         selftest=metrics.selftest,
         published=metrics.published,
+        claims=claimed,
+        conclusion=conclusion(claimed, metrics.defenses),
+        reference=next((each for each in scored if each.name == baseline), None),
         shape=test.shape,
         classes=len(test.class_names),
         scored=scored,
@@ -249,13 +254,18 @@ def _over_rejected(scored: Sequence[Shown]) -> dict[str, Chart]:
 
 
 def first_shown(entry: Entry, found: Scored, plan: Plan) -> str:
-    """Return the set to show first: of those that stay in the ball the one that carries most.
+    """Return the set to show first: of those that stay in the ball the one that leaves least.
 
-    Outside the ball an example counts as clean: a bounded attack shows better what was counted.
+    Of equal ones it is the one that carries most. The set that carries most of all may be a weak
+    one: an image that many attacks fool is credited to the first. Outside the ball an example
+    counts as clean, so a bounded attack shows better what was counted.
     """
-    counted = [name for name in entry.sets if name in found.attacks]
-    carried = found.carried_by
-    return max(counted, key=lambda name: (plan.bounded(name), carried.get(name, 0)), default="")
+
+    def strength(name: str) -> tuple[bool, float, int]:
+        alone = found.attacks[name].accuracy
+        return plan.bounded(name), -alone, found.carried_by.get(name, 0)
+
+    return max((name for name in entry.sets if name in found.attacks), key=strength, default="")
 
 
 def first_panels(

@@ -28,7 +28,7 @@ const found = {
   width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
   rows: document.querySelectorAll(".scores tbody tr:not(.group)").length,
   radius: lines("radius"), compute: lines("compute"), training: lines("training"),
-  first: seen(),
+  first: seen(), claims: document.querySelector(".claims").getBoundingClientRect().bottom,
 };
 pick("student_grey"); found.defense = seen();
 pick("grey box, pgd"); found.attack = seen();
@@ -93,7 +93,8 @@ def test_picking_a_defense_and_an_attack_shows_its_pictures(
     assert found["width"] == width and found["overflow"] <= 0
     assert found["rows"] == len(RIGHT)
     assert found["radius"] == len(PROBES) and found["compute"] == 2 and found["training"] >= 8
-    assert found["first"] == ["student_adaptive: grey box, pgd"]
+    assert found["first"] == ["student_adaptive: full gradient, pgd"]
+    assert 200 < found["claims"] < 800, "the chart does not end on the first screen"
     assert found["defense"] == ["student_grey: full gradient, pgd"]
     assert found["attack"] == ["student_grey: grey box, pgd"]
     assert found["picture"] == 'url("data:image/png;base64'
