@@ -118,6 +118,8 @@ def _require_worth(chosen: Version, title: str, options: Any) -> None:
 def _chosen(found: Sequence[Version], options: Any) -> Version:
     """Return the version that is meant; ConfigError where there is none."""
     if options.by:
+        if not any(version.standing for version in found):
+            raise ConfigError("no registered version has a verdict: register them by --sync")
         sound = [v for v in found if not v.failed and v.standing]
         if not options.anyway:
             sound = [version for version in sound if version.standing not in NO_CHAMPION]
@@ -169,7 +171,7 @@ def _print(found: Sequence[Version], name: str) -> None:
             f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}",
             "-" if math.isnan(time) else f"{time:.3g}",
             f"no, {len(one.failed)} failed" if one.failed else "yes",
-            f"{one.figure('warnings_count'):.0f}", ", ".join(one.aliases),
+            f"{one.figure('warnings_count'):.0f}" if one.standing else "-", ", ".join(one.aliases),
             style="dim" if one.failed else "",
         )  # fmt: skip
     show(table)

@@ -51,6 +51,23 @@ def test_the_interval_is_newcombes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(one, other) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
 
 
+def test_the_correlation_of_pairs_is_corrected_for_continuity() -> None:
+    """A weak correlation counts as none; of a full one the covariance loses 1/(2n)."""
+    one, other = right((3, 1.0), (2, 0.0)), right((2, 1.0), (2, 0.0), (1, 1.0))
+    independent = float(np.hypot(*limits(0.6, 5)))
+    assert difference(one, other) == pytest.approx((0.0, -independent, independent))
+    same = right((50, 1.0), (50, 0.0))
+    half = float(np.sqrt(2 * (1 - 0.98))) * limits(0.5, 100)[0]
+    assert difference(same, same) == pytest.approx((0.0, -half, half))
+
+
+def limits(mean: float, n: int) -> tuple[float, float]:
+    """Return how far the Wilson 99 % limits lie below and above a mean: roots of a quadratic."""
+    z = verdicts.Z99**2 / n
+    low, high = sorted(np.roots([1 + z, -(2 * mean + z), mean**2]).real)
+    return mean - low, high - mean
+
+
 def test_the_interval_of_fractions_covers_their_mean_difference() -> None:
     """Against a deterministic rival, right on like images; at least 99 % must be covered."""
     generator, missed = np.random.default_rng(0), 0

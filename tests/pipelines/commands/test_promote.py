@@ -232,6 +232,14 @@ def test_a_version_without_a_verdict_is_not_promoted(
     client.set_model_version_tag(MODEL, number, "standing", "not told apart")
 
 
+def test_where_no_version_has_a_verdict_none_is_the_best(
+    store: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Version, "standing", "")
+    assert promote(["--by", "worst"]) == 2 and champion() == ""
+    assert "no registered version has a verdict: register them by --sync" in capsys.readouterr().err
+
+
 def test_promoting_needs_a_reason_and_keeps_it(store: Path, capsys: pytest.CaptureFixture) -> None:
     assert promote(["atop"]) == 2 and champion() == ""
     assert "give a reason" in capsys.readouterr().err
