@@ -203,19 +203,3 @@ def undefended_falls(accuracy: float, threat: Linf | L2) -> Finding:
         passed=accuracy <= 0.05,
         detail=f"{accuracy:.1%} of images stay right with no defense at all",
     )
-
-
-def not_beaten(
-    accuracies: Accuracies, rivals: Mapping[str, Accuracies]
-) -> dict[str, tuple[float, float]]:
-    """Return the rivals that `accuracies` does not beat, with (difference of means, p-value).
-
-    All are accuracies under the worst examples.
-    """
-    names = list(rivals)
-    values = holm([more_fooled(rivals[rival], accuracies) for rival in names])
-    return {
-        rival: (float(accuracies.mean() - rivals[rival].mean()), p)
-        for rival, p in zip(names, values, strict=True)
-        if p >= SIGNIFICANT
-    }
