@@ -1,4 +1,4 @@
-"""Print the scores in reports/metrics.json, the verdict of each defense, and all warnings.
+"""Print scores, verdicts and warnings of reports/metrics.json.
 
 Exit codes: 0, 2 metrics that are missing or cannot be read.
 """

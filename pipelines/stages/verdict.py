@@ -1,4 +1,4 @@
-"""Say how each defense stands and what warns of it; fail where a blocking check failed.
+"""Say how each defense stands; fail where a blocking check failed.
 
 Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline.
 Controls are never judged: some are there to be caught. Writes nothing.
