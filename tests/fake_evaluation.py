@@ -23,6 +23,7 @@ from components.models.classifiers import SmallCnn
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.controls import BitDepth, GaussianNoise
 from components.probes import Finding
+from pipelines.config import sections
 from pipelines.config.sections import Scoring
 from pipelines.reporting.networks import trained
 from pipelines.reporting.report import write_report
@@ -44,7 +45,15 @@ from pipelines.tasks.summary import compared, summary, threat_model
 N, SHAPE, CLASSES = 12, (1, 8, 8), ("0", "1", "<b>2</b>")
 EVIL = "<script>alert(1)</script>"
 THREAT = Linf(norm="linf", eps_255=51.0)
-PGD = Pgd(
+
+
+class _Both(Pgd):
+    """PGD in place of two attacks, one on either family of losses."""
+
+    losses = ("cross-entropy", "margin")
+
+
+PGD = _Both(
     kind="pgd", steps=10, step=0.2, restarts=1, random_start=True, early_stop=True, eot=1
 )  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
@@ -94,6 +103,7 @@ class FakeEvaluation:
             threat=THREAT,
             attacks={"pgd": PGD, "cw": CW},
             scoring=Scoring(select_draws=32, score_draws=32, shown=3),
+            checks=sections.Checks(images=16, thorough=False),
             seed=0,
             batch=5,
             val=root / "test",

@@ -111,16 +111,20 @@ def tiny() -> dict:
         },
         "ladder": {
             "classifier": ["pgd"], "direct": ["pgd"], "plain": ["pgd"], "detached": ["pgd"],
-            "full": ["apgd_ce", "aware"],
+            "full": ["apgd_ce", "apgd_dlr", "aware"],
         },
     }  # fmt: skip
     params["defenses"]["diffpure"] = {
         "model": "ddpm",
         "inference": {"kind": "diffpure", "t_star": 2, "sampler": "ddpm", "substeps": 2},
-        "ladder": {"classifier": ["pgd"], "bpda": ["apgd_ce"], "short": ["apgd_ce"]},
-    }
+        "ladder": {
+            "classifier": ["pgd"], "bpda": ["apgd_ce", "apgd_dlr"],
+            "short": ["apgd_ce", "apgd_dlr"],
+        },
+    }  # fmt: skip
     params["attacks"]["apgd_t"] |= {"steps": 10, "targets": 2}
     params["attacks"]["apgd_ce"] |= {"steps": 12}
+    params["attacks"]["apgd_dlr"] |= {"steps": 10}
     params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["square"] |= {"queries": 20}
@@ -140,8 +144,8 @@ def toy() -> dict:
     params["purifiers"] = {n: params["purifiers"][n] for n in ("adversarial_teacher",)}
     params |= {"students": {}, "atop": {}, "controls": {}}
     params["tuning"] = {"run": [], "studies": {}}
-    params["attacks"] = {n: params["attacks"][n] for n in ("pgd", "apgd_ce")}
-    full = {"full": ["pgd", "apgd_ce"]}
+    params["attacks"] = {n: params["attacks"][n] for n in ("pgd", "apgd_ce", "apgd_dlr")}
+    full = {"full": ["pgd", "apgd_ce", "apgd_dlr"]}
     params["baselines"] = {"none": {"classifier": "standard", "ladder": full}}
     ladder = {"classifier": ["pgd", "apgd_ce"], "bpda": ["pgd"], **full}
     params["defenses"] = {"koo": {"model": "adversarial_teacher", "ladder": ladder}}

@@ -15,7 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.attacks.contract import (
+    L2,
+    LEAST_STEPS,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    Search,
+    search_cost,
+)
 from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Loss, Target, margin
@@ -32,19 +43,21 @@ class ApgdCe(Attack):
     """APGD on the cross-entropy, `restarts` runs of `steps` steps."""
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
     kind: Literal["apgd_ce"]
     steps: Positive
     restarts: Positive
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per start and per step."""
-        return self.restarts * (self.steps + 1)
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per start and per step."""
+        gradients = self.restarts * (self.steps + 1)
+        return search_cost(gradients, 0, self.draws(stochastic), stochastic)
 
     def strong(self) -> bool:
         """At least ten steps; the attack chooses their length itself."""
-        return self.steps >= 10
+        return self.steps >= LEAST_STEPS
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -61,19 +74,21 @@ class ApgdDlr(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["apgd_dlr"]
     steps: Positive
     restarts: Positive
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per start and per step."""
-        return self.restarts * (self.steps + 1)
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per start and per step."""
+        gradients = self.restarts * (self.steps + 1)
+        return search_cost(gradients, 0, self.draws(stochastic), stochastic)
 
     def strong(self) -> bool:
         """At least ten steps; the attack chooses their length itself."""
-        return self.steps >= 10
+        return self.steps >= LEAST_STEPS
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -90,19 +105,21 @@ class ApgdT(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["apgd_t"]
     steps: Positive
     targets: Annotated[int, Field(ge=1)]
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per start and per step."""
-        return self.targets * (self.steps + 1)
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per start and per step, and one pass to rank the classes."""
+        gradients = self.targets * (self.steps + 1)
+        return search_cost(gradients, 0, self.draws(stochastic), stochastic) + Cost(1, 0)
 
     def strong(self) -> bool:
         """At least ten steps; the attack chooses their length itself."""
-        return self.steps >= 10
+        return self.steps >= LEAST_STEPS
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

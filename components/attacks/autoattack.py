@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
-from components.attacks.contract import L2, Attack, Linf, Outcome, strongest
+from components.attacks.contract import L2, Attack, Cost, Linf, LossFamily, Outcome, strongest
 from components.attacks.distance.fab import FabT
 from components.attacks.square import Square
 from components.data.draws import Draws
@@ -35,6 +35,7 @@ class AutoAttack(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy", "margin")
 
     kind: Literal["autoattack"]
     version: Literal["standard", "rand"]
@@ -44,9 +45,11 @@ class AutoAttack(Attack):
         """The number of draws of the defense's noise that are averaged per gradient."""
         return EOT if self.version == "rand" else 1
 
-    def effort(self) -> int:
-        """The sum over the ensemble, for the least number of classes (4)."""
-        return self.eot * sum(attack.effort() for attack in self.ensemble(4))
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """The sum over the ensemble, one pass to count the classes, and with `rand` the choice."""
+        choice = len(self.ensemble(classes)) * EOT if stochastic else 0
+        parts = [attack.effort(classes, stochastic) for attack in self.ensemble(classes)]
+        return sum(parts, Cost(1 + choice, 0))
 
     def strong(self) -> bool:
         """Always."""

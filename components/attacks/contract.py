@@ -95,6 +95,11 @@ class L2(Config):
 
 
 Threat = Annotated[Linf | L2, Field(discriminator="norm")]
+# What an attack climbs. Attacks on the cross-entropy climb its log odds; all the others compare two
+# logits, the true one and that of one other class, whichever leads or each in turn.
+LossFamily = Literal["cross-entropy", "margin"]
+# A claim rests on no attack of fewer steps.
+LEAST_STEPS = 10
 
 
 # A search against a stochastic target ends by evaluating this many of its best images once more,
@@ -115,30 +120,53 @@ class Outcome:
     iterations: Tensor
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Forward and backward passes on one image."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+
 class Attack(Config):
     """Base of every attack section.
 
     `bounded`: the attack stays inside the threat; other attacks minimise a distance instead, or
     bound something else. `early_stopping`: by its design the attack stops working on an image once
     it is fooled; other attacks go on to lower the distance or the detector score, or to finish a
-    fixed number of steps.
+    fixed number of steps. `losses` are the families of what it climbs; an ensemble has several.
     """
 
     bounded: ClassVar[bool] = True
     early_stopping: ClassVar[bool] = False
+    losses: ClassVar[tuple[LossFamily, ...]] = ()
 
     kind: str
 
-    def effort(self) -> int:
-        """Return the least number of backward passes spent on an image that is never fooled."""
-        return 0
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """Return the least cost of an image that nothing fools.
+
+        `classes` is their number; `stochastic` says whether the target is (`Target.stochastic`).
+        """
+        raise NotImplementedError
+
+    def draws(self, stochastic: bool) -> int:
+        """Return the number of draws of noise that one query averages over."""
+        return int(getattr(self, "eot", 1)) if stochastic else 1
 
     def stops_early(self) -> bool:
         """Say whether, on a deterministic defense, the attack leaves an image once it is fooled."""
         return self.early_stopping and bool(getattr(self, "early_stop", True))
 
     def strong(self) -> bool:
-        """Say whether a claim of robustness may rest on this attack: it takes enough steps."""
+        """Say whether a claim of robustness may rest on this attack, with others beside it.
+
+        It follows gradients inside the ball, by enough steps, none too short or too long. Attacks
+        without a ball say little of what lies in it, and random search is no measure of a gradient.
+        """
         return False
 
     def run(
@@ -230,10 +258,8 @@ class Search:
     def outcome(self) -> Outcome:
         """Return the best image of every row; for a stochastic target, chosen under fresh draws."""
         if self.finalists:
-            # A fifth of the draws that the search has used, within bounds, and never less than
-            # `eot`.
-            used, eot = self.queries * self.target.eot, self.target.eot
-            count = max(eot, FINAL_DRAWS[0], min(used // 5, FINAL_DRAWS[1]))
+            used = self.queries * self.target.eot
+            count = final_draws(self.queries, self.target.eot)
             self.best, self.margin = strongest(
                 self.target, self.finalists.candidates(), self.labels, range(used, used + count)
             )
@@ -248,6 +274,25 @@ class Search:
         better = margin < self.margin[self.rows]
         self.best[self.rows[better]] = x[better].detach()
         self.margin[self.rows[better]] = margin[better]
+
+
+def final_draws(queries: int, eot: int) -> int:
+    """Return under how many draws the finalists of a search of so many queries are compared.
+
+    It is a fifth of the draws that the search has used, within bounds, and never less than `eot`.
+    """
+    return max(eot, FINAL_DRAWS[0], min(queries * eot // 5, FINAL_DRAWS[1]))
+
+
+def search_cost(gradients: int, margins: int, draws: int, stochastic: bool) -> Cost:
+    """Return what a `Search` costs that takes so many gradients and asks for so many margins.
+
+    It asks for those of the clean images besides, and compares its finalists if the target is
+    stochastic. `draws` is the number of draws of each query.
+    """
+    queries = 1 + gradients + margins
+    final = (FINALISTS + 1) * final_draws(queries, draws) if stochastic else 0
+    return Cost(queries * draws + final, gradients * draws)
 
 
 class _Finalists:

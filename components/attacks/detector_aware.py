@@ -11,13 +11,22 @@ something else for every purifier: give a wide range. Without a purifier this is
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import FINAL_DRAWS, L2, Attack, Linf, Outcome, Positive
+from components.attacks.contract import (
+    FINAL_DRAWS,
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+)
 from components.attacks.gradient import Factor, log_odds
 from components.data.draws import Draws
 from components.models.defense import Target
@@ -26,6 +35,8 @@ from components.models.defense import Target
 class DetectorAware(Attack):
     """PGD of `steps` steps of `step` radii for each of `weights`, from the image itself."""
 
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
+
     kind: Literal["detector_aware"]
     sees: Literal["classifier", "defense"]
     weights: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
@@ -33,9 +44,14 @@ class DetectorAware(Attack):
     step: Factor
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step and weight."""
-        return self.steps * len(self.weights)
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step and weight, and the margins of the images compared.
+
+        The passes of a detector come on top; there is none where there is no purifier.
+        """
+        draws, number = self.draws(stochastic), self._compared(stochastic)
+        margins = (1 + len(self.weights)) * number
+        return Cost((self._gradients + margins) * draws, self._gradients * draws)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -50,7 +66,15 @@ class DetectorAware(Attack):
                 gradient = self._gradient(target, x, labels, weight, queries)
                 x = threat.project(threat.ascend(x, gradient, self.step * threat.eps), images)
             best.update(target, x, labels)
-        return Outcome(best.images, best.margins, torch.full_like(labels, self.effort()))
+        return Outcome(best.images, best.margins, torch.full_like(labels, self._gradients))
+
+    @property
+    def _gradients(self) -> int:
+        return self.steps * len(self.weights)
+
+    def _compared(self, stochastic: bool) -> int:
+        """Return the number of queries behind each margin and detector score compared."""
+        return -(-FINAL_DRAWS[1] // self.eot) if stochastic else 1
 
     def _unused_queries(self, target: Target) -> tuple[range, range]:
         """Return the queries that compare images, for margins and for detector scores.
@@ -58,8 +82,8 @@ class DetectorAware(Attack):
         All images are compared under the same noise, which no gradient has seen: otherwise the
         image with the luckiest noise would win.
         """
-        gradients = self.effort() * (1 if self.sees == "classifier" else 2)
-        number = -(-FINAL_DRAWS[1] // target.eot) if target.stochastic else 1
+        gradients = self._gradients * (1 if self.sees == "classifier" else 2)
+        number = self._compared(target.stochastic)
         margins = range(gradients, gradients + number)
         return margins, range(margins.stop, margins.stop + number)
 

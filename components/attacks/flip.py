@@ -15,7 +15,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    nan_as_fooled,
+)
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
@@ -30,12 +39,17 @@ class Flip(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["flip"]
     at: Annotated[float, Field(gt=0, lt=1)]
     steps: Positive
     candidates: Positive
     eot: Positive
+
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One query: an image without a pixel near the threshold has no flip to try."""
+        return Cost(self.draws(stochastic), 0)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

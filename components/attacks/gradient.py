@@ -15,11 +15,25 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.attacks.contract import (
+    L2,
+    LEAST_STEPS,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    Search,
+    search_cost,
+)
 from components.data.draws import Draws
 from components.models.defense import Target
 
 Factor = Annotated[float, Field(gt=0)]
+# In radii: how far the steps of an attack must lead in all, and the longest that one may be.
+ACROSS = 2.0
+LONGEST_STEP = 0.5
 
 
 class Noise(Attack):
@@ -27,6 +41,10 @@ class Noise(Attack):
 
     kind: Literal["noise"]
     tries: Positive
+
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One query per try."""
+        return search_cost(0, self.tries, self.draws(stochastic), stochastic)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -48,6 +66,7 @@ class Pgd(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
     kind: Literal["pgd"]
     steps: Positive
@@ -63,13 +82,16 @@ class Pgd(Attack):
             raise ValueError("early_stop: false returns the last iterate of one run: restarts is 1")
         return self
 
-    def effort(self) -> int:
-        """One backward pass per step and restart."""
-        return self.steps * self.restarts
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step and restart, one query of the last iterate of each."""
+        draws, steps = self.draws(stochastic), self.steps * self.restarts
+        if not self.early_stop and not stochastic:
+            return Cost(steps + 1, steps)
+        return search_cost(steps, self.restarts, draws, stochastic)
 
     def strong(self) -> bool:
-        """At least ten steps, which together are at least 1.5 radii long."""
-        return _enough_travel(self.steps, self.step)
+        """Enough steps, which cross the ball and do not leap over it (`sound_steps`)."""
+        return sound_steps(self.steps, self.step)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -130,11 +152,16 @@ class Fgsm(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
     kind: Literal["fgsm"]
     random_start: bool
     step: Factor
     eot: Positive
+
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient, and one query of the image after the step."""
+        return search_cost(1, 1, self.draws(stochastic), stochastic)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -152,10 +179,15 @@ class RFgsm(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
     kind: Literal["r_fgsm"]
     alpha: Annotated[float, Field(gt=0, lt=1)]
     eot: Positive
+
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient, and one query of the image after the step."""
+        return search_cost(1, 1, self.draws(stochastic), stochastic)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -170,19 +202,20 @@ class Bim(Attack):
     """BIM: PGD from the image itself, with early stop."""
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
     kind: Literal["bim"]
     steps: Positive
     step: Factor
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step."""
-        return self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step, and one query of the last iterate."""
+        return search_cost(self.steps, 1, self.draws(stochastic), stochastic)
 
     def strong(self) -> bool:
-        """At least ten steps, which together are at least 1.5 radii long."""
-        return _enough_travel(self.steps, self.step)
+        """Enough steps, which cross the ball and do not leap over it (`sound_steps`)."""
+        return sound_steps(self.steps, self.step)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
@@ -191,9 +224,15 @@ class Bim(Attack):
         return _multi_start(target, [images], images, labels, threat, self.steps, self.step)
 
 
-def _enough_travel(steps: int, step: float) -> bool:
-    """Say whether PGD is strong enough to carry a claim: steps and their length together."""
-    return steps >= 10 and steps * step >= 1.5
+def sound_steps(steps: int, step: float) -> bool:
+    """Say whether PGD of `steps` steps of `step` radii is strong enough to carry a claim.
+
+    There are at least ten. Together they are two radii long, so that from any start they reach the
+    opposite edge of the ball. And none is longer than half a radius: from two radii on, every
+    iterate is the corner that the last gradient names, and the search only bounces between corners.
+    """
+    enough = steps >= LEAST_STEPS and steps * step >= ACROSS - 1e-9
+    return enough and step <= LONGEST_STEP
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,13 +16,22 @@ not: its look-ahead step is as many times too long as the image has pixels, and 
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    nan_as_fooled,
+)
 from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Target
@@ -36,14 +45,16 @@ class MiFgsm(Attack):
     image stays where its gradient vanishes. Raises ValueError for L2 and for stochastic targets.
     """
 
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
+
     kind: Literal["mi_fgsm"]
     steps: Positive
     step: Annotated[float, Field(gt=0)]
     decay: Annotated[float, Field(ge=0)]
 
-    def effort(self) -> int:
-        """One backward pass per step."""
-        return self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step, and one query of the image before and after."""
+        return Cost(self.steps + 2, self.steps)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    nan_as_fooled,
+)
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -36,10 +45,16 @@ class Square(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["square"]
     queries: Positive
     eot: Positive
+
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One forward pass per query; under noise two, and two more to compare with the image."""
+        passes = 1 + (2 * (self.queries + 1) if stochastic else self.queries)
+        return Cost(passes * self.draws(stochastic), 0)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

@@ -17,7 +17,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    Search,
+    search_cost,
+)
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
@@ -33,6 +43,7 @@ class StAdv(Attack):
 
     bounded: ClassVar[bool] = False
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["stadv"]
     bound: Annotated[float, Field(gt=0, le=2)]
@@ -41,9 +52,9 @@ class StAdv(Attack):
     smoothness: Annotated[float, Field(ge=0)]
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step."""
-        return self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step, and one query of the last image."""
+        return search_cost(self.steps, 1, self.draws(stochastic), stochastic)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

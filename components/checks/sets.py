@@ -65,6 +65,34 @@ def agreement(name: str, digests: Mapping[str, tuple[str, str]]) -> Finding:
     return Finding(name=f"provenance/{name}", level="block", passed=not changed, detail=detail)
 
 
+def stored_probes(
+    required: Sequence[str], found: Sequence[str], digests: Mapping[str, tuple[str, str]]
+) -> list[Finding]:  # fmt: skip
+    """Checks 30 and 32 on stored findings: all are there, and they are about what is scored.
+
+    `required` and `found` are names of findings, `digests` is as in `agreement`.
+    """
+    missing = [name for name in required if name not in found]
+    changed = [what for what, (then, now) in digests.items() if then != now]
+    return [
+        Finding(
+            name="probes_complete",
+            level="block",
+            passed=not missing,
+            detail=f"of {len(required)} findings, {len(missing)} are missing"
+            + (f": {', '.join(missing)}" if missing else ""),
+        ),
+        Finding(
+            name="provenance/probes",
+            level="block",
+            passed=not changed,
+            detail="probed was something else than is scored: it differs in " + ", ".join(changed)
+            if changed
+            else "probed was what is scored",
+        ),
+    ]
+
+
 @dataclass(frozen=True)
 class Answers:
     """What an attack was answered about the images that it stored, as in `Crafted`: (N,) each.
@@ -124,23 +152,29 @@ def same_answer(name: str, crafting: Answers, scoring: Counts, draws: int, rough
     return Finding(name=f"same_answer/{name}", level="block", passed=passed, detail=detail)
 
 
-def effort(name: str, attack: Attack, crafted: Crafted) -> Finding:
-    """Check 26: every image that withstood cost the backward passes that the attack promises.
+def effort(
+    name: str, attack: Attack, crafted: Crafted, classes: int, stochastic: bool
+) -> Finding:  # fmt: skip
+    """Check 26: every image that withstood cost the passes that the attack's settings promise.
 
-    A few images may have cost fewer. They lie so close to the boundary that the copy with folded
-    normalisation, which attacks run on, was fooled, and the defense itself is not.
+    Forward and backward passes of all its parts, with the real number of `classes`; `stochastic`
+    says whether the defense was, in the mode of the set. An image that the attack itself took for
+    fooled may have cost fewer: there `same_answer` compares what it saw with the scoring.
     """
-    withstood = ~crafted.success
-    spent, promised = crafted.backward[withstood], attack.effort()
-    short = int((spent < promised).sum())
-    allowed = max(0.01 * len(crafted.ids), 2)
-    least = int(spent.min()) if len(spent) else promised
+    withstood = ~(crafted.success | crafted.fooled)
+    promised = attack.effort(classes, stochastic)
+    forward, backward = crafted.forward[withstood], crafted.backward[withstood]
+    short = int(((forward < promised.forward) | (backward < promised.backward)).sum())
+    detail = f"{int(withstood.sum())} images withstood"
+    if len(forward):
+        detail += (
+            f" at least {int(forward.min())} forward and {int(backward.min())} backward passes"
+        )
     return Finding(
         name=f"effort/{name}",
         level="block",
-        passed=short <= allowed,
-        detail=f"{int(withstood.sum())} images withstood at least {least} backward passes; "
-        f"{attack.kind} promises {promised}",
+        passed=not short,
+        detail=f"{detail}; {attack.kind} promises {promised.forward} and {promised.backward}",
     )
 
 

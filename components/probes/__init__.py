@@ -18,7 +18,7 @@ from components.probes import answers, attacks, gradients, masking, models
 from components.probes.bench import Bench, spread
 from components.probes.contract import Finding
 
-__all__ = ["Finding", "probe"]
+__all__ = ["Finding", "probe", "required"]
 
 # Images that attacks and repeated questions are tried on, and those whose gradient is compared with
 # differences.
@@ -72,6 +72,25 @@ def probe(
     if thorough and "full" in modes:
         findings += _thorough(bench, [one.images[rows].to(device) for one in stored], eot)
     return findings
+
+
+def required(
+    modes: Sequence[Mode], stochastic: bool, differentiable: bool, thorough: bool
+) -> list[str]:
+    """Return the names of all findings that `probe` gives: a score without one is not believed."""
+    names = ["input_convention", "logits", "randomness_declared", "one_answer", "looks_around"]
+    names += [f"{check}/{mode}" for mode in modes for check in ("gradient_present", "loss_alive")]
+    names += [] if differentiable else ["gradient_declared"]
+    names += ["blind_attack", "remembered"]
+    if modes:
+        names += ["unbounded_by_gradient", "unbounded"]
+    if "full" in modes:
+        names += ["gradient_honest/full"] if differentiable else []
+        names += ["eot_agreement"] if stochastic else []
+        if thorough:
+            names += ["radius_pays", "converged", "planted", "repeatable"]
+            names += ["chance", "eot_enough"] if stochastic else []
+    return names
 
 
 def _mode(defense: Defense, modes: Sequence[Mode]) -> Mode:

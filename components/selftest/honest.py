@@ -43,7 +43,7 @@ def _undefended_falls(toy: Toy) -> list[Finding]:
     crafted = toy.craft(APGD)
     return [
         undefended_falls(1 - float(crafted.success.float().mean()), THREAT),
-        effort("full/apgd_ce", APGD, crafted),
+        effort("full/apgd_ce", APGD, crafted, 10, stochastic=False),
         *stored(toy, crafted.images),
     ]
 

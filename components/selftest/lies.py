@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from components.attacks import Crafted, Linf
-from components.attacks.apgd import ApgdCe
+from components.attacks.apgd import ApgdCe, ApgdT
+from components.attacks.autoattack import AutoAttack
 from components.attacks.gradient import Fgsm, Noise, Pgd
 from components.checks.scores import draws_enough, strong_enough, undefended_falls
-from components.checks.sets import agreement, effort
+from components.checks.sets import agreement, effort, stored_probes
 from components.data.draws import NoiseStream
 from components.models.defense import Defense
 from components.models.identity import state_digest
-from components.probes import Finding
+from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.toy import (
     THREAT,
@@ -33,7 +34,9 @@ from components.selftest.toy import (
 )
 
 WEAK = Fgsm(kind="fgsm", random_start=False, step=1, eot=1)
+NARROW = Linf(norm="linf", eps_255=4)
 STRONG = ApgdCe(kind="apgd_ce", steps=100, restarts=1, eot=1)
+BOTH = [STRONG, ApgdT(kind="apgd_t", steps=100, targets=9, eot=1)]
 
 
 class _Behind(nn.Module):
@@ -194,10 +197,17 @@ def _other_classifier(toy: Toy) -> list[Finding]:
 
 
 def _ten_steps(toy: Toy) -> list[Finding]:
-    """Store the set of ten steps of APGD under the name of a hundred."""
-    short = ApgdCe(kind="apgd_ce", steps=10, restarts=1, eot=1)
-    crafted = toy.craft(short, Linf(norm="linf", eps_255=4))
-    return [effort("full/autoattack", short.model_copy(update={"steps": 100}), crafted)]
+    """Store the set of ten steps of APGD under the name of AutoAttack."""
+    crafted = toy.craft(ApgdCe(kind="apgd_ce", steps=10, restarts=1, eot=1), NARROW)
+    whole = AutoAttack(kind="autoattack", version="standard")
+    return [effort("full/autoattack", whole, crafted, 10, stochastic=False)]
+
+
+def _three_targets(toy: Toy) -> list[Finding]:
+    """Store the set of three targets under the name of nine."""
+    some = ApgdT(kind="apgd_t", steps=10, targets=3, eot=1)
+    every = some.model_copy(update={"targets": 9})
+    return [effort("full/apgd_t", every, toy.craft(some, NARROW), 10, stochastic=False)]
 
 
 def _finds_nothing(toy: Toy) -> list[Finding]:
@@ -248,10 +258,26 @@ LIES: dict[str, tuple[str, Case]] = {
     "storage that truncates": ("threat_model/full/pgd", _truncated),
     "attack set of another classifier": ("provenance/full/pgd", _other_classifier),
     "ten-step AutoAttack": ("effort/full/autoattack", _ten_steps),
-    "nothing but FGSM": ("strong_attack", lambda toy: [strong_enough({"full": [WEAK]}, (), True)]),
+    "three targets for nine": ("effort/full/apgd_t", _three_targets),
+    "nothing but FGSM": (
+        "strong_attack",
+        lambda toy: [strong_enough({"full": [WEAK]}, (), True, 10)],
+    ),
+    "cross-entropy alone": (
+        "strong_attack",
+        lambda toy: [strong_enough({"full": [STRONG]}, (), True, 10)],
+    ),
+    "probes left out": (
+        "probes_complete",
+        lambda toy: stored_probes(required(["full"], False, True, False), [], {}),
+    ),
+    "probes of another defense": (
+        "provenance/probes",
+        lambda toy: stored_probes([], [], {"defense": ("a", state_digest(toy.other))}),
+    ),
     "one of three stand-ins alone": (
         "strong_attack",
-        lambda toy: [strong_enough({"plain": [STRONG]}, ("direct", "plain", "detached"), True)],
+        lambda toy: [strong_enough({"plain": BOTH}, ("direct", "plain", "detached"), True, 10)],
     ),
     "scoring by a single draw": ("scoring_draws", lambda toy: [draws_enough(True, 32, 1)]),
     "test images in training": ("leakage", _test_in_training),

@@ -27,7 +27,7 @@ from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
 from pipelines.tasks import metrics, speed
 from pipelines.tasks.metrics import EntryRole, Metrics
-from pipelines.tasks.scoring import Entry, Plan, Result, merge, score_shard
+from pipelines.tasks.scoring import Entry, Plan, Result, merge, probes_of, score_shard
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import compared, summary, threat_model
 from pipelines.tracking.registry import Registration
@@ -76,9 +76,13 @@ def run(
         entry.subject.require_fit(images)
     plan = _plan(params, val.absolute(), test.absolute(), models.absolute())
 
+    probes = [probes_of(entry, plan) for entry in entries]
     leaked = leakage(images.images, learnt)
     results, seconds = _compute(entries, plan, context)
-    results = [replace(one, findings=[*one.findings, leaked]) for one in results]
+    results = [
+        replace(one, findings=[*probed, *one.findings, leaked])
+        for probed, one in zip(probes, results, strict=True)
+    ]
     pairs = list(zip(entries, results, strict=True))
     scored = {entry.name: summary(entry, result, plan, images) for entry, result in pairs}
     found = Metrics(
@@ -111,6 +115,7 @@ def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:
         threat=params.threat,
         attacks=params.attacks,
         scoring=params.scoring,
+        checks=params.checks,
         seed=params.seed,
         batch=params.batch,
         val=val,

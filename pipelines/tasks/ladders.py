@@ -18,6 +18,7 @@ from components.probes.models import unchanged
 from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
 from pipelines.runner.context import Context
+from pipelines.tasks import probing
 from pipelines.tasks.crafting import SetSpec, craft_all
 from pipelines.tasks.subject import Subject
 
@@ -61,8 +62,15 @@ def generate(
             for out, (subject, ladder) in subjects.items()
         ]  # fmt: skip
         found = context.map(probe_subject, tasks)
-    for out, findings in zip(subjects, found, strict=True):
-        write_json(out / "checks.json", [finding.model_dump() for finding in findings])
+    for (out, (subject, ladder)), findings in zip(subjects.items(), found, strict=True):
+        attacks = {
+            f"{mode}/{name}": params.attacks[name] for mode in ladder for name in ladder[mode]
+        }
+        facts = probing.facts(
+            subject, attacks, params.threat, params.checks, params.seed, test.absolute()
+        )
+        stored = probing.Probed(facts=facts, findings=findings)
+        write_json(out / "checks.json", stored.model_dump(mode="json"))
 
 
 def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Crafted]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from components.attacks import L2, SLACK, Attack, Crafted, Linf
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
-from components.checks.sets import Answers, agreement, effort, stored_set
+from components.checks.sets import Answers, agreement, effort, stored_probes, stored_set
 from components.data import image_set, shards
 from components.data.draws import Role
 from components.data.image_set import ImageSet
@@ -27,11 +27,12 @@ from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
 from components.models.accuracy import Counts, count_correct
 from components.models.checkpoints import load, read_card
-from components.models.defense import STAND_INS, Defense
+from components.models.defense import STAND_INS, Defense, Mode
 from components.models.identity import state_digest
-from components.probes import Finding
+from components.probes import Finding, required
 from components.probes.models import recorded_accuracy, unchanged
-from pipelines.config.sections import Scoring
+from pipelines.config.sections import Checks, Scoring
+from pipelines.tasks import probing
 from pipelines.tasks.metrics import EntryRole, attack_of, rung_of
 from pipelines.tasks.panels import Panel, render
 from pipelines.tasks.subject import Subject
@@ -63,6 +64,7 @@ class Plan:
     threat: Linf | L2
     attacks: Mapping[str, Attack]
     scoring: Scoring
+    checks: Checks
     seed: int
     batch: int
     val: Path
@@ -105,6 +107,24 @@ class Result:
     def within_threat(self) -> dict[str, Score]:
         """Return the scores by the rule of the headline: an example outside the ball is clean."""
         return within_threat(self.scores, self.inside)
+
+
+def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
+    """Return the findings of the probes of an entry; block where they are not its own or not all.
+
+    The modes are those in which it was attacked.
+    """
+    stored = probing.read(entry.probes)
+    attacks = {name: plan.attack(name) for name in entry.sets}
+    now = probing.facts(entry.subject, attacks, plan.threat, plan.checks, plan.seed, plan.test)
+    rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
+    modes = [cast(Mode, rung) for rung in rungs if rung not in REPLAYED]
+    names = required(
+        modes, entry.subject.stochastic(), entry.subject.differentiable(), plan.checks.thorough
+    )
+    facts = {key: (_plain(stored.facts.get(key)), _plain(value)) for key, value in now.items()}
+    found = [finding.name for finding in stored.findings]
+    return [*stored.findings, *stored_probes([*names, "state_unchanged"], found, facts)]
 
 
 def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
@@ -222,13 +242,15 @@ def _read_sets(
 ) -> tuple[dict[str, Crafted], list[Finding]]:
     """Read and check all sets of an entry; return those that may be counted, and all findings."""
     sound = {}
-    findings = [Finding(**finding) for finding in json.loads(entry.probes.read_text())]
+    findings: list[Finding] = []
     for name, folder in entry.sets.items():
         crafted = read_crafted(folder)
         threat = plan.threat if plan.bounded(name) else None
         checks = stored_set(name, crafted.images, crafted.ids, crafted.labels, images, threat)
         checks.append(_provenance(name, folder, entry, plan))
-        findings += [*checks, effort(name, plan.attack(name), crafted)]
+        random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
+        classes = len(images.class_names)
+        findings += [*checks, effort(name, plan.attack(name), crafted, classes, random)]
         if all(finding.passed for finding in checks):
             sound[name] = crafted
     return sound, findings

@@ -49,27 +49,29 @@ class Subject:
 
     def stand_ins(self) -> Sequence[str]:
         """Return the names of the purifier's stand-ins."""
-        return self._traits[0]
+        return self._traits.stand_ins
 
     def differentiable(self) -> bool:
         """Say whether the exact gradient is usable."""
-        return self._traits[1]
+        return self._traits.differentiable
+
+    def stochastic(self) -> bool:
+        """Say whether the logits depend on noise."""
+        return self._traits.stochastic
 
     def rough(self) -> bool:
         """Say whether the purifier descends or rounds, so that a last bit may become a label."""
         return bool(self.stand_ins()) or not self.differentiable()
 
     @cached_property
-    def _traits(self) -> tuple[Sequence[str], bool]:
-        """Load the networks, once; a bare classifier need not be loaded."""
-        if self.bare:
-            return (), True
+    def _traits(self) -> "_Traits":
+        """Load the networks, once."""
         defense = self.defense()
-        assert defense.purifier is not None
-        return defense.purifier.stand_ins, defense.differentiable
+        stand_ins = () if defense.purifier is None else defense.purifier.stand_ins
+        return _Traits(stand_ins, defense.differentiable, defense.stochastic, defense.digest)
 
     def facts(self) -> dict[str, str]:
-        """Return the fingerprints that identify the models."""
+        """Return the digests that identify the models, and what they are and run in together."""
         purifier = "none"
         if self.purifier is not None:
             purifier = fingerprint(self.purifier)
@@ -80,4 +82,15 @@ class Subject:
             "classifier": fingerprint(self.classifier),
             "purifier": purifier,
             "inference": inference,
+            "defense": self._traits.digest,
         }
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What a defense says of itself once it is loaded; `digest` is its identity."""
+
+    stand_ins: Sequence[str]
+    differentiable: bool
+    stochastic: bool
+    digest: str

@@ -3,7 +3,7 @@
 Every figure comes from a `Result`; sentences stand beside the figures they are about.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from components.checks.scores import (
     stand_ins_tried,
     strong_enough,
     undefended_falls,
+    void_rungs,
     white_is_strongest,
 )
 from components.checks.sets import rounding, same_answer
@@ -66,13 +67,13 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     weaker = [mode for mode in WEAKER if mode in rungs and mode not in entry.white_box_rungs()]
     seen = {mode: rungs[mode].accuracy() for mode in weaker}
     shown = illusions(seen, white_box) if white_box is not None else []
-    judged = _judged(entry, result, rungs, counted, carried, plan)
+    void = void_rungs(result.findings, _bounded_attacks(counted, plan))
+    judged = _judged(entry, result, rungs, counted, carried, plan, len(images.class_names), void)
     findings = [_recorded(finding) for finding in (*result.findings, *judged)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
     clean, unseen = result.scores[CLEAN], result.unseen
     detector = detection(result.detector, result.inside, counted) if result.detector else None
     classes = per_class(carried.accuracy(), images.labels.numpy(), images.class_names)
-    void = {f.about for f in findings if f.check == "gradient_present" and not f.passed}
     return Scored(
         role=entry.role,
         digest=entry.subject.defense().digest,
@@ -233,8 +234,11 @@ def _judged(
     counted: Mapping[str, Score],
     carried: Score,
     plan: Plan,
+    classes: int,
+    void: Collection[str],
 ) -> list[Finding]:
     """Check the counts of an entry against each other."""
+    by_rung = _bounded_attacks(counted, plan)
     full = {
         name: (plan.attack(name).kind, score.accuracy())
         for name, score in counted.items()
@@ -255,22 +259,41 @@ def _judged(
     stand_ins = {str(mode): one for mode, one in accuracies.items() if mode in STAND_INS}
     known = entry.subject.stand_ins()
     findings += stand_ins_tried(known, stand_ins, accuracies.get("full"))
-    white_box = _white_box(entry, counted)
+    findings += _claim(entry, _white_box(entry, counted), accuracies, by_rung, classes, void)
+    if entry.subject.bare and _standard_trained(entry):
+        findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
+    return findings
+
+
+def _claim(
+    entry: Entry, white_box: Accuracies | None, accuracies: Mapping[str, Accuracies],
+    by_rung: Mapping[str, Sequence[Attack]], classes: int, void: Collection[str],
+) -> list[Finding]:  # fmt: skip
+    """Check that the score rests on attacks that see through the purifier, on rungs not void.
+
+    `accuracies` are those of the rungs, `by_rung` their bounded attacks.
+    """
+    findings = []
     if white_box is not None:
         white = (*entry.white_box_rungs(), "fixed_noise")
         others = {mode: one for mode, one in accuracies.items() if mode not in white}
         findings += full_is_strongest(white_box, others)
-        attacks: dict[str, list[Attack]] = {}
-        for name in counted:
-            if name != CLEAN and plan.bounded(name):
-                attacks.setdefault(rung_of(name), []).append(plan.attack(name))
-        findings.append(strong_enough(attacks, known, entry.subject.differentiable()))
+    if any(mode in accuracies and mode not in void for mode in entry.white_box_rungs()):
+        known, differentiable = entry.subject.stand_ins(), entry.subject.differentiable()
+        findings.append(strong_enough(by_rung, known, differentiable, classes, void))
     else:
-        detail = "no attack followed the gradient of this defense, or a stand-in for it"
+        detail = "no attack followed a right gradient of this defense, or of a stand-in for it"
         findings.append(Finding(name="full_rung", level="block", passed=False, detail=detail))
-    if entry.subject.bare and _standard_trained(entry):
-        findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
     return findings
+
+
+def _bounded_attacks(counted: Mapping[str, Score], plan: Plan) -> dict[str, list[Attack]]:
+    """Return the attacks of every rung that stay inside the threat by themselves."""
+    attacks: dict[str, list[Attack]] = {}
+    for name in counted:
+        if name != CLEAN and plan.bounded(name):
+            attacks.setdefault(rung_of(name), []).append(plan.attack(name))
+    return attacks
 
 
 def _standard_trained(entry: Entry) -> bool:

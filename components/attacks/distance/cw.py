@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive
+from components.attacks.contract import L2, Attack, Cost, Linf, LossFamily, Outcome, Positive
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
@@ -24,6 +24,7 @@ class CwL2(Attack):
     """CW-L2: `searches` values of c, starting with `c`, and `steps` steps of Adam for each."""
 
     bounded: ClassVar[bool] = False
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["cw_l2"]
     c: Annotated[float, Field(gt=0)]
@@ -33,9 +34,10 @@ class CwL2(Attack):
     confidence: Annotated[float, Field(ge=0)]
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step and value of c."""
-        return self.searches * self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient per step and value of c, and one query of the clean image."""
+        draws, gradients = self.draws(stochastic), self.searches * self.steps
+        return Cost((1 + gradients) * draws, gradients * draws)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

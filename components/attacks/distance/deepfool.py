@@ -16,7 +16,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search, normalised
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    Search,
+    normalised,
+    search_cost,
+)
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -30,6 +41,7 @@ class DeepFool(Attack):
     """
 
     bounded: ClassVar[bool] = False
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["deepfool"]
     steps: Positive
@@ -37,9 +49,13 @@ class DeepFool(Attack):
     classes: Annotated[int, Field(ge=2)]
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step and other class."""
-        return self.steps * (self.classes - 1)
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """Per step one gradient for each other class, from one forward pass, and one query.
+
+        One pass ranks the classes.
+        """
+        cost = search_cost(self.steps, self.steps, self.draws(stochastic), stochastic)
+        return Cost(1 + cost.forward, cost.backward * (self.classes - 1))
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

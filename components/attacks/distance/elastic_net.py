@@ -12,7 +12,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, nan_as_fooled
+from components.attacks.contract import (
+    L2,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    nan_as_fooled,
+)
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
@@ -27,6 +36,7 @@ class ElasticNet(Attack):
     """
 
     bounded: ClassVar[bool] = False
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["elastic_net"]
     rule: Literal["l1", "en"]
@@ -38,9 +48,10 @@ class ElasticNet(Attack):
     confidence: Annotated[float, Field(ge=0)]
     eot: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step and value of c."""
-        return self.searches * self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient and one query per step and value of c, and one query of the clean image."""
+        draws, steps = self.draws(stochastic), self.searches * self.steps
+        return Cost((1 + 2 * steps) * draws, steps * draws)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

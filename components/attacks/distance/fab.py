@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from components.attacks.apgd import random_direction, runners_up
-from components.attacks.contract import L2, Attack, Linf, Outcome, Positive, Search
+from components.attacks.contract import (
+    L2,
+    LEAST_STEPS,
+    Attack,
+    Cost,
+    Linf,
+    LossFamily,
+    Outcome,
+    Positive,
+    Search,
+    search_cost,
+)
 from components.data.draws import Draws
 from components.models.defense import Evaluation, Loss, Target
 
@@ -35,19 +46,24 @@ class FabT(Attack):
     """
 
     early_stopping: ClassVar[bool] = True
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["fab_t"]
     steps: Positive
     targets: Positive
     restarts: Positive
 
-    def effort(self) -> int:
-        """One backward pass per step of every run."""
-        return self.targets * self.restarts * self.steps
+    def effort(self, classes: int, stochastic: bool) -> Cost:
+        """One gradient and one query per step of every run, and one pass to rank the classes.
+
+        The last search, for a boundary that was crossed outside the ball, comes on top.
+        """
+        steps = self.targets * self.restarts * self.steps
+        return search_cost(steps, steps, 1, False) + Cost(1, 0)
 
     def strong(self) -> bool:
         """At least ten steps; the attack chooses their length itself."""
-        return self.steps >= 10
+        return self.steps >= LEAST_STEPS
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws

@@ -115,9 +115,6 @@ def test_returned_images_lie_in_the_ball_and_success_is_measured_on_them(
     if name not in GRADIENT_FREE:
         assert (crafted.backward > 0)[~crafted.success].all()
         assert (crafted.backward <= crafted.forward).all() or name == "deepfool"
-        if not stochastic:
-            short = (crafted.backward < attack.effort()) & ~crafted.success
-            assert short.sum() <= 1, "folding BatchNorm may change the answer on one image"
     else:
         assert not crafted.backward.any()
 

@@ -1,22 +1,37 @@
 """Checks of scores: attacks and rungs in their order of strength, on made-up and real scores."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from toys import LINF, Blurred, Rounded, failed, head
+import torch
+from toys import (
+    ATTACKS,
+    LINF,
+    Blurred,
+    Rounded,
+    distances,
+    failed,
+    head,
+    linear_task,
+    parse_attack,
+)
 
-from components.attacks import Linf, craft
-from components.attacks.gradient import Bim, Fgsm, Noise, Pgd
+from components.attacks import Attack, Linf, craft
+from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
+from components.attacks.autoattack import AutoAttack
+from components.attacks.distance.cw import CwL2
+from components.attacks.distance.fab import FabT
+from components.attacks.gradient import Bim, Fgsm, Noise, Pgd, log_odds
+from components.attacks.square import Square
 from components.checks import scores
 from components.data.image_set import ImageSet
 from components.evaluation.counting import Score
 from components.models.accuracy import count_correct
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, Mode
+from components.models.defense import Defense, Mode, margin
 from components.models.purifiers import Purifier
-from components.probes.contract import Accuracies
+from components.probes.contract import Accuracies, Finding
 
 
 def accuracies(n: int, wrong: int, start: int = 0) -> Accuracies:
@@ -109,25 +124,125 @@ def test_a_rung_far_above_white_box_accuracy_is_an_illusion() -> None:
     assert scores.illusions({"bpda": accuracies(200, 150)}, full) == []
 
 
-def test_a_strong_attack_on_the_full_gradient_or_on_all_its_stand_ins_is_required() -> None:
-    far = Pgd(kind="pgd", steps=20, step=0.1, restarts=1, random_start=True, early_stop=True, eot=1)
-    near = Fgsm(kind="fgsm", random_start=False, step=1, eot=1)
+FAR = Pgd(kind="pgd", steps=20, step=0.1, restarts=1, random_start=True, early_stop=True, eot=1)
+NEAR = Fgsm(kind="fgsm", random_start=False, step=1, eot=1)
+CE = ApgdCe(kind="apgd_ce", steps=20, restarts=1, eot=1)
+DLR = ApgdDlr(kind="apgd_dlr", steps=20, restarts=1, eot=1)
+TARGETED = ApgdT(kind="apgd_t", steps=20, targets=3, eot=1)
+FAB = FabT(kind="fab_t", steps=20, targets=2, restarts=1)
+CW = CwL2(kind="cw_l2", c=1, searches=1, steps=99, learning_rate=0.1, confidence=0, eot=1)
+BOTH = [FAR, DLR]
+
+
+def strong(
+    rungs: Mapping[str, Sequence[Attack]], stand_ins: Sequence[str] = (), usable: bool = True,
+    classes: int = 10, void: Sequence[str] = (),
+) -> bool:  # fmt: skip
+    found = scores.strong_enough(rungs, stand_ins, usable, classes, void)
+    assert found.level == "block" and found.name == "strong_attack"
+    return found.passed
+
+
+def test_strong_attacks_on_the_full_gradient_or_on_all_its_stand_ins_are_required() -> None:
     every = ("direct", "plain")
+    whole = {"plain": BOTH, "direct": BOTH, "bpda": BOTH}
+    assert strong({"full": [NEAR, *BOTH]}, every)
+    assert not strong({"full": [NEAR]}) and not strong({})
+    assert not strong({"plain": BOTH}, every), "one stand-in alone"
+    assert not strong({"plain": BOTH, "direct": BOTH}, every), "without BPDA"
+    assert not strong({**whole, "direct": [NEAR]}, every)
+    assert not strong({**whole, "direct": [FAR]}, every), "cross-entropy alone on a stand-in"
+    assert strong(whole, every)
+    assert not strong({"full": BOTH}, ("soft",), usable=False), "a gradient of zero"
+    assert strong({"soft": BOTH, "bpda": BOTH}, ("soft",), usable=False)
+    assert strong({"bpda": BOTH}, usable=False)
+    assert not strong({"full": [FAR], "bpda": [DLR]}), "on two rungs"
 
-    def passed(rungs: dict[str, list[Any]], stand_ins: tuple[str, ...], usable: bool) -> bool:
-        found = scores.strong_enough(rungs, stand_ins, usable)
-        assert found.level == "block"
-        return found.passed
 
-    assert passed({"full": [near, far]}, every, True)
-    assert not passed({"full": [near]}, (), True) and not passed({}, (), True)
-    assert not passed({"plain": [far]}, every, True), "one stand-in alone"
-    assert not passed({"plain": [far], "direct": [far]}, every, True), "without BPDA"
-    assert not passed({"plain": [far], "direct": [near], "bpda": [far]}, every, True)
-    assert passed({"plain": [far], "direct": [far], "bpda": [far]}, every, True)
-    assert not passed({"full": [far]}, ("soft",), False), "a gradient of zero"
-    assert passed({"soft": [far], "bpda": [far]}, ("soft",), False)
-    assert passed({"bpda": [far]}, (), False)
+def test_a_claim_takes_both_families_of_losses() -> None:
+    assert not strong({"full": [FAR, CE]}), "cross-entropy alone"
+    assert not strong({"full": [DLR, TARGETED, FAB]}), "margins alone"
+    for other in (DLR, TARGETED, FAB):
+        assert strong({"full": [CE, other]})
+    assert not strong({"full": [CE, CW]}), "an attack without a ball"
+    assert strong({"full": [AutoAttack(kind="autoattack", version="standard")]})
+    short = DLR.model_copy(update={"steps": 9})
+    assert not strong({"full": [CE, short]}), "nine steps"
+    found = scores.strong_enough({"full": [CE]}, (), True, 10)
+    assert "missing: margin on full" in found.detail
+
+
+def test_two_classes_have_one_loss() -> None:
+    logits, labels = torch.randn(50, 2), torch.arange(50) % 2
+    assert torch.equal(log_odds(logits, labels).float(), -margin(logits, labels))
+    assert strong({"full": [CE]}, classes=2) and not strong({"full": [CE]}, classes=3)
+    assert strong({"full": [CE, DLR]}, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "sound"),
+    [
+        (10, 0.2, True), (20, 0.1, True), (40, 0.05, True), (10, 0.5, True), (3, 0.5, False),
+        (9, 0.25, False), (10, 0.15, False), (40, 1 / 30, False), (1000, 0.001, False),
+        (10, 0.51, False), (20, 2.0, False), (100, 10.0, False),
+    ],
+)  # fmt: skip
+def test_the_steps_of_pgd_are_neither_too_few_nor_too_short_nor_too_long(
+    steps: int, step: float, sound: bool
+) -> None:
+    pgd = FAR.model_copy(update={"steps": steps, "step": step})
+    assert pgd.strong() == Bim(kind="bim", steps=steps, step=step, eot=1).strong() == sound
+
+
+def test_every_attack_but_noise_says_what_it_climbs() -> None:
+    for name in ATTACKS:
+        assert bool(parse_attack(name).losses) == (name != "noise"), name
+
+
+def test_on_a_linear_model_the_cross_entropy_leaves_what_margins_do_not() -> None:
+    """The exact robust accuracy is 50 %: why a claim takes both families."""
+    model, data = linear_task(5, 400)
+    eps = distances(model, data, 1).quantile(0.5).item()
+    left = {}
+    for attack in (FAR, CE, DLR, TARGETED):
+        threat, defense = Linf(norm="linf", eps_255=255 * eps), Defense(model, None).freeze()
+        crafted = craft(attack, defense, "full", data, threat, 0, 400)
+        left[attack.kind] = float((~crafted.success).float().mean())
+    assert left["pgd"] > 0.53 and left["apgd_ce"] > 0.53
+    assert left["apgd_dlr"] < 0.51 and left["apgd_t"] < 0.51
+
+
+def gradients(*failed_names: str) -> list[Finding]:
+    names = ["gradient_present/full", "loss_alive/full", "loss_alive/bpda", "gradient_present/bpda"]
+    return [
+        Finding(name=name, level="warn", passed=name not in failed_names, detail="")
+        for name in names
+    ]
+
+
+def test_a_rung_without_a_gradient_is_void() -> None:
+    assert scores.void_rungs(gradients(), {"full": [CE]}) == frozenset()
+    assert scores.void_rungs(gradients("gradient_present/full"), {"full": BOTH}) == {"full"}
+    assert scores.void_rungs([], {"full": [CE]}) == frozenset()
+
+
+def test_a_flat_loss_voids_a_rung_unless_a_strong_attack_on_a_margin_stands_on_it() -> None:
+    flat = gradients("loss_alive/full")
+    assert scores.void_rungs(flat, {"full": [CE], "bpda": BOTH}) == {"full"}
+    assert scores.void_rungs(flat, {}) == {"full"}
+    for other in (DLR, TARGETED, FAB):
+        assert scores.void_rungs(flat, {"full": [CE, other]}) == frozenset()
+    assert scores.void_rungs(flat, {"full": [CE, DLR.model_copy(update={"steps": 9})]}) == {"full"}
+    square = Square(kind="square", queries=5000, eot=1)
+    assert scores.void_rungs(flat, {"full": [CE, square, CW]}) == {"full"}
+
+
+def test_no_claim_rests_on_a_void_rung() -> None:
+    rungs = {"full": BOTH, "soft": BOTH, "bpda": BOTH}
+    assert strong(rungs, void=["soft"]) and not strong(rungs, void=["full"])
+    assert strong(rungs, ("soft",), void=["full"]), "all stand-ins carry it"
+    assert not strong(rungs, ("soft",), void=["full", "bpda"])
+    assert "void: full" in scores.strong_enough(rungs, (), True, 10, ["full"]).detail
 
 
 def test_every_stand_in_must_have_been_tried() -> None:

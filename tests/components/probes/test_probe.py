@@ -95,6 +95,7 @@ def test_an_honest_defense_passes_every_probe(
     modes = FULL if purifier is None else BOTH
     findings = probe(test_set, classifier, purifier, modes)
     names = [finding.name for finding in findings]
+    assert set(names) == set(probes.required(modes, isinstance(purifier, Noisy), True, False))
     assert names == [
         "input_convention", "logits", "randomness_declared", "one_answer", "looks_around",
         *(f"{name}/{mode}" for mode in modes for name in ("gradient_present", "loss_alive")),
@@ -265,3 +266,27 @@ def test_scoring_that_changes_the_model_is_reported(
     model.eval()
     found = models.unchanged(before, state_digest(model), model.training)
     assert not found.passed and "changed" in found.detail and found.level == "block"
+
+
+# What every run contains
+
+
+@pytest.mark.parametrize("purifier", [None, Noisy(0.05)], ids=["none", "noisy"])
+@pytest.mark.parametrize("modes", [(), ("bpda",), ("full", "fixed_noise")], ids=str)
+@pytest.mark.parametrize("thorough", [False, True], ids=["quick", "thorough"])
+def test_the_names_that_are_required_are_those_that_probing_gives(
+    purifier: Purifier | None, modes: tuple[Mode, ...], thorough: bool, classifier: Classifier,
+    test_set: ImageSet, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The thorough probes are shortened to their names."""
+    names = {name: name for name in ("converged", "planted", "repeatable", "eot_enough")}
+    names |= {"radii": "radius_pays", "fixed_noise": "chance"}
+    for function, name in names.items():
+        found = Finding(name=name, level="block", passed=True, detail="")
+        monkeypatch.setattr(probes.attacks, function, lambda *_, found=found: found)
+    defense, stored = Defense(classifier, purifier).freeze(), [] if thorough else None
+    findings = probes.probe(defense, modes, test_set, LINF, 0, 16, 1, stored)
+    given = [finding.name for finding in findings]
+    assert sorted(given) == sorted(
+        probes.required(modes, defense.stochastic, defense.differentiable, thorough)
+    )

@@ -14,13 +14,13 @@ from components.attacks.sets import write_crafted, write_crafted_manifest
 from components.config import Config
 from components.data import image_set, shards
 from components.data.image_set import ImageSet
-from components.data.shards import shard_name, write_json
+from components.data.shards import shard_name
 from components.evaluation.detection import detection
 from components.models.accuracy import count_correct
 from components.models.checkpoints import ModelCard, build, save
 from components.models.defense import Defense
 from components.models.purifiers.controls import GaussianNoise, Threshold
-from pipelines.config.sections import Scoring
+from pipelines.config.sections import Checks, Scoring
 from pipelines.tasks.scoring import Entry, Plan, Result, merge, score_shard
 from pipelines.tasks.subject import Subject
 
@@ -84,9 +84,9 @@ def scored(root: Path, control: Config, rows: int) -> Result:
             "threat": THREAT.model_dump(mode="json"),
         }  # fmt: skip
         write_crafted_manifest(root / name, SHAPE, facts)
-    write_json(root / "checks.json", [])
     plan = Plan(
         threat=THREAT, attacks={"pgd": PGD}, seed=0, batch=5, val=root / "val",
+        checks=Checks(images=16, thorough=False),
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
         unseen=root / "model", surrogate=None,
     )  # fmt: skip

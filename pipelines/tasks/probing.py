@@ -1,0 +1,67 @@
+"""What is stored of the probes of a defense: their findings, and what they were made of.
+
+A finding that can clear a defense counts only for that defense and for the code that found it, so
+it is stored with their digests, and `scoring` compares them with what is scored.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from components import probes
+from components.attacks import L2, Attack, Linf
+from components.attacks.ladder import REPLAYED
+from components.config import Config
+from components.data import shards
+from components.models.identity import sources, stripped
+from components.probes import Finding
+from pipelines.config.sections import Checks
+from pipelines.tasks.subject import Subject
+
+
+class Probed(Config):
+    """The content of `checks.json`: the findings on one entry, and the facts behind them."""
+
+    facts: dict[str, Any]
+    findings: list[Finding]
+
+
+def facts(
+    subject: Subject, attacks: Mapping[str, Attack], threat: Linf | L2, checks: Checks, seed: int,
+    test: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the findings on `subject` depend on: digests of models, images and code.
+
+    `attacks` are those of its ladder, by rung/attack; those that are replayed do not count.
+    """
+    own = {name: one for name, one in attacks.items() if name.split("/")[0] not in REPLAYED}
+    return {
+        **subject.facts(),
+        "data": shards.fingerprint(test),
+        "threat": threat.model_dump(mode="json"),
+        "seed": seed,
+        "checks": checks.model_dump(mode="json"),
+        "attacks": {name: one.model_dump(mode="json") for name, one in own.items()},
+        "code": _code(),
+    }
+
+
+def read(path: Path) -> Probed:
+    """Return what is stored; nothing, where the file is missing, empty or damaged."""
+    try:
+        return Probed.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return Probed(facts={}, findings=[])
+
+
+@lru_cache
+def _code() -> str:
+    """Return one sha256 of the probes and of all that they import, without comments."""
+    files = sorted(sources([probes.__name__]).items())
+    text = {name: stripped(path.read_text(encoding="utf-8")) for name, path in files}
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
