@@ -1,5 +1,6 @@
 """Scoring in parts: no result depends on how many parts the test set has."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ def save_classifier(folder: Path, val: ImageSet) -> None:
     save(folder, model, card.model_copy(update={"provenance": facts}))
 
 
-def scored(root: Path, control: Config, rows: int) -> Result:
-    """Score a control whose test set has parts of `rows` images, all parts one by one."""
+def made(
+    root: Path, control: Config, rows: int, rungs: Sequence[str] = RUNGS, fooled: bool = True
+) -> tuple[Entry, Plan]:
+    """Make a control to be scored, whose sets cost two forward passes and a backward pass."""
     torch.manual_seed(0)
     val, test = images_of(VALIDATION, 100), images_of(N, 0)
     image_set.write(root / "val", val, VALIDATION)
@@ -62,18 +65,18 @@ def scored(root: Path, control: Config, rows: int) -> Result:
     save_classifier(root / "model", val)
     subject = Subject(root / "model", control=control)
     clean, ones = test.pixels(), torch.ones(N, dtype=torch.int64)
-    for name in RUNGS:
+    for name in rungs:
         moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
         moved[0] = clean[0]
         crafted = Crafted(
             test.ids,
             test.labels,
             moved,
-            ones.bool(),
+            ones.bool() & fooled,
             ones,
+            2 * ones,
             ones,
-            ones,
-            ones.bool(),
+            ones.bool() & fooled,
             1 - ones,
             -ones.float(),
         )
@@ -90,8 +93,13 @@ def scored(root: Path, control: Config, rows: int) -> Result:
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
         unseen=root / "model", surrogate=None,
     )  # fmt: skip
-    sets = {name: root / name for name in RUNGS}
-    entry = Entry("control", "control", subject, root / "checks.json", sets)
+    sets = {name: root / name for name in rungs}
+    return Entry("control", "control", subject, root / "checks.json", sets), plan
+
+
+def scored(root: Path, control: Config, rows: int) -> Result:
+    """Score a control whose test set has parts of `rows` images, all parts one by one."""
+    entry, plan = made(root, control, rows)
     parts = -(-N // rows)
     result = merge([score_shard(entry, plan, part, "cpu") for part in range(parts)])
     assert all(f.passed for f in result.findings), [f for f in result.findings if not f.passed]
@@ -127,3 +135,15 @@ def test_more_parts_than_validation_images_give_the_result_of_one_part(
     assert len(parted.detector.validation) == VALIDATION
     figures = [detection(r.detector, r.inside, r.scores) for r in (whole, parted) if r.detector]
     assert figures[0] == figures[1]
+
+
+def test_the_draws_of_a_random_defense_are_counted_where_attacks_average_over_them(
+    tmp_path: Path,
+) -> None:
+    """Known noise is not averaged over, and a bare classifier has none."""
+    rungs = ("classifier/pgd", "full/pgd", "fixed_noise/pgd")
+    noise = GaussianNoise(kind="gaussian_noise", sigma=0.2)
+    entry, plan = made(tmp_path, noise, N, rungs, fooled=False)
+    findings = score_shard(entry, plan, 0, "cpu").findings
+    short = [f.name for f in findings if f.name.startswith("effort") and not f.passed]
+    assert short == ["effort/full/pgd"]
