@@ -24,7 +24,7 @@ TIERS = {
 BLACK_BOX = ("square", "flip")
 # Checks of the gradient on one rung, named check/rung: where one fails, attacks on that rung had
 # nothing right to follow.
-GRADIENTLESS = ("gradient_present",)
+GRADIENTLESS = ("gradient_present", "gradient_honest")
 LEAST_DRAWS = 10
 
 
@@ -161,7 +161,9 @@ def void_rungs(
     failed = {
         (check, rung)
         for check, _, rung in (
-            finding.name.partition("/") for finding in findings if not finding.passed
+            finding.name.partition("/")
+            for finding in findings
+            if not finding.passed and not finding.figures.get("undecided")
         )
     }
     void = {rung for check, rung in failed if check in GRADIENTLESS}
@@ -205,6 +207,35 @@ def strong_enough(
         direct = f"{lacking('full')} on full, or else " if usable else ""
         detail += f"; missing: {direct}{', '.join(missing)}"
     return Finding(name="strong_attack", level="block", passed=passed, detail=detail)
+
+
+def without_gradients(
+    rungs: Mapping[str, Sequence[Attack]], findings: Sequence[Finding], stochastic: bool,
+    differentiable: bool,
+) -> Finding:  # fmt: skip
+    """Check 37: where gradients decide nothing, all images face an attack that needs none.
+
+    That is a deterministic defense that is declared not differentiable, and any defense whose
+    gradient could not be judged (`gradient_honest` undecided), which faces a targeted attack too.
+    `rungs` are the bounded attacks on the defense itself, by rung.
+    """
+    undecided = any(
+        finding.name == "gradient_honest/full" and bool(finding.figures.get("undecided"))
+        for finding in findings
+    )
+    kinds = {attack.kind for attacks in rungs.values() for attack in attacks}
+    missing = []
+    if (undecided or not (differentiable or stochastic)) and not kinds & {*BLACK_BOX, "autoattack"}:
+        missing.append("square")
+    if undecided and not kinds & {"apgd_t", "autoattack", "fab_t"}:
+        missing.append("apgd_t")
+    reason = "its gradient could not be judged" if undecided else "gradients decide"
+    return Finding(
+        name="without_gradients",
+        level="block",
+        passed=not missing,
+        detail=f"{reason}; missing: {', '.join(missing) or 'none'}",
+    )
 
 
 def _strong_losses(attacks: Sequence[Attack]) -> set[LossFamily]:

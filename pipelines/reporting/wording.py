@@ -48,6 +48,7 @@ MEANINGS = {
     "white_is_strongest": "Without gradients next to nothing more is fooled.",
     "full_is_strongest": "No weaker rung fools what attacks that see through leave standing.",
     "full_rung": "At least one attack follows a right gradient of the defense or of a stand-in.",
+    "without_gradients": "Where gradients decide nothing, an attack without any was run.",
     "stand_ins": "What iterates or rounds is attacked through something easier in its place, too.",
     "strong_attack": "Attacks on two kinds of losses see through, with enough steps and reach.",
     "scoring_draws": "A random defense is judged by many draws.",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.attacks import L2, Attack, Linf
-from components.attacks.ladder import MODES
+from components.attacks.ladder import MODES, REPLAYED
 from components.checks.scores import (
     draws_enough,
     full_is_strongest,
@@ -21,6 +21,7 @@ from components.checks.scores import (
     undefended_falls,
     void_rungs,
     white_is_strongest,
+    without_gradients,
 )
 from components.checks.sets import rounding, same_answer
 from components.checks.verdicts import Verdict, unbeaten, verdict, written_for
@@ -260,6 +261,9 @@ def _judged(
     known = entry.subject.stand_ins()
     findings += stand_ins_tried(known, stand_ins, accuracies.get("full"))
     findings += _claim(entry, _white_box(entry, counted), accuracies, by_rung, classes, void)
+    seen = {mode: attacks for mode, attacks in by_rung.items() if mode not in REPLAYED}
+    differentiable = entry.subject.differentiable()
+    findings.append(without_gradients(seen, result.findings, stochastic, differentiable))
     if entry.subject.bare and _standard_trained(entry):
         findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
     return findings

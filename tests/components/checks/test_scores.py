@@ -294,3 +294,33 @@ def test_noise_beats_a_gradient_attack_on_a_masked_defense_only(
         crafted = craft(attack, defense, "full", data, wide, 0, 250)
         found[f"full/{attack.kind}"] = (attack.kind, (~crafted.success).double().numpy())
     assert beaten(found) == (["order_of_strength/full/noise"] if masked else [])
+
+
+def test_where_gradients_decide_nothing_an_attack_without_any_is_asked_for() -> None:
+    pgd, square = parse_attack("pgd"), parse_attack("square")
+    apgd_t = parse_attack("apgd_t")
+    undecided = Finding(
+        name="gradient_honest/full",
+        level="warn",
+        passed=False,
+        detail="",
+        figures={"undecided": 1.0},
+    )
+
+    def passes(attacks: list[Attack], *findings: Finding, **traits: bool) -> bool:
+        facts = {"stochastic": False, "differentiable": True, **traits}
+        return scores.without_gradients({"full": attacks}, findings, **facts).passed
+
+    assert passes([pgd])
+    assert not passes([pgd], differentiable=False) and passes([pgd, square], differentiable=False)
+    assert passes([pgd], differentiable=False, stochastic=True), "noise is no rounding"
+    assert not passes([pgd], undecided) and not passes([pgd, square], undecided)
+    assert passes([square, apgd_t], undecided)
+    assert passes([parse_attack("autoattack")], undecided)
+
+
+def test_a_wrong_gradient_voids_its_rung_and_an_undecided_one_does_not() -> None:
+    wrong = Finding(name="gradient_honest/full", level="warn", passed=False, detail="")
+    assert scores.void_rungs([wrong], {}) == {"full"}
+    undecided = wrong.model_copy(update={"figures": {"undecided": 1.0}})
+    assert scores.void_rungs([undecided], {}) == frozenset()
