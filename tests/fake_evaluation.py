@@ -12,6 +12,7 @@ from components.attacks import Crafted, Linf
 from components.attacks.distance.cw import CwL2
 from components.attacks.gradient import Pgd
 from components.attacks.sets import read_crafted, write_crafted, write_crafted_manifest
+from components.attacks.square import Square
 from components.config import Config
 from components.data import image_set
 from components.data.image_set import ImageSet
@@ -57,13 +58,14 @@ PGD = _Both(
     kind="pgd", steps=10, step=0.2, restarts=1, random_start=True, early_stop=True, eot=1
 )  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
+SQUARE = Square(kind="square", queries=2, eot=1)
 # How many of the images are right, by mode/attack, for every scored defense.
 RIGHT = {
     "none": {"full/pgd": 0},
     "student_grey": {"classifier/pgd": 11, "bpda/pgd": 12, "full/pgd": 0, "full/cw": 3},
     "student_adaptive": {"classifier/pgd": 8, "bpda/pgd": 8, "full/pgd": 7},
     "noisy": {"classifier/pgd": 12, "full/pgd": 1},
-    "rounded": {"bpda/pgd": 4, "soft/pgd": 3, "full/pgd": 12},
+    "rounded": {"bpda/pgd": 4, "bpda/square": 6, "soft/pgd": 3, "full/pgd": 12},
     EVIL: {"full/pgd": 12},
 }
 # Four images fall after 1, 10, 10 and 100 passes, eight stand after 200.
@@ -101,7 +103,7 @@ class FakeEvaluation:
         image_set.write(root / "test", self.test, 5)
         self.plan = Plan(
             threat=THREAT,
-            attacks={"pgd": PGD, "cw": CW},
+            attacks={"pgd": PGD, "cw": CW, "square": SQUARE},
             scoring=Scoring(select_draws=32, score_draws=32, shown=3),
             checks=sections.Checks(images=16, thorough=False),
             seed=0,

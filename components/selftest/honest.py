@@ -89,6 +89,18 @@ def _closed_form(toy: Toy) -> list[Finding]:
     ]
 
 
+class _Confident(nn.Module):
+    """A classifier whose logits are a thousand times as large."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x)
+        return 1000 * logits
+
+
 def _classifier(config: SmallCnn | ResNet, robust: bool) -> Case:
     return lambda toy: probed(None, train_classifier(config, toy.train, robust))(toy)
 
@@ -115,6 +127,7 @@ HONEST: dict[str, Case] = {
     "known answer: undefended falls": _undefended_falls,
     "known answer: linear model": _closed_form,
     "bare classifier": probed(None),
+    "confident classifier": lambda toy: probed(None, _Confident(toy.classifier))(toy),
     "residual classifier": _classifier(ResNet(kind="resnet", depth=8, width=4), False),
     "adversarially trained classifier": _classifier(SMALL, True),
     "identity": _control(Identity(kind="identity")),

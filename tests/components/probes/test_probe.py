@@ -284,8 +284,8 @@ def test_the_names_that_are_required_are_those_that_probing_gives(
     for function, name in names.items():
         found = Finding(name=name, level="block", passed=True, detail="")
         monkeypatch.setattr(probes.attacks, function, lambda *_, found=found: found)
-    defense, stored = Defense(classifier, purifier).freeze(), [] if thorough else None
-    findings = probes.probe(defense, modes, test_set, LINF, 0, 16, 1, stored)
+    defense = Defense(classifier, purifier).freeze()
+    findings = probes.probe(defense, modes, test_set, LINF, 0, 16, 1, 16, [], None, thorough)
     given = [finding.name for finding in findings]
     assert sorted(given) == sorted(
         probes.required(modes, defense.stochastic, defense.differentiable, thorough)
