@@ -67,7 +67,14 @@ def generate(
             f"{mode}/{name}": params.attacks[name] for mode in ladder for name in ladder[mode]
         }
         facts = probing.facts(
-            subject, attacks, params.threat, params.checks, params.seed, test.absolute()
+            subject,
+            attacks,
+            params.threat,
+            params.checks,
+            params.seed,
+            params.batch,
+            val.absolute(),
+            test.absolute(),
         )
         stored = probing.Probed(facts=facts, findings=findings)
         write_json(out / "checks.json", stored.model_dump(mode="json"))

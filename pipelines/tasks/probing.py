@@ -33,7 +33,7 @@ class Probed(Config):
 
 def facts(
     subject: Subject, attacks: Mapping[str, Attack], threat: Linf | L2, checks: Checks, seed: int,
-    test: Path,
+    batch: int, val: Path, test: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the findings on `subject` depend on: digests of models, images and code.
 
@@ -43,8 +43,10 @@ def facts(
     return {
         **subject.facts(),
         "data": shards.fingerprint(test),
+        "val": shards.fingerprint(val),
         "threat": threat.model_dump(mode="json"),
         "seed": seed,
+        "batch": batch,
         "checks": checks.model_dump(mode="json"),
         "attacks": {name: one.model_dump(mode="json") for name, one in own.items()},
         "code": _code(),

@@ -63,7 +63,9 @@ def probed(tmp_path: Path) -> Probed:
     )  # fmt: skip
     sets = {name: tmp_path / name for name in attacks}
     entry = Entry("control", "control", subject, tmp_path / "checks.json", sets)
-    facts = probing.facts(subject, attacks, plan.threat, plan.checks, plan.seed, plan.test)
+    facts = probing.facts(
+        subject, attacks, plan.threat, plan.checks, plan.seed, plan.batch, plan.val, plan.test
+    )
     names = [*required(["full"], True, True, False), "state_unchanged"]
     findings = [Finding(name=name, level="block", passed=True, detail="well") for name in names]
     content = probing.Probed(facts=facts, findings=findings).model_dump(mode="json")
