@@ -113,7 +113,11 @@ def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Be
     p = fisher(here.count, here.n, there.count, there.n)
     moved, kept = _moved(mine)
     shifted = _attacked(moved)
-    pair = more_fooled(shifted, here.right[kept.cpu().numpy()]) if len(kept) >= LEAST_MOVED else 1.0
+    pair = 1.0
+    if len(kept) >= LEAST_MOVED:
+        # Answers are mostly right or mostly wrong; a sign test on fractions would count any tremor.
+        before = here.right[kept.cpu().numpy()]
+        pair = more_fooled((shifted > 0.5).astype(np.float64), (before > 0.5).astype(np.float64))
     smallest = _smallest(here.n, there.count, there.n)
     return Finding(
         name="remembered",

@@ -22,6 +22,7 @@ from components.training.loop import Training, fit
 
 THREAT = Linf(norm="linf", eps_255=51)
 PROBED, TRAINED, BATCH = 48, 900, 48
+SEED = 0
 EOT = 4
 
 
@@ -132,7 +133,7 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
 def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
     """Probe a defense as every defense is probed, on the images to attack."""
     return probe(
-        defense, ["full"], toy.test, THREAT, 0, PROBED, EOT, BATCH, [], toy.val, thorough=False
+        defense, ["full"], toy.test, THREAT, SEED, PROBED, EOT, BATCH, [], toy.val, thorough=False
     )
 
 

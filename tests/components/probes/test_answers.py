@@ -46,7 +46,7 @@ def calls() -> Callable[[Tensor], bool]:
 
     def attacked(x: Tensor) -> bool:
         count[0] += 1
-        return count[0] > 12
+        return count[0] > 6
 
     return attacked
 

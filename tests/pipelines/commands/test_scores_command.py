@@ -37,7 +37,7 @@ def test_scores_fit_into_80_columns_and_lose_no_digit(
     assert row.split()[1:5] == ["100.0", "-", "33.3", "void"] and row.split()[-2:] == ["yes", "+2"]
     words = " ".join(out.split())
     assert "robust accuracy" in out and "(worst of all" in out
-    assert "failed checks: gradient_present/full, undefended_falls" in words
+    assert "failed checks: gradient_present/full, full_rung, undefended_falls" in words
     assert "2 warnings: gradient_present/full, quantisation" in words
     assert "student_grey: broken: does not beat none, the classifier without a defense" in words
     assert words.count("attacks written for this defense: none") == 4
