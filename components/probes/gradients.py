@@ -73,7 +73,7 @@ def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     gradient of the folded copy claims along random directions, and along itself, against central
     differences of the defense in float64 with the noise frozen (`slopes`, `agree`). Attacks that
     follow a wrong gradient say nothing, so a failure makes the rung void. Where kinks or rounding
-    leave fewer than half of the images to judge, at every point, it is undecided.
+    leave fewer than half of the images to judge, at every point of an attack, it is undecided.
     """
     judged, wrong, said = 0, 0, []
     passed, decided = True, False
@@ -82,7 +82,8 @@ def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
         fine, right = _compared(bench, x, log_odds if name == "ball" else margin)
         count, bad = int(fine.sum()), int((fine & ~right).sum())
         judged, wrong = judged + count, wrong + bad
-        decided |= count >= len(x) / 2
+        # A random point is smoother than those that an attack passes.
+        decided |= name not in ("clean", "ball") and count >= len(x) / 2
         passed &= bad <= max(1, TOLERATED * count)
         said.append(f"{name} {bad} of {count}")
     return Finding(

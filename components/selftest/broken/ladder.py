@@ -199,7 +199,9 @@ def _of_sets(attacked: Attacked) -> Iterator[Finding]:
         mode, _, kind = name.partition("/")
         score = attacked.scores[name]
         yield from stored_set(name, crafted.images, data.ids, data.labels, data, THREAT)
-        yield effort(name, attacked.plans[mode][kind], crafted)
+        yield effort(
+            name, attacked.plans[mode][kind], crafted, len(data.class_names), defense.stochastic
+        )
         answers = Answers.of(crafted, defense.stochastic)
         yield same_answer(name, answers, score.score, score.draws, rough)
 
@@ -227,7 +229,7 @@ def _of_scores(attacked: Attacked) -> list[Finding]:
         draws_enough(defense.stochastic, headline.draws, headline.draws),
         *stand_ins_tried(known, {}, white),
         *full_is_strongest(white, rungs),
-        strong_enough(attacks, known, defense.differentiable),
+        strong_enough(attacks, known, defense.differentiable, len(attacked.data.class_names)),
     ]
 
 
