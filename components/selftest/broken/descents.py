@@ -69,9 +69,10 @@ class _TwoHeads(nn.Module):
         assert isinstance(self.turns.network, nn.Sequential)
         head = classifier.network[-1]
         assert isinstance(head, nn.Linear)
-        self.turns.network = nn.Sequential(
-            *list(classifier.network)[:-1], nn.Linear(head.in_features, 4)
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            turns = nn.Linear(head.in_features, 4)
+        self.turns.network = nn.Sequential(*list(classifier.network)[:-1], turns)
 
     def turned(self, x: Tensor) -> Tensor:
         """Return the cross-entropy (N,) of the four turns of each image."""
