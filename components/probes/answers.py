@@ -74,8 +74,8 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     With gradients on and off, in batches of 1, 7, 128 and the batch of the scoring, asked again,
     without draws if it is deterministic: the logits differ by at most 1e-3 of their length. The
     float64 and the folded copy, too, unless rounding alone moves them further: that is measured by
-    moving every pixel by 1e-7. These two, and a purifier that descends or rounds, may change at most
-    2 % of the labels instead.
+    moving every pixel by 1e-7. These two, and a purifier that descends or rounds, may change at
+    most 2 % of the labels instead.
     """
     differing = []
     worst, where = 0.0, "none"
