@@ -17,7 +17,6 @@ from components.models.classifiers import ResNet, SmallCnn
 from components.models.defense import Defense
 from components.models.purifiers.autoencoder import ConvAutoencoder
 from components.models.purifiers.controls import BitDepth, GaussianNoise, Identity, Median
-from components.models.purifiers.transforms import RandomTransform, Rt2
 from components.probes import Finding
 from components.selftest.toy import (
     THREAT,
@@ -109,7 +108,7 @@ def _control(config: Identity | GaussianNoise | Median | BitDepth) -> Case:
     return lambda toy: probed(config.build(toy.test.shape))(toy)
 
 
-def _autoencoder(config: ConvAutoencoder | RandomTransform) -> Case:
+def _autoencoder(config: ConvAutoencoder) -> Case:
     """Return the case of a purifier that was briefly trained to reproduce clean images."""
 
     def case(toy: Toy) -> list[Finding]:
@@ -134,13 +133,6 @@ HONEST: dict[str, Case] = {
     "Gaussian noise": _control(GaussianNoise(kind="gaussian_noise", sigma=0.1)),
     "median filter": _control(Median(kind="median", size=3)),
     "autoencoder": _autoencoder(AUTOENCODER),
-    "masking autoencoder": _autoencoder(
-        RandomTransform(
-            kind="random_transform",
-            transform=Rt2(kind="rt2", patch=1, missing=0.15, sigma=0.05),
-            inner=AUTOENCODER,
-        )
-    ),
     "scaled input": purifying(lambda x, draws: 0.5 * x + 0.25),
     "blur": purifying(lambda x, draws: torch.nn.functional.avg_pool2d(x, 3, 1, 1)),
 }
