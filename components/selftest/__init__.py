@@ -7,6 +7,7 @@ that take minutes are in zoo.py).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from components.config import Config
 from components.probes import Finding
@@ -36,9 +37,13 @@ def honest_cases(every: bool) -> dict[str, Case]:
 
 
 def run(toy: Toy, every: bool = False) -> Iterator[Result]:
-    """Run the cases, one result at a time; `every` adds those that take minutes."""
+    """Run the cases, one result at a time.
+
+    `every` adds those that take minutes, and all checks on every lie: else a lie only meets the
+    check that must raise it, where that can be run alone.
+    """
     for name, (expected, case) in LIES.items():
-        raised = _failed(case(toy))
+        raised = _failed(case(toy if every else replace(toy, only=expected)))
         yield Result(case=name, expected=expected, raised=raised, caught=expected in raised)
     for name, case in honest_cases(every).items():
         raised = _failed([finding for finding in case(toy) if finding.level == "block"])

@@ -14,7 +14,8 @@ from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ResNet, SmallCnn
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
-from components.probes import Finding, probe
+from components.probes import Finding, answers, gradients, masking, probe
+from components.probes.bench import Bench
 from components.sources.digits import Digits
 from components.training.classification import AdversarialClassification, Classification
 from components.training.contract import Frozen, InLoop, Objective
@@ -28,13 +29,17 @@ EOT = 4
 
 @dataclass(frozen=True)
 class Toy:
-    """Digits to train on, to compare with and to attack, and two classifiers of them."""
+    """Digits to train on, to compare with and to attack, and two classifiers of them.
+
+    `only` names the one check that a lie must raise, where the others need not be run.
+    """
 
     train: ImageSet
     val: ImageSet
     test: ImageSet
     classifier: Classifier
     other: Classifier
+    only: str | None = None
 
     def under_attack(self) -> ImageSet:
         """Return the digits that sets are crafted from."""
@@ -131,10 +136,35 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
 
 
 def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
-    """Probe a defense as every defense is probed, on the images to attack."""
+    """Probe a defense as every defense is probed, on the images to attack.
+
+    Where the toy names the `only` check that matters, that one alone is run, if it is dear.
+    """
+    one = ALONE.get(toy.only or "")
+    if one:
+        data = toy.under_attack()
+        bench = Bench(defense, data.pixels(), data.labels, data.ids, THREAT, SEED, None, BATCH)
+        return [one(bench, toy)]
     return probe(
         defense, ["full"], toy.test, THREAT, SEED, PROBED, EOT, BATCH, [], toy.val, thorough=False
     )
+
+
+# Checks that can be run without all the others, by the name of their finding.
+ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
+    "one_answer": lambda bench, toy: answers.one_answer(bench, bench.points()),
+    "looks_around": lambda bench, toy: answers.looks_around(bench.defense),
+    "gradient_honest/full": lambda bench, toy: gradients.gradient_honest(bench, bench.points()),
+    "gradient_declared": lambda bench, toy: gradients.gradient_declared(bench),
+    "gradient_present/full": lambda bench, toy: gradients.gradient_present(
+        bench.defense, "full", bench.x, bench.labels, bench.draws
+    ),
+    "loss_alive/full": lambda bench, toy: gradients.loss_alive(
+        bench.defense, "full", bench.x, bench.labels, bench.draws
+    ),
+    "blind_attack": lambda bench, toy: masking.blind_attack(bench),
+    "remembered": lambda bench, toy: masking.remembered(bench.defense, toy.test, toy.val, bench),
+}
 
 
 def purifying(function: Function, random: bool = False) -> Case:
