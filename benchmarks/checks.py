@@ -1,4 +1,4 @@
-"""Which check catches which lie, whom it blames falsely, and what it costs.
+"""The lies that each check catches, the honest defenses that it blames, and what it costs.
 
 `python benchmarks/checks.py [--seeds 10] [--nets 100]` runs every case of the self-test and prints
 one row per check: the lies that are named for it and caught, all lies that it raised, the honest
