@@ -58,7 +58,7 @@ def agreement(name: str, digests: Mapping[str, tuple[str, str]]) -> Finding:
 
     `digests` maps what it was crafted with to (digest at crafting, digest now).
     """
-    changed = [what for what, (then, now) in digests.items() if then != now]
+    changed = _changed(digests)
     detail = "crafted against the models that are scored"
     if changed:
         detail = f"crafted against another {' and '.join(changed)}: a transfer, not robust accuracy"
@@ -67,13 +67,13 @@ def agreement(name: str, digests: Mapping[str, tuple[str, str]]) -> Finding:
 
 def stored_probes(
     required: Sequence[str], found: Sequence[str], digests: Mapping[str, tuple[str, str]]
-) -> list[Finding]:  # fmt: skip
-    """Checks 30 and 32 on stored findings: all are there, and they are about what is scored.
+) -> list[Finding]:
+    """Checks 30 and 38 on stored findings: all are there, and they are about what is scored.
 
     `required` and `found` are names of findings, `digests` is as in `agreement`.
     """
     missing = [name for name in required if name not in found]
-    changed = [what for what, (then, now) in digests.items() if then != now]
+    changed = _changed(digests)
     return [
         Finding(
             name="probes_complete",
@@ -91,6 +91,10 @@ def stored_probes(
             else "probed was what is scored",
         ),
     ]
+
+
+def _changed(digests: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [name for name, (then, now) in digests.items() if then != now]
 
 
 @dataclass(frozen=True)

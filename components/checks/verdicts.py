@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from components.models.defense import STAND_INS
 from components.probes.contract import SIGNIFICANT, Accuracies
-from components.probes.statistics import holm
+from components.probes.statistics import holm, wilson
 
 Standing = Literal[
     "above", "below", "not told apart", "no better than a control", "broken", "no comparison",
@@ -94,7 +94,7 @@ def difference(one: Accuracies, other: Accuracies) -> tuple[float, float, float]
     corrected = max(covariance - 1 / (2 * n), min(covariance, 0.0))
     spread = sqrt(first * (1 - first) * second * (1 - second))
     correlation = corrected / spread if spread > 0 else 0.0
-    (low_1, high_1), (low_2, high_2) = _wilson(first, n), _wilson(second, n)
+    (low_1, high_1), (low_2, high_2) = wilson(first, n, Z99), wilson(second, n, Z99)
     down = _joined(first - low_1, high_2 - second, correlation)
     up = _joined(high_1 - first, second - low_2, correlation)
     mean = first - second
@@ -171,14 +171,6 @@ def _whole(differences: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     scale = lcm(*(fraction.denominator for fraction in fractions))
     whole: npt.NDArray[np.int64] = np.rint(differences * scale).astype(np.int64)
     return whole
-
-
-def _wilson(mean: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 99 % interval of a mean of n fractions."""
-    centre = mean + Z99**2 / (2 * n)
-    half = Z99 * sqrt(mean * (1 - mean) / n + Z99**2 / (4 * n * n))
-    scale = 1 + Z99**2 / n
-    return (centre - half) / scale, (centre + half) / scale
 
 
 def _joined(one: float, other: float, correlation: float) -> float:

@@ -18,7 +18,7 @@ from components.probes import answers, attacks, gradients, masking, models
 from components.probes.bench import Bench, spread
 from components.probes.contract import Finding
 
-__all__ = ["Finding", "probe", "required"]
+__all__ = ["Finding", "probe", "required", "spread"]
 
 # Images that attacks and repeated questions are tried on, and those whose gradient is compared with
 # differences.
@@ -33,18 +33,18 @@ def probe(
 ) -> list[Finding]:  # fmt: skip
     """Probe a defense on `images` images drawn from `data`, in the gradient modes of its ladder.
 
-    `eot` is the number of draws that its attacks average over, `batch` their batch size. `stored`
-    are the sets that the bounded attacks of the full rung made of `data`; `val` are images that
-    nobody scores. `thorough` adds probes that cost attacks of their own. In full float32
-    (`full_precision`).
+    The images are those that `spread` draws. `eot` is the number of draws that its attacks average
+    over, `batch` their batch size. `stored` are the sets of the bounded attacks of the full rung:
+    the probed images of each, at least. `val` are images that nobody scores. `thorough` adds probes
+    that cost attacks of their own. In full float32 (`full_precision`).
     """
     device = next(defense.classifier.parameters()).device
-    rows = spread(data.ids, defense, seed, images)
+    rows = spread(data.ids, defense.digest, seed, images)
     x, labels, ids = (
         part.to(device) for part in (data[rows].pixels(), data.labels[rows], data.ids[rows])
     )
-    worst = _worst(stored)
-    worst = None if worst is None else worst[rows].to(device)
+    stored = [_of(one, data.ids[rows]) for one in stored]
+    worst = None if not stored else _worst(stored).to(device)
     bench = Bench(defense, x, labels, ids, threat, seed, worst, batch, _mode(defense, modes))
     # The draw that spread the rows is random, so any part of them is as good as any other.
     some = bench.affordable(TRIED)
@@ -67,10 +67,10 @@ def probe(
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings.append(masking.blind_attack(some))
-    findings.append(masking.remembered(defense, data, val, some))
+    findings.append(masking.remembered(some, data, val))
     findings += attacks.unbounded(some, modes)
     if thorough and "full" in modes:
-        findings += _thorough(bench, [one.images[rows].to(device) for one in stored], eot)
+        findings += _thorough(bench, [one.images.to(device) for one in stored], eot)
     return findings
 
 
@@ -109,10 +109,14 @@ def _mode(defense: Defense, modes: Sequence[Mode]) -> Mode:
     return "full"
 
 
-def _worst(stored: Sequence[Crafted]) -> torch.Tensor | None:
-    """Return the stored example of lowest margin of every image (N,C,H,W); None without sets."""
-    if not stored:
-        return None
+def _of(stored: Crafted, ids: torch.Tensor) -> Crafted:
+    """Return the part of a set that is about `ids` (N,), in their order."""
+    order = stored.ids.argsort()
+    return stored.pick(order[torch.searchsorted(stored.ids[order], ids)])
+
+
+def _worst(stored: Sequence[Crafted]) -> torch.Tensor:
+    """Return the stored example of lowest margin of every image (N,C,H,W)."""
     chosen = torch.stack([one.margin for one in stored]).argmin(0)
     return torch.stack([one.images for one in stored])[chosen, torch.arange(len(chosen))]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from components.data.draws import Draws
 from components.models.defense import Defense
 from components.models.identity import modules_of, sources
-from components.probes.bench import Bench
+from components.probes.bench import Bench, rough
 from components.probes.contract import Finding
 
 # Logits further apart than this fraction of their norm are different; AutoAttack's rule.
@@ -90,7 +90,7 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
             allowed = floor[rows].clamp_min(SAME) if loose else torch.full_like(apart, SAME)
             labels = (answer.argmax(1) != base[rows].argmax(1)).double().mean()
             same = bool((apart <= allowed).all()) or (
-                (bench.rough or loose) and float(labels) <= ROUGH
+                (rough(bench.defense) or loose) and float(labels) <= ROUGH
             )
             if not same:
                 differing.append(f"{way} at {name}")

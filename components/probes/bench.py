@@ -36,13 +36,19 @@ BUDGET = 1e11
 STOPS = {"a quarter": 0.25, "half": 0.5, "all": 1.0}
 
 
-def spread(ids: Tensor, defense: Defense, seed: int, count: int) -> Tensor:
+def spread(ids: Tensor, digest: str, seed: int, count: int) -> Tensor:
     """Return the rows of `count` images of `ids` (N,), drawn from all of them, in random order.
 
-    The draw is keyed with the digest of the defense: it cannot know which images are probed.
+    The draw is keyed with the digest of a defense: it cannot know which images are probed.
     """
-    keys = Draws(seed, "clean", ids.cpu()).stream(f"{defense.digest}/probes")
+    keys = Draws(seed, "clean", ids.cpu()).stream(f"{digest}/probes")
     return keys.uniform((), "probed").argsort()[:count]
+
+
+def rough(defense: Defense) -> bool:
+    """Say whether the purifier descends or rounds, so that a last bit may become another label."""
+    purifier = defense.purifier
+    return purifier is not None and bool(purifier.stand_ins or not purifier.differentiable)
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,6 @@ class Bench:
         """Return the points that need no gradient."""
         points = {"clean": self.x, "ball": self.ball}
         return points if self.stored is None else {**points, "stored": self.stored}
-
-    @property
-    def rough(self) -> bool:
-        """Whether the purifier descends or rounds, so that a last bit may become another label."""
-        purifier = self.defense.purifier
-        return purifier is not None and bool(purifier.stand_ins or not purifier.differentiable)
 
     def affordable(self, most: int) -> "Bench":
         """Return the bench with the first images, at most `most`, on which `WAY` is affordable."""

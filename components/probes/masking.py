@@ -1,9 +1,10 @@
 """Checks that do not believe gradients: an attack without any, and images that nobody scored."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import comb
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
 from components.probes.bench import BUDGET, WAY, Bench, multiply_adds, spread
-from components.probes.contract import Accuracies, Finding
+from components.probes.contract import Finding
 from components.probes.statistics import more_fooled
 
 # Square gets so many queries for each pixel of a side: a patch needs more tries on larger images.
@@ -83,22 +84,7 @@ def _white(bench: Bench) -> list[Tensor]:
     return sets if bench.stored is None else [*sets, bench.stored]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Right answers under attack (N,) on one side of the comparison."""
-
-    right: Accuracies
-
-    @property
-    def count(self) -> int:
-        return int((self.right > 0.5).sum())
-
-    @property
-    def n(self) -> int:
-        return len(self.right)
-
-
-def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Bench) -> Finding:
+def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
     """Check 36: the defense withstands no more on the test images than on images nobody scored.
 
     PGD attacks test and validation images, which must be right as often (Fisher's exact test, one
@@ -107,8 +93,8 @@ def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Be
     test images fails one or both.
     """
     count = min(ASKED, max(int(BUDGET / (3 * STEPS * multiply_adds(bench))) // 3, 1))
-    mine = _sample(defense, test, bench, count)
-    theirs = None if val is None else _sample(defense, val, bench, count)
+    mine = _sample(bench, test, count)
+    theirs = None if val is None else _sample(bench, val, count)
     if theirs is None or min(len(mine.x), len(theirs.x)) < LEAST:
         n = 0 if theirs is None else len(theirs.x)
         return Finding(
@@ -118,54 +104,54 @@ def remembered(defense: Defense, test: ImageSet, val: ImageSet | None, bench: Be
             detail=f"not asked: it takes {LEAST} test and validation images, and here are "
             f"{len(mine.x)} and {n} within the budget",
         )
-    here, there = (_Asked(_attacked(side)) for side in (mine, theirs))
-    p = fisher(here.count, here.n, there.count, there.n)
+    here, there = _attacked(mine), _attacked(theirs)
+    p = fisher(here.sum(), len(here), there.sum(), len(there))
     moved, kept = _moved(mine)
     shifted = _attacked(moved)
     pair = 1.0
     if len(kept) >= LEAST_MOVED:
-        # Answers are mostly right or mostly wrong; a sign test on fractions would count any tremor.
-        before = here.right[kept.cpu().numpy()]
-        pair = more_fooled((shifted > 0.5).astype(np.float64), (before > 0.5).astype(np.float64))
-    smallest = _smallest(here.n, there.count, there.n)
+        before = here[kept.cpu().numpy()]
+        pair = more_fooled(shifted.astype(np.float64), before.astype(np.float64))
+    smallest = _smallest(len(here), there.sum(), len(there))
     return Finding(
         name="remembered",
         level="block",
         passed=p >= MEMORY and pair >= MEMORY,
-        detail=f"right under PGD: test {here.count} of {here.n}, validation {there.count} of "
-        f"{there.n} (p = {p:.2g}); moved by a pixel {int((shifted > 0.5).sum())} of {len(kept)} "
+        detail=f"right under PGD: test {here.sum()} of {len(here)}, validation {there.sum()} of "
+        f"{len(there)} (p = {p:.2g}); moved by a pixel {shifted.sum()} of {len(kept)} "
         f"(p = {pair:.2g}); a memory worth {smallest:.0%} of the images would show",
         figures={"p": p, "p_moved": pair, "smallest": smallest},
     )
 
 
-def _sample(defense: Defense, data: ImageSet, bench: Bench, count: int) -> Bench:
-    """Return a bench of `count` images drawn from `data`."""
-    rows = spread(data.ids, defense, bench.seed, count)
+def _sample(bench: Bench, data: ImageSet, count: int) -> Bench:
+    """Return the bench with `count` images drawn from `data`."""
+    rows = spread(data.ids, bench.defense.digest, bench.seed, count)
     some = data[rows]
     device = bench.x.device
-    return Bench(
-        defense, some.pixels().to(device), some.labels.to(device), some.ids.to(device),
-        bench.threat, bench.seed, None, bench.batch, bench.mode,
+    return replace(
+        bench, x=some.pixels().to(device), labels=some.labels.to(device), ids=some.ids.to(device),
+        stored=None,
     )  # fmt: skip
 
 
-def _attacked(bench: Bench) -> Accuracies:
-    """Return the accuracy per image (N,) under PGD."""
+def _attacked(bench: Bench) -> npt.NDArray[np.bool_]:
+    """Return which images (N,) are right under PGD, most of the time if answers are random.
+
+    Most are right always or never; a test on the fractions would count any tremor.
+    """
     if not len(bench.x):
-        return np.empty(0)
+        return np.empty(0, np.bool_)
     attack = Pgd(
         kind="pgd", steps=STEPS, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1
     )
+    rows = torch.arange(len(bench.x), device=bench.x.device)
     found = [
-        part.run(attack, bench.mode, bench.threat, bench.seed)
-        for part in (bench.pick(rows) for rows in _rows(bench))
+        bench.pick(part).run(attack, bench.mode, bench.threat, bench.seed)
+        for part in rows.split(bench.batch)  # type: ignore[no-untyped-call]
     ]
-    return bench.accuracies(torch.cat(found))
-
-
-def _rows(bench: Bench) -> list[Tensor]:
-    return list(torch.arange(len(bench.x), device=bench.x.device).split(bench.batch))  # type: ignore[no-untyped-call]
+    right: npt.NDArray[np.bool_] = bench.accuracies(torch.cat(found)) > 0.5
+    return right
 
 
 def _moved(bench: Bench) -> tuple[Bench, Tensor]:

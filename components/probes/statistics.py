@@ -12,13 +12,16 @@ from components.probes.contract import Accuracies
 Z95 = 1.959963984540054
 
 
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of an accuracy on n independent images (Wilson 1927)."""
+def wilson(accuracy: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson interval of an accuracy on n independent images (Wilson 1927).
+
+    `z` is the quantile of the normal distribution: by default the interval is one of 95 %.
+    """
     if n == 0:
         return 0.0, 1.0
-    centre = accuracy + Z95**2 / (2 * n)
-    half = Z95 * sqrt(accuracy * (1 - accuracy) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
+    centre = accuracy + z**2 / (2 * n)
+    half = z * sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n * n))
+    scale = 1 + z**2 / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 

@@ -163,7 +163,7 @@ ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
         bench.defense, "full", bench.x, bench.labels, bench.draws
     ),
     "blind_attack": lambda bench, toy: masking.blind_attack(bench),
-    "remembered": lambda bench, toy: masking.remembered(bench.defense, toy.test, toy.val, bench),
+    "remembered": lambda bench, toy: masking.remembered(bench, toy.test, toy.val),
 }
 
 

@@ -13,7 +13,7 @@ from components.data import image_set
 from components.data.shards import write_json
 from components.models.defense import STAND_INS, Mode
 from components.models.identity import state_digest
-from components.probes import Finding, probe
+from components.probes import Finding, probe, spread
 from components.probes.models import unchanged
 from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
@@ -57,7 +57,7 @@ def generate(
         tasks = [
             {
                 "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
-                "val": val.absolute(), "stored": _stored(out, ladder, params),
+                "val": val.absolute(), "stored": _stored(out, subject, ladder, params, images.ids),
             }
             for out, (subject, ladder) in subjects.items()
         ]  # fmt: skip
@@ -80,10 +80,13 @@ def generate(
         write_json(out / "checks.json", stored.model_dump(mode="json"))
 
 
-def _stored(out: Path, ladder: Ladder, params: CraftingView) -> list[Crafted]:
-    """Return the sets of bounded attacks that were crafted with the exact gradient, by attack."""
+def _stored(
+    out: Path, subject: Subject, ladder: Ladder, params: CraftingView, ids: torch.Tensor
+) -> list[Crafted]:
+    """Return the probed images of every set of a bounded attack with the exact gradient."""
     bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
-    return [read_crafted(out / "full" / attack) for attack in bounded]
+    rows = spread(ids, subject.digest(), params.seed, params.checks.images)
+    return [read_crafted(out / "full" / attack).pick(rows) for attack in bounded]
 
 
 def probe_subject(

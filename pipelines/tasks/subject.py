@@ -70,6 +70,10 @@ class Subject:
         stand_ins = () if defense.purifier is None else defense.purifier.stand_ins
         return _Traits(stand_ins, defense.differentiable, defense.stochastic, defense.digest)
 
+    def digest(self) -> str:
+        """Return the identity of the defense, which salts its noise."""
+        return self._traits.digest
+
     def facts(self) -> dict[str, str]:
         """Return the digests that identify the models, and what they are and run in together."""
         purifier = "none"
@@ -82,7 +86,7 @@ class Subject:
             "classifier": fingerprint(self.classifier),
             "purifier": purifier,
             "inference": inference,
-            "defense": self._traits.digest,
+            "defense": self.digest(),
         }
 
 

@@ -22,6 +22,7 @@ from components.checks.scores import (
     selection,
     stand_ins_tried,
     strong_enough,
+    void_rungs,
     white_is_strongest,
 )
 from components.checks.sets import Answers, effort, same_answer, stored_set
@@ -30,6 +31,7 @@ from components.data.image_set import ImageSet
 from components.evaluation.counting import CLEAN, Score, count_score, worst
 from components.models.defense import Defense, Mode
 from components.probes import Finding, probe
+from components.probes.bench import rough
 from components.probes.contract import Accuracies
 from components.selftest.toy import BATCH, EOT, PROBED, THREAT, Toy
 
@@ -170,9 +172,8 @@ def judge(defense: Defense, base: Defense, toy: Toy, ladder: Ladder) -> Verdict:
             defense, modes, toy.test, THREAT, 0, PROBED, EOT, BATCH, stored, toy.val, thorough=False
         ),
         *_of_sets(attacked),
-        *_of_scores(attacked),
     ]
-    findings.append(_sound(findings, attacked.white))
+    findings += _of_scores(attacked, findings)
     failed = [finding for finding in findings if not finding.passed]
     blocking, warnings = (
         [finding.name for finding in failed if finding.level == level]
@@ -192,9 +193,6 @@ def _worst(scores: Mapping[str, Score]) -> float:
 
 def _of_sets(attacked: Attacked) -> Iterator[Finding]:
     defense, data = attacked.defense, attacked.data
-    rough = defense.purifier is not None and bool(
-        defense.purifier.stand_ins or not defense.differentiable
-    )
     for name, crafted in attacked.own.items():
         mode, _, kind = name.partition("/")
         score = attacked.scores[name]
@@ -203,10 +201,10 @@ def _of_sets(attacked: Attacked) -> Iterator[Finding]:
             name, attacked.plans[mode][kind], crafted, len(data.class_names), defense.stochastic
         )
         answers = Answers.of(crafted, defense.stochastic)
-        yield same_answer(name, answers, score.score, score.draws, rough)
+        yield same_answer(name, answers, score.score, score.draws, rough(defense))
 
 
-def _of_scores(attacked: Attacked) -> list[Finding]:
+def _of_scores(attacked: Attacked, probed: Sequence[Finding]) -> list[Finding]:
     defense, plans = attacked.defense, attacked.plans
     full = {
         f"full/{name}": (one.kind, attacked.scores[f"full/{name}"].accuracy())
@@ -229,21 +227,11 @@ def _of_scores(attacked: Attacked) -> list[Finding]:
         draws_enough(defense.stochastic, headline.draws, headline.draws),
         *stand_ins_tried(known, {}, white),
         *full_is_strongest(white, rungs),
-        strong_enough(attacks, known, defense.differentiable, len(attacked.data.class_names)),
+        strong_enough(
+            attacks,
+            known,
+            defense.differentiable,
+            len(attacked.data.class_names),
+            void_rungs(probed, attacks),
+        ),
     ]
-
-
-def _sound(findings: Sequence[Finding], white: str) -> Finding:
-    """Check that the only white-box rung has a gradient to follow, and not a wrong one."""
-    about = (f"gradient_present/{white}", f"gradient_honest/{white}")
-    wrong = [
-        one.name
-        for one in findings
-        if one.name in about and not one.passed and not one.figures.get("undecided")
-    ]
-    return Finding(
-        name="white_box_rung",
-        level="block",
-        passed=not wrong,
-        detail=f"void because of {', '.join(wrong) or 'nothing'}",
-    )

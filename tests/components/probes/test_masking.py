@@ -160,7 +160,7 @@ def test_a_memory_of_the_test_images_is_found(classifier: Classifier, test_set: 
 
     def judge(purifier: Purifier | None) -> Any:
         defense = Defense(classifier, purifier).freeze()
-        return remembered(defense, data, val, bench_of(defense, data))
+        return remembered(bench_of(defense, data), data, val)
 
     assert judge(None).passed
     found = judge(Remembering(data.pixels()))
@@ -176,7 +176,7 @@ def test_a_memory_is_not_asked_for_on_a_few_images(
     defense = Defense(classifier, None).freeze()
     data, val = head(test_set, 100), test_set[torch.arange(100, 159)]
     for others in (val, None):
-        found = remembered(defense, data, others, bench_of(defense, data))
+        found = remembered(bench_of(defense, data), data, others)
         assert found.level == "warn" and not found.passed and "not asked" in found.detail
 
 
@@ -211,12 +211,11 @@ def test_multiply_adds_count_every_call() -> None:
     assert multiply_adds(bench) == 2 * (9 * 2 * 2 * 16) + 32 * 5
 
 
-def test_probed_images_are_spread_by_the_digest(classifier: Classifier) -> None:
+def test_probed_images_are_spread_by_the_digest() -> None:
     ids = torch.arange(1000)
-    one, other = Defense(classifier, None).freeze(), Defense(classifier, Noisy()).freeze()
-    rows = spread(ids, one, 0, 100)
-    assert len(set(rows.tolist())) == 100 and torch.equal(rows, spread(ids, one, 0, 100))
+    rows = spread(ids, "one", 0, 100)
+    assert len(set(rows.tolist())) == 100 and torch.equal(rows, spread(ids, "one", 0, 100))
     assert 400 < rows.double().mean() < 600 and (rows < 100).sum() < 30
-    assert not torch.equal(rows, spread(ids, other, 0, 100))
-    assert not torch.equal(rows, spread(ids, one, 1, 100))
-    assert np.array_equal(np.sort(spread(ids, one, 0, 2000).numpy()), np.arange(1000))
+    assert not torch.equal(rows, spread(ids, "other", 0, 100))
+    assert not torch.equal(rows, spread(ids, "one", 1, 100))
+    assert np.array_equal(np.sort(spread(ids, "one", 0, 2000).numpy()), np.arange(1000))

@@ -1,5 +1,6 @@
 """Every probe fails on the fault that is planted for it, and passes on an honest small defense."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from toys import LINF, Blurred, Detached, Noisy, Rounded, failed, head
 
 from components import probes
+from components.attacks import craft
+from components.attacks.gradient import Noise
 from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.models.accuracy import count_correct
@@ -138,11 +141,13 @@ def test_a_zero_or_non_finite_gradient_is_reported(
 def test_an_unbounded_attack_fails_on_the_gradient_of_rounding(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    findings = probe(test_set, classifier, Rounded(7, differentiable=True), FULL)
+    some = head(test_set, 64)
+    defense = Defense(classifier, Rounded(7, differentiable=True)).freeze()
+    bench = Bench(defense, some.pixels(), some.labels, some.ids, LINF, 0)
+    findings = attacks.unbounded(bench, FULL)
     assert failed(findings, "warn") == ["unbounded_by_gradient"]
-    assert "unbounded" not in failed(findings), "an image of another class is classified as that"
-    both = failed(probe(test_set, classifier, Rounded(7, differentiable=True), BOTH), "warn")
-    assert both == [], "bpda succeeds"
+    assert failed(findings) == [], "an image of another class is classified as that"
+    assert failed(attacks.unbounded(bench, BOTH), "warn") == [], "bpda succeeds"
 
 
 def test_a_defense_that_resists_an_unbounded_attack_is_reported(
@@ -266,6 +271,35 @@ def test_scoring_that_changes_the_model_is_reported(
     model.eval()
     found = models.unchanged(before, state_digest(model), model.training)
     assert not found.passed and "changed" in found.detail and found.level == "block"
+
+
+# Stored examples
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole sets", "the probed images, reversed"])
+def test_the_worst_stored_example_of_each_probed_image_is_probed(
+    part: bool, classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defense = Defense(classifier, None).freeze()
+    data = head(test_set, 100)
+    rows = probes.spread(data.ids, defense.digest, 0, 20)
+    sets = [
+        craft(Noise(kind="noise", tries=tries), defense, "full", data, LINF, 0, 50)
+        for tries in (1, 9)
+    ]
+    worst = torch.where(
+        (sets[0].margin <= sets[1].margin)[:, None, None, None], sets[0].images, sets[1].images
+    )
+    seen: list[Tensor | None] = []
+
+    def note(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
+        seen.append(bench.stored)
+        return Finding(name="one_answer", level="block", passed=True, detail="noted")
+
+    monkeypatch.setattr(answers, "one_answer", note)
+    stored = [one.pick(rows.flip(0)) for one in sets] if part else sets
+    probes.probe(defense, FULL, data, LINF, 0, 20, 1, 50, stored, None, thorough=False)
+    assert seen[0] is not None and torch.equal(seen[0], worst[rows])
 
 
 # What every run contains
