@@ -15,7 +15,7 @@ from components.attacks.apgd import ApgdCe
 from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
 from components.models.defense import Defense, Mode, Target, bind
-from components.probes.bench import EOT, Bench
+from components.probes.bench import EOT, Bench, worst
 from components.probes.contract import SIGNIFICANT, Finding
 from components.probes.statistics import holm, more_fooled
 
@@ -103,12 +103,12 @@ def converged(bench: Bench, stored: Sequence[Tensor]) -> Finding:
     may lower the accuracy under the worst of all by at most max(1 %, 2 images), and under noise by
     no more than chance; else the stored accuracy is an upper bound.
     """
-    sets = [bench.x, *stored]
-    before = bench.worst(sets)
+    sets = [bench.rate(images) for images in (bench.x, *stored)]
+    before = worst(sets)
     for steps in (100, 200):
         attack = ApgdCe(kind="apgd_ce", steps=steps, restarts=1, eot=EOT)
-        sets.append(bench.run(attack, "full", bench.threat, bench.seed + steps))
-    after = bench.worst(sets)
+        sets.append(bench.rate(bench.run(attack, "full", bench.threat, bench.seed + steps)))
+    after = worst(sets)
     lost = float(before.mean() - after.mean())
     chance = bench.defense.stochastic and more_fooled(after, before) >= SIGNIFICANT
     return Finding(

@@ -141,15 +141,11 @@ class Bench:
         )
         return counts / SCORE_DRAWS
 
-    def worst(self, sets: Sequence[Tensor]) -> Accuracies:
-        """Return the accuracy per image (N,) on the worst of `sets`.
-
-        The noise that selects the worst set is not the noise that scores it.
-        """
-        chosen = np.stack([self.accuracies(images, "select") for images in sets]).argmin(0)
-        scored = np.stack([self.accuracies(images, "score") for images in sets])
-        worst: Accuracies = scored[chosen, np.arange(len(chosen))]
-        return worst
+    def rate(self, images: Tensor) -> Accuracies:
+        """Return the accuracies (2,N) under noise that selects and under noise that scores."""
+        chosen = self.accuracies(images, "select")
+        scored = self.accuracies(images, "score") if self.defense.stochastic else chosen
+        return np.stack([chosen, scored])
 
     def pgd(self, steps: int, eot: int = EOT) -> Pgd:
         """Return PGD whose steps add up to 2.5 radii, whatever their number."""
@@ -157,6 +153,16 @@ class Bench:
             kind="pgd", steps=steps, step=2.5 / steps, restarts=1, random_start=True,
             early_stop=True, eot=eot,
         )  # fmt: skip
+
+
+def worst(ratings: Sequence[Accuracies]) -> Accuracies:
+    """Return the accuracy per image (N,) on the worst of the sets with these `Bench.rate`.
+
+    The noise that selects the worst set is not the noise that scores it.
+    """
+    chosen, scored = np.stack(ratings, 1)
+    lowest: Accuracies = scored[chosen.argmin(0), np.arange(chosen.shape[1])]
+    return lowest
 
 
 class _Watched(Target):

@@ -13,7 +13,7 @@ from components.attacks.gradient import Pgd
 from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
-from components.probes.bench import BUDGET, WAY, Bench, multiply_adds, spread
+from components.probes.bench import BUDGET, WAY, Bench, multiply_adds, spread, worst
 from components.probes.contract import Finding
 from components.probes.statistics import more_fooled
 
@@ -31,8 +31,9 @@ STEPS = 10  # of PGD, which need not be strong: two sides are compared
 def blind_attack(bench: Bench) -> Finding:
     """Check 35: attacks that do not see through fool next to nothing more than those that do.
 
-    Examples of APGD against the classifier alone are tried, and Square runs on the images that the
-    stored examples, APGD on the log odds and APGD on the DLR leave right. Where an answer is dear,
+    Examples of APGD against the classifier alone are tried, and Square runs on the images that
+    attacks with gradients leave right: APGD on the log odds, and the stored examples or, without
+    any, APGD on the DLR. Where an answer is dear,
     images and queries are what `BUDGET` holds.
     """
     random = bench.defense.stochastic
@@ -40,8 +41,10 @@ def blind_attack(bench: Bench) -> Finding:
     eot, queries = (2, QUERIES // 2) if random else (1, QUERIES)
     queries *= max(bench.x.shape[2:])
     affordable = BUDGET / multiply_adds(bench) / (2 * eot if random else 1)
-    white, grey = _white(bench), _grey(bench)
-    before, replayed = bench.worst(white), bench.worst([*white, *grey])
+    rated = [bench.rate(images) for images in _white(bench)]
+    before = worst(rated)
+    rated += [bench.rate(images) for images in _grey(bench)]
+    replayed = worst(rated)
     left = torch.from_numpy((replayed > 0.5).nonzero()[0]).to(bench.x.device)
     queries = max(min(queries, int(affordable / max(len(left), 1))), 100)
     tried = left[: max(int(affordable / queries), 8)]
@@ -49,7 +52,7 @@ def blind_attack(bench: Bench) -> Finding:
     if len(tried):
         attack = Square(kind="square", queries=queries, eot=eot)
         found[tried] = bench.pick(tried).run(attack, bench.mode, bench.threat, bench.seed)
-    after = bench.worst([*white, *grey, found])
+    after = worst([*rated, bench.rate(found)])
     # Where Square did not try all that was left, what it found stands for the rest.
     part = len(tried) / len(left) if len(left) else 1.0
     gain = float((before - replayed).mean() + (replayed - after).mean() / part)
@@ -74,14 +77,20 @@ def _grey(bench: Bench) -> list[Tensor]:
 
 
 def _white(bench: Bench) -> list[Tensor]:
-    """Return the images, and what gradients make of them."""
+    """Return the images, and what gradients make of them.
+
+    These are the worst stored examples, or, where none are stored, those of APGD on the DLR, and in
+    any case those of APGD on the log odds.
+    """
     sets = [bench.x, bench.way[0].images]
+    if bench.stored is not None:
+        return [*sets, bench.stored]
     with torch.no_grad():
         classes = bench.defense(bench.x[:1], bench.draws[torch.arange(1)]).shape[1]
     if classes > 2:
         dlr = ApgdDlr(kind="apgd_dlr", steps=WAY.steps, restarts=1, eot=WAY.eot)
         sets.append(bench.run(dlr, bench.mode, bench.threat, bench.seed))
-    return sets if bench.stored is None else [*sets, bench.stored]
+    return sets
 
 
 def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
