@@ -152,6 +152,10 @@ def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
 
 # Checks that can be run without all the others, by the name of their finding.
 ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
+    "logits": lambda bench, toy: answers.check_logits(bench.defense, bench.x, bench.draws)[0],
+    "randomness_declared": lambda bench, toy: answers.check_logits(
+        bench.defense, bench.x, bench.draws
+    )[1],
     "one_answer": lambda bench, toy: answers.one_answer(bench, bench.points()),
     "looks_around": lambda bench, toy: answers.looks_around(bench.defense),
     "gradient_honest/full": lambda bench, toy: gradients.gradient_honest(bench, bench.points()),
