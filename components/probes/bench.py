@@ -33,6 +33,8 @@ WAY = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=EOT)
 # Multiply-adds that one probe may spend: they decide how many images and queries it has. That is
 # seconds on one core.
 BUDGET = 1e11
+# A gradient costs about as much as so many answers.
+GRADIENT = 3
 STOPS = {"a quarter": 0.25, "half": 0.5, "all": 1.0}
 
 
@@ -116,8 +118,7 @@ class Bench:
     def affordable(self, most: int) -> "Bench":
         """Return the bench with the first images, at most `most`, on which `WAY` is affordable."""
         eot = WAY.eot if self.defense.stochastic else 1
-        # A gradient costs about three answers.
-        count = int(BUDGET / (3 * WAY.steps * eot * multiply_adds(self)))
+        count = int(BUDGET / (GRADIENT * WAY.steps * eot * multiply_adds(self)))
         count = min(most, max(count, 8), len(self.x))
         return self.pick(torch.arange(count, device=self.x.device))
 
@@ -193,19 +194,17 @@ class _Watched(Target):
 def multiply_adds(bench: Bench) -> float:
     """Return the multiply-adds of the convolutions and linear layers in one answer to one image.
 
-    Counted while it answers, so the steps of a descent count as often as they run.
+    Counted while it answers, so the steps of a descent count as often as they run, and thrice: each
+    takes a gradient.
     """
     total = 0.0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         weight = module.get_parameter("weight")
-        if isinstance(module, nn.Linear):
-            total += output.numel() * weight.shape[1]
-        elif isinstance(module, nn.ConvTranspose2d):
-            total += inputs[0].numel() * weight[0].numel()
-        else:
-            total += output.numel() * weight[0].numel()
+        transposed = isinstance(module, nn.ConvTranspose2d)
+        cost = (inputs[0] if transposed else output).numel() * weight[0].numel()
+        total += cost * (GRADIENT if torch.is_grad_enabled() else 1)
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     defense, first = bench.defense, torch.arange(1, device=bench.x.device)

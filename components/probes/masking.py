@@ -13,7 +13,7 @@ from components.attacks.gradient import Pgd
 from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
-from components.probes.bench import BUDGET, WAY, Bench, multiply_adds, spread, worst
+from components.probes.bench import BUDGET, GRADIENT, WAY, Bench, multiply_adds, spread, worst
 from components.probes.contract import Finding
 from components.probes.statistics import more_fooled
 
@@ -101,7 +101,7 @@ def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
     as surely after the move, no more may fall (exact paired test). A defense that remembers the
     test images fails one or both.
     """
-    count = min(ASKED, max(int(BUDGET / (3 * STEPS * multiply_adds(bench))) // 3, 1))
+    count = min(ASKED, max(int(BUDGET / (GRADIENT * STEPS * multiply_adds(bench))) // 3, 1))
     mine = _sample(bench, test, count)
     theirs = None if val is None else _sample(bench, val, count)
     if theirs is None or min(len(mine.x), len(theirs.x)) < LEAST:

@@ -191,7 +191,7 @@ ZOO: dict[str, Case] = {
         DDPM, DIFFUSION, 20, kind="diffpure", t_star=3, sampler="ddpm", substeps=2
     ),
     "DiffDefense": _purifier(
-        DDPM, DIFFUSION, 20, kind="diffdefense", mode="released", iterations=3, restarts=2, steps=3,
+        DDPM, DIFFUSION, 20, kind="diffdefense", mode="released", iterations=2, restarts=2, steps=2,
         rate=25.0,
     ),
     "APuDAE A": _purifier(

@@ -1,5 +1,6 @@
 """Square finds what gradients are kept from, at every size; a memory of the test images shows."""
 
+from dataclasses import replace
 from math import comb
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_fishers_test_counts_all_tables_as_extreme() -> None:
 
 
 def test_multiply_adds_count_every_call() -> None:
-    """By hand: 3 x 3 over 2 channels at 16 places, twice; then 32 x 5."""
+    """By hand: 3 x 3 over 2 channels at 16 places, twice; then 32 x 5. A gradient counts thrice."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -203,12 +204,25 @@ def test_multiply_adds_count_every_call() -> None:
             logits: Tensor = self.linear(self.conv(self.conv(x)).flatten(1))
             return logits
 
+    class Descends(Purifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.conv(point).sum(), point)
+            return x - 0.1 * slope
+
     defense = Defense(Twice(), None).freeze()
     bench = Bench(
         defense, torch.rand(3, 2, 4, 4), torch.zeros(3, dtype=torch.int64), torch.arange(3),
         THREAT, 0,
     )  # fmt: skip
     assert multiply_adds(bench) == 2 * (9 * 2 * 2 * 16) + 32 * 5
+    descends = replace(bench, defense=Defense(Twice(), Descends()).freeze())
+    assert multiply_adds(descends) == (3 + 2) * (9 * 2 * 2 * 16) + 32 * 5
 
 
 def test_probed_images_are_spread_by_the_digest() -> None:

@@ -63,6 +63,8 @@ class Head(nn.Module):
         logits: Tensor = self.classifier(x)
         if self.kind == "softmax":
             return logits.softmax(1)
+        if self.kind == "one class":
+            return logits + 1000 * (torch.arange(10) == 3)
         if self.kind == "constant":
             return 0 * logits + torch.arange(10.0)
         if self.kind == "nan":
@@ -165,6 +167,16 @@ def test_a_defense_that_resists_an_unbounded_attack_is_reported(
     findings = attacks.unbounded(bench, FULL)
     assert failed(findings) == ["unbounded"]
     assert failed(findings, "warn") == ["unbounded_by_gradient"]
+
+
+def test_a_defense_that_answers_one_class_is_not_blamed(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Its accuracy is the share of that class, whatever an attack may do."""
+    some = head(test_set, 64)
+    defense = Defense(Head(classifier, "one class"), None).freeze()
+    bench = Bench(defense, some.pixels(), some.labels, some.ids, LINF, 0)
+    assert failed(attacks.unbounded(bench, FULL)) == []
 
 
 # Logits and randomness
