@@ -97,7 +97,7 @@ def nets(count: int) -> Iterator[tuple[str, list[Finding]]]:
         rows = torch.arange(len(data))
         findings = probes.probe(
             Defense(model, None).freeze(), ["full"], data[rows[300:500]],
-            Linf(norm="linf", eps_255=8), seed, 64, 1, 100, [], data[rows[500:]], thorough=False,
+            Linf(norm="linf", eps_255=8), seed, 64, 1, 100, None, data[rows[500:]], thorough=False,
         )  # fmt: skip
         yield f"net {seed}: {act.__name__} {norm} {pool} {classes}", findings
 

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from components.attacks import L2, Crafted, Linf
+from components.attacks import L2, Linf
 from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import STAND_INS, Defense, Mode
 from components.models.precision import full_precision
 from components.probes import answers, attacks, gradients, masking, models
-from components.probes.bench import Bench, spread
+from components.probes.bench import Bench, Stored, spread
 from components.probes.contract import Finding
 
-__all__ = ["Finding", "probe", "required", "spread"]
+__all__ = ["Finding", "Stored", "probe", "required", "spread"]
 
 # Images that attacks and repeated questions are tried on, and those whose gradient is compared with
 # differences.
@@ -28,24 +28,26 @@ TRIED, COMPARED = 64, 32
 @full_precision()
 def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
-    images: int, eot: int, batch: int, stored: Sequence[Crafted], val: ImageSet | None,
-    thorough: bool,
+    images: int, eot: int, batch: int, stored: Stored | None, val: ImageSet | None, thorough: bool,
 ) -> list[Finding]:  # fmt: skip
     """Probe a defense on `images` images drawn from `data`, in the gradient modes of its ladder.
 
     The images are those that `spread` draws. `eot` is the number of draws that its attacks average
-    over, `batch` their batch size. `stored` are the sets of the bounded attacks of the full rung:
-    the probed images of each, at least. `val` are images that nobody scores. `thorough` adds probes
-    that cost attacks of their own. In full float32 (`full_precision`).
+    over, `batch` their batch size. `stored` is what they left behind, if there were any. `val` are
+    images that nobody scores. `thorough` adds probes that cost attacks of their own. In full
+    float32 (`full_precision`).
     """
     device = next(defense.classifier.parameters()).device
-    rows = spread(data.ids, defense.digest, seed, images)
+    stored = stored or Stored([], defense.digest, 0)
+    rows = spread(data.ids, stored.secret, seed, images)
     x, labels, ids = (
         part.to(device) for part in (data[rows].pixels(), data.labels[rows], data.ids[rows])
     )
-    stored = [_of(one, data.ids[rows]) for one in stored]
-    worst = None if not stored else _worst(stored).to(device)
-    bench = Bench(defense, x, labels, ids, threat, seed, worst, batch, _mode(defense, modes))
+    worst = stored.worst(data.ids[rows]).to(device) if stored.sets else None
+    bench = Bench(
+        defense, x, labels, ids, threat, seed, worst, batch, _mode(defense, modes), stored.secret,
+        stored.answers,
+    )  # fmt: skip
     # The draw that spread the rows is random, so any part of them is as good as any other.
     some = bench.affordable(TRIED)
     points = some.points()
@@ -70,7 +72,9 @@ def probe(
     findings.append(masking.remembered(some, data, val))
     findings += attacks.unbounded(some, modes)
     if thorough and "full" in modes:
-        findings += _thorough(bench, [one.images.to(device) for one in stored], eot)
+        findings += _thorough(
+            bench, [one.to(device) for one in stored.examples(data.ids[rows])], eot
+        )
     return findings
 
 
@@ -107,18 +111,6 @@ def _mode(defense: Defense, modes: Sequence[Mode]) -> Mode:
     if "bpda" in modes or not defense.differentiable:
         return "bpda"
     return "full"
-
-
-def _of(stored: Crafted, ids: torch.Tensor) -> Crafted:
-    """Return the part of a set that is about `ids` (N,), in their order."""
-    order = stored.ids.argsort()
-    return stored.pick(order[torch.searchsorted(stored.ids[order], ids)])
-
-
-def _worst(stored: Sequence[Crafted]) -> torch.Tensor:
-    """Return the stored example of lowest margin of every image (N,C,H,W)."""
-    chosen = torch.stack([one.margin for one in stored]).argmin(0)
-    return torch.stack([one.images for one in stored])[chosen, torch.arange(len(chosen))]
 
 
 def _thorough(bench: Bench, stored: Sequence[torch.Tensor], eot: int) -> list[Finding]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.attacks import L2, Attack, Linf
+from components.attacks import L2, Attack, Crafted, Linf
 from components.attacks.apgd import ApgdCe, random_direction
 from components.attacks.contract import Outcome
 from components.attacks.gradient import Pgd
@@ -30,20 +30,21 @@ EOT = 4
 SCORE_DRAWS = 20
 # The attack on whose way points are taken, and the fractions of its steps at which they are.
 WAY = ApgdCe(kind="apgd_ce", steps=40, restarts=1, eot=EOT)
-# Multiply-adds that one probe may spend: they decide how many images and queries it has. That is
-# seconds on one core.
-BUDGET = 1e11
+# What one probe may spend decides how many images and queries it has: so many multiply-adds, which
+# are seconds on one core, or this fraction of the answers that the attacks took, if that is more.
+BUDGET, SHARE = 1e11, 0.01
 # A gradient costs about as much as so many answers.
 GRADIENT = 3
 STOPS = {"a quarter": 0.25, "half": 0.5, "all": 1.0}
 
 
-def spread(ids: Tensor, digest: str, seed: int, count: int) -> Tensor:
+def spread(ids: Tensor, secret: str, seed: int, count: int) -> Tensor:
     """Return the rows of `count` images of `ids` (N,), drawn from all of them, in random order.
 
-    The draw is keyed with the digest of a defense: it cannot know which images are probed.
+    The draw is keyed with a `secret` that no defense can know while it is attacked (`Stored`), so
+    it cannot know which images will be probed.
     """
-    keys = Draws(seed, "clean", ids.cpu()).stream(f"{digest}/probes")
+    keys = Draws(seed, "clean", ids.cpu()).stream(f"{secret}/probes")
     return keys.uniform((), "probed").argsort()[:count]
 
 
@@ -54,11 +55,42 @@ def rough(defense: Defense) -> bool:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What the attacks on a defense left behind.
+
+    `sets` are those of its bounded attacks in all modes: the probed images of each, at least.
+    `secret` keys the draw of these images (`spread`). It is a digest of the defense and of all its
+    sets: it does not exist while they are crafted. `answers` is the number of answers that the
+    attacks took, over all images; a gradient counts as `GRADIENT`.
+    """
+
+    sets: Sequence[Crafted]
+    secret: str
+    answers: float
+
+    def examples(self, ids: Tensor) -> list[Tensor]:
+        """Return the examples (N,C,H,W) of every set for these ids (N,), and in their order."""
+        return [one.images[_rows(one.ids, ids)] for one in self.sets]
+
+    def worst(self, ids: Tensor) -> Tensor:
+        """Return the example of lowest margin of these ids, (N,C,H,W)."""
+        margins = torch.stack([one.margin[_rows(one.ids, ids)] for one in self.sets])
+        return torch.stack(self.examples(ids))[margins.argmin(0), torch.arange(len(ids))]
+
+
+def _rows(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Return the rows of `ids` at which the `wanted` ones are."""
+    order = ids.argsort()
+    return order[torch.searchsorted(ids[order], wanted)]
+
+
+@dataclass(frozen=True)
 class Bench:
     """What a trial runs on: a defense, pixels (N,C,H,W) with labels and ids (N,), a threat.
 
     `stored` is the worst stored example of each image, (N,C,H,W), if there is one. `batch` is the
-    batch size of attacks and of the scoring. `mode` is the gradient mode of their attacks.
+    batch size of attacks and of the scoring. `mode` is the gradient mode of their attacks. `secret`
+    draws more images, and `spent` is the number of answers that attacks took (`Stored`).
     """
 
     defense: Defense
@@ -70,6 +102,8 @@ class Bench:
     stored: Tensor | None = None
     batch: int = 150
     mode: Mode = "full"
+    secret: str = ""
+    spent: float = 0
 
     @property
     def draws(self) -> Draws:
@@ -115,10 +149,15 @@ class Bench:
         points = {"clean": self.x, "ball": self.ball}
         return points if self.stored is None else {**points, "stored": self.stored}
 
+    @cached_property
+    def answers(self) -> float:
+        """The number of answers to one image that one probe may take."""
+        return max(BUDGET / multiply_adds(self), SHARE * self.spent)
+
     def affordable(self, most: int) -> "Bench":
         """Return the bench with the first images, at most `most`, on which `WAY` is affordable."""
         eot = WAY.eot if self.defense.stochastic else 1
-        count = int(BUDGET / (GRADIENT * WAY.steps * eot * multiply_adds(self)))
+        count = int(self.answers / (GRADIENT * WAY.steps * eot))
         count = min(most, max(count, 8), len(self.x))
         return self.pick(torch.arange(count, device=self.x.device))
 

@@ -13,7 +13,7 @@ from components.attacks.gradient import Pgd
 from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
-from components.probes.bench import BUDGET, GRADIENT, WAY, Bench, multiply_adds, spread, worst
+from components.probes.bench import GRADIENT, WAY, Bench, spread, worst
 from components.probes.contract import Finding
 from components.probes.statistics import more_fooled
 
@@ -29,21 +29,22 @@ STEPS = 10  # of PGD, which need not be strong: two sides are compared
 
 
 def blind_attack(bench: Bench) -> Finding:
-    """Check 35: attacks that do not see through fool next to nothing more than those that do.
+    """Check 35: no other attack fools more than those that the number rests on.
 
-    Examples of APGD against the classifier alone are tried, and Square runs on the images that
-    attacks with gradients leave right: APGD on the log odds, and the stored examples or, without
-    any, APGD on the DLR. Where an answer is dear,
-    images and queries are what `BUDGET` holds.
+    These are the worst stored examples; where none are stored, APGD on the log odds and on the DLR.
+    Besides, there are APGD of the probe itself, examples of APGD against the classifier alone, and,
+    on the images that all of these leave right, Square, which does not see through anything. Stored
+    examples far above what a short attack finds were crafted with another gradient, or by too weak
+    attacks. Where answers are dear, images and queries are what the budget holds (`Bench.answers`).
     """
     random = bench.defense.stochastic
     # Against noise Square asks twice under two draws; it gets half of the queries.
     eot, queries = (2, QUERIES // 2) if random else (1, QUERIES)
     queries *= max(bench.x.shape[2:])
-    affordable = BUDGET / multiply_adds(bench) / (2 * eot if random else 1)
-    rated = [bench.rate(images) for images in _white(bench)]
+    affordable = bench.answers / (2 * eot if random else 1)
+    rated = [bench.rate(images) for images in _relied_on(bench)]
     before = worst(rated)
-    rated += [bench.rate(images) for images in _grey(bench)]
+    rated += [bench.rate(images) for images in (bench.way[0].images, *_grey(bench))]
     replayed = worst(rated)
     left = torch.from_numpy((replayed > 0.5).nonzero()[0]).to(bench.x.device)
     queries = max(min(queries, int(affordable / max(len(left), 1))), 100)
@@ -57,14 +58,15 @@ def blind_attack(bench: Bench) -> Finding:
     part = len(tried) / len(left) if len(left) else 1.0
     gain = float((before - replayed).mean() + (replayed - after).mean() / part)
     allowed = max(GAIN, AT_LEAST / len(bench.x) / part)
+    resting = "the stored examples" if bench.stored is not None else "APGD on two losses"
     return Finding(
         name="blind_attack",
         level="block",
         passed=gain <= allowed,
-        detail=f"of {len(bench.x)} images {before.mean():.1%} are right under gradients, "
-        f"{replayed.mean():.1%} with grey-box examples too, and {after.mean():.1%} once Square has "
-        f"tried {len(tried)} of them {queries} times; a gap of {allowed:.1%} would show",
-        figures={"gain": gain, "queries": queries, "tried": len(tried)},
+        detail=f"of {len(bench.x)} images {before.mean():.1%} are right under {resting}, "
+        f"{replayed.mean():.1%} under APGD and grey-box examples too, and {after.mean():.1%} once "
+        f"Square has tried {len(tried)} of them {queries} times; a gap of {allowed:.1%} would show",
+        figures={"gain": gain, "queries": queries, "tried": len(tried), "shown": allowed},
     )
 
 
@@ -76,15 +78,11 @@ def _grey(bench: Bench) -> list[Tensor]:
     return [alone.run(WAY, "full", bench.threat, bench.seed)]
 
 
-def _white(bench: Bench) -> list[Tensor]:
-    """Return the images, and what gradients make of them.
-
-    These are the worst stored examples, or, where none are stored, those of APGD on the DLR, and in
-    any case those of APGD on the log odds.
-    """
-    sets = [bench.x, bench.way[0].images]
+def _relied_on(bench: Bench) -> list[Tensor]:
+    """Return the images, and the examples that the number rests on."""
     if bench.stored is not None:
-        return [*sets, bench.stored]
+        return [bench.x, bench.stored]
+    sets = [bench.x, bench.way[0].images]
     with torch.no_grad():
         classes = bench.defense(bench.x[:1], bench.draws[torch.arange(1)]).shape[1]
     if classes > 2:
@@ -101,7 +99,7 @@ def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
     as surely after the move, no more may fall (exact paired test). A defense that remembers the
     test images fails one or both.
     """
-    count = min(ASKED, max(int(BUDGET / (GRADIENT * STEPS * multiply_adds(bench))) // 3, 1))
+    count = min(ASKED, max(int(bench.answers / (GRADIENT * STEPS)) // 3, 1))
     mine = _sample(bench, test, count)
     theirs = None if val is None else _sample(bench, val, count)
     if theirs is None or min(len(mine.x), len(theirs.x)) < LEAST:
@@ -135,7 +133,7 @@ def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
 
 def _sample(bench: Bench, data: ImageSet, count: int) -> Bench:
     """Return the bench with `count` images drawn from `data`."""
-    rows = spread(data.ids, bench.defense.digest, bench.seed, count)
+    rows = spread(data.ids, bench.secret, bench.seed, count)
     some = data[rows]
     device = bench.x.device
     return replace(

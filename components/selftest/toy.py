@@ -146,7 +146,7 @@ def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
         bench = Bench(defense, data.pixels(), data.labels, data.ids, THREAT, SEED, None, BATCH)
         return [one(bench, toy)]
     return probe(
-        defense, ["full"], toy.test, THREAT, SEED, PROBED, EOT, BATCH, [], toy.val, thorough=False
+        defense, ["full"], toy.test, THREAT, SEED, PROBED, EOT, BATCH, None, toy.val, thorough=False
     )
 
 

@@ -1,19 +1,20 @@
 """The ladders of some defenses: all their adversarial sets, and the probes that need gradients."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from components.attacks import Crafted
+from components.attacks import Attack
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
-from components.data import image_set
-from components.data.shards import write_json
+from components.data import image_set, shards
 from components.models.defense import STAND_INS, Mode
 from components.models.identity import state_digest
-from components.probes import Finding, probe, spread
+from components.probes import Finding, Stored, probe, spread
+from components.probes.bench import GRADIENT
 from components.probes.models import unchanged
 from pipelines.config.sections import Ladder
 from pipelines.config.views import CraftingView
@@ -34,13 +35,11 @@ def generate(
     """
     specs = [
         SetSpec(
-            subject, cast(Mode, mode), params.attacks[attack], test.absolute(), params.threat,
-            params.seed, params.batch, out / mode / attack,
+            subject, cast(Mode, folder.parent.name), params.attacks[folder.name], test.absolute(),
+            params.threat, params.seed, params.batch, folder,
         )
         for out, (subject, ladder) in subjects.items()
-        for mode, attacks in ladder.items()
-        if mode not in REPLAYED
-        for attack in attacks
+        for folder in _own(out, ladder).values()
     ]  # fmt: skip
     images = image_set.read(test)
     for out, (subject, ladder) in subjects.items():
@@ -63,35 +62,48 @@ def generate(
         ]  # fmt: skip
         found = context.map(probe_subject, tasks)
     for (out, (subject, ladder)), findings in zip(subjects.items(), found, strict=True):
-        attacks = {
-            f"{mode}/{name}": params.attacks[name] for mode in ladder for name in ladder[mode]
-        }
+        own = _own(out, ladder)
         facts = probing.facts(
-            subject,
-            attacks,
-            params.threat,
-            params.checks,
-            params.seed,
-            params.batch,
-            val.absolute(),
-            test.absolute(),
-        )
-        stored = probing.Probed(facts=facts, findings=findings)
-        write_json(out / "checks.json", stored.model_dump(mode="json"))
+            subject, _attacks(own, params), own, params.threat, params.checks, params.seed,
+            params.batch, val.absolute(), test.absolute(),
+        )  # fmt: skip
+        probing.write(out / "checks.json", facts, findings)
+
+
+def _own(out: Path, ladder: Ladder) -> dict[str, Path]:
+    """Return the folders of the sets that are crafted here, by rung/attack."""
+    return {
+        f"{mode}/{attack}": out / mode / attack
+        for mode, attacks in ladder.items()
+        if mode not in REPLAYED
+        for attack in attacks
+    }
+
+
+def _attacks(own: Mapping[str, Path], params: CraftingView) -> dict[str, Attack]:
+    return {name: params.attacks[folder.name] for name, folder in own.items()}
 
 
 def _stored(
     out: Path, subject: Subject, ladder: Ladder, params: CraftingView, ids: torch.Tensor
-) -> list[Crafted]:
-    """Return the probed images of every set of a bounded attack with the exact gradient."""
-    bounded = [attack for attack in ladder.get("full", []) if params.attacks[attack].bounded]
-    rows = spread(ids, subject.digest(), params.seed, params.checks.images)
-    return [read_crafted(out / "full" / attack).pick(rows) for attack in bounded]
+) -> Stored:
+    """Return what the attacks on a subject left behind; of the images, those to be probed."""
+    own = _own(out, ladder)
+    known = [subject.digest(), *(shards.fingerprint(folder) for folder in own.values())]
+    secret = hashlib.sha256("/".join(known).encode()).hexdigest()
+    rows = spread(ids, secret, params.seed, params.checks.images)
+    sets, answers = [], 0.0
+    for name, attack in _attacks(own, params).items():
+        crafted = read_crafted(own[name])
+        answers += float(crafted.forward.sum() + (GRADIENT - 1) * crafted.backward.sum())
+        if attack.bounded:
+            sets.append(crafted.pick(rows))
+    return Stored(sets, secret, answers)
 
 
 def probe_subject(
     subject: Subject, ladder: Ladder, val: Path, test: Path, params: CraftingView,
-    stored: Sequence[Crafted], device: str,
+    stored: Stored, device: str,
 ) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; runs in a worker."""
     torch.set_num_threads(1)

@@ -117,8 +117,9 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     stored = probing.read(entry.probes)
     attacks = {name: plan.attack(name) for name in entry.sets}
     now = probing.facts(
-        entry.subject, attacks, plan.threat, plan.checks, plan.seed, plan.batch, plan.val, plan.test
-    )
+        entry.subject, attacks, entry.sets, plan.threat, plan.checks, plan.seed, plan.batch,
+        plan.val, plan.test,
+    )  # fmt: skip
     rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
     modes = [cast(Mode, rung) for rung in rungs if rung not in REPLAYED]
     names = required(

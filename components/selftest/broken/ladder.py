@@ -30,7 +30,7 @@ from components.config import Config
 from components.data.image_set import ImageSet
 from components.evaluation.counting import CLEAN, Score, count_score, worst
 from components.models.defense import Defense, Mode
-from components.probes import Finding, probe
+from components.probes import Finding, Stored, probe
 from components.probes.bench import rough
 from components.probes.contract import Accuracies
 from components.selftest.toy import BATCH, EOT, PROBED, THREAT, Toy
@@ -165,7 +165,7 @@ def attack(defense: Defense, base: Defense, data: ImageSet, ladder: Ladder) -> A
 def judge(defense: Defense, base: Defense, toy: Toy, ladder: Ladder) -> Verdict:
     """Attack, score and probe a defense on the test images of `toy`."""
     attacked = attack(defense, base, toy.test, ladder)
-    stored = [one for name, one in attacked.own.items() if name.startswith("full/")]
+    stored = Stored(list(attacked.own.values()), defense.digest, 0)
     modes = [cast(Mode, mode) for mode in attacked.plans]
     findings = [
         *probe(

@@ -124,7 +124,7 @@ def results(defense: Defense, data: ImageSet) -> list[Any]:
     counts = count_correct(defense, pixels, labels, ids, 0, "score", 2, 8)
     attack = parse_attack("pgd", steps=3, eot=1)
     crafted = craft(attack, defense, "full", data, LINF, 0, 8)
-    findings = probe(defense, ["full"], data, LINF, 0, 8, 1, 8, [], None, thorough=False)
+    findings = probe(defense, ["full"], data, LINF, 0, 8, 1, 8, None, None, thorough=False)
     detector = detector_scores(defense, {"clean": pixels}, ids, pixels, ids, 0, 8)
     panels = render(defense, data, {"pgd": crafted.images}, 0, 8)
     return [
@@ -143,7 +143,9 @@ def test_whatever_is_on_outside_a_defense_is_called_in_full_float32(
     calls: dict[str, Callable[[], Any]] = {
         "count_correct": lambda: count_correct(defense, pixels, labels, ids, 0, "score", 1, 8),
         "craft": lambda: craft(parse_attack("fgsm"), defense, "full", data, LINF, 0, 8),
-        "probe": lambda: probe(defense, ["full"], data, LINF, 0, 8, 1, 8, [], None, thorough=False),
+        "probe": lambda: probe(
+            defense, ["full"], data, LINF, 0, 8, 1, 8, None, None, thorough=False
+        ),
         "detector_scores": lambda: detector_scores(
             defense, {"clean": pixels}, ids, pixels, ids, 0, 8
         ),

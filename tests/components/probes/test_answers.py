@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import Blurred, Noisy, Rounded, failed, head
 
 from components.attacks import Linf
@@ -61,6 +61,29 @@ FACES: dict[str, Callable[[], Callable[[Tensor], bool]]] = {
     "float64": lambda: lambda x: x.dtype == torch.float64,
     "later calls": calls,
 }
+
+
+def test_a_large_constant_in_the_logits_hides_no_second_face(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Of logits near 1e5 a thousandth is more than any margin."""
+
+    class Shifted(nn.Module):
+        def __init__(self, classifier: nn.Module, honest: bool) -> None:
+            super().__init__()
+            self.classifier, self.honest = classifier, honest
+
+        def forward(self, x: Tensor) -> Tensor:
+            blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+            seen = x.requires_grad and not self.honest
+            logits: Tensor = self.classifier(blurred if seen else x)
+            return logits + 1e5
+
+    some = head(test_set, 64)
+    for honest in (True, False):
+        defense = Defense(Shifted(classifier, honest), None).freeze()
+        bench = Bench(defense, some.pixels(), some.labels, some.ids, THREAT, 0, None, 30)
+        assert answers.one_answer(bench, bench.still_points()).passed == honest
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["deterministic", "random"])

@@ -16,8 +16,9 @@ from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
+from components.probes import bench as benches
 from components.probes import masking
-from components.probes.bench import Bench, multiply_adds, spread
+from components.probes.bench import WAY, Bench, multiply_adds, spread
 from components.probes.masking import blind_attack, fisher, remembered
 
 THREAT = Linf(norm="linf", eps_255=51)
@@ -146,11 +147,33 @@ def test_where_an_answer_is_dear_fewer_images_are_tried_and_the_gap_says_so(
 ) -> None:
     bench = bench_of(Defense(Misleading(classifier), None), test_set)
     whole = blind_attack(bench)
-    monkeypatch.setattr(masking, "BUDGET", 100 * 10 * multiply_adds(bench))
-    part = blind_attack(bench)
+    monkeypatch.setattr(benches, "BUDGET", 100 * 10 * multiply_adds(bench))
+    part = blind_attack(replace(bench))
     assert part.figures["tried"] == 10 < whole.figures["tried"]
     assert part.figures["queries"] == 100 < whole.figures["queries"]
     assert "would show" in part.detail and not whole.passed
+
+
+def test_the_budget_grows_with_what_the_attacks_took(
+    classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(Defense(classifier, None), test_set)
+    monkeypatch.setattr(benches, "BUDGET", 50 * multiply_adds(bench))
+    assert replace(bench).answers == 50 and len(replace(bench).affordable(48).x) == 8
+    rich = replace(bench, spent=100 * 20 * 3 * WAY.steps)
+    assert rich.answers == 20 * 3 * WAY.steps and len(rich.affordable(48).x) == 20
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["deterministic", "random"])
+def test_stored_examples_weaker_than_a_short_attack_are_caught(
+    random: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    """A gradient that is wrong while sets are crafted and right in the probes gives such sets."""
+    bench = bench_of(Defense(classifier, Noisy(0.02) if random else None), test_set)
+    clean = replace(bench, stored=bench.x)
+    assert not blind_attack(clean).passed and blind_attack(clean).figures["gain"] > 0.3
+    attacked = replace(bench, stored=bench.way[0].images)
+    assert blind_attack(attacked).passed, blind_attack(attacked).detail
 
 
 # Memory

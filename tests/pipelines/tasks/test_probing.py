@@ -1,5 +1,6 @@
 """Probes are demanded by name, and count only for what they were made of."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ class Probed:
         return set(failed(probes_of(entry or self.entry, plan or self.plan)))
 
     def write(self, content: object) -> None:
-        write_json(self.entry.probes, content)
+        """Store some content under its right digest, if it is of the right form."""
+        if isinstance(content, dict) and set(content) >= {"facts", "findings"}:
+            probing.write(self.entry.probes, content["facts"], content["findings"])
+        else:
+            write_json(self.entry.probes, content)
 
 
 @pytest.fixture
@@ -61,17 +66,19 @@ def probed(tmp_path: Path) -> Probed:
         checks=Checks(images=16, thorough=False), test=tmp_path / "test",
         unseen=tmp_path / "model", surrogate=None,
     )  # fmt: skip
-    sets = {name: tmp_path / name for name in attacks}
+    sets = {name: tmp_path / name for name in (*attacks, "bpda/pgd")}
+    for folder in sets.values():
+        # Any finished folder will do: what counts is the digest of its bytes.
+        image_set.write(folder, test, 6)
+    del sets["bpda/pgd"]
     entry = Entry("control", "control", subject, tmp_path / "checks.json", sets)
     facts = probing.facts(
-        subject, attacks, plan.threat, plan.checks, plan.seed, plan.batch, plan.val, plan.test
+        subject, attacks, sets, plan.threat, plan.checks, plan.seed, plan.batch, plan.val, plan.test
     )
     names = [*required(["full"], True, True, False), "state_unchanged"]
     findings = [Finding(name=name, level="block", passed=True, detail="well") for name in names]
-    content = probing.Probed(facts=facts, findings=findings).model_dump(mode="json")
-    found = Probed(entry, plan, content)
-    found.write(content)
-    return found
+    probing.write(entry.probes, facts, findings)
+    return Probed(entry, plan, json.loads(entry.probes.read_text()))
 
 
 def test_all_probes_of_what_is_scored_pass(probed: Probed) -> None:
@@ -103,7 +110,7 @@ def test_every_finding_is_demanded_by_name(probed: Probed) -> None:
 
 
 def test_a_rung_that_was_not_probed_blocks(probed: Probed) -> None:
-    sets = {**probed.entry.sets, "bpda/pgd": probed.entry.probes}
+    sets = {**probed.entry.sets, "bpda/pgd": probed.entry.probes.parent / "bpda/pgd"}
     entry = replace(probed.entry, sets=sets)
     assert probed.failed(entry) == BOTH
     (found,) = [f for f in probes_of(entry, probed.plan) if f.name == "probes_complete"]
@@ -133,6 +140,28 @@ def test_probes_of_something_else_block(probed: Probed, tmp_path: Path) -> None:
         replace(subject, classifier=tmp_path / "another"),
     ):
         assert probed.failed(replace(entry, subject=changed)) == {"provenance/probes"}
+
+
+def test_a_set_that_changed_after_the_probes_blocks(probed: Probed) -> None:
+    test = image_set.read(probed.plan.test)
+    image_set.write(probed.entry.sets["classifier/pgd"], replace(test, images=255 - test.images), 6)
+    assert probed.failed() == set(), "replayed sets are not this defense's own"
+    image_set.write(probed.entry.sets["full/pgd"], replace(test, images=255 - test.images), 6)
+    assert probed.failed() == {"provenance/probes"}
+
+
+@pytest.mark.parametrize("change", [{"passed": True}, {"level": "warn"}, {"figures": {"n": 1.0}}])
+def test_a_finding_that_was_edited_by_hand_counts_for_nothing(
+    change: dict[str, Any], probed: Probed
+) -> None:
+    first = {**probed.content["findings"][0], "passed": False}
+    findings = [first, *probed.content["findings"][1:]]
+    probed.write({**probed.content, "findings": findings})
+    assert probed.failed() == {first["name"]}
+    stored = json.loads(probed.entry.probes.read_text())
+    stored["findings"][0] |= change
+    write_json(probed.entry.probes, stored)
+    assert probed.failed() == BOTH
 
 
 @pytest.mark.parametrize("fact", ["defense", "code", "classifier", "purifier", "data"])
