@@ -68,6 +68,7 @@ def probe(
         findings.append(gradients.gradient_honest(bench.pick(few), compared))
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
+    findings.append(masking.stored_attacks(some))
     findings.append(masking.blind_attack(some))
     findings.append(masking.remembered(some, data, val))
     findings += attacks.unbounded(some, modes)
@@ -85,7 +86,7 @@ def required(
     names = ["input_convention", "logits", "randomness_declared", "one_answer", "looks_around"]
     names += [f"{check}/{mode}" for mode in modes for check in ("gradient_present", "loss_alive")]
     names += [] if differentiable else ["gradient_declared"]
-    names += ["blind_attack", "remembered"]
+    names += ["stored_attacks", "blind_attack", "remembered"]
     if modes:
         names += ["unbounded_by_gradient", "unbounded"]
     if "full" in modes:

@@ -140,6 +140,11 @@ class Bench:
         outcome = WAY.run(watched, self.x, self.labels, self.threat, self.draws)
         return outcome, dict(zip(STOPS, log, strict=True))
 
+    @cached_property
+    def rated_way(self) -> Accuracies:
+        """The rates of what `WAY` found."""
+        return self.rate(self.way[0].images)
+
     def points(self) -> dict[str, Tensor]:
         """Return all points of these images by name: (N,C,H,W) each."""
         return self.still_points() | {f"{stop} of the way": x for stop, x in self.way[1].items()}

@@ -22,6 +22,7 @@ MEANINGS = {
     "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
     "gradient_honest": "The gradient that attacks follow is what differences measure.",
     "gradient_declared": "A gradient that is declared absent is absent.",
+    "stored_attacks": "The stored examples are no weaker than a short attack.",
     "blind_attack": "An attack without gradients fools next to nothing more.",
     "remembered": "The defense withstands no more on the test images than on others.",
     "loss_alive": "The loss that attacks climb has a gradient where the margin has one.",
