@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import ASKED, L2, Attack, Crafted, Linf, violations
+from components.attacks import ASKED, L2, SLACK, Attack, Crafted, Linf, violations
 from components.data.image_set import ImageSet
 from components.models.accuracy import Counts
 from components.probes.contract import Finding
@@ -16,6 +16,11 @@ from components.probes.statistics import shares_differ
 
 # A margin below this fraction of the length of the logits may change its sign by rounding.
 KNIFE_EDGE = 1e-3
+# The fraction of images, and the number of them, on which answers may differ that close. Logits
+# that are long for no reason put every margin there.
+EXCUSED, EXCUSED_IMAGES = 0.02, 2
+# The fraction of images, and the number of them, that rounding to 8 bits may fool further.
+ROUNDED, ROUNDED_IMAGES = 0.02, 3
 # The p-value under which two rates of right answers are different. It is small, because every set
 # of every random defense is compared.
 DIFFERENT = 1e-4
@@ -134,9 +139,10 @@ def same_answer(name: str, crafting: Answers, scoring: Counts, draws: int, rough
     """Check 31: on the stored bytes, the scoring is answered as the attack was.
 
     `scoring` (N,) counts right answers of `draws` queries. A deterministic defense gives the same
-    answer, except where the margin is within rounding; `rough` ones, which descend or round, may
-    differ on 2 % of the images. The answers of a random one are compared by an exact test of their
-    rates. A defense that knows when it is attacked differs, by whatever means it knows.
+    answer, except where the margin is within rounding, on at most max(2 %, 2) of the images;
+    `rough` ones, which descend or round, may differ on 2 % of the images anywhere. The answers of a
+    random one are compared by an exact test of their rates. A defense that knows when it is
+    attacked differs, by whatever means it knows.
     """
     if draws > 1:
         p = shares_differ(crafting.right, crafting.asked, scoring, draws)
@@ -147,11 +153,12 @@ def same_answer(name: str, crafting: Answers, scoring: Counts, draws: int, rough
         right = scoring > 0
         differ = (right != (crafting.right > 0)) | (right & crafting.fooled)
         clear = differ & (np.abs(crafting.margin) > KNIFE_EDGE)
-        allowed = 0.02 * len(scoring) if rough else 0
-        passed = int(clear.sum()) <= allowed
+        excused = int(differ.sum()) - int(clear.sum())
+        passed = int(clear.sum()) <= (0.02 * len(scoring) if rough else 0)
+        passed &= excused <= max(EXCUSED * len(scoring), EXCUSED_IMAGES)
         detail = (
             f"of {len(scoring)} answers {int(differ.sum())} differ between crafting and scoring, "
-            f"{int(clear.sum())} of them by more than rounding"
+            f"{int(clear.sum())} of them by more than rounding, {excused} within it"
         )
     return Finding(name=f"same_answer/{name}", level="block", passed=passed, detail=detail)
 
@@ -182,14 +189,31 @@ def effort(
     )
 
 
+def in_levels(images: Tensor, origin: Tensor, threat: Linf | L2) -> Tensor:
+    """Return images (N,C,H,W) at levels k/255, rounded without leaving the ball around `origin`.
+
+    Pixels go to the nearest level. Where an image would leave the ball by that, those that moved
+    away from `origin`, which is at such levels itself, go to the next level towards it.
+    """
+    nearest = (images * 255).round()
+    start = (origin * 255).round()
+    moved = nearest - start
+    beyond = moved.abs() > (images.double() - origin.double()).abs() * 255
+    inner = start + torch.where(beyond, moved - moved.sign(), moved)
+    out = threat.distance(nearest / 255, origin) > threat.eps + SLACK
+    return torch.where(out[:, None, None, None], inner, nearest) / 255
+
+
 def rounding(exact: int, rounded: int, n: int) -> Finding:
     """Check 3: the worst examples fool about as many of n images after rounding to 8 bits.
 
-    `exact` and `rounded` are how many images are right before and after.
+    `exact` and `rounded` are how many images are right before and after. Rounding is no attack.
+    If it fools over 2 % of the images (over three) further, the stored examples are not the worst
+    case, and the check blocks: a defense may be another function at levels k/255 than between them.
     """
     return Finding(
         name="quantisation",
-        level="warn",
+        level="block" if exact - rounded > max(ROUNDED * n, ROUNDED_IMAGES) else "warn",
         passed=abs(exact - rounded) <= max(0.01 * n, 2),
         detail=f"of {n} images {exact} are right on the stored examples, {rounded} once these are "
         "rounded to 8 bits",

@@ -116,6 +116,17 @@ def test_only_margins_within_rounding_may_change_their_sign() -> None:
     assert not same_answer("full/pgd", believed, scored, 1, rough=False).passed
 
 
+def test_margins_within_rounding_excuse_two_percent_of_the_images() -> None:
+    """Long logits put every margin there, and would hide any other defense."""
+    for n, most in ((10, 2), (200, 4)):
+        for wrong, passes in ((most, True), (most + 1, False)):
+            scored = np.array([1] * wrong + [0] * (n - wrong))
+            given = answers([0] * n, [True] * n, [-1e-4] * n)
+            for rough in (False, True):
+                found = same_answer("full/pgd", given, scored, 1, rough)
+                assert found.passed == passes, found.detail
+
+
 def test_a_purifier_that_rounds_may_differ_on_two_percent() -> None:
     right, fooled, margin = [1] * 100, [False] * 100, [0.5] * 100
     for wrong, passes in ((2, True), (3, False)):

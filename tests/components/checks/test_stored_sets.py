@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from toys import LINF, failed
+from toys import LINF, THREATS, failed
 
-from components.attacks import L2
+from components.attacks import L2, Linf, violations
 from components.checks import sets
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
@@ -94,3 +95,49 @@ def test_a_set_against_another_model_is_reported_as_a_transfer() -> None:
         found = sets.agreement("full/pgd", {**same, part: ("a", "z")})
         assert not found.passed and found.level == "block"
         assert f"another {part}" in found.detail and "transfer" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("n", "more_right", "level", "passed"),
+    [
+        (1000, 0, "warn", True),
+        (1000, 10, "warn", True),
+        (1000, 11, "warn", False),
+        (1000, 300, "warn", False),
+        (1000, -10, "warn", True),
+        (1000, -11, "warn", False),
+        (1000, -20, "warn", False),
+        (1000, -21, "block", False),
+        (50, -3, "warn", False),
+        (50, -4, "block", False),
+    ],
+)
+def test_rounding_may_not_fool_more_than_the_stored_examples(
+    n: int, more_right: int, level: str, passed: bool
+) -> None:
+    found = sets.rounding(n // 2, n // 2 + more_right, n)
+    assert (found.level, found.passed) == (level, passed), found.detail
+
+
+def test_rounded_images_are_at_the_nearest_levels() -> None:
+    origin, x = torch.tensor([[[[10.0, 10, 10, 0]]]]), torch.tensor([[[[12.4, 7.4, 12.6, 0.2]]]])
+    threat = Linf(norm="linf", eps_255=3)
+    levels = 255 * sets.in_levels(x / 255, origin / 255, threat)
+    torch.testing.assert_close(levels, torch.tensor([[[[12.0, 7, 13, 0]]]]))
+
+
+def test_a_level_outside_the_ball_gives_way_to_the_next_one_inside() -> None:
+    origin, x = torch.tensor([[[[10.0, 10, 10, 9]]]]), torch.tensor([[[[13.5, 6.5, 12.4, 9]]]])
+    threat = Linf(norm="linf", eps_255=3.5)
+    levels = 255 * sets.in_levels(x / 255, origin / 255, threat)
+    torch.testing.assert_close(levels, torch.tensor([[[[13.0, 7, 12, 9]]]]))
+
+
+@THREATS
+def test_rounding_leaves_no_ball(threat: Linf | L2, test_set: ImageSet) -> None:
+    for ball in (threat, threat.scaled(0.513), threat.scaled(0.02)):
+        clean = test_set.pixels()
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        levels = sets.in_levels(ball.project(clean + noise, clean), clean, ball)
+        assert violations(levels, clean, ball) == []
+        torch.testing.assert_close(255 * levels, (255 * levels).round(), rtol=0, atol=1e-4)
