@@ -15,6 +15,7 @@ from math import comb
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from components.attacks import Crafted
@@ -99,6 +100,30 @@ def count_score(
         return Score(draws, scored, scored)
     chosen = count_correct(defense, images, labels, ids, seed, "select", select_draws, batch)
     return Score(draws, chosen * draws // select_draws, scored)
+
+
+def count_sets(
+    defense: Defense, sets: Mapping[str, Tensor], positions: Tensor, labels: Tensor, ids: Tensor,
+    seed: int, select_draws: int, score_draws: int, batch: int,
+) -> dict[str, Score]:  # fmt: skip
+    """Count right answers on adversarial sets of the same images, (N,C,H,W) by name.
+
+    The sets take turns: each round asks about every image once, in another set from image to image,
+    by their `positions` (N,) in the data. So every set is the first for some of the images. A
+    defense that remembers what it was asked has then seen nothing near them, and answers otherwise
+    than the attack was answered (`same_answer`). An honest defense answers alike in any order.
+    """
+    names, counted = list(sets), np.zeros((2, len(sets), len(ids)), dtype=np.int64)
+    draws = score_draws if defense.stochastic else 1
+    rows = np.arange(len(ids))
+    for turn in range(len(names)):
+        which = ((positions + turn) % len(names)).numpy()
+        mixed = torch.stack([sets[names[index]][row] for row, index in enumerate(which)])
+        score = count_score(
+            defense, mixed, labels, ids, seed, "score", select_draws, score_draws, batch
+        )
+        counted[:, which, rows] = score.select, score.score
+    return {name: Score(draws, *counted[:, index]) for index, name in enumerate(names)}
 
 
 def per_class(

@@ -27,7 +27,7 @@ from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
 from pipelines.tasks import metrics, speed
 from pipelines.tasks.metrics import EntryRole, Metrics
-from pipelines.tasks.scoring import Entry, Plan, Result, merge, probes_of, score_shard
+from pipelines.tasks.scoring import Entry, Plan, Result, merge, probes_of, score_sets, score_shard
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import compared, summary, threat_model
 from pipelines.tracking.registry import Registration
@@ -78,7 +78,7 @@ def run(
 
     probes = [probes_of(entry, plan) for entry in entries]
     leaked = leakage(images.images, learnt)
-    results, seconds = _compute(entries, plan, context)
+    results, seconds = count_all(entries, plan, context)
     results = [
         replace(one, findings=[*probed, *one.findings, leaked])
         for probed, one in zip(probes, results, strict=True)
@@ -125,7 +125,7 @@ def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:
     )
 
 
-def _compute(
+def count_all(
     entries: Sequence[Entry], plan: Plan, context: Context
 ) -> tuple[list[Result], dict[str, float]]:
     """Count every entry on every shard of the test set, and time the defenses."""
@@ -137,11 +137,14 @@ def _compute(
     ]
     subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
     with context.session():
-        counted = context.map(score_shard, tasks)
+        # No worker asks about a clean image before the sets of all entries are scored.
+        first = context.map(score_sets, tasks)
+        after = [{**task, "counted": one} for task, one in zip(tasks, first, strict=True)]
+        results = context.map(score_shard, after)
         # One task times all of them in turn: side by side they would slow each other down.
         (seconds,) = context.map(time_all, [{"subjects": subjects, "test": plan.test}])
-    starts = range(0, len(counted), shards)
-    return [merge(counted[start : start + shards]) for start in starts], seconds
+    starts = range(0, len(results), shards)
+    return [merge(results[start : start + shards]) for start in starts], seconds
 
 
 def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:

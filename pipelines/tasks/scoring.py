@@ -1,5 +1,9 @@
 """Counting how often an entry is right on one shard of the test images; runs in workers.
 
+A worker process makes many of these calls, for several shards and entries. What a defense remembers
+of its questions, in itself or in its modules, must not help it: `score_sets` is called for all
+entries before `score_shard`, which is the first to ask about clean images.
+
 `tasks.summary` turns these counts into scores and judges them.
 """
 
@@ -17,12 +21,12 @@ from torch import Tensor
 from components.attacks import L2, SLACK, Attack, Crafted, Linf
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
-from components.checks.sets import Answers, agreement, effort, stored_probes, stored_set
+from components.checks.sets import Answers, agreement, effort, in_levels, stored_probes, stored_set
 from components.data import image_set, shards
 from components.data.draws import Role
 from components.data.image_set import ImageSet
 from components.data.shards import read_manifest
-from components.evaluation.counting import CLEAN, Effort, Score, count_score, worst
+from components.evaluation.counting import CLEAN, Effort, Score, count_score, count_sets, worst
 from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
 from components.models.accuracy import Counts, count_correct
@@ -82,6 +86,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Attacked:
+    """What was counted before any clean image: `scores` by rung/attack of the sets that count.
+
+    `findings` are about all sets, `state` is whether the scoring changed the defense.
+    """
+
+    scores: Mapping[str, Score]
+    findings: list[Finding]
+    state: Finding
+
+
+@dataclass(frozen=True)
 class Result:
     """What was counted of one entry.
 
@@ -130,18 +146,40 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     return [*stored.findings, *stored_probes([*names, "state_unchanged"], found, facts)]
 
 
-def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
-    """Score one entry on one shard of the test set, and check its sets whole; runs in a worker."""
+def score_sets(entry: Entry, plan: Plan, shard: int, device: str) -> Attacked:
+    """Score one shard of the sets of an entry, and check the sets whole; runs in a worker.
+
+    The defense is newly loaded: the sets are the first that it is asked about.
+    """
     torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
     images = image_set.read(plan.test)
     rows = _rows(plan.test, shard)
     crafted, findings = _read_sets(entry, plan, images)
-    some, pixels = images[rows], images.pixels()[rows]
-    mine = {name: one.pick(rows) for name, one in crafted.items()}
+    scores = count_sets(
+        defense, {name: one.images[rows] for name, one in crafted.items()}, rows,
+        images.labels[rows], images.ids[rows], plan.seed, plan.scoring.select_draws,
+        plan.scoring.score_draws, plan.batch,
+    )  # fmt: skip
+    state = unchanged(before, state_digest(defense), defense.training)
+    return Attacked(scores, findings, state)
+
+
+def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device: str) -> Result:
+    """Score one entry on one shard of the test set, after its sets; runs in a worker.
+
+    The defense is loaded anew, and is asked about clean images first.
+    """
+    torch.set_num_threads(1)
+    defense = entry.subject.defense(device)
+    before = state_digest(defense)
+    rows = _rows(plan.test, shard)
+    some = image_set.read(plan.test)[rows]
+    pixels = some.pixels()
+    mine = {name: read_crafted(entry.sets[name]).pick(rows) for name in counted.scores}
     sets = {CLEAN: pixels, **{name: one.images for name, one in mine.items()}}
-    scores = {name: _score(defense, x, some, plan, name) for name, x in sets.items()}
+    scores = {CLEAN: _clean(defense, some, plan), **counted.scores}
     reach = {name: plan.threat.distance(x, pixels).numpy() for name, x in sets.items()}
     inside = {name: far <= plan.threat.eps + SLACK for name, far in reach.items()}
     l2 = L2(norm="l2", eps_l2=1.0)
@@ -153,13 +191,17 @@ def score_shard(entry: Entry, plan: Plan, shard: int, device: str) -> Result:
         _once(other, pixels, some, plan, "clean"),
         _once(other, attacked, some, plan, "score"),
     )
-    rounded = _once(defense, (attacked * 255).round() / 255, some, plan, "score")
+    rounded = _once(defense, in_levels(attacked, pixels, plan.threat), some, plan, "score")
     val = _subset(image_set.read(plan.val), shard, len(read_manifest(plan.test)["files"]))
     detector = detector_scores(
         defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch
     )
-    findings.append(_recorded_accuracy(entry, plan))
-    findings.append(unchanged(before, state_digest(defense), defense.training))
+    state = unchanged(before, state_digest(defense), defense.training)
+    findings = [
+        *counted.findings,
+        _recorded_accuracy(entry, plan),
+        state if counted.state.passed else counted.state,
+    ]
     panels = _panels(defense, some, sets, scores[CLEAN], plan) if shard == 0 else {}
     spent = {
         name: Effort.of(one)
@@ -280,9 +322,9 @@ def _panels(
     return render(defense, images[rows], crafted, plan.seed, plan.batch)
 
 
-def _score(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, name: str) -> Score:
+def _clean(defense: Defense, images: ImageSet, plan: Plan) -> Score:
     return count_score(
-        defense, x, images.labels, images.ids, plan.seed, "clean" if name == CLEAN else "score",
+        defense, images.pixels(), images.labels, images.ids, plan.seed, "clean",
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ from components.data.image_set import ImageSet
 from components.evaluation.counting import (
     Effort,
     Score,
+    count_score,
+    count_sets,
     majority_of,
     per_class,
     worst,
@@ -331,3 +333,59 @@ def test_classes_with_images_are_counted_separately_in_their_order() -> None:
     found = per_class(accuracies, labels, ["ten", "two", "one"])
     assert list(found) == ["ten", "one"]
     assert found["ten"] == summarise(accuracies[1:2]) and found["one"]["accuracy"] == 2 / 3
+
+
+# The order of questions
+
+
+class Listening(Purifier):
+    """Keeps the first two pixels of every image: which set it belongs to, and which image it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[float]] = []
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        self.asked += x.flatten(1)[:, :2].tolist()
+        return x
+
+
+def test_every_set_is_the_first_for_some_images() -> None:
+    """Three sets of twelve images, in parts of one size and another."""
+    x = torch.zeros(3, 12, 1, 2, 2)
+    x[:, :, 0, 0, 0] = torch.arange(3.0)[:, None]
+    x[:, :, 0, 0, 1] = torch.arange(12.0)
+    for part in (12, 4, 1):
+        first: dict[float, float] = {}
+        for start in range(0, 12, part):
+            listening, rows = Listening(), torch.arange(start, start + part)
+            count_sets(
+                Defense(Threshold(), listening), {str(k): x[k, rows] for k in range(3)}, rows,
+                torch.zeros(part, dtype=torch.int64), rows, 0, 1, 1, 5,
+            )  # fmt: skip
+            assert len(listening.asked) == 3 * part
+            for which, image in listening.asked[:part]:
+                first[image] = which
+        assert list(first) == list(range(12))
+        assert list(first.values()) == 4 * [0, 1, 2], f"in parts of {part}"
+
+
+@pytest.mark.parametrize("purifier", [None, GaussianNoise(kind="gaussian_noise", sigma=0.2)])
+def test_an_honest_defense_answers_alike_in_any_order(
+    purifier: GaussianNoise | None, classifier: Classifier, test_set: ImageSet
+) -> None:
+    defense = Defense(classifier, purifier and purifier.build(test_set.shape)).freeze()
+    clean, labels, ids = test_set.pixels(), test_set.labels, test_set.ids
+    moved = {f"{k}": (clean + 0.1 * k * (clean - 0.5)).clamp(0, 1) for k in (-4, 1, 3)}
+    found = count_sets(defense, moved, torch.arange(len(ids)), labels, ids, 3, 4, 6, 50)
+    assert list(found) == list(moved)
+    for name, x in moved.items():
+        alone = count_score(defense, x, labels, ids, 3, "score", 4, 6, 50)
+        assert found[name].draws == alone.draws
+        np.testing.assert_array_equal(found[name].select, alone.select)
+        np.testing.assert_array_equal(found[name].score, alone.score)
+
+
+def test_where_there_are_no_sets_nothing_is_counted() -> None:
+    nothing, rows = dict[str, Tensor](), torch.arange(2)
+    assert count_sets(Defense(Threshold(), None), nothing, rows, rows, rows, 0, 1, 1, 5) == {}

@@ -1,28 +1,35 @@
 """Scoring in parts: no result depends on how many parts the test set has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from components.attacks import Crafted, Linf
+from components.attacks import Crafted, Linf, craft
 from components.attacks.gradient import Pgd
 from components.attacks.sets import write_crafted, write_crafted_manifest
+from components.checks.sets import same_answer
 from components.config import Config
 from components.data import image_set, shards
+from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.data.shards import shard_name
 from components.evaluation.detection import detection
 from components.models.accuracy import count_correct
 from components.models.checkpoints import ModelCard, build, save
 from components.models.defense import Defense
+from components.models.purifiers import Purifier
 from components.models.purifiers.controls import GaussianNoise, Threshold
 from pipelines.config.sections import Checks, Scoring
-from pipelines.tasks.scoring import Entry, Plan, Result, merge, score_shard
+from pipelines.runner.context import Context
+from pipelines.stages.evaluate import count_all
+from pipelines.tasks.scoring import Entry, Plan, Result, score_sets
 from pipelines.tasks.subject import Subject
 
 N, VALIDATION, SHAPE, NAMES = 12, 3, (1, 8, 8), ("a", "b")
@@ -41,12 +48,13 @@ def images_of(count: int, first: int) -> ImageSet:
 
 
 def save_classifier(folder: Path, val: ImageSet) -> None:
-    """Save a classifier of random weights that has its true accuracy in its card."""
+    """Save a classifier of random weights, which knows no favourite, with its true accuracy."""
     card = ModelCard(
         format=1, family="classifier", model={"kind": "small_cnn", "width": 2},
         shape=list(SHAPE), class_names=list(NAMES), provenance={},
     )  # fmt: skip
-    model = build(card).eval()
+    model = build(card).eval().requires_grad_(False)
+    model.network[-1].bias -= model(val.pixels()).mean(0)
     right = count_correct(
         Defense(model, None).freeze(), val.pixels(), val.labels, val.ids, 0, "clean", 1, 5
     )
@@ -97,11 +105,24 @@ def made(
     return Entry("control", "control", subject, root / "checks.json", sets), plan
 
 
+class Alone:
+    """A context whose process does all tasks, one by one."""
+
+    session = nullcontext
+
+    def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return [function(**task, device="cpu") for task in tasks]
+
+
+def scored_together(entries: Sequence[Entry], plan: Plan) -> list[Result]:
+    """Score entries as the stage does where one process scores them all."""
+    return count_all(entries, plan, cast(Context, Alone()))[0]
+
+
 def scored(root: Path, control: Config, rows: int) -> Result:
     """Score a control whose test set has parts of `rows` images, all parts one by one."""
     entry, plan = made(root, control, rows)
-    parts = -(-N // rows)
-    result = merge([score_shard(entry, plan, part, "cpu") for part in range(parts)])
+    (result,) = scored_together([entry], plan)
     assert all(f.passed for f in result.findings), [f for f in result.findings if not f.passed]
     return result
 
@@ -144,6 +165,56 @@ def test_the_draws_of_a_random_defense_are_counted_where_attacks_average_over_th
     rungs = ("classifier/pgd", "full/pgd", "fixed_noise/pgd")
     noise = GaussianNoise(kind="gaussian_noise", sigma=0.2)
     entry, plan = made(tmp_path, noise, N, rungs, fooled=False)
-    findings = score_shard(entry, plan, 0, "cpu").findings
+    findings = score_sets(entry, plan, 0, "cpu").findings
     short = [f.name for f in findings if f.name.startswith("effort") and not f.passed]
     assert short == ["effort/full/pgd"]
+
+
+class Remembering(Purifier):
+    """Takes an image for the first near one at levels k/255 that this process was asked about."""
+
+    asked: ClassVar[list[Tensor]] = []
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        seen = x.detach()
+        levels = (255 * seen).round() / 255
+        self.asked.append(seen[(seen == levels).flatten(1).all(1)])
+        # An image that is near none is taken for itself.
+        known = torch.cat([*self.asked, seen])
+        far = torch.cdist(seen.flatten(1), known.flatten(1), p=torch.inf)
+        place = torch.arange(len(known)).expand_as(far)
+        first = place.where(far <= 1.01 * THREAT.eps, len(known)).amin(1)
+        return 0.02 * x + 0.98 * known[first]
+
+
+class Remembers(Config):
+    kind: Literal["remembers"]
+
+    def build(self, shape: tuple[int, int, int]) -> Purifier:
+        return Remembering()
+
+
+def crafted_in_another_process(entry: Entry, plan: Plan) -> None:
+    """Put what PGD finds against the entry in the place of its first set, and forget the rest."""
+    Remembering.asked.clear()
+    images = image_set.read(plan.test)
+    found = craft(PGD, entry.subject.defense(), "full", images, THREAT, 0, 5)
+    Remembering.asked.clear()
+    write_crafted(entry.sets[RUNGS[0]] / shard_name(0), found)
+    manifest = shards.read_manifest(entry.sets[RUNGS[0]])
+    write_crafted_manifest(
+        entry.sets[RUNGS[0]], SHAPE, {k: v for k, v in manifest.items() if k != "files"}
+    )
+
+
+@pytest.mark.parametrize("rows", [N, 4])
+def test_a_defense_that_remembers_its_questions_is_caught(rows: int, tmp_path: Path) -> None:
+    """In an attack it is asked about clean images first; so it must not be in the scoring."""
+    entry, plan = made(tmp_path, Remembers(kind="remembers"), rows)
+    crafted_in_another_process(entry, plan)
+    first, second = scored_together([entry, replace(entry, name="again")], plan)
+    for result in (first, second):
+        assert result.answers[RUNGS[0]].right.sum() > 0
+        score = result.scores[RUNGS[0]]
+        found = same_answer(RUNGS[0], result.answers[RUNGS[0]], score.score, 1, rough=False)
+        assert not found.passed, found.detail
