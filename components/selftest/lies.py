@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from components.attacks import Crafted, Linf
 from components.attacks.apgd import ApgdCe, ApgdT
 from components.attacks.autoattack import AutoAttack
-from components.attacks.gradient import Fgsm, Noise, Pgd
+from components.attacks.gradient import Fgsm, Noise
 from components.checks.scores import draws_enough, strong_enough, undefended_falls
 from components.checks.sets import agreement, effort, stored_probes
 from components.data.draws import NoiseStream
@@ -22,6 +22,7 @@ from components.models.defense import Defense
 from components.models.identity import state_digest
 from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
+from components.selftest.changing import PGD, first_questions, long_logits, safe_between_levels
 from components.selftest.toy import (
     THREAT,
     Case,
@@ -193,10 +194,7 @@ def _test_in_training(toy: Toy) -> list[Finding]:
 
 
 def _pgd(toy: Toy, threat: Linf) -> Crafted:
-    attack = Pgd(
-        kind="pgd", steps=10, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1
-    )
-    return toy.craft(attack, threat)
+    return toy.craft(PGD, threat)
 
 
 def _doubled(toy: Toy) -> list[Finding]:
@@ -274,6 +272,9 @@ LIES: dict[str, tuple[str, Case]] = {
     "batch norm left in train mode": ("state_unchanged", _batch_norm_training),
     "radius doubled": ("threat_model/full/pgd", _doubled),
     "storage that truncates": ("threat_model/full/pgd", _truncated),
+    "first questions remembered": ("same_answer/full/pgd", first_questions),
+    "another network behind long logits": ("same_answer/full/pgd", long_logits),
+    "another function at levels k/255": ("quantisation", safe_between_levels),
     "attack set of another classifier": ("provenance/full/pgd", _other_classifier),
     "ten-step AutoAttack": ("effort/full/autoattack", _ten_steps),
     "three targets for nine": ("effort/full/apgd_t", _three_targets),
