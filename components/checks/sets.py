@@ -11,7 +11,7 @@ from torch import Tensor
 from components.attacks import ASKED, L2, SLACK, Attack, Crafted, Linf, violations
 from components.data.image_set import ImageSet
 from components.models.accuracy import Counts
-from components.probes.contract import Finding
+from components.probes.contract import Accuracies, Finding
 from components.probes.statistics import shares_differ
 
 # A margin below this fraction of the length of the logits may change its sign by rounding.
@@ -204,17 +204,21 @@ def in_levels(images: Tensor, origin: Tensor, threat: Linf | L2) -> Tensor:
     return torch.where(out[:, None, None, None], inner, nearest) / 255
 
 
-def rounding(exact: int, rounded: int, n: int) -> Finding:
-    """Check 3: the worst examples fool about as many of n images after rounding to 8 bits.
+def rounding(exact: Accuracies, rounded: Accuracies) -> Finding:
+    """Check 3: the worst examples fool about as many images after rounding to 8 bits.
 
-    `exact` and `rounded` are how many images are right before and after. Rounding is no attack.
-    If it fools over 2 % of the images (over three) further, the stored examples are not the worst
-    case, and the check blocks: a defense may be another function at levels k/255 than between them.
+    `exact` and `rounded` are the accuracies (N,) on each image before and after. Rounding is no
+    attack. If it fools images that withstood, on over 2 % of them (over three), the stored examples
+    are not the worst case, and the check blocks, however many images are right again: a defense may
+    be another function at levels k/255 than between them.
     """
+    n, right, after = len(exact), round(float(exact.sum())), round(float(rounded.sum()))
+    further = int((exact - rounded > 0.5).sum())
+    blocks = further > max(ROUNDED * n, ROUNDED_IMAGES)
     return Finding(
         name="quantisation",
-        level="block" if exact - rounded > max(ROUNDED * n, ROUNDED_IMAGES) else "warn",
-        passed=abs(exact - rounded) <= max(0.01 * n, 2),
-        detail=f"of {n} images {exact} are right on the stored examples, {rounded} once these are "
-        "rounded to 8 bits",
+        level="block" if blocks else "warn",
+        passed=not blocks and abs(right - after) <= max(0.01 * n, 2),
+        detail=f"of {n} images {right} are right on the stored examples, {after} once these are "
+        f"rounded to 8 bits; {further} are fooled only then",
     )

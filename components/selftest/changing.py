@@ -100,5 +100,5 @@ def safe_between_levels(toy: Toy) -> list[Finding]:
     images = _against(defense, toy, threat=threat).images
     levels = in_levels(images, toy.under_attack().pixels(), threat)
     right = _scored(defense, toy, {"stored": images, "rounded": levels})
-    found = rounding(int(right["stored"].sum()), int(right["rounded"].sum()), PROBED)
+    found = rounding(right["stored"].astype(float), right["rounded"].astype(float))
     return [found] if found.level == "block" else []

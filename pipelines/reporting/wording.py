@@ -44,7 +44,7 @@ MEANINGS = {
     "provenance": "Sets and probes were made as params.yaml says, of what is scored.",
     "same_answer": "On the stored bytes, the scoring is answered as the attack was.",
     "effort": "Images that withstood cost all the passes that the attack's settings promise.",
-    "quantisation": "Rounded to 8 bits, the worst examples fool as many.",
+    "quantisation": "Rounded to 8 bits, the worst examples fool as many, and none that withstood.",
     "order_of_strength": "No attack fools what all stronger attacks together leave standing.",
     "white_is_strongest": "Without gradients next to nothing more is fooled.",
     "full_is_strongest": "No weaker rung fools what attacks that see through leave standing.",

@@ -104,9 +104,10 @@ class Result:
     `scores` by rung/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
-    bits; `detector` are the detector scores, None where the purifier is no detector; `panels` are
-    pictures of every set; `efforts` are the passes that white-box sets cost whose attack stops at
-    success; `answers` are what attacks were answered about the sets that they made of this entry.
+    bits, among equal ones the last; `detector` are the detector scores, None where the purifier is
+    no detector; `panels` are pictures of every set; `efforts` are the passes that white-box sets
+    cost whose attack stops at success; `answers` are what attacks were answered about the sets that
+    they made of this entry.
     """
 
     scores: Mapping[str, Score]
@@ -186,12 +187,17 @@ def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device:
     distance = {name: l2.distance(x, pixels).numpy() for name, x in sets.items()}
     chosen, _ = worst(within_threat(scores, inside), list(scores))
     attacked = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
+    # Of an image that withstands, an example is rounded; its clean image is at whole levels.
+    chosen, _ = worst(within_threat(scores, inside), list(scores)[::-1])
+    last = torch.stack(
+        [(sets[name] if inside[name][row] else pixels)[row] for row, name in enumerate(chosen)]
+    )
     other = Defense(load(plan.unseen, device), defense.purifier).freeze()
     unseen = (
         _once(other, pixels, some, plan, "clean"),
         _once(other, attacked, some, plan, "score"),
     )
-    rounded = _once(defense, in_levels(attacked, pixels, plan.threat), some, plan, "score")
+    rounded = _once(defense, in_levels(last, pixels, plan.threat), some, plan, "score")
     val = _subset(image_set.read(plan.val), shard, len(read_manifest(plan.test)["files"]))
     detector = detector_scores(
         defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch

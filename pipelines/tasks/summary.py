@@ -250,8 +250,8 @@ def _judged(
     for name, answers in result.answers.items():
         score = result.scores[name]
         findings.append(same_answer(name, answers, score.score, score.draws, entry.subject.rough()))
-    stored, rounded = (round(float(s.accuracy().sum())) for s in (carried, result.rounded))
-    findings.append(rounding(stored, rounded, len(carried.score)))
+    _, stored = worst(counted, list(counted)[::-1])
+    findings.append(rounding(stored.accuracy(), result.rounded.accuracy()))
     singles = {name: score.accuracy() for name, score in counted.items()}
     findings.append(selection(carried.accuracy(), singles))
     draws = plan.scoring

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from components.attacks import Crafted, Linf, craft
 from components.attacks.gradient import Pgd
-from components.attacks.sets import write_crafted, write_crafted_manifest
-from components.checks.sets import same_answer
+from components.attacks.sets import read_crafted, write_crafted, write_crafted_manifest
+from components.checks.sets import in_levels, same_answer
 from components.config import Config
 from components.data import image_set, shards
 from components.data.draws import NoiseStream
@@ -218,3 +218,17 @@ def test_a_defense_that_remembers_its_questions_is_caught(rows: int, tmp_path: P
         score = result.scores[RUNGS[0]]
         found = same_answer(RUNGS[0], result.answers[RUNGS[0]], score.score, 1, rough=False)
         assert not found.passed, found.detail
+
+
+def test_an_example_is_rounded_where_an_image_withstands(tmp_path: Path) -> None:
+    """The clean image ties with its examples there, and rounding does not change it."""
+    Remembering.asked.clear()
+    entry, plan = made(tmp_path, Remembers(kind="remembers"), N)
+    (result,) = scored_together([entry], plan)
+    withstood = np.min([score.score for score in result.scores.values()], axis=0) > 0
+    assert withstood.sum() > 1
+    test = image_set.read(plan.test)
+    last = in_levels(read_crafted(entry.sets[RUNGS[-1]]).images, test.pixels(), THREAT)
+    asked = torch.cat(Remembering.asked).flatten(1)
+    far = torch.cdist(last.flatten(1), asked, p=torch.inf).amin(1)
+    assert far[torch.from_numpy(withstood)].max() < 1e-6
