@@ -30,7 +30,13 @@ from components.selftest import toy as toys
 SECONDS: dict[str, list[float]] = {}
 TIMED = {
     probes.answers: ("check_logits", "one_answer", "looks_around"),
-    probes.gradients: ("gradient_present", "loss_alive", "gradient_honest", "eot_agreement"),
+    probes.gradients: (
+        "gradient_present",
+        "loss_alive",
+        "gradient_honest",
+        "gradient_pays",
+        "eot_agreement",
+    ),
     probes.masking: ("blind_attack", "remembered"),
     probes.attacks: ("unbounded",),
 }

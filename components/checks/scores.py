@@ -23,8 +23,8 @@ TIERS = {
 # Attacks without gradients. Attacks that follow gradients should leave them nothing to find.
 BLACK_BOX = ("square", "flip")
 # Checks of the gradient on one rung, named check/rung: where one fails, attacks on that rung had
-# nothing right to follow.
-GRADIENTLESS = ("gradient_present", "gradient_honest")
+# nothing to follow that leads anywhere.
+GRADIENTLESS = ("gradient_present", "gradient_honest", "gradient_pays")
 LEAST_DRAWS = 10
 
 

@@ -66,6 +66,7 @@ def probe(
     elif "full" in modes:
         compared = {name: point[few] for name, point in points.items()}
         findings.append(gradients.gradient_honest(bench.pick(few), compared))
+        findings.append(gradients.gradient_pays(bench, points))
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings.append(masking.stored_attacks(some))
@@ -90,7 +91,7 @@ def required(
     if modes:
         names += ["unbounded_by_gradient", "unbounded"]
     if "full" in modes:
-        names += ["gradient_honest/full"] if differentiable else []
+        names += ["gradient_honest/full", "gradient_pays/full"] if differentiable else []
         names += ["eot_agreement"] if stochastic else []
         if thorough:
             names += ["radius_pays", "converged", "planted", "repeatable"]

@@ -15,7 +15,7 @@ from components.attacks.contract import normalised
 from components.attacks.gradient import log_odds
 from components.data.draws import Draws
 from components.models.defense import Defense, Loss, Mode, bind, margin
-from components.probes.bench import Bench
+from components.probes.bench import WAY, Bench
 from components.probes.contract import Finding
 from components.probes.slopes import agree, slopes
 
@@ -26,6 +26,11 @@ DIRECTIONS = 4
 # The fraction of judged images whose gradient may be wrong: a kink may be missed.
 TOLERATED = 0.03
 EOT_SIZES = (1, 5, 10, 20)
+# On how many images a step along the gradient is compared with a random one, however dear an answer
+# is; how many radii both are long, and under how many draws of noise.
+STEPPED, STRIDE, SHARED = 32, 0.5, 16
+# Right images that a point must have to be judged, and the share on which the gradient must win.
+LEAST, WINS = 20, 0.75
 
 
 def gradient_present(
@@ -96,6 +101,37 @@ def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     )
 
 
+def gradient_pays(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
+    """Check 39: a step along the exact gradient lowers the margin further than a random step.
+
+    A gradient may be right and useless: on terraces and under a fast ripple, the slope at a point
+    says nothing about the next one (shattered gradients, Athalye et al. 2018). Clean, at a random
+    point of the ball and half of the way of `points` (N,C,H,W each), of the images that are right
+    there, the step along the gradient of the log odds must win on 75 %. Both steps are half a
+    radius long and projected, and compared under the same noise, which is not that of the gradient.
+    A point with fewer than 20 right images is not judged. Where an attack is dear, `points` are of
+    the first images of the bench, and more of them are tried clean and in the ball.
+    """
+    count = min(max(len(points["clean"]), STEPPED), len(bench.x))
+    more = bench.pick(torch.arange(count, device=bench.x.device))
+    half = "half of the way"
+    shares, said = [], []
+    for name, x in {"clean": more.x, "ball": more.ball, half: points[half]}.items():
+        right, won = _won(bench.pick(torch.arange(len(x), device=x.device)), x, f"step: {name}")
+        judged, better = int(right.sum()), int((right & won).sum())
+        said.append(f"{name} {better} of {judged}")
+        shares += [better / judged] if judged >= LEAST else []
+    return Finding(
+        name="gradient_pays/full",
+        level="warn",
+        passed=all(share >= WINS for share in shares),
+        detail=f"right images on which a step along the gradient beats a random one: "
+        f"{', '.join(said)}"
+        + ("" if shares else f"; fewer than {LEAST} are right, too few to be judged"),
+        figures={"share": min(shares, default=1.0), "judged": len(shares)},
+    )
+
+
 def gradient_declared(bench: Bench) -> Finding:
     """Check 32: a gradient that is declared absent is absent.
 
@@ -154,6 +190,22 @@ def _input_gradient(
 def _unusable(gradient: Tensor) -> float:
     flat = gradient.flatten(1)
     return float((~flat.isfinite().all(1) | (flat == 0).all(1)).float().mean())
+
+
+def _won(bench: Bench, x: Tensor, use: str) -> tuple[Tensor, Tensor]:
+    """Return which images are right at `x`, and which fall further along the gradient (N,).
+
+    The rival is a step in a random direction, named `use`.
+    """
+    target, judge = (bind(bench.folded, "full", bench.draws, eot) for eot in (WAY.eot, SHARED))
+    found = target.evaluate(x, bench.labels, log_odds, 0)
+    random = bench.draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
+    margins = []
+    for way in (found.gradient.nan_to_num(0, 0, 0), random):
+        moved = bench.threat.ascend(x, way, STRIDE * bench.threat.eps)
+        # Query 0 would ask the judge under the noise that made the gradient.
+        margins.append(judge.margins(bench.threat.project(moved, bench.x), bench.labels, 1))
+    return found.margin > 0, margins[0] < margins[1]
 
 
 def _compared(bench: Bench, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from components.checks.sets import agreement, effort, stored_probes
 from components.data.draws import NoiseStream
 from components.models.defense import Defense
 from components.models.identity import state_digest
+from components.models.purifiers.controls import GaussianNoise
 from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.changing import PGD, first_questions, long_logits, safe_between_levels
@@ -173,6 +174,41 @@ def _for_two_logits(logits: Tensor) -> Tensor:
     return passed
 
 
+class _Shattered(nn.Module):
+    """A classifier made of another, of pixels x and of x W: its gradient is right, and useless."""
+
+    ways: Tensor
+
+    def __init__(
+        self, classifier: nn.Module, function: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.classifier, self.function = classifier, function
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("ways", torch.randn(64, 10, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.classifier, x, self.ways)
+
+
+def _rippled(classifier: nn.Module, x: Tensor, ways: Tensor) -> Tensor:
+    """Add a ripple to the logits, so fast that the gradient is all but its own."""
+    rippled: Tensor = classifier(x) + 3 * (300 * x.flatten(1) @ ways).sin()
+    return rippled
+
+
+def _terraced(classifier: nn.Module, x: Tensor, ways: Tensor) -> Tensor:
+    """Round pixels to the centres of cells; inside a cell, logits rise along ways of their own."""
+    centre = ((40 * x.detach()).floor() + 0.5) / 40
+    terraced: Tensor = classifier(centre) + (x - centre).flatten(1) @ ways
+    return terraced
+
+
+def _rippled_behind_noise(toy: Toy) -> list[Finding]:
+    noise = GaussianNoise(kind="gaussian_noise", sigma=0.1).build(toy.test.shape)
+    return probed(noise, _Shattered(toy.classifier, _rippled))(toy)
+
+
 # Models and data
 
 
@@ -252,6 +288,11 @@ LIES: dict[str, tuple[str, Case]] = {
     "derivative reversed": ("gradient_honest/full", _with_derivative(lambda g: -g)),
     "right in float64 only": ("gradient_honest/full", _with_derivative(_rolled_in_float32)),
     "right on the grid of levels only": ("gradient_honest/full", purifying(_off_the_grid)),
+    "ripple behind noise": ("gradient_pays/full", _rippled_behind_noise),
+    "terraces with slopes of their own": (
+        "gradient_pays/full",
+        lambda toy: probed(None, _Shattered(toy.classifier, _terraced))(toy),
+    ),
     "found by Square, not by gradients": ("blind_attack", _with_derivative(_rolled)),
     "declared not differentiable": ("gradient_declared", _declared_without),
     "test images remembered": ("remembered", _remembers),

@@ -159,6 +159,7 @@ ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
     "one_answer": lambda bench, toy: answers.one_answer(bench, bench.points()),
     "looks_around": lambda bench, toy: answers.looks_around(bench.defense),
     "gradient_honest/full": lambda bench, toy: gradients.gradient_honest(bench, bench.points()),
+    "gradient_pays/full": lambda bench, toy: gradients.gradient_pays(bench, bench.points()),
     "gradient_declared": lambda bench, toy: gradients.gradient_declared(bench),
     "gradient_present/full": lambda bench, toy: gradients.gradient_present(
         bench.defense, "full", bench.x, bench.labels, bench.draws

@@ -319,6 +319,11 @@ def test_where_gradients_decide_nothing_an_attack_without_any_is_asked_for() -> 
     assert passes([parse_attack("autoattack")], undecided)
 
 
+def test_a_useless_gradient_voids_its_rung() -> None:
+    useless = Finding(name="gradient_pays/full", level="warn", passed=False, detail="")
+    assert scores.void_rungs([useless], {"full": BOTH, "bpda": BOTH}) == {"full"}
+
+
 def test_a_wrong_gradient_voids_its_rung_and_an_undecided_one_does_not() -> None:
     wrong = Finding(name="gradient_honest/full", level="warn", passed=False, detail="")
     assert scores.void_rungs([wrong], {}) == {"full"}

@@ -1,13 +1,14 @@
 """Probes that attack, and measured gradients: right on honest defenses, failed on faulty ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from toys import head
+from toys import BALL, Blurred, Function, Noisy, head, listening
 
-from components.attacks import Attack, Linf
+from components.attacks import L2, Attack, Linf
 from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Noise, Pgd
 from components.data.draws import NoiseStream
@@ -16,7 +17,7 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import BitDepth, GaussianNoise
-from components.probes import attacks, gradients
+from components.probes import Finding, attacks, gradients
 from components.probes.bench import Bench
 
 THREAT = Linf(norm="linf", eps_255=25.5)
@@ -123,3 +124,81 @@ def test_gradients_of_a_noisy_defense_agree_better_with_more_draws(noisy: Bench)
     found = gradients.eot_agreement(noisy.defense, noisy.x, noisy.labels, noisy.draws, 20)
     figures = [found.figures[f"cosine_{size}"] for size in gradients.EOT_SIZES]
     assert figures == sorted(figures) and figures[0] < 0.5 < 0.8 < figures[-1] <= 1
+
+
+# Right gradients that lead nowhere
+
+WAYS = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+
+
+def rippled(classifier: Classifier) -> Function:
+    """Return the classifier with a fast ripple on its logits."""
+    return Function(lambda x: classifier(x) + 3 * (300 * x.flatten(1) @ WAYS.to(x)).sin())
+
+
+def terraced(classifier: Classifier) -> Function:
+    """Return a classifier of rounded pixels, with slopes of another direction inside each cell."""
+
+    def logits(x: Tensor) -> Tensor:
+        centre = ((40 * x.detach()).floor() + 0.5) / 40
+        found: Tensor = classifier(centre) + (x - centre).flatten(1) @ WAYS.to(x)
+        return found
+
+    return Function(logits)
+
+
+def paid(bench: Bench, threat: Linf | L2 = THREAT, count: int = 24) -> Finding:
+    """Return the finding where the first `count` images are those that an attack is run on."""
+    bench = replace(bench, threat=threat)
+    return gradients.gradient_pays(bench, bench.pick(torch.arange(count)).points())
+
+
+@pytest.mark.parametrize("threat", [THREAT, BALL], ids=["linf", "l2"])
+@pytest.mark.parametrize("purifier", [None, Blurred(), Noisy(0.3)], ids=["none", "blur", "noise"])
+def test_a_step_along_an_honest_gradient_beats_a_random_one(
+    purifier: Purifier | None, threat: Linf | L2, classifier: Classifier, test_set: ImageSet
+) -> None:
+    found = paid(bench_of(Defense(classifier, purifier), test_set), threat)
+    assert found.passed and found.level == "warn" and found.name == "gradient_pays/full"
+    assert found.figures["share"] >= 0.95 and found.figures["judged"] >= 2, found.detail
+
+
+@pytest.mark.parametrize("threat", [THREAT, BALL], ids=["linf", "l2"])
+@pytest.mark.parametrize("purifier", [None, Noisy(0.1)], ids=["none", "noise"])
+@pytest.mark.parametrize("shattered", [rippled, terraced])
+def test_a_right_gradient_that_leads_nowhere_is_caught(
+    shattered: Callable[[Classifier], Function], purifier: Purifier | None, threat: Linf | L2,
+    classifier: Classifier, test_set: ImageSet,
+) -> None:  # fmt: skip
+    defense = Defense(shattered(classifier), purifier)
+    found = paid(bench_of(defense, test_set), threat)
+    assert not found.passed and found.figures["share"] < 0.75, found.detail
+
+
+def test_too_few_right_images_are_not_judged(classifier: Classifier, test_set: ImageSet) -> None:
+    defense = Defense(rippled(classifier), None)
+    few = paid(bench_of(defense, test_set, 19), count=19)
+    assert few.passed and few.figures["judged"] == 0 and "fewer than 20" in few.detail
+    whole = bench_of(defense, test_set)
+    wrong = paid(replace(whole, labels=(whole.labels + 1) % 10))
+    assert wrong.passed and wrong.figures["judged"] == 0 and "fewer than 20" in wrong.detail
+
+
+def test_where_an_attack_is_dear_more_images_take_single_steps(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    found = paid(bench_of(Defense(rippled(classifier), None), test_set), count=8)
+    assert not found.passed and found.figures["judged"] == 2
+    assert "of the way" in found.detail, found.detail
+
+
+def test_both_steps_meet_the_same_noise_which_did_not_make_the_gradient(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    asked: list[int] = []
+    bench = bench_of(listening(classifier, lambda draws: asked.append(draws.draw)), test_set, 4)
+    points = bench.points()
+    asked.clear()
+    gradients.gradient_pays(bench, points)
+    made, fresh = list(range(4)), list(range(16, 32))
+    assert asked == [*made, *fresh, *fresh] * 3
