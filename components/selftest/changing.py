@@ -4,6 +4,7 @@ Each function attacks a defense, scores the examples, and returns the finding of
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from components.evaluation.counting import count_sets
 from components.models.accuracy import Counts
 from components.models.defense import Defense
 from components.probes import Finding
+from components.probes.bench import Bench
+from components.probes.masking import stored_attacks
 from components.selftest.toy import BATCH, PROBED, THREAT, FunctionPurifier, Toy
 
 PGD = Pgd(kind="pgd", steps=10, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1)
@@ -81,6 +84,33 @@ def long_logits(toy: Toy) -> list[Finding]:
     found = _against(crafted, toy)
     right = _scored(again, toy, {"full/pgd": found.images})["full/pgd"]
     return [same_answer("full/pgd", Answers.of(found, False), right, 1, rough=False)]
+
+
+class _Backward(torch.autograd.Function):
+    """The identity, with the derivative of its mirror image."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return -gradients[0]
+
+
+def wrong_while_crafted(toy: Toy) -> list[Finding]:
+    """Craft against a gradient that is reversed, and probe when it is right again."""
+    crafting = [True]
+
+    def purify(x: Tensor, stream: NoiseStream | None) -> Tensor:
+        moved: Tensor = _Backward.apply(x) if crafting[0] else x  # type: ignore[no-untyped-call]
+        return moved
+
+    defense = Defense(toy.classifier, FunctionPurifier(purify, False)).freeze()
+    crafted, data = _against(defense, toy), toy.under_attack()
+    crafting[0] = False
+    bench = Bench(defense, data.pixels(), data.labels, data.ids, THREAT, 0, crafted.images, BATCH)
+    return [stored_attacks(bench)]
 
 
 def safe_between_levels(toy: Toy) -> list[Finding]:

@@ -23,7 +23,13 @@ from components.models.identity import state_digest
 from components.models.purifiers.controls import GaussianNoise
 from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
-from components.selftest.changing import PGD, first_questions, long_logits, safe_between_levels
+from components.selftest.changing import (
+    PGD,
+    first_questions,
+    long_logits,
+    safe_between_levels,
+    wrong_while_crafted,
+)
 from components.selftest.toy import (
     THREAT,
     Case,
@@ -293,6 +299,7 @@ LIES: dict[str, tuple[str, Case]] = {
         "gradient_pays/full",
         lambda toy: probed(None, _Shattered(toy.classifier, _terraced))(toy),
     ),
+    "derivative reversed while sets are crafted": ("stored_attacks", wrong_while_crafted),
     "found by Square, not by gradients": ("blind_attack", _with_derivative(_rolled)),
     "declared not differentiable": ("gradient_declared", _declared_without),
     "test images remembered": ("remembered", _remembers),
