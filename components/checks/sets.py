@@ -144,7 +144,7 @@ def same_answer(name: str, crafting: Answers, scoring: Counts, draws: int, rough
     random one are compared by an exact test of their rates. A defense that knows when it is
     attacked differs, by whatever means it knows.
     """
-    if draws > 1:
+    if crafting.asked > 1:
         p = shares_differ(crafting.right, crafting.asked, scoring, draws)
         passed = p >= DIFFERENT
         then, now = crafting.right.mean() / crafting.asked, scoring.mean() / draws

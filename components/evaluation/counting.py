@@ -164,8 +164,6 @@ def worst_of_all(scores: Mapping[str, Score], order: Sequence[str]) -> tuple[lis
     may end above what a single attack leaves.
     """
     chosen, per_image = worst(scores, order)
-    if per_image.draws == 1:
-        return chosen, per_image
     lowest = min(order, key=lambda name: scores[name].select.mean() / scores[name].draws)
     _, single = worst({lowest: scores[lowest]}, [lowest])
     if single.accuracy().mean() < per_image.accuracy().mean():

@@ -78,7 +78,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     return Scored(
         role=entry.role,
         digest=entry.subject.defense().digest,
-        stochastic=bool(clean.draws > 1),
+        stochastic=entry.subject.stochastic(),
         clean=_estimate(clean.accuracy()),
         headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
         per_class={name: Estimate.model_validate(one) for name, one in classes.items()},
@@ -245,7 +245,7 @@ def _judged(
         for name, score in counted.items()
         if rung_of(name) == "full" and plan.bounded(name)
     }
-    stochastic = carried.draws > 1
+    stochastic = entry.subject.stochastic()
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
     for name, answers in result.answers.items():
         score = result.scores[name]

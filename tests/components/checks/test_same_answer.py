@@ -59,10 +59,12 @@ class ByLeaf(TwoFaced):
         return x.requires_grad
 
 
-def judged(defense: Defense, data: ImageSet, attack: str = "pgd", mode: Mode = "full") -> Finding:
+def judged(
+    defense: Defense, data: ImageSet, attack: str = "pgd", mode: Mode = "full", draws: int = DRAWS
+) -> Finding:
     """Craft a set, score it as another process does, and compare."""
     crafted = craft(parse_attack(attack), defense, mode, data, LINF, 0, BATCH)
-    draws = DRAWS if defense.stochastic else 1
+    draws = draws if defense.stochastic else 1
     again = deepcopy(defense)
     for module in again.modules():
         if isinstance(module, TwoFaced):
@@ -91,6 +93,14 @@ def test_an_honest_defense_answers_alike(
 ) -> None:
     found = judged(Defense(classifier, purifier).freeze(), head(test_set, 60), attack)
     assert found.passed, found.detail
+
+
+def test_one_draw_does_not_make_a_random_defense_deterministic(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    noisy = Defense(classifier, Noisy(0.2)).freeze()
+    found = judged(noisy, head(test_set, 2 * BATCH), draws=1)
+    assert found.passed and "when scored (p = " in found.detail, found.detail
 
 
 @pytest.mark.parametrize("mode", ["bpda", "fixed_noise"])

@@ -268,6 +268,9 @@ def test_the_headline_of_a_random_defense_is_the_smaller_of_two() -> None:
     assert chosen == ["a", "b"] and found.score.tolist() == [1, 3]
     certain = {"a": draws_score(1, [1, 0], [1, 0]), "b": draws_score(1, [0, 1], [0, 1])}
     assert worst_of_all(certain, ["a", "b"])[1].score.tolist() == [0, 0]
+    once = {"a": draws_score(1, [0, 1], [1, 1]), "b": draws_score(1, [1, 0], [0, 1])}
+    chosen, found = worst_of_all({**once, "c": draws_score(1, [0, 0], [1, 0])}, ["a", "b", "c"])
+    assert chosen == ["c", "c"] and found.score.tolist() == [1, 0], "one draw, and random"
 
 
 def test_the_single_set_is_not_selected_by_the_noise_that_scores_it() -> None:

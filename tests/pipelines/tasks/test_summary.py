@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from fake_evaluation import FakeEvaluation
 
+from components.evaluation.counting import Score
 from components.models.checkpoints import load, read_card, save
+from pipelines.config.sections import Scoring
 from pipelines.tasks.subject import Subject
-from pipelines.tasks.summary import compared
+from pipelines.tasks.summary import compared, summary
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,16 @@ def test_the_digest_is_that_of_what_was_scored(evaluation: FakeEvaluation) -> No
     digests = {found.digest for found in evaluation.metrics.defenses.values()}
     # A bare classifier is scored twice.
     assert len(digests) == len(evaluation.entries) - 1
+
+
+def test_a_random_defense_stays_random_under_one_draw(evaluation: FakeEvaluation) -> None:
+    of = [entry.name for entry in evaluation.entries].index("noisy")
+    entry, result = evaluation.entries[of], evaluation.results[of]
+    once = {n: Score(1, s.select // s.draws, s.score // s.draws) for n, s in result.scores.items()}
+    plan = replace(evaluation.plan, scoring=Scoring(select_draws=1, score_draws=1, shown=3))
+    found = summary(entry, replace(result, scores=once), plan, evaluation.test)
+    assert found.stochastic and "scoring_draws" in found.checks.blocking_failed
+    assert not evaluation.metrics.defenses["none"].stochastic
 
 
 def test_only_defenses_get_a_verdict(evaluation: FakeEvaluation) -> None:
