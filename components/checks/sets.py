@@ -169,17 +169,18 @@ def effort(
     """Check 26: every image that withstood cost the passes that the attack's settings promise.
 
     Forward and backward passes of all its parts, with the real number of `classes`; `stochastic`
-    says whether the defense was, in the mode of the set. An image that the attack itself took for
-    fooled may have cost fewer: there `same_answer` compares what it saw with the scoring.
+    says whether the defense was, in the mode of the set. Against a random defense no attack stops,
+    so every image cost the whole. Else one that the attack took for fooled may have cost fewer:
+    `same_answer` holds what it saw to the scoring.
     """
-    withstood = ~(crafted.success | crafted.fooled)
+    withstood = crafted.fooled.logical_not() | stochastic
     promised = attack.effort(classes, stochastic)
     forward, backward = crafted.forward[withstood], crafted.backward[withstood]
     short = int(((forward < promised.forward) | (backward < promised.backward)).sum())
-    detail = f"{int(withstood.sum())} images withstood"
+    detail = f"{int(withstood.sum())} images {'of a random defense' if stochastic else 'withstood'}"
     if len(forward):
         detail += (
-            f" at least {int(forward.min())} forward and {int(backward.min())} backward passes"
+            f" cost at least {int(forward.min())} forward and {int(backward.min())} backward passes"
         )
     return Finding(
         name=f"effort/{name}",
