@@ -58,7 +58,7 @@ PGD = _Both(
     kind="pgd", steps=10, step=0.2, restarts=1, random_start=True, early_stop=True, eot=1
 )  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
-SQUARE = Square(kind="square", queries=2, eot=1)
+SQUARE = Square(kind="square", queries=100, eot=1)
 # How many of the images are right, by mode/attack, for every scored defense.
 RIGHT = {
     "none": {"full/pgd": 0},

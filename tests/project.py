@@ -127,7 +127,7 @@ def tiny() -> dict:
     params["attacks"]["apgd_dlr"] |= {"steps": 10}
     params["attacks"]["pgd"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
-    params["attacks"]["square"] |= {"queries": 20}
+    params["attacks"]["square"] |= {"queries": 100}
     params["scoring"] = {"select_draws": 12, "score_draws": 12, "shown": 2}
     params["checks"] = {"images": 30, "thorough": False}
     params["tuning"]["studies"]["student"] |= {"images": 20, "trials": 3, "grace": 1}

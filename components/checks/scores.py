@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.attacks import L2, Attack, Linf
+from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import LossFamily
+from components.attacks.flip import Flip
+from components.attacks.square import Square
 from components.probes.contract import SIGNIFICANT, Accuracies, Finding
 from components.probes.statistics import holm, more_fooled
 
@@ -26,6 +29,8 @@ BLACK_BOX = ("square", "flip")
 # nothing to follow that leads anywhere.
 GRADIENTLESS = ("gradient_present", "gradient_honest", "gradient_pays")
 LEAST_DRAWS = 10
+# An attack without gradients that tries fewer images has hardly searched.
+LEAST_QUERIES = 100
 
 
 def order_of_strength(
@@ -217,18 +222,19 @@ def without_gradients(
 
     That is a deterministic defense that is declared not differentiable, and any defense whose
     gradient could not be judged (`gradient_honest` undecided), which faces a targeted attack too.
-    `rungs` are the bounded attacks on the defense itself, by rung.
+    `rungs` are the bounded attacks on the defense itself, by rung. An attack without gradients
+    counts if it may try at least `LEAST_QUERIES` images, a targeted one if it is strong.
     """
     undecided = any(
         finding.name == "gradient_honest/full" and bool(finding.figures.get("undecided"))
         for finding in findings
     )
-    kinds = {attack.kind for attacks in rungs.values() for attack in attacks}
+    attacks = [attack for some in rungs.values() for attack in some]
     missing = []
-    if (undecided or not (differentiable or stochastic)) and not kinds & {*BLACK_BOX, "autoattack"}:
-        missing.append("square")
-    if undecided and not kinds & {"apgd_t", "autoattack", "fab_t"}:
-        missing.append("apgd_t")
+    if (undecided or not (differentiable or stochastic)) and not any(map(_searches, attacks)):
+        missing.append(f"square (at least {LEAST_QUERIES} queries)")
+    if undecided and not any(map(_targets, attacks)):
+        missing.append("apgd_t (strong)")
     reason = "its gradient could not be judged" if undecided else "gradients decide"
     return Finding(
         name="without_gradients",
@@ -236,6 +242,22 @@ def without_gradients(
         passed=not missing,
         detail=f"{reason}; missing: {', '.join(missing) or 'none'}",
     )
+
+
+def _searches(attack: Attack) -> bool:
+    """Whether an attack, or a part of it, tries enough images without following a gradient."""
+    if isinstance(attack, Flip):
+        return attack.steps * attack.candidates >= LEAST_QUERIES
+    if isinstance(attack, Square):
+        return attack.queries >= LEAST_QUERIES
+    return isinstance(attack, AutoAttack) and attack.version == "standard"
+
+
+def _targets(attack: Attack) -> bool:
+    """Whether an attack, or a part of it, follows the gradient to every other class in turn."""
+    if isinstance(attack, AutoAttack):
+        return attack.version == "standard"
+    return attack.kind in ("apgd_t", "fab_t") and attack.strong()
 
 
 def _strong_losses(attacks: Sequence[Attack]) -> set[LossFamily]:

@@ -297,8 +297,8 @@ def test_noise_beats_a_gradient_attack_on_a_masked_defense_only(
 
 
 def test_where_gradients_decide_nothing_an_attack_without_any_is_asked_for() -> None:
-    pgd, square = parse_attack("pgd"), parse_attack("square")
-    apgd_t = parse_attack("apgd_t")
+    pgd, square = parse_attack("pgd"), parse_attack("square", queries=100)
+    apgd_t = parse_attack("apgd_t", steps=10)
     undecided = Finding(
         name="gradient_honest/full",
         level="warn",
@@ -316,7 +316,17 @@ def test_where_gradients_decide_nothing_an_attack_without_any_is_asked_for() -> 
     assert passes([pgd], differentiable=False, stochastic=True), "noise is no rounding"
     assert not passes([pgd], undecided) and not passes([pgd, square], undecided)
     assert passes([square, apgd_t], undecided)
+    assert passes([square, parse_attack("fab_t", steps=10)], undecided)
     assert passes([parse_attack("autoattack")], undecided)
+    assert passes([parse_attack("flip", steps=20, candidates=5)], differentiable=False)
+    rounds = {"differentiable": False}
+    assert not passes([parse_attack("square", queries=99)], **rounds), "too few to say anything"
+    assert not passes([parse_attack("flip", steps=11, candidates=9)], **rounds)
+    assert not passes([square, parse_attack("apgd_t", steps=9)], undecided)
+    assert not passes([square, parse_attack("fab_t", steps=9)], undecided)
+    rand = parse_attack("autoattack", version="rand")
+    assert not passes([rand, square], undecided, stochastic=True), "it targets no class"
+    assert not passes([rand, apgd_t], undecided, stochastic=True), "and has no Square"
 
 
 def test_a_useless_gradient_voids_its_rung() -> None:

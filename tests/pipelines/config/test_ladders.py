@@ -7,7 +7,9 @@ from project import ROOT
 from ruamel.yaml import YAML
 
 from components.attacks import Attack
-from components.checks.scores import strong_enough
+from components.attacks.ladder import REPLAYED
+from components.checks.scores import strong_enough, without_gradients
+from components.models.purifiers import Purifier
 from pipelines.commands import configure
 from pipelines.config.schema import Params
 from pipelines.config.sections import Ladder
@@ -43,14 +45,37 @@ def test_every_baseline_meets_strong_attacks(profile: str, composed: dict[str, P
     assert not any(lacking.values()), lacking
 
 
+def behind(params: Params, name: str) -> Purifier:
+    """Return the purifier of a defense or control, untrained."""
+    shape = SHAPES[params.data.kind]
+    if name in params.controls:
+        control: Purifier = params.controls[name].purifier.build(shape)
+        return control
+    one = params.defenses[name]
+    network = params.model_of(one.model).build(shape)
+    return network if one.inference is None else one.inference.wrap(network)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_has_no_gradient_meets_a_search_without_gradients(
+    profile: str, composed: dict[str, Params]
+) -> None:
+    params = composed[profile]
+    lacking = {}
+    for name in (*params.defenses, *params.controls):
+        purifier, met = behind(params, name), bounded(params, params.scored[name].ladder)
+        seen = {mode: attacks for mode, attacks in met.items() if mode not in REPLAYED}
+        found = without_gradients(seen, [], purifier.stochastic, purifier.differentiable)
+        lacking[name] = "" if found.passed else found.detail
+    assert lacking and not any(lacking.values()), lacking
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_defense_meets_strong_attacks(profile: str, composed: dict[str, Params]) -> None:
     params = composed[profile]
     lacking = {}
     for name, one in params.defenses.items():
-        purifier = params.model_of(one.model).build(SHAPES[params.data.kind])
-        if one.inference is not None:
-            purifier = one.inference.wrap(purifier)
+        purifier = behind(params, name)
         args = purifier.stand_ins, purifier.differentiable
         lacking[name] = missing(params, one.ladder, *args)
     assert lacking and not any(lacking.values()), lacking
