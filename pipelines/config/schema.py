@@ -130,6 +130,12 @@ def _check_names(params: Params) -> None:
     for needed in ("standard", "unseen"):
         _require("classifiers", needed, params.classifiers)
     _require("baselines", "none", params.baselines)
+    bare = params.baselines["none"].classifier
+    if bare != "standard":
+        raise ValueError(
+            f"baselines.none.classifier is {bare}, but defenses stand in front of standard: score "
+            "standard there, and other classifiers under other names"
+        )
 
 
 def _check_trainings(params: Params) -> None:

@@ -84,6 +84,11 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "names normal_teacher, a gan, which maps no image to an image",
         ),
         ("trials: {workers: 2", "trials: {workers: 0", "resources.trials.workers"),
+        (
+            "none:\n    classifier: standard",
+            "none:\n    classifier: robust",
+            "baselines.none.classifier is robust, but defenses stand in front of standard",
+        ),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "full: [fgms]", "did you mean fgsm?"),
