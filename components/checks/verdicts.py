@@ -47,9 +47,10 @@ class Verdict:
 
     `broken`: not better than no defense. `no better than a control`: than at least one.
     `above`, `below`, `not told apart`: from adversarial training. `no comparison`: there is no
-    adversarial training. `not measured`: a failed check makes one of the two accuracies an upper
-    bound, which does not say which one is higher. `rivals` are those that the defense does not
-    beat, or the baseline it is compared with.
+    adversarial training that beats no defense. `not measured`: a failed check makes one of the two
+    accuracies an upper bound, which does not say which one is higher; or the classifier behind the
+    defense was not scored alone. `rivals` are those that the defense does not beat, or the baseline
+    it is compared with; without a comparison, the baselines whose adversarial training does not.
     """
 
     standing: Standing
@@ -112,25 +113,33 @@ def unbeaten(right: Accuracies, rivals: Mapping[str, Accuracies]) -> dict[str, t
 
 
 def verdict(
-    right: Accuracies, bound: bool, lost: Collection[str], undefended: Collection[str],
+    right: Accuracies, bound: bool, lost: Collection[str], undefended: Mapping[str, Accuracies],
     controls: Collection[str], trained: Mapping[str, tuple[Accuracies, bool]],
 ) -> Verdict:  # fmt: skip
     """Say how a defense stands beside the other entries.
 
     `lost` are the entries that it does not beat, `undefended` the bare classifier behind it,
     `controls` the purifiers without training. `trained` maps classifiers with adversarial training
-    to (accuracies, bound); the most accurate is compared. `bound` says that a failed check makes an
+    to (accuracies, bound); the most accurate is compared, of those that beat the undefended one:
+    training that changed nothing is no yardstick. `bound` says that a failed check makes an
     accuracy an upper bound.
     """
-    compared = _difference(right, {name: one for name, (one, _) in trained.items()})
+    hardened = {
+        name: one
+        for name, (one, _) in trained.items()
+        if undefended and all(higher(one, bare) < SIGNIFICANT for bare in undefended.values())
+    }
+    compared = _difference(right, hardened)
     broken = tuple(name for name in lost if name in undefended)
     if broken:
         return Verdict("broken", broken, compared)
     weak = tuple(name for name in lost if name in controls)
     if weak:
         return Verdict("no better than a control", weak, compared)
+    if not undefended or (bound and compared is None):
+        return Verdict("not measured", (), None)
     if compared is None:
-        return Verdict("not measured" if bound else "no comparison", (), None)
+        return Verdict("no comparison", tuple(trained), None)
     # A lower accuracy that is an upper bound, or a higher one above an upper bound, stays so.
     standing: Standing
     if compared.p >= SIGNIFICANT:

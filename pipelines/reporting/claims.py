@@ -19,8 +19,8 @@ class Claim:
     `seen` is the highest accuracy on a rung that does not see through the defense, None where there
     was none; it is no robustness. `left` is robust accuracy. `fate`: it `holds` if what is left
     beats no defense and every control; it `fails` otherwise, and `collapses` if a blind attacker
-    sees significantly more; `not valid` says that a blocking check failed. `standing` is that of
-    its verdict.
+    sees significantly more; `not valid` says that a blocking check failed, or that no defense was
+    not scored. `standing` is that of its verdict.
     """
 
     name: str
@@ -87,7 +87,8 @@ def _claim(entry: Entry, found: Scored) -> Claim:
     seen = max(blind, key=lambda score: score.accuracy, default=None)
     standing = found.verdict.standing if found.verdict else ""
     fate: Fate = "holds"
-    if found.headline.upper_bound:
+    unmeasured = standing == "not measured" and found.verdict and not found.verdict.rivals
+    if found.headline.upper_bound or unmeasured:
         fate = "not valid"
     elif standing in ("broken", "no better than a control"):
         fate = "collapses" if found.illusory_rungs else "fails"

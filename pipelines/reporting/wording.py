@@ -138,8 +138,13 @@ def verdict(found: Scored) -> str:
         "not told apart": f"not told apart from adversarial training: {beside}",
         "no better than a control": f"no better than a control: does not beat {rivals}",
         "broken": f"broken: does not beat {rivals}, the classifier without a defense",
-        "no comparison": "no comparison: no baseline is trained adversarially",
-        "not measured": "not measured: a failed check makes an accuracy an upper bound",
+        "no comparison": f"no comparison: the adversarial training of {rivals} does not beat the "
+        "classifier without a defense"
+        if rivals
+        else "no comparison: no baseline is trained adversarially",
+        "not measured": "not measured: a failed check makes an accuracy an upper bound"
+        if rivals or found.headline.upper_bound
+        else "not measured: the classifier behind it was not scored without a defense",
     }
     lost = standing in ("no better than a control", "broken") and beside
     return sentences[standing] + (f"; {beside}" if lost else "")

@@ -85,7 +85,8 @@ class Difference(Config):
 class Verdict(Config):
     """How a defense stands beside the other entries, as in `components.checks.verdicts`.
 
-    `rivals` are those that it does not beat, or the baseline it is compared with;
+    `rivals` are those that it does not beat, or the baseline it is compared with; without a
+    comparison, the baselines whose adversarial training does not beat no defense;
     `adversarial_training` is the comparison with such a baseline, None where there is none.
     """
 

@@ -132,7 +132,11 @@ def compared(
                 right[entry.name],
                 found[entry.name].headline.upper_bound,
                 lost,
-                [e.name for e in entries if e.role == "baseline" and e.subject == behind],
+                {
+                    e.name: right[e.name]
+                    for e in entries
+                    if e.role == "baseline" and e.subject == behind
+                },
                 [e.name for e in entries if e.role == "control"],
                 trained,
             )

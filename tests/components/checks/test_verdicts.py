@@ -93,7 +93,7 @@ ROBUST = right((100, 1.0), (100, 0.0))
 def stands(one: Accuracies, bound: bool = False, robust_bound: bool = False) -> verdicts.Verdict:
     rivals = {"none": NONE, "median": CONTROL}
     lost = unbeaten(one, {**rivals, "robust": ROBUST})
-    return verdict(one, bound, lost, ["none"], ["median"], {"robust": (ROBUST, robust_bound)})
+    return verdict(one, bound, lost, {"none": NONE}, ["median"], {"robust": (ROBUST, robust_bound)})
 
 
 @pytest.mark.parametrize(
@@ -128,15 +128,38 @@ def test_an_upper_bound_can_only_lose() -> None:
 
 def test_without_adversarial_training_there_is_no_comparison() -> None:
     one = right((140, 1.0), (60, 0.0))
-    found = verdict(one, False, {}, ["none"], [], {})
-    assert (found.standing, found.difference) == ("no comparison", None)
-    assert verdict(one, True, {}, ["none"], [], {}).standing == "not measured"
+    found = verdict(one, False, {}, {"none": NONE}, [], {})
+    assert (found.standing, found.rivals, found.difference) == ("no comparison", (), None)
+    assert verdict(one, True, {}, {"none": NONE}, [], {}).standing == "not measured"
+
+
+def test_adversarial_training_that_changed_nothing_is_no_yardstick() -> None:
+    """Standard weights under the card of adversarial training, and three lucky images."""
+    one, none = right((60, 1.0), (140, 0.0)), {"none": right((3, 1.0), (197, 0.0))}
+    sham = right((3, 0.0), (6, 1.0), (191, 0.0))
+    found = verdict(one, False, {}, none, [], {"sham": (sham, False)})
+    assert (found.standing, found.rivals, found.difference) == ("no comparison", ("sham",), None)
+    found = verdict(one, False, {}, none, [], {"sham": (sham, False), "robust": (ROBUST, False)})
+    assert (found.standing, found.rivals) == ("below", ("robust",))
+    weak = right((20, 1.0), (180, 0.0))
+    assert verdict(one, False, {}, none, [], {"weak": (weak, False)}).standing == "above"
+
+
+def test_without_the_undefended_classifier_nothing_is_measured() -> None:
+    one, robust = right((140, 1.0), (60, 0.0)), {"robust": (ROBUST, False)}
+    assert verdict(one, False, {}, {}, [], robust).standing == "not measured"
+    assert verdict(one, False, {}, {}, [], {}).standing == "not measured"
+    assert verdict(one, False, ["median"], {}, ["median"], robust).standing == (
+        "no better than a control"
+    )
 
 
 def test_the_most_accurate_adversarial_training_is_compared() -> None:
     one = right((98, 1.0), (102, 0.0))
     weaker = right((20, 1.0), (180, 0.0))
-    found = verdict(one, False, {}, [], [], {"weak": (weaker, False), "robust": (ROBUST, False)})
+    found = verdict(
+        one, False, {}, {"none": NONE}, [], {"weak": (weaker, False), "robust": (ROBUST, False)}
+    )
     assert found.rivals == ("robust",)
 
 

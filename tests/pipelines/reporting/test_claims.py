@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fake_evaluation import FakeEvaluation
 
+from pipelines.reporting import wording
 from pipelines.reporting.claims import claims, compared_baseline, conclusion
 from pipelines.reporting.report import first_shown
 from pipelines.tasks.metrics import Difference, Metrics, Scored, Verdict
@@ -58,6 +59,22 @@ def test_an_invalid_measurement_neither_holds_nor_collapses(evaluation: FakeEval
     assert {claim.fate for claim in found} == {"not valid"}
     sentence = conclusion(found, scored)
     assert "None is validly measured" in sentence and "2 measurements are not valid" in sentence
+
+
+def test_what_was_not_compared_with_no_defense_does_not_hold(evaluation: FakeEvaluation) -> None:
+    scored = changed(evaluation, student_adaptive="not measured")
+    fates = {claim.name: claim.fate for claim in claims(evaluation.entries, scored)}
+    assert fates["student_adaptive"] == "not valid"
+    assert "was not scored without a defense" in wording.verdict(scored["student_adaptive"])
+
+
+def test_adversarial_training_that_beats_nothing_is_named(evaluation: FakeEvaluation) -> None:
+    verdict = Verdict(standing="no comparison", rivals=["sham"], adversarial_training=None)
+    found = evaluation.metrics.defenses["student_adaptive"].model_copy(update={"verdict": verdict})
+    assert wording.verdict(found) == (
+        "no comparison: the adversarial training of sham does not beat the classifier without a "
+        "defense"
+    )
 
 
 def test_what_falls_without_a_claim_fails(evaluation: FakeEvaluation) -> None:

@@ -68,6 +68,13 @@ def test_adversarial_training_is_known_by_its_objective(
     assert one.standing == "broken" and one.rivals == ["none"]
 
 
+def test_without_the_bare_classifier_no_defense_is_measured(evaluation: FakeEvaluation) -> None:
+    of = [entry.name for entry in evaluation.entries].index("student_adaptive")
+    alone = [evaluation.entries[of]], [evaluation.results[of]]
+    found = compared(*alone, evaluation.metrics.defenses)["student_adaptive"].verdict
+    assert found is not None and found.standing == "not measured"
+
+
 def test_attacks_that_were_written_for_an_entry_are_named(evaluation: FakeEvaluation) -> None:
     scored = evaluation.metrics.defenses
     assert scored["rounded"].written_for == ["soft"]
