@@ -16,7 +16,18 @@ from components.selftest.lies import LIES
 from components.selftest.toy import Case, Toy, train_toy
 from components.selftest.zoo import ZOO
 
-__all__ = ["HONEST", "LIES", "ZOO", "Case", "Result", "Toy", "honest_cases", "run", "train_toy"]
+__all__ = [
+    "HONEST",
+    "LIES",
+    "ZOO",
+    "Case",
+    "Result",
+    "Toy",
+    "honest_cases",
+    "lacking",
+    "run",
+    "train_toy",
+]
 
 
 class Result(Config):
@@ -48,6 +59,19 @@ def run(toy: Toy, every: bool = False) -> Iterator[Result]:
     for name, case in honest_cases(every).items():
         raised = _failed([finding for finding in case(toy) if finding.level == "block"])
         yield Result(case=name, expected=None, raised=raised, caught=not raised)
+
+
+def lacking(results: Sequence[Result]) -> list[str]:
+    """Return the cases of this version that `results` do not show to come out right.
+
+    That is every lie with the check that must raise it, every honest case that is always run, and
+    whatever else went wrong.
+    """
+    required = {**{lie: expected for lie, (expected, _) in LIES.items()}, **dict.fromkeys(HONEST)}
+    shown = {(result.case, result.expected) for result in results if result.caught}
+    wrong = [result.case for result in results if not result.caught]
+    missing = [name for name, expected in required.items() if (name, expected) not in shown]
+    return list(dict.fromkeys([*wrong, *missing]))
 
 
 def _failed(findings: Sequence[Finding]) -> list[str]:

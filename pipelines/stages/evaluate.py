@@ -3,7 +3,6 @@
 Only forward passes happen here. What params.yaml names is scored, whatever else lies in a folder.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 
 from components.attacks.ladder import MODES, REPLAYED, SURROGATE
 from components.data import image_set
-from components.data.shards import write_shard
+from components.data.shards import DataError, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
+from components.selftest import Result as Planted
+from components.selftest import lacking
 from pipelines.config.sections import Baseline, Control, Defended, Ladder, Published, Scoring
 from pipelines.config.views import CraftingView
 from pipelines.reporting.dvc_plots import write_headlines, write_plots
@@ -67,9 +69,9 @@ def run(
     out_report: Path,
 ) -> dict[str, float]:
     """Score every baseline, defense and control on every set of its ladder."""
+    tried = _selftest(selftest)
     images = image_set.read(test)
     learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
-    cases = json.loads(selftest.read_text())
 
     entries = _entries(params, models.absolute(), adversarial.absolute())
     for entry in entries:
@@ -87,7 +89,7 @@ def run(
     scored = {entry.name: summary(entry, result, plan, images) for entry, result in pairs}
     found = Metrics(
         seed=params.seed,
-        selftest=metrics.Selftest(cases=len(cases), caught=sum(case["caught"] for case in cases)),
+        selftest=tried,
         threat_model=threat_model(params.threat, len(images), params.scoring),
         published={
             name: metrics.PublishedFigures.model_validate(one.model_dump())
@@ -107,6 +109,25 @@ def run(
     for name, per_image in seconds.items():
         context.record_time(image_of(name), per_image)
     return {name: scored[name].headline.accuracy for name in params.defenses}
+
+
+def _selftest(path: Path) -> metrics.Selftest:
+    """Count the cases of the selftest; raise DataError unless all of this version came out right.
+
+    Checks that let a lie get by would call a wrong number valid.
+    """
+    try:
+        results = TypeAdapter(list[Planted]).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        raise DataError(f"{path} cannot be read; `limpid selftest` renews it") from None
+    wrong = lacking(results)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise DataError(
+            f"{path} does not show that these cases of the selftest come out right: "
+            f"{', '.join(wrong[:3])}{more}; nothing is scored until `limpid selftest` passes"
+        )
+    return metrics.Selftest(cases=len(results), caught=len(results))
 
 
 def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:

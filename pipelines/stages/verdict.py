@@ -1,6 +1,7 @@
 """Say how each defense stands; fail where a blocking check failed.
 
-Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline.
+Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline,
+or the selftest did not pass.
 Controls are never judged: some are there to be caught. Writes nothing.
 """
 
@@ -15,7 +16,7 @@ from pipelines.tasks import metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; raise Failed where a blocking check failed."""
+    """Run the command; raise Failed where a blocking check or the selftest failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--metrics", type=Path, default=layout.METRICS, help=f"by default {layout.METRICS}"
@@ -29,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = "; ".join(f"{n} ({', '.join(checks)})" for n, checks in failed.items() if checks)
     if named:
         raise Failed(5, f"blocking checks failed, so these scores are upper bounds only: {named}")
+    cases, caught = found.selftest.cases, found.selftest.caught
+    if not cases or caught < cases:
+        raise Failed(
+            5,
+            f"of {cases} cases of the selftest {caught} came out right, so nothing vouches for the "
+            "checks behind these scores; `dvc repro` runs it anew",
+        )
     print(f"verdict: no blocking check failed on {len(judged)} scored classifiers and defenses")
     return 0
 

@@ -68,3 +68,14 @@ def test_the_verdict_fails_and_names_the_failed_checks(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and f"{name} (logits, provenance/full/pgd)" in error
     assert "student_adaptive" not in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("cases", "caught"), [(0, 0), (34, 33)])
+def test_the_verdict_fails_where_the_selftest_did_not_pass(
+    cases: int, caught: int, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(file.read_text())
+    found["selftest"] = {"cases": cases, "caught": caught}
+    write_json(file, found)
+    assert main(["verdict", "--metrics", str(file)]) == 5
+    assert f"of {cases} cases of the selftest {caught} came out right" in capsys.readouterr().err
