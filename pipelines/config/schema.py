@@ -119,14 +119,28 @@ def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(fields), frozenset(kinds)
 
 
+@functools.cache
+def _attack_kinds() -> frozenset[str]:
+    return frozenset(TypeAdapter(AttackConfig).json_schema()["discriminator"]["mapping"])
+
+
 def _check_names(params: Params) -> None:
-    """Refuse a name that is used twice, and parameters without the models every line needs."""
+    """Refuse a name that is used twice, and parameters without the models every line needs.
+
+    Nor may an attack have the name of another kind: reports print names.
+    """
     trained = [*params.classifiers, *params.purifiers, *params.students, *params.atop]
     scored = [*params.baselines, *params.defenses, *params.controls]
     for kind, names in (("models", trained), ("scored defenses", scored)):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two {kind} share the name {', '.join(sorted(twice))}")
+    for name, attack in params.attacks.items():
+        if name != attack.kind and name in _attack_kinds():
+            raise ValueError(
+                f"attacks.{name} is of kind {attack.kind}: name it otherwise, since {name} is the "
+                "name of another kind"
+            )
     for needed in ("standard", "unseen"):
         _require("classifiers", needed, params.classifiers)
     _require("baselines", "none", params.baselines)

@@ -89,6 +89,12 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "none:\n    classifier: robust",
             "baselines.none.classifier is robust, but defenses stand in front of standard",
         ),
+        (
+            "  bim: {kind: bim, steps: 20, step: 0.1, eot: 4}",
+            "  bim: {kind: bim, steps: 20, step: 0.1, eot: 4}\n"
+            "  autoattack: {kind: noise, tries: 1}",
+            "attacks.autoattack is of kind noise: name it otherwise",
+        ),
         ("base: masked", "base: maskd", "did you mean masked?"),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "full: [fgms]", "did you mean fgsm?"),
