@@ -63,14 +63,17 @@ def conclusion(found: Sequence[Claim], scored: Mapping[str, Scored]) -> str:
         of = f" of {_seen(best)}" if best.seen else ""
         parts.append(f"{best.name} keeps most, {percent(best.left.accuracy)}{of}")
     else:
-        parts.append("none is validly measured to beat no defense and every control")
+        controls = any(one.role == "control" for one in scored.values())
+        rivals = "no defense and every control" if controls else "no defense"
+        parts.append(f"none is validly measured to beat {rivals}")
     invalid = sum(claim.fate == "not valid" for claim in found)
     if invalid:
         are = "measurement is" if invalid == 1 else "measurements are"
         parts.append(f"{invalid} {are} not valid")
     baseline = compared_baseline(scored)
     if baseline:
-        kept = percent(scored[baseline].headline.accuracy)
+        left = scored[baseline].headline
+        kept = f"{'at most ' if left.upper_bound else ''}{percent(left.accuracy)}"
         parts.append(f"{baseline}, without a purifier, keeps {kept}")
     sentence = "; ".join(parts) + "."
     # Names of defenses stay as they are written.

@@ -77,6 +77,20 @@ def test_adversarial_training_that_beats_nothing_is_named(evaluation: FakeEvalua
     )
 
 
+def test_the_sentence_claims_no_more_than_was_measured(evaluation: FakeEvaluation) -> None:
+    """A baseline whose measurement failed keeps at most its number; controls must be there."""
+    scored = changed(evaluation, student_adaptive="broken")
+    head = scored["none"].headline.model_copy(update={"upper_bound": True})
+    scored["none"] = scored["none"].model_copy(update={"headline": head})
+    found = claims(evaluation.entries, scored)
+    assert "beat no defense and every control; none, without a purifier, keeps at most 0.0 %." in (
+        conclusion(found, scored)
+    )
+    alone = {name: one for name, one in scored.items() if one.role != "control"}
+    sentence = conclusion(found, alone)
+    assert "beat no defense; none" in sentence and "control" not in sentence
+
+
 def test_what_falls_without_a_claim_fails(evaluation: FakeEvaluation) -> None:
     # As made up, twelve images are too few for seven right answers to beat none.
     assert [claim.fate for claim in claims(evaluation.entries, evaluation.metrics.defenses)] == [
