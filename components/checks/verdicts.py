@@ -24,6 +24,8 @@ Standing = Literal[
 # The quantile of the normal distribution for a two-sided interval of 99 %: such an interval and a
 # test at SIGNIFICANT hardly ever contradict each other.
 Z99 = 2.5758293035489004
+# The finest unit in which accuracies are compared: one part of so many.
+FINEST = 10_000
 # Rungs and attacks that are written for one defense: they differentiate what this defense needs,
 # hold its noise still, or know its detector.
 WRITTEN_RUNGS = (*STAND_INS, "fixed_noise")
@@ -174,10 +176,14 @@ def _difference(right: Accuracies, trained: Mapping[str, Accuracies]) -> Differe
 
 
 def _whole(differences: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return differences of fractions as whole numbers, in units of their common denominator."""
+    """Return differences of fractions as whole numbers, in units of their common denominator.
+
+    Where that is beyond `FINEST`, as for 1009 draws beside 32, they are rounded to that unit. Equal
+    sizes of either sign round alike, so the test of the rounded differences is exact, too.
+    """
     values = np.unique(differences)
-    fractions = [Fraction(value).limit_denominator(10_000) for value in values.tolist()]
-    scale = lcm(*(fraction.denominator for fraction in fractions))
+    fractions = [Fraction(value).limit_denominator(FINEST) for value in values.tolist()]
+    scale = min(lcm(*(fraction.denominator for fraction in fractions)), FINEST)
     whole: npt.NDArray[np.int64] = np.rint(differences * scale).astype(np.int64)
     return whole
 

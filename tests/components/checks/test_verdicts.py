@@ -36,6 +36,16 @@ def test_thirds_are_compared_exactly() -> None:
     assert higher(other, one) == 1.0 and higher(one, one) == 1.0
 
 
+def test_fractions_of_any_numbers_of_draws_are_compared() -> None:
+    """1009 draws beside 32, and 20011: their common denominator is beyond any table."""
+    generator = np.random.default_rng(0)
+    one, other = generator.binomial(1009, 0.5, 60) / 1009, generator.binomial(32, 0.5, 60) / 32
+    low = generator.binomial(20011, 0.3, 60) / 20011
+    same, back = higher(one, other), higher(other, one)
+    assert 0.01 < same < 0.99 and same + back == pytest.approx(1, abs=1e-3)
+    assert higher(one, low) < 1e-9 and higher(low, one) > 0.99
+
+
 def test_many_small_gains_do_not_outweigh_large_losses() -> None:
     """The sign test would say that a mean of 1.9 % beats one of 20 %."""
     small, large = right((180, 1 / 32), (120, 0.0)), right((240, 0.0), (60, 1.0))
