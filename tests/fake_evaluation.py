@@ -270,3 +270,20 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
         "written_for": [],
     }
     return Scored(**values | changes)
+
+
+def fail_checks(scored: dict[str, Any], *names: str, level: str = "block") -> None:
+    """Let these checks alone fail on an entry of `FakeEvaluation.values`, of those of a level."""
+    checks = scored["checks"]
+    others = [f for f in checks["findings"] if f["passed"] or f["level"] != level]
+    about = [(name, *name.partition("/")[::2]) for name in names]
+    checks["findings"] = others + [
+        {
+            "name": name, "check": check, "about": rung, "level": level, "passed": False,
+            "detail": "planted", "figures": {},
+        }
+        for name, check, rung in about
+    ]  # fmt: skip
+    checks["blocking_failed" if level == "block" else "warnings"] = list(names)
+    if level == "block":
+        scored["headline"]["upper_bound"] = bool(names)

@@ -5,8 +5,9 @@
 --min-clean 0.9` takes the one with the highest lower bound under the worst of all attacks. A
 version that failed a blocking check, or is not byte for byte what was scored, is refused. So is one
 that does not beat no defense and every control, unless `--anyway` is given with a reason; one that
-is below adversarial training takes a reason. `--sync` first registers this checkout's scored
-defenses: in an empty store, or where the results came from DVC's cache.
+is below adversarial training takes a reason. Where a defense was evaluated again in the same ball,
+the older version is superseded: it too takes `--anyway` and a reason. `--sync` first registers this
+checkout's scored defenses: in an empty store, or where the results came from DVC's cache.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pipelines.reporting.registration import registrations
 from pipelines.runner.console import show
 from pipelines.tasks import metrics
 from pipelines.tracking import registry
-from pipelines.tracking.registry import CHAMPION, NO_CHAMPION, Version
+from pipelines.tracking.registry import CHAMPION, NO_CHAMPION, SYNC, Version
 from pipelines.tracking.tracker import Tracker
 
 ORDERS = {"worst": "robust_accuracy_low", "clean": "clean_low"}
@@ -44,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reason", help="why; kept with the version")
     parser.add_argument(
         "--anyway", action="store_true",
-        help="with --reason: also where it does not beat no defense and every control",
+        help="with --reason: also where it is superseded, or beats no defense or a control not",
     )  # fmt: skip
     parser.add_argument("--sync", action="store_true", help="register what was evaluated here")
     parser.add_argument("--model", help="the registered model, by default that of params.yaml")
     options = parser.parse_args(argv)
+    options.reason = (options.reason or "").strip()
     if options.defense and options.by:
         raise ConfigError(f"give {options.defense} or --by {options.by}, not both")
     params = load()
@@ -106,6 +108,11 @@ def _promote(client: Any, name: str, found: Sequence[Version], options: Any) -> 
 
 def _require_worth(chosen: Version, title: str, options: Any) -> None:
     """Raise ConfigError for a defense that is worth too little for the reason that is given."""
+    if chosen.superseded_by is not None and not (options.anyway and options.reason):
+        raise ConfigError(
+            f"{title} is superseded: version {chosen.superseded_by} is the same defense, evaluated "
+            "later; it is not promoted without --anyway and --reason TEXT"
+        )
     judged = chosen.tags.get("verdict", "")
     if chosen.standing in NO_CHAMPION and not (options.anyway and options.reason):
         raise ConfigError(
@@ -120,22 +127,26 @@ def _chosen(found: Sequence[Version], options: Any) -> Version:
     if options.by:
         if not any(version.standing for version in found):
             raise ConfigError("no registered version has a verdict: register them by --sync")
-        sound = [v for v in found if not v.failed and v.standing]
+        newest = max(found, key=lambda version: version.evaluated)
+        # Accuracies in other balls, or on other images, are no better or worse.
+        like = [v for v in found if v.threat == newest.threat and v.superseded_by is None]
+        sound = [version for version in like if not version.failed and version.standing]
         if not options.anyway:
             sound = [version for version in sound if version.standing not in NO_CHAMPION]
         fit = [version for version in sound if version.figure("clean") >= options.min_clean]
         if not fit:
             raise ConfigError(
-                "no version without a failed blocking check that beats no defense and every "
-                f"control reaches {options.min_clean:.1%} clean; --anyway takes those that do not"
+                f"of the newest evaluation ({_threat(newest)}, n = {newest.figure('n'):.0f}), no "
+                "version without a failed blocking check that beats no defense and every control "
+                f"reaches {options.min_clean:.1%} clean; --anyway takes those that beat them not"
             )
         return max(fit, key=lambda version: version.figure(ORDERS[options.by]))
     named = [v for v in found if options.defense in (str(v.number), v.defense)]
     if not named:
         known = ", ".join(f"{v.number} ({v.defense})" for v in found)
         raise ConfigError(f"there is no {options.defense}; there are {known}")
-    # A defense that was trained again is another version: the newest is meant.
-    return max(named, key=lambda version: version.number)
+    # A defense that was trained or evaluated again is another version: the newest is meant.
+    return max(named, key=lambda version: (version.evaluated, version.number))
 
 
 def _sync(params: Params) -> None:
@@ -149,7 +160,7 @@ def _sync(params: Params) -> None:
         raise DataError(
             f"{METRICS} has no {error.args[0]}, which {PARAMS} names: `dvc repro` renews it"
         ) from None
-    tracker = Tracker("sync", f"limpid-{params.data.kind}", {}, "")
+    tracker = Tracker(SYNC, f"limpid-{params.data.kind}", {}, "")
     if problem := tracker.finish("FINISHED", found):
         raise Failed(4, problem)
 
@@ -158,8 +169,8 @@ def _print(found: Sequence[Version], name: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=name)
     table.add_column("version", justify="right")
     for title in (
-        "defense", "clean", "robust accuracy\n(worst of all attacks), 95 %", "n", "ms/image",
-        "measurement\nvalid", "warnings", "alias",
+        "defense", "clean", "robust accuracy\n(worst of all attacks), 95 %", "n", "threat",
+        "ms/image", "measurement\nvalid", "warnings", "alias",
     ):  # fmt: skip
         table.add_column(title, no_wrap=True, justify="left" if title == "defense" else "right")
     for one in found:
@@ -168,11 +179,11 @@ def _print(found: Sequence[Version], name: str) -> None:
         worst = f"{100 * one.figure('robust_accuracy'):.1f} ({100 * low:.1f}-{100 * high:.1f})"
         table.add_row(
             str(one.number), one.defense, f"{100 * one.figure('clean'):.1f}",
-            f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}",
+            f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}", _threat(one),
             "-" if math.isnan(time) else f"{time:.3g}",
             f"no, {len(one.failed)} failed" if one.failed else "yes",
             f"{one.figure('warnings_count'):.0f}" if one.standing else "-", ", ".join(one.aliases),
-            style="dim" if one.failed else "",
+            style="dim" if one.failed or one.superseded_by is not None else "",
         )  # fmt: skip
     show(table)
     for one in found:
@@ -184,7 +195,20 @@ def _beside(version: Version) -> str:
     if not version.standing:
         return "without a verdict: register it by --sync"
     written = version.tags.get("attacks written for this defense", "none")
-    return (
+    newer = version.superseded_by
+    return ("" if newer is None else f"superseded by version {newer}; ") + (
         f"{version.tags['verdict']}; attacks written for this defense: {written}; "
         f"{version.tags['warnings']}"
+    )
+
+
+def _threat(version: Version) -> str:
+    """Return the norm and the radius of a version in short: `linf 51/255`."""
+    norm, in_255, radius = version.ball
+    return (
+        "-"
+        if norm is None
+        else f"{norm} {radius:g}"
+        if in_255 is None
+        else f"{norm} {in_255:g}/255"
     )

@@ -2,8 +2,9 @@
 
 A version is identified by its networks, its settings, the code of the defense, and its figures:
 where one of these changes, another version is made, and no version gets other figures. It carries
-its verdict, the checks that failed and a description. Registering moves the alias `candidate`; only
-a person moves `champion`, and a version is verified byte by byte before.
+its verdict, the checks that failed and a description. Of versions of one defense in one ball, the
+one that was evaluated last counts. Registering moves the alias `candidate`; only a person moves
+`champion`, and a version is verified byte by byte before.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from pipelines.layout import MLFLOW_DB
 from pipelines.storage.locks import lock
 
 CHAMPION, CANDIDATE = "champion", "candidate"
+# What stands for a stage in a run that only registers what was evaluated before.
+SYNC = "sync"
 # A defense that stands like this becomes the champion by an explicit wish only.
 NO_CHAMPION = ("broken", "no better than a control", "not measured")
 # A figure of the machine: it differs from one evaluation to the next.
@@ -64,6 +67,7 @@ class Version:
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
     source: str
+    superseded_by: int | None = None
 
     def figure(self, name: str) -> float:
         """Return the figure of this name; NaN where there is none."""
@@ -81,6 +85,29 @@ class Version:
         Versions that an older Limpid registered say nothing: "".
         """
         return self.tags.get("standing", "")
+
+    @property
+    def evaluated(self) -> int:
+        """When its last evaluation began, in ms; 0 where nothing says it."""
+        return int(self.tags.get("limpid.evaluated", "0"))
+
+    @property
+    def threat(self) -> dict[str, Any]:
+        """The threat model, with the numbers of images and draws; empty where nothing says it."""
+        return dict(json.loads(self.tags.get("threat", "{}")))
+
+    @property
+    def ball(self) -> tuple[Any, ...]:
+        """The norm and the radius."""
+        return tuple(self.threat.get(key) for key in ("norm", "eps_255", "eps_l2"))
+
+    def supersedes(self, other: "Version") -> bool:
+        """Whether this is the same defense in the same ball, evaluated after `other`.
+
+        How many images there were makes no difference: the newer figures count.
+        """
+        same = self.tags.get("limpid.digest") == other.tags.get("limpid.digest")
+        return same and self.ball == other.ball and self.evaluated > other.evaluated
 
 
 def tracking_uri() -> str:
@@ -121,10 +148,13 @@ def _create_store(uri: str) -> None:
     part.replace(path)
 
 
-def register(client: Any, run: str, one: Registration, provenance: Mapping[str, str]) -> None:
+def register(
+    client: Any, run: str, one: Registration, provenance: Mapping[str, str], started: int
+) -> None:
     """Register a defense, once for each of its figures; later calls renew tags and description.
 
-    Figures and files are logged in `run` at every call.
+    Figures and files are logged in `run` at every call. `started`, in ms, is when the stage began
+    that evaluated the defense. A stage that only registers, SYNC, leaves known versions their time.
     """
     import mlflow
 
@@ -140,12 +170,29 @@ def register(client: Any, run: str, one: Registration, provenance: Mapping[str, 
     tags = {**one.tags, "limpid.figures": json.dumps(dict(one.metrics))}
     tags |= {"limpid.fingerprint": one.fingerprint, "limpid.digest": one.digest}
     tags |= {"limpid.run": run, **provenance}
+    if provenance["dvc.stage"] != SYNC or "limpid.evaluated" not in known.tags:
+        tags["limpid.evaluated"] = str(started)
     for key, value in tags.items():
         client.set_model_version_tag(name, known.version, key, value)
     client.update_model_version(name, known.version, one.description)
     client.set_tag(run, "mlflow.note.content", one.description)
+    _move_candidate(client, one, int(known.version))
+
+
+def _move_candidate(client: Any, one: Registration, number: int) -> None:
+    """Give the alias to the best of an evaluation; take it from what a newer evaluation judged."""
+    found = versions(client, one.version_of)
+    this = next(version for version in found if version.number == number)
+    if this.superseded_by is not None:
+        return
     if one.tags.get("limpid.candidate") == "yes":
-        client.set_registered_model_alias(name, CANDIDATE, known.version)
+        client.set_registered_model_alias(one.version_of, CANDIDATE, str(number))
+        return
+    holder = next((version for version in found if CANDIDATE in version.aliases), None)
+    if holder is None or holder.evaluated >= this.evaluated:
+        return
+    if holder.defense == this.defense or this.supersedes(holder):
+        client.delete_registered_model_alias(one.version_of, CANDIDATE)
 
 
 def versions(client: Any, name: str) -> list[Version]:
@@ -169,11 +216,19 @@ def versions(client: Any, name: str) -> list[Version]:
         for version in client.search_model_versions(f"name = '{name}'")
     ]
 
+    found = [replace(one, superseded_by=_superseding(one, found)) for one in found]
+
     def order(version: Version) -> float:
         accuracy = version.figure("robust_accuracy")
         return 1.0 if math.isnan(accuracy) else -accuracy
 
     return sorted(found, key=order)
+
+
+def _superseding(one: Version, found: Sequence[Version]) -> int | None:
+    """Return the number of the newest version that supersedes one, or None."""
+    newer = [other for other in found if other.supersedes(one)]
+    return max(newer, key=lambda other: other.evaluated).number if newer else None
 
 
 def damage(version: Version) -> str:

@@ -113,6 +113,7 @@ class _Runs:
         self.client = client
         self.redelivery = redelivery
         self.experiment = self.run = self.id = ""
+        self.started = 0
         self.tags: Mapping[str, str] = {}
         self.nested: dict[str, str] = {}
 
@@ -133,7 +134,7 @@ class _Runs:
             case "register":
                 one = TypeAdapter(Registration).validate_python(event["registration"])
                 run = self._inner(one.name, event["params"])
-                registry.register(self.client, run, one, self.tags)
+                registry.register(self.client, run, one, self.tags, self.started)
             case "end":
                 for run in (*self.nested.values(), self.run):
                     self.client.set_terminated(run, event["status"], event["time"])
@@ -153,7 +154,7 @@ class _Runs:
             if known
             else self.client.create_experiment(event["experiment"], tags=KIND)
         )
-        self.tags, self.id = event["tags"], event["id"]
+        self.tags, self.id, self.started = event["tags"], event["id"], event["time"]
         about = {"start_time": event["time"], "tags": self.tags, "run_name": event["stage"]}
         self.run = self._run_of(self.id, **about)
         self._log_params(self.run, event["params"])

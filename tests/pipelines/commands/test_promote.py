@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import mlflow
 import project
 import pytest
-from fake_evaluation import bare_scores
+from fake_evaluation import bare_scores, fail_checks
 from ruamel.yaml import YAML
 from toys import write_model
 
@@ -27,6 +28,7 @@ from pipelines.tasks.metrics import (
     Estimate,
     Headline,
     Metrics,
+    RecordedFinding,
     Scored,
     Selftest,
     Standing,
@@ -36,6 +38,7 @@ from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import threat_model
 from pipelines.tracking import registry
 from pipelines.tracking.registry import Version
+from pipelines.tracking.tracker import Tracker
 
 MODEL = "limpid-digits"
 
@@ -99,11 +102,21 @@ def one(defended: Defended, name: str) -> Scored:
     return bare_scores(
         low,
         headline=Headline(**dict(estimate), upper_bound=False),
+        clean=Estimate(accuracy=0.95, low=0.9, high=1.0, n=50),
         digest=subject.defense().digest,
         verdict=Verdict(standing=standing, rivals=["none"], adversarial_training=difference),
-        checks=Checks(blocking_failed=[], warnings=["chance", "selection"], findings=[]),
+        checks=Checks(
+            blocking_failed=[],
+            warnings=["chance", "selection"],
+            findings=[finding("chance", "warn"), finding("selection", "warn")],
+        ),
         written_for=["direct"] if name == "apudae" else [],
     )
+
+
+def finding(name: str, level: Literal["block", "warn"]) -> RecordedFinding:
+    about: dict[str, Any] = {"check": name, "about": "", "detail": "", "figures": {}}
+    return RecordedFinding(name=name, level=level, passed=False, **about)
 
 
 def write(values: Metrics) -> None:
@@ -263,16 +276,127 @@ def test_other_figures_make_another_version_and_leave_the_champion_as_it_is(stor
     assert promote(["atop", "--reason", "for the test"]) == 0
     before = registered_versions_by_number()
     values = json.loads(Path("reports/metrics.json").read_text())
-    values["defenses"]["atop"]["headline"]["accuracy"] = 0.9
+    values["defenses"]["atop"]["headline"]["accuracy"] = 0.5
     Path("reports/metrics.json").write_text(json.dumps(values))
     assert promote(["--sync"]) == 0
     after = registered_versions_by_number()
     (new,) = set(after) - set(before)
-    assert after[new].defense == "atop" and after[new].figure("robust_accuracy") == 0.9
+    assert after[new].defense == "atop" and after[new].figure("robust_accuracy") == 0.5
     for number, version in before.items():
         assert after[number].tags["limpid.figures"] == version.tags["limpid.figures"]
     write(evaluated(load()))
     registry.connect().delete_model_version(MODEL, str(new))
+
+
+@pytest.fixture
+def again(store: Path) -> Iterator[Callable[..., Version]]:
+    """Register the evaluation of a defense anew, with other values, and return its version."""
+    client, first = registry.connect(), registered_versions_by_number()
+    for number, version in first.items():
+        client.set_model_version_tag(MODEL, str(number), "limpid.evaluated", "1")
+        if version.defense == "atop":
+            client.set_registered_model_alias(MODEL, registry.CANDIDATE, str(number))
+
+    def evaluate(name: str, stage: str = registry.SYNC, **changes: Any) -> Version:
+        found = evaluated(load())
+        of_all = {key: changes.pop(key) for key in list(changes) if key in Metrics.model_fields}
+        scores = {**found.defenses, name: found.defenses[name].model_copy(update=changes)}
+        found = found.model_copy(update={"defenses": scores, **of_all})
+        registered = registration.registrations(load().defenses, found, Path("models"), "digits")
+        assert not Tracker(stage, MODEL, {}, "").finish("FINISHED", registered)
+        known = registered_versions_by_number().values()
+        return max((v for v in known if v.defense == name), key=lambda v: (v.evaluated, v.number))
+
+    yield evaluate
+    for number in set(registered_versions_by_number()) - set(first):
+        client.delete_model_version(MODEL, str(number))
+
+
+def scores(accuracy: float) -> dict[str, Any]:
+    estimate = {"accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 50}
+    return {"headline": Headline(**estimate, upper_bound=False)}
+
+
+def failing() -> dict[str, Any]:
+    finding = RecordedFinding(
+        name="planted",
+        check="planted",
+        about="",
+        level="block",
+        passed=False,
+        detail="",
+        figures={},
+    )
+    checks = Checks(blocking_failed=["planted"], warnings=[], findings=[finding])
+    head = Headline(accuracy=0.55, low=0.5, high=0.6, n=50, upper_bound=True)
+    return {"checks": checks, "headline": head}
+
+
+@pytest.mark.parametrize("changes", [scores(0.1), failing()], ids=["weaker", "failed"])
+def test_a_newer_evaluation_of_a_defense_supersedes_the_older_one(
+    again: Callable[..., Version], changes: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    old = registered_versions()["atop"]
+    assert old.aliases == ("candidate",)
+    new = again("atop", **changes)
+    assert new.number != old.number
+    assert promote(["--by", "worst", "--reason", "x"]) == 0 and champion() == "student_adaptive"
+    assert registered_versions()["student_adaptive"].aliases == ("candidate", "champion")
+    capsys.readouterr()
+    for argv in (["--reason", "x"], ["--anyway"], ["--anyway", "--reason", " "]):
+        assert promote([str(old.number), *argv]) == 2
+        assert f"is superseded: version {new.number} is" in capsys.readouterr().err
+    assert promote([]) == 0
+    listed = capsys.readouterr().out
+    assert f"{old.number} atop: superseded by version {new.number}; not told" in listed
+    # Registered again, the older evaluation is no newer, and gets no alias back.
+    again("atop")
+    assert registered_versions_by_number()[old.number].superseded_by == new.number
+    assert registered_versions()["student_adaptive"].aliases == ("candidate", "champion")
+    assert promote([str(old.number), "--anyway", "--reason", "a slip of the new one"]) == 0
+
+
+def test_a_defense_that_is_evaluated_again_as_before_is_the_newest(
+    again: Callable[..., Version],
+) -> None:
+    old = registered_versions()["atop"]
+    new = again("atop", **scores(0.1))
+    assert again("atop", stage="evaluate").number == old.number
+    known = registered_versions_by_number()
+    assert known[old.number].superseded_by is None
+    assert known[new.number].superseded_by == old.number
+    assert known[old.number].aliases == ("candidate",)
+
+
+def test_where_a_newer_evaluation_finds_no_candidate_there_is_none(
+    again: Callable[..., Version],
+) -> None:
+    known = registered_versions()
+    sound = {name for name, one in STANDINGS.items() if one not in registry.NO_CHAMPION} - {"atop"}
+    client = registry.connect()
+    client.set_registered_model_alias(MODEL, registry.CANDIDATE, str(known["atop"].number))
+    found = evaluated(load())
+    broken = Verdict(standing="broken", rivals=["none"], adversarial_training=None)
+    scores_ = {
+        name: one.model_copy(update={"verdict": broken}) if name in sound | {"atop"} else one
+        for name, one in found.defenses.items()
+    }
+    again("atop", defenses=scores_)
+    assert not any(
+        registry.CANDIDATE in v.aliases for v in registered_versions_by_number().values()
+    )
+
+
+def test_by_compares_only_versions_of_the_threat_of_the_newest_evaluation(
+    again: Callable[..., Version], capsys: pytest.CaptureFixture
+) -> None:
+    threat = evaluated(load()).threat_model.model_copy(update={"n": 40})
+    again("atop", threat_model=threat, **scores(0.15))
+    assert promote(["--by", "worst", "--reason", "x"]) == 0
+    (chosen,) = (v for v in registered_versions_by_number().values() if "champion" in v.aliases)
+    assert chosen.threat["n"] == 40
+    assert promote([]) == 0
+    assert " linf 51/255 " in capsys.readouterr().out
 
 
 def test_changed_code_makes_another_version(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,12 +452,7 @@ def test_a_version_with_a_failed_blocking_check_is_refused(
 
 def test_a_failed_check_is_registered_with_the_defense(store: Path) -> None:
     values = json.loads((store / "reports/metrics.json").read_text())
-    planted = {"name": "planted", "check": "planted", "about": "", "detail": "", "figures": {}}
-    values["defenses"]["atop"]["checks"] |= {
-        "blocking_failed": ["planted"],
-        "findings": [{**planted, "level": "block", "passed": False}],
-    }
-    values["defenses"]["atop"]["headline"]["upper_bound"] = True
+    fail_checks(values["defenses"]["atop"], "planted")
     found = Metrics.model_validate_json(json.dumps(values))
     registered = registration.registrations(load().defenses, found, Path("models"), "digits")
     atop = next(one for one in registered if one.name == "atop")
