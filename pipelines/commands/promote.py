@@ -152,7 +152,7 @@ def _chosen(found: Sequence[Version], options: Any) -> Version:
 def _sync(params: Params) -> None:
     """Register what was evaluated in this folder."""
     try:
-        scored = metrics.read(METRICS)
+        scored = metrics.read_unedited(METRICS)
         found = registrations(params.defenses, scored, MODELS, params.data.kind)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is missing: `dvc repro` makes it") from None

@@ -48,13 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--metrics", type=Path, default=METRICS)
-    found = read(parser.parse_args(argv).metrics)
+    path = parser.parse_args(argv).metrics
+    found = read(path)
     scored, threat = found.defenses, found.threat_model
     names = ordered(scored)
     illusions = [illusion(name, scored[name]) for name in names]
     console = Console(highlight=False)
     # Narrower, the table would cut digits off, and a cut number is another number.
     console.width = max(console.width, WIDTH)
+    if problem := metrics.edited(path):
+        console.print(Text(f"{problem}\n", "red"))
     console.print(score_table(scored))
     notes = NOTES.format(n=threat.n, threat=describe_threat(threat))
     console.print(Text(f"\n{notes}"), style="dim")

@@ -1,8 +1,8 @@
 """Say how each defense stands; fail where a blocking check failed.
 
-Exit codes: 0, 3 metrics that cannot be read, 5 a blocking check failed on a defense or a baseline,
-or the selftest did not pass.
-Controls are never judged: some are there to be caught. Writes nothing.
+Exit codes: 0, 3 metrics that cannot be read or were edited, 5 a blocking check failed on a defense
+or a baseline, or the selftest did not pass. Controls are never judged: some are there to be caught.
+Writes nothing.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(path: Path) -> metrics.Metrics:
-    """Return the metrics; raise DataError for those that are missing or cannot be read."""
+    """Return the metrics; raise DataError for those that are missing, damaged or edited."""
     try:
-        return metrics.read(path)
+        return metrics.read_unedited(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; `dvc repro` makes it") from None

@@ -3,17 +3,27 @@
 Some values are sentences for people. The facts of each sentence stand beside it as numbers and
 names, and programs read only those. A set is named rung/attack, for example `full/pgd`.
 
-Every change of the form raises `SCHEMA_VERSION`.
+Every change of the form raises `SCHEMA_VERSION`. Values that contradict each other are refused.
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from components.config import Config
 from components.data.shards import DataError, write_json
+from pipelines.config.yaml_files import read_yaml
+from pipelines.layout import DVC_LOCK
 
 SCHEMA_VERSION: Final = 2
 EntryRole = Literal["baseline", "defense", "control"]
@@ -158,6 +168,18 @@ class Checks(Config):
     warnings: list[str]
     findings: list[RecordedFinding]
 
+    @model_validator(mode="after")
+    def _names_are_those_of_findings(self) -> Self:
+        for key, level in (("blocking_failed", "block"), ("warnings", "warn")):
+            named = getattr(self, key)
+            failed = [f.name for f in self.findings if not f.passed and f.level == level]
+            if sorted(named) != sorted(failed):
+                raise ValueError(
+                    f"{key} names {', '.join(named) or 'none'}, and of its findings "
+                    f"{', '.join(failed) or 'none'} failed"
+                )
+        return self
+
     def failed(self) -> list[RecordedFinding]:
         """Return the findings that failed, blocking ones first."""
         return sorted((f for f in self.findings if not f.passed), key=lambda f: f.level)
@@ -200,6 +222,26 @@ class Scored(Config):
     written_for: list[str]
     not_better_than: dict[str, Rival] | None = None
     verdict: Verdict | None = None
+
+    @model_validator(mode="after")
+    def _headline_is_what_is_left(self) -> Self:
+        failed, bound = self.checks.blocking_failed, self.headline.upper_bound
+        if bound != bool(failed):
+            raise ValueError(
+                f"headline.upper_bound is {str(bound).lower()}, and "
+                f"{', '.join(failed) or 'no blocking check'} failed"
+            )
+        # The noise that selects the worst attack on a random defense is not that which scores it.
+        if not self.stochastic:
+            left = {"clean": self.clean, **self.rungs}
+            left |= {n: one for n, one in self.attacks.items() if one.bounded and one.inside == 1}
+            least = min(left, key=lambda name: left[name].accuracy)
+            if self.headline.accuracy > left[least].accuracy + 1e-9:
+                raise ValueError(
+                    f"its headline is {self.headline.accuracy:.4g}, and {least} leaves "
+                    f"{left[least].accuracy:.4g}"
+                )
+        return self
 
     @model_serializer(mode="wrap")
     def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -283,9 +325,35 @@ def read(path: Path) -> Metrics:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{path} is damaged ({where}: {first['msg']}); `dvc repro` renews it"
-        ) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is damaged ({where}: {problem}); `dvc repro` renews it") from None
+
+
+def edited(path: Path) -> str:
+    """Return what to do about a file that is not the one in dvc.lock; "" where it is, or none is.
+
+    The lock lists the md5 of every output of a stage.
+    """
+    if not DVC_LOCK.exists():
+        return ""
+    stages = read_yaml(DVC_LOCK).get("stages", {})
+    outs = {o["path"]: o["md5"] for stage in stages.values() for o in stage.get("outs", [])}
+    name = Path(os.path.relpath(path)).as_posix()
+    content = path.read_bytes()
+    if name not in outs or hashlib.md5(content, usedforsecurity=False).hexdigest() == outs[name]:
+        return ""
+    return (
+        f"{path} is not what {DVC_LOCK} lists: it was edited, or made without DVC; `dvc repro` "
+        "makes it again, `dvc commit -f evaluate` accepts what `limpid` evaluated or fetched"
+    )
+
+
+def read_unedited(path: Path) -> Metrics:
+    """Return what `read` returns; raise DataError also where the file is not as DVC has it."""
+    found = read(path)
+    if problem := edited(path):
+        raise DataError(problem)
+    return found
 
 
 def write(path: Path, metrics: Metrics) -> None:

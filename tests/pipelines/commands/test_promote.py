@@ -424,6 +424,19 @@ def test_what_was_not_scored_is_not_registered(
     assert "is not what was scored" in error and error.count("\n") == 1
 
 
+def test_edited_metrics_are_not_registered(store: Path, capsys: pytest.CaptureFixture) -> None:
+    lock, before = Path("dvc.lock").read_bytes(), registered_versions_by_number()
+    project.lock_of(Path(), "reports/metrics.json")
+    assert promote(["--sync"]) == 0
+    write(evaluated(load()).model_copy(update={"seed": 1}))
+    assert promote(["--sync"]) == 3
+    error = capsys.readouterr().err
+    assert "reports/metrics.json is not what dvc.lock lists" in error and error.count("\n") == 1
+    assert set(registered_versions_by_number()) == set(before)
+    write(evaluated(load()))
+    Path("dvc.lock").write_bytes(lock)
+
+
 def test_changed_code_in_the_artifacts_is_refused(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from fake_evaluation import FakeEvaluation
+from project import lock_of
 
 from pipelines.__main__ import main
 from pipelines.tasks import metrics
@@ -59,3 +60,16 @@ def test_missing_or_damaged_metrics_end_in_one_sentence(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(f"error: {path} ")
     assert captured.err.count("\n") == 1
+
+
+def test_scores_say_that_metrics_were_edited(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    lock_of(file.parent, "metrics.json")
+    assert main(["scores", "--metrics", "metrics.json"]) == 0
+    assert "dvc.lock" not in capsys.readouterr().out
+    file.write_text(file.read_text() + "\n")
+    assert main(["scores", "--metrics", "metrics.json"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.startswith("metrics.json is not what dvc.lock lists: it was edited, or made")

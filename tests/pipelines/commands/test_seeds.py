@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_evaluation import bare_scores
+from fake_evaluation import bare_scores, fail_checks
 
 from pipelines.__main__ import main
 from pipelines.tasks.metrics import Estimate, Headline, LinfThreat, Metrics, Selftest
@@ -18,7 +18,7 @@ def write_run(tmp_path: Path, number: int, headline: float, **changes: Any) -> s
     found = bare_scores(
         headline,
         clean=Estimate(accuracy=0.9, **rung),
-        headline=Headline(accuracy=headline, upper_bound=bound, **rung),
+        headline=Headline(accuracy=headline, upper_bound=False, **rung),
         rungs={
             "classifier": Estimate(accuracy=0.8, **rung),
             "full": Estimate(accuracy=headline, **rung),
@@ -33,6 +33,8 @@ def write_run(tmp_path: Path, number: int, headline: float, **changes: Any) -> s
     )
     path = tmp_path / f"{number}.json"
     values = metrics.model_dump(mode="json")
+    if bound:
+        fail_checks(values["defenses"]["purifier"], "planted")
     path.write_text(json.dumps({**values, **changes}))
     return str(path)
 

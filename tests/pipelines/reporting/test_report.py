@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_evaluation import CLASSES, EVIL, PROBES, RIGHT, FakeEvaluation, N
+from fake_evaluation import CLASSES, EVIL, PROBES, RIGHT, FakeEvaluation, N, fail_checks
 
 from components.attacks.ladder import MODES
 from components.evaluation.detection import CURVE
@@ -223,7 +223,7 @@ def test_detect_or_correct_is_an_upper_bound_where_the_headline_is(
     evaluation: FakeEvaluation,
 ) -> None:
     found = evaluation.values()
-    found["defenses"]["student_adaptive"]["headline"]["upper_bound"] = True
+    fail_checks(found["defenses"]["student_adaptive"], "planted")
     html = evaluation.html(found)
     assert section(html, "detection").count('<s class="n">100.0 %</s>') == 2
 

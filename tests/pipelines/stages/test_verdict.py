@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_evaluation import FakeEvaluation
+from fake_evaluation import FakeEvaluation, fail_checks
+from project import lock_of
 
 from components.data.shards import write_json
 from pipelines.__main__ import main
@@ -47,8 +48,8 @@ def test_the_verdict_says_how_each_defense_stands_and_what_warns_of_it(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = json.loads(file.read_text())
-    found["defenses"]["student_grey"]["checks"]["warnings"] = ["chance", "selection"]
-    found["defenses"]["student_adaptive"]["checks"]["warnings"] = []
+    fail_checks(found["defenses"]["student_grey"], "chance", "selection", level="warn")
+    fail_checks(found["defenses"]["student_adaptive"], level="warn")
     write_json(file, found)
     assert main(["verdict", "--metrics", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -62,7 +63,7 @@ def test_the_verdict_fails_and_names_the_failed_checks(
     name: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = json.loads(file.read_text())
-    found["defenses"][name]["checks"]["blocking_failed"] = ["logits", "provenance/full/pgd"]
+    fail_checks(found["defenses"][name], "logits", "provenance/full/pgd")
     write_json(file, found)
     assert main(["verdict", "--metrics", str(file)]) == 5
     error = capsys.readouterr().err
@@ -79,3 +80,19 @@ def test_the_verdict_fails_where_the_selftest_did_not_pass(
     write_json(file, found)
     assert main(["verdict", "--metrics", str(file)]) == 5
     assert f"of {cases} cases of the selftest {caught} came out right" in capsys.readouterr().err
+
+
+def test_metrics_that_were_edited_are_not_judged(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    lock_of(file.parent, "metrics.json")
+    for path in ("metrics.json", str(file)):
+        assert main(["verdict", "--metrics", path]) == 0
+    file.write_text(file.read_text() + "\n")
+    capsys.readouterr()
+    for path in ("metrics.json", str(file)):
+        assert main(["verdict", "--metrics", path]) == 3
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path} is not what dvc.lock lists: it was edited")
+        assert "`dvc repro` makes it again" in error and error.count("\n") == 1

@@ -1,7 +1,7 @@
 """The form of reports/metrics.json: its keys, its way to a file and back, and damaged files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -154,6 +154,52 @@ def test_metrics_of_another_form_are_refused_in_one_sentence(
         metrics.read(path)
     assert str(raised.value).startswith(f"{path} {message}")
     assert "\n" not in str(raised.value)
+
+
+def _unmask(one: dict[str, Any]) -> None:
+    one["headline"]["upper_bound"] = False
+
+
+def _hide(one: dict[str, Any]) -> None:
+    one["checks"]["blocking_failed"] = []
+    one["headline"]["upper_bound"] = False
+
+
+def _quiet(one: dict[str, Any]) -> None:
+    one["checks"]["warnings"] = []
+
+
+def _raise(one: dict[str, Any]) -> None:
+    one["headline"]["accuracy"] = 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "sentence"),
+    [
+        (EVIL, _unmask, "headline.upper_bound is false, and gradient_present/full"),
+        (EVIL, _hide, "blocking_failed names none, and of its findings gradient_present/full"),
+        ("none", _quiet, "warnings names none, and of its findings quantisation failed"),
+        ("student_adaptive", _raise, "its headline is 0.9, and full leaves 0.5833"),
+    ],
+)
+def test_metrics_that_contradict_themselves_are_refused(
+    name: str, edit: Callable[[dict[str, Any]], None], sentence: str, evaluation: FakeEvaluation,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    values, path = evaluation.values(), tmp_path / "metrics.json"
+    edit(values["defenses"][name])
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError) as raised:
+        metrics.read(path)
+    assert str(raised.value).startswith(f"{path} is damaged (defenses.{name}")
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_attack_that_left_the_ball_bounds_no_headline(evaluation: FakeEvaluation) -> None:
+    values = evaluation.values()
+    attack = values["defenses"]["student_adaptive"]["attacks"]["full/pgd"]
+    attack |= {"accuracy": 0.0, "low": 0.0, "inside": 0.9}
+    Metrics.model_validate_json(json.dumps(values))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3"])
