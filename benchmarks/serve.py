@@ -82,7 +82,7 @@ def register(folder: Path) -> dict[str, Subject]:
         registrations.append(
             Registration(
                 name=f"defense{index}", version_of=NAME, fingerprint=name,
-                digest=subjects[name].defense().digest, verdict="not scored", folders=folders,
+                digest=subjects[name].defense().digest, folders=folders,
                 inference=inference, metrics={}, tags=tags, description=name,
             )
         )  # fmt: skip

@@ -1,15 +1,23 @@
-"""What a served defense returns: everything about an image from one purification.
+"""What a served defense returns, and the seal by which it is known to be what was registered.
 
-Labels are unknown here, and nothing is counted. Shapes: N images, C channels, H W, K classes.
+Everything about an image comes from one purification, in full float32 as in scoring. Labels are
+unknown here, and nothing is counted. Shapes: N images, C channels, H W, K classes.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from components.data.draws import Draws, NoiseStream, fresh
+from components.data.shards import sha256
 from components.models.defense import Defense
+from components.models.precision import full_precision
 from components.models.purifiers.contract import mean_squared_error
 
 
@@ -27,6 +35,23 @@ class Prediction:
     detector_score: Tensor
 
 
+def seal(parts: Mapping[str, Path], config: Mapping[str, Any]) -> str:
+    """Return one sha256 of files and folders by name, and of a config but for its key "seal".
+
+    Of a folder all files count, but those in `__pycache__`, which Python itself writes.
+    """
+    about = {key: value for key, value in config.items() if key != "seal"}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, part in sorted(parts.items()):
+        files = [part] if part.is_file() else sorted(p for p in part.rglob("*") if p.is_file())
+        for file in files:
+            inner = file.relative_to(part)
+            if "__pycache__" not in inner.parts:
+                digest.update(f"\n{name} {inner.as_posix()} {sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+@full_precision()
 def predict(defense: Defense, x: Tensor, seed: int | None, batch: int) -> Prediction:
     """Purify and classify images (N,C,H,W) in [0,1], `batch` at a time.
 

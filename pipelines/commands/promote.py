@@ -84,6 +84,10 @@ def _promote(client: Any, name: str, found: Sequence[Version], options: Any) -> 
         raise ConfigError(
             f"{title} failed {failed}: its accuracy is an upper bound, and it is not promoted"
         )
+    if not chosen.valid:
+        raise ConfigError(
+            f"{title} does not say that its measurement is valid: register it by --sync"
+        )
     if chosen.figure("clean") < options.min_clean:
         raise ConfigError(
             f"{title} gets {chosen.figure('clean'):.1%} of clean images right, less than "
@@ -130,7 +134,7 @@ def _chosen(found: Sequence[Version], options: Any) -> Version:
         newest = max(found, key=lambda version: version.evaluated)
         # Accuracies in other balls, or on other images, are no better or worse.
         like = [v for v in found if v.threat == newest.threat and v.superseded_by is None]
-        sound = [version for version in like if not version.failed and version.standing]
+        sound = [version for version in like if version.valid and version.standing]
         if not options.anyway:
             sound = [version for version in sound if version.standing not in NO_CHAMPION]
         fit = [version for version in sound if version.figure("clean") >= options.min_clean]
@@ -181,7 +185,7 @@ def _print(found: Sequence[Version], name: str) -> None:
             str(one.number), one.defense, f"{100 * one.figure('clean'):.1f}",
             f"<={worst}" if one.failed else worst, f"{one.figure('n'):.0f}", _threat(one),
             "-" if math.isnan(time) else f"{time:.3g}",
-            f"no, {len(one.failed)} failed" if one.failed else "yes",
+            f"no, {len(one.failed)} failed" if one.failed else "yes" if one.valid else "not said",
             f"{one.figure('warnings_count'):.0f}" if one.standing else "-", ", ".join(one.aliases),
             style="dim" if one.failed or one.superseded_by is not None else "",
         )  # fmt: skip

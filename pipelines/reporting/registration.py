@@ -72,7 +72,6 @@ def _registration(
         version_of=f"limpid-{dataset}",
         fingerprint=identity(prints, inference, found.digest),
         digest=found.digest,
-        verdict=verdict(found),
         folders=folders,
         inference=inference,
         params={

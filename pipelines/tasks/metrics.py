@@ -337,10 +337,10 @@ def edited(path: Path) -> str:
     if not DVC_LOCK.exists():
         return ""
     stages = read_yaml(DVC_LOCK).get("stages", {})
-    outs = {o["path"]: o["md5"] for stage in stages.values() for o in stage.get("outs", [])}
-    name = Path(os.path.relpath(path)).as_posix()
-    content = path.read_bytes()
-    if name not in outs or hashlib.md5(content, usedforsecurity=False).hexdigest() == outs[name]:
+    outs = {o["path"]: o.get("md5") for stage in stages.values() for o in stage.get("outs", [])}
+    listed = outs.get(Path(os.path.relpath(path)).as_posix())
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if listed in (None, digest):
         return ""
     return (
         f"{path} is not what {DVC_LOCK} lists: it was edited, or made without DVC; `dvc repro` "

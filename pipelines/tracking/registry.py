@@ -8,7 +8,6 @@ one that was evaluated last counts. Registering moves the alias `candidate`; onl
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -16,11 +15,12 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import components
-from components.data.shards import DataError, sha256, write_bytes
+from components.data.shards import DataError, write_bytes
 from pipelines.layout import MLFLOW_DB
 from pipelines.storage.locks import lock
 
@@ -31,14 +31,18 @@ SYNC = "sync"
 NO_CHAMPION = ("broken", "no better than a control", "not measured")
 # A figure of the machine: it differs from one evaluation to the next.
 TIME = "ms_per_image"
+# The tags that say what the figures are worth; the served model carries them too.
+WORTH = ("standing", "verdict", "measurement valid", "blocking_failed", "threat")
+# What a served model needs, in the versions that scored it.
+REQUIRED = ("torch", "safetensors", "pydantic", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
 class Registration:
     """A defense to register: its folders, figures and description.
 
-    `digest` is the identity of the defense that was scored, its code included, and `verdict` says
-    how it stands; the served model carries both. `inference` says how the network of the purifier
+    `digest` is the identity of the defense that was scored, its code included; the served model
+    carries it, the figures and the tags in WORTH. `inference` says how the network of the purifier
     folder is used. `artifacts` are files on disk, `files` the contents of others by name; both are
     logged in the run of the defense.
     """
@@ -47,7 +51,6 @@ class Registration:
     version_of: str
     fingerprint: str
     digest: str
-    verdict: str
     folders: Mapping[str, Path]
     inference: Mapping[str, Any] | None
     metrics: Mapping[str, float]
@@ -77,6 +80,12 @@ class Version:
     def failed(self) -> list[str]:
         """The names of the blocking checks that failed."""
         return [name for name in self.tags.get("blocking_failed", "").split(", ") if name]
+
+    @property
+    def valid(self) -> bool:
+        """Whether it says that its measurement is valid, and that no check failed."""
+        said = self.tags.get("measurement valid") == "yes" and not self.failed
+        return said and self.figure("blocking_failed_count") == 0
 
     @property
     def standing(self) -> str:
@@ -236,8 +245,9 @@ def damage(version: Version) -> str:
     import mlflow
     from mlflow.models import Model
 
-    # Imports torch, which the uploader does not need.
+    # Both import torch, which the uploader does not need before it registers.
     from components.models.checkpoints import fingerprint
+    from components.serving import seal
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -245,15 +255,18 @@ def damage(version: Version) -> str:
             flavour = Model.load(home).flavors["python_function"]
             parts = {key: home / part["path"] for key, part in flavour["artifacts"].items()}
             prints = [fingerprint(parts[key]) for key in ("classifier", "purifier")]
-            code = _digest_of_files(home / flavour["code"] / "components")
+            whole = seal({"": home}, {})
         except (OSError, KeyError, DataError, mlflow.exceptions.MlflowException) as error:
             return f"its artifacts are not whole: {str(error).splitlines()[0][:200]}"
     config = flavour.get("config") or {}
     found = identity(prints, config.get("inference"), config.get("digest", ""))
     if found != version.tags.get("limpid.fingerprint"):
         return "its networks or settings are not those that were scored"
-    if code != version.tags.get("limpid.code"):
-        return "its code is not that which was registered"
+    if whole != version.tags.get("limpid.seal"):
+        return "its code, settings or verdict are not those that were registered"
+    figures = json.loads(version.tags.get("limpid.figures", "{}"))
+    if (_worth(version.tags), _measured(figures)) != (config["scored"], config["figures"]):
+        return "its tags do not say what its evaluation said"
     return ""
 
 
@@ -274,41 +287,43 @@ def promote(client: Any, name: str, version: Version, reason: str) -> None:
 
 def _is(tags: Mapping[str, str], one: Registration) -> bool:
     """Whether a version with these tags is this defense with these figures, time aside."""
-
-    def measured(figures: Mapping[str, float]) -> dict[str, float]:
-        return {name: value for name, value in figures.items() if name != TIME}
-
     figures = json.loads(tags.get("limpid.figures", "{}"))
-    same = measured(figures) == measured(one.metrics) and tags.get("verdict", "") == one.verdict
+    same = _measured(figures) == _measured(one.metrics) and _worth(tags) == _worth(one.tags)
     return same and tags.get("limpid.fingerprint") == one.fingerprint
 
 
-def _digest_of_files(folder: Path) -> str:
-    """Return one sha256 of the names and bytes of all Python files in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+def _measured(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name != TIME}
+
+
+def _worth(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: tags.get(key, "") for key in WORTH}
 
 
 def _add_version(client: Any, run: str, one: Registration) -> Any:
     import mlflow
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-    code = Path(components.__file__).parent
-    with mlflow.start_run(run_id=run):
+    from components.serving import seal
+
+    code, served = Path(components.__file__).parent, Path(__file__).with_name("served_model.py")
+    config = {
+        "inference": one.inference, "digest": one.digest, "scored": _worth(one.tags),
+        "figures": _measured(one.metrics),
+    }  # fmt: skip
+    config["seal"] = seal({**one.folders, "components": code, "served": served}, config)
+    with mlflow.start_run(run_id=run), tempfile.TemporaryDirectory() as folder:
         logged = mlflow.pyfunc.log_model(
             name=one.name,
-            python_model=str(Path(__file__).with_name("served_model.py")),
+            python_model=str(served),
             artifacts={key: str(path) for key, path in one.folders.items()},
-            model_config={
-                "inference": one.inference,
-                "digest": one.digest,
-                "verdict": one.verdict,
-            },
+            model_config=config,
             code_paths=[str(code)],
-            pip_requirements=["torch", "safetensors", "pydantic", "numpy", "pyarrow"],
+            # Without what follows +, such as +cpu, which only some indices have.
+            pip_requirements=[f"{n}=={installed(n).partition('+')[0]}" for n in REQUIRED],
         )
+        home = mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=folder)
+        whole = seal({"": Path(home)}, {})
     with contextlib.suppress(mlflow.exceptions.MlflowException):
         client.create_registered_model(
             one.version_of,
@@ -318,9 +333,7 @@ def _add_version(client: Any, run: str, one: Registration) -> Any:
     version = client.create_model_version(
         one.version_of, logged.model_uri, run, model_id=logged.model_id
     )
-    client.set_model_version_tag(
-        one.version_of, version.version, "limpid.code", _digest_of_files(code)
-    )
+    client.set_model_version_tag(one.version_of, version.version, "limpid.seal", whole)
     # With this tag the table of models links to the registry.
     link = [{"name": one.version_of, "version": version.version}]
     client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(link)})

@@ -7,6 +7,7 @@ numbers would become floats before their scale is read, and unknown params would
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlflow.models import set_model
 from pydantic import TypeAdapter
 from torch import Tensor
 
+import components
 from components import serving
 from components.models.checkpoints import load, load_purifier, read_card
 from components.models.defense import Defense
@@ -53,13 +55,14 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the registered model folders.
 
-        Raises ServingError, in one sentence, where weights, settings or code are not those that
-        were scored.
+        Raises ServingError, in one sentence, where model folders, code, settings, figures or
+        verdict are not those that were scored and registered.
         """
         folder = Path(context.artifacts["classifier"])
+        config = context.model_config or {}
+        self._require_seal(context.artifacts, config)
         card = read_card(folder)
         self.shape, self.class_names = tuple(card.shape), card.class_names
-        config = context.model_config or {}
         inference = config.get("inference")
         purifier = load_purifier(
             Path(context.artifacts["purifier"]),
@@ -68,17 +71,34 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             else None,
         )
         self.defense = Defense(load(folder), purifier).freeze()
-        if not config.get("digest"):
-            raise _refusal(
-                "this version does not say what was scored: register it by `limpid promote --sync`"
-            )
         if self.defense.digest != config["digest"]:
             raise _refusal(
                 "this is not the defense that was scored: its weights, settings or code differ "
                 f"(scored {config['digest'][:12]}, found {self.defense.digest[:12]})"
             )
-        self.digest, self.verdict = config["digest"], config["verdict"]
+        scored = config["scored"]
+        self.digest, self.verdict = config["digest"], scored["verdict"]
+        self.failed = [name for name in scored["blocking_failed"].split(", ") if name]
         _log.info("defense %s, %s", self.digest[:12], self.verdict)
+        if self.failed or scored["measurement valid"] != "yes":
+            failed = ", ".join(self.failed) or "unknown"
+            _log.warning("its measurement is not valid, failed checks: %s", failed)
+
+    @staticmethod
+    def _require_seal(artifacts: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Raise ServingError where a file or the config is not as it was registered."""
+        if not config.get("seal"):
+            raise _refusal(
+                "this version does not say what was scored: register it by `limpid promote --sync`"
+            )
+        parts = {key: Path(artifacts[key]) for key in ("classifier", "purifier")}
+        code = Path(components.__file__).parent
+        found = serving.seal({**parts, "components": code, "served": Path(__file__)}, config)
+        if found != config["seal"]:
+            raise _refusal(
+                "this is not what was registered: its model folders, code, settings, figures or "
+                f"verdict differ (registered {config['seal'][:12]}, found {found[:12]})"
+            )
 
     def predict(self, context, model_input):  # type: ignore[no-untyped-def]
         """Return arrays over the images: `purified` (N,C,H,W), `logits` (N,K), `label` (N,) names,

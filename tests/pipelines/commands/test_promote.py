@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from toys import write_model
 
 from components.models import identity as identities
+from components.models.checkpoints import load as load_model
+from components.models.checkpoints import read_card, save
 from pipelines.__main__ import main
 from pipelines.config.schema import Params, load
 from pipelines.config.sections import Defended
@@ -437,16 +439,56 @@ def test_edited_metrics_are_not_registered(store: Path, capsys: pytest.CaptureFi
     Path("dvc.lock").write_bytes(lock)
 
 
-def test_changed_code_in_the_artifacts_is_refused(
+@pytest.mark.parametrize(
+    "name", ["MLmodel", "served_model.py", "requirements.txt", "code/components/serving.py"]
+)
+def test_an_edited_file_of_a_version_is_refused(
+    store: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = home_of("diffpure") / name
+    whole = path.read_text()
+    path.write_text(whole + "\n# another line\n")
+    assert promote(["diffpure", "--reason", "no"]) == 3
+    assert "code, settings or verdict are not those that were reg" in capsys.readouterr().err
+    path.write_text(whole)
+    assert promote(["diffpure", "--reason", "whole again"]) == 0
+
+
+def test_other_class_names_are_refused(store: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = home_of("diffpure") / "artifacts/standard"
+    network, card = load_model(folder), read_card(folder)
+    save(folder, network, card.model_copy(update={"class_names": card.class_names[::-1]}))
+    assert promote(["diffpure", "--reason", "no"]) == 3
+    assert "are not those that were scored" in capsys.readouterr().err
+    save(folder, network, card)
+    assert promote(["diffpure", "--reason", "whole again"]) == 0
+
+
+def test_a_version_that_does_not_say_that_it_is_valid_is_not_promoted(
     store: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    code = home_of("diffpure") / "code/components/models/purifiers/diffusion/diffpure.py"
-    whole = code.read_text()
-    code.write_text(whole + "\n# another line\n")
-    assert promote(["diffpure", "--reason", "no"]) == 3
-    assert "its code is not that which was registered" in capsys.readouterr().err
-    code.write_text(whole)
-    assert promote(["diffpure", "--reason", "whole again"]) == 0
+    client, number = registry.connect(), str(registered_versions()["atop"].number)
+    client.delete_model_version_tag(MODEL, number, "measurement valid")
+    for argv in (["atop"], ["atop", "--anyway"]):
+        assert promote([*argv, "--reason", "x"]) == 2 and champion() == ""
+        assert "does not say that its measurement is valid" in capsys.readouterr().err
+    assert promote(["--by", "worst", "--reason", "x"]) == 0 and champion() == "student_adaptive"
+    client.set_model_version_tag(MODEL, number, "measurement valid", "yes")
+
+
+def test_tags_that_were_edited_are_refused(
+    again: Callable[..., Version], capsys: pytest.CaptureFixture
+) -> None:
+    new = again("atop", **failing())
+    client, number = registry.connect(), str(new.number)
+    client.delete_model_version_tag(MODEL, number, "blocking_failed")
+    assert promote(["atop", "--reason", "x"]) == 2
+    client.set_model_version_tag(MODEL, number, "measurement valid", "yes")
+    assert promote(["atop", "--reason", "x"]) == 2
+    figures = json.loads(new.tags["limpid.figures"]) | {"blocking_failed_count": 0}
+    client.set_model_version_tag(MODEL, number, "limpid.figures", json.dumps(figures))
+    assert promote(["atop", "--reason", "x"]) == 3 and champion() == ""
+    assert "its tags do not say what its evaluation said" in capsys.readouterr().err
 
 
 def test_a_version_with_a_failed_blocking_check_is_refused(

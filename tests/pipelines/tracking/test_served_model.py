@@ -8,10 +8,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -19,16 +20,19 @@ import numpy as np
 import pytest
 import torch
 from cluster.local_cluster import free_port
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.scoring_server import predictions_to_json
 from project import ROOT
 from pydantic import TypeAdapter
+from ruamel.yaml import YAML
 from torch import Tensor
 from toys import write_model
 
+import components
 from components import serving
 from components.data.draws import Draws, NoiseStream
 from components.models import identity as identities
-from components.models.checkpoints import fingerprint
+from components.models.checkpoints import fingerprint, load, read_card, save
 from components.models.defense import Defense
 from components.models.purifiers import InferenceConfig, Purifier
 from pipelines.tasks.subject import Subject
@@ -116,11 +120,16 @@ def registration(folder: Path, name: str) -> Registration:
         version_of=NAME,
         fingerprint=f"{name}:{fingerprint(folder / name)}",
         digest=subject(folder, name).defense().digest,
-        verdict="above adversarial training",
         folders={"classifier": folder / "classifier", "purifier": folder / name},
         inference=DEFENSES[name][1],
         metrics={"headline": 0.5},
-        tags={"defense": name, "limpid.candidate": "yes" if name == "atop" else "no"},
+        tags={
+            "defense": name,
+            "verdict": "above adversarial training",
+            "measurement valid": "yes",
+            "blocking_failed": "",
+            "limpid.candidate": "yes" if name == "atop" else "no",
+        },
         description=name,
     )
 
@@ -151,33 +160,100 @@ def test_the_served_defense_is_the_one_that_is_scored(
     assert list(found["label"]) == [NAMES[int(best)] for best in logits.argmax(1)]
 
 
-def loaded(folder: Path, **config: Any) -> ServedDefense:
-    """Load a defense as MLflow does, with what its version says of it."""
-    served = ServedDefense()
-    artifacts = {"classifier": str(folder / "classifier"), "purifier": str(folder / "koo")}
-    served.load_context(SimpleNamespace(artifacts=artifacts, model_config=config))
-    return served
+def resigned(folder: Path, **changes: Any) -> None:
+    """Change the card of a model folder, and its manifest with it."""
+    card = read_card(folder)
+    save(folder, load(folder), card.model_copy(update=changes))
 
 
-def test_the_served_defense_carries_its_digest_and_verdict(models: dict[str, Any]) -> None:
-    served = models["koo"].unwrap_python_model()
+def rewritten(home: Path, **config: Any) -> None:
+    """Change what the registered model says of itself."""
+    yaml = YAML()
+    about = yaml.load(home / "MLmodel")
+    known = about["flavors"]["python_function"]["config"]
+    for key, value in config.items():
+        (known["scored"] if key in known["scored"] else known)[key] = value
+    yaml.dump(about, home / "MLmodel")
+
+
+def appended(path: Path) -> None:
+    path.write_text(path.read_text() + "\nUNSCORED = True\n")
+
+
+EDITS: dict[str, Callable[[Path], None]] = {
+    "class names": lambda home: resigned(home / "artifacts/classifier", class_names=NAMES[::-1]),
+    "the purifier's card": lambda home: resigned(home / "artifacts/koo", provenance={"by": "me"}),
+    "served_model.py": lambda home: appended(home / "served_model.py"),
+    "serving.py": lambda home: appended(home / "code/components/serving.py"),
+    "verdict": lambda home: rewritten(home, verdict="far above adversarial training"),
+    "figures": lambda home: rewritten(home, figures={"headline": 0.9}),
+    "digest": lambda home: rewritten(home, digest="0" * 64),
+}
+
+
+@pytest.fixture
+def home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a registered model, from which everything in it is loaded."""
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
+    (source,) = (version.source for version in versions if version.tags["defense"] == "koo")
+    home = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path)))
+    monkeypatch.setattr(components, "__file__", str(home / "code/components/__init__.py"))
+    return home
+
+
+def test_the_served_defense_carries_its_digest_and_verdict(home: Path) -> None:
+    served = mlflow.pyfunc.load_model(str(home)).unwrap_python_model()
     assert served.digest == served.defense.digest
-    assert served.verdict == "above adversarial training"
+    assert served.verdict == "above adversarial training" and served.failed == []
 
 
-def test_other_weights_or_code_than_were_scored_are_not_served(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_was_edited_since_it_was_registered_is_not_served(home: Path, edit: str) -> None:
+    EDITS[edit](home)
+    with pytest.raises(MlflowException, match=r"^this is not what was registered: its model .*\)$"):
+        mlflow.pyfunc.load_model(str(home))
+
+
+def test_what_does_not_say_what_was_scored_is_not_served(home: Path) -> None:
+    rewritten(home, seal="")
+    with pytest.raises(MlflowException, match="register it by `limpid promote --sync`"):
+        mlflow.pyfunc.load_model(str(home))
+
+
+def test_other_code_than_was_scored_is_not_served(
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = {"digest": subject(folder, "koo").defense().digest, "verdict": "broken"}
-    assert loaded(folder, **about).verdict == "broken"
-    other = {**about, "digest": subject(folder, "denoiser").defense().digest}
-    with pytest.raises(ServingError, match=r"^this is not the defense that was scored: .*\)$"):
-        loaded(folder, **other)
     monkeypatch.setattr(identities, "_digest_of", lambda names: "changed")
-    with pytest.raises(ServingError, match="its weights, settings or code differ"):
-        loaded(folder, **about)
-    with pytest.raises(ServingError, match="register it by `limpid promote --sync`"):
-        loaded(folder, inference=None)
+    with pytest.raises(MlflowException, match=r"^this is not the defense that was scored: .*\)$"):
+        mlflow.pyfunc.load_model(str(home))
+
+
+def test_loading_says_that_a_measurement_is_not_valid(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, one = registry.connect(), registration(folder, "denoiser")
+    tags = {**one.tags, "measurement valid": "no", "blocking_failed": "blind_attack, planted"}
+    tracker = Tracker("evaluate", "limpid-tiny", {}, "key")
+    bound = replace(one, version_of="limpid-bound", tags=tags)
+    assert not tracker.finish("FINISHED", [bound])
+    (version,) = client.search_model_versions("name = 'limpid-bound'")
+    served = mlflow.pyfunc.load_model(version.source).unwrap_python_model()
+    assert served.failed == ["blind_attack", "planted"]
+    assert "not valid, failed checks: blind_attack, planted" in caplog.text
+
+
+def test_a_version_requires_the_libraries_that_scored_it(home: Path) -> None:
+    required = (home / "requirements.txt").read_text().split()
+    for name in ("torch", "numpy", "safetensors"):
+        assert f"{name}=={version(name).partition('+')[0]}" in required
+
+
+def test_answers_are_in_full_precision_whatever_the_caller_has_on(folder: Path) -> None:
+    defense, x = subject(folder, "koo").defense(), byte_pixels()
+    expected = serving.predict(defense, x, SEED, BATCH).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = serving.predict(defense, x, SEED, BATCH).logits
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @EVERY
