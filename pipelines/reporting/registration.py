@@ -7,6 +7,7 @@ store can be filled without scoring anything again.
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from components.data.shards import DataError
 from components.models.checkpoints import fingerprint, read_card
@@ -25,7 +26,15 @@ from pipelines.reporting.wording import (
     written_for,
 )
 from pipelines.storage import timings
-from pipelines.tasks.metrics import Estimate, Headline, Metrics, Scored, ThreatModel
+from pipelines.tasks.metrics import (
+    Estimate,
+    Headline,
+    Metrics,
+    Scored,
+    ThreatModel,
+    attack_of,
+    rung_of,
+)
 from pipelines.tasks.subject import Subject
 from pipelines.tracking.registry import NO_CHAMPION, Registration, identity
 
@@ -75,7 +84,7 @@ def _registration(
         folders=folders,
         inference=inference,
         params={
-            "defense": defended.model_dump(mode="json", by_alias=True),
+            "defense": defended.model_dump(mode="json", by_alias=True) | {"ladder": _ladder(found)},
             "network": read_card(folders["purifier"]).model,
         },
         metrics=_figures(name, found),
@@ -97,6 +106,25 @@ def _registration(
         artifacts=[REPORT, PARAMS, PICTURES / f"{name}.png"],
         files={"scores.json": json.dumps(found.model_dump(mode="json"), indent=1, sort_keys=True)},
     )
+
+
+def require_same_params() -> None:
+    """Raise DataError where params.yaml has other values than dvc.lock says were evaluated."""
+    evaluated = _stages().get("evaluate", {}).get("params", {}).get(str(PARAMS), {})
+    now = read_yaml(PARAMS)
+    if other := [section for section, value in evaluated.items() if now.get(section) != value]:
+        raise DataError(
+            f"{PARAMS} has other values of {', '.join(other)} than were evaluated: `dvc repro` "
+            "evaluates these"
+        )
+
+
+def _ladder(found: Scored) -> dict[str, list[str]]:
+    """Return the attacks that were counted, by rung."""
+    ladder: dict[str, list[str]] = {}
+    for name in found.attacks:
+        ladder.setdefault(rung_of(name), []).append(attack_of(name))
+    return ladder
 
 
 def describe(name: str, subject: str, found: Scored, threat: ThreatModel) -> str:
@@ -158,10 +186,15 @@ def image_of(name: str) -> str:
 
 def _locked(folders: Iterable[Path]) -> dict[str, str]:
     """Return the md5 of each of these outs in dvc.lock; those it does not have are left out."""
-    try:
-        stages = read_yaml(DVC_LOCK)["stages"]
-    except (ConfigError, KeyError):
-        return {}
-    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    stages = _stages().values()
+    outs = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
     names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     return {name: outs[name] for name in names if name in outs}
+
+
+def _stages() -> dict[str, Any]:
+    """Return the stages in dvc.lock; none where there is no lock."""
+    try:
+        return dict(read_yaml(DVC_LOCK)["stages"])
+    except (ConfigError, KeyError):
+        return {}

@@ -25,6 +25,7 @@ from pipelines.reporting.wording import MEANINGS
 from pipelines.storage import timings
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import (
+    AttackScore,
     Checks,
     Difference,
     Estimate,
@@ -437,6 +438,33 @@ def test_edited_metrics_are_not_registered(store: Path, capsys: pytest.CaptureFi
     assert set(registered_versions_by_number()) == set(before)
     write(evaluated(load()))
     Path("dvc.lock").write_bytes(lock)
+
+
+def test_other_parameters_than_were_evaluated_are_not_registered(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lock, yaml = Path("dvc.lock").read_bytes(), YAML()
+    evaluated_with = yaml.load(Path("params.yaml"))
+    stage = {"params": {"params.yaml": {k: evaluated_with[k] for k in ("attacks", "threat")}}}
+    yaml.dump({"stages": {"evaluate": stage}}, Path("dvc.lock"))
+    assert promote(["--sync"]) == 0
+    stage["params"]["params.yaml"]["attacks"]["pgd"]["steps"] = 1
+    yaml.dump({"stages": {"evaluate": stage}}, Path("dvc.lock"))
+    assert promote(["--sync"]) == 3
+    error = capsys.readouterr().err
+    assert "params.yaml has other values of attacks than were evaluated" in error
+    assert error.count("\n") == 1
+    Path("dvc.lock").write_bytes(lock)
+
+
+def test_the_ladder_that_is_registered_is_what_was_counted(store: Path) -> None:
+    score = AttackScore(accuracy=0.96, low=0, high=1, n=50, bounded=True, inside=1, median_l2=0.5)
+    found = evaluated(load())
+    atop = found.defenses["atop"].model_copy(update={"attacks": {"full/pgd": score}})
+    found = found.model_copy(update={"defenses": {**found.defenses, "atop": atop}})
+    registered = registration.registrations(load().defenses, found, Path("models"), "digits")
+    (one_,) = (one for one in registered if one.name == "atop")
+    assert one_.params["defense"]["ladder"] == {"full": ["pgd"]}
 
 
 @pytest.mark.parametrize(
