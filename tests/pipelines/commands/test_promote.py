@@ -351,7 +351,7 @@ def test_a_newer_evaluation_of_a_defense_supersedes_the_older_one(
         assert f"is superseded: version {new.number} is" in capsys.readouterr().err
     assert promote([]) == 0
     listed = capsys.readouterr().out
-    assert f"{old.number} atop: superseded by version {new.number}; not told" in listed
+    assert f"{old.number} atop: superseded by version {new.number}; not told apart" in listed
     # Registered again, the older evaluation is no newer, and gets no alias back.
     again("atop")
     assert registered_versions_by_number()[old.number].superseded_by == new.number
