@@ -22,7 +22,7 @@ from components.data.shards import DataError
 from pipelines.config.schema import Params, load
 from pipelines.errors import ConfigError, Failed
 from pipelines.layout import METRICS, MODELS, PARAMS
-from pipelines.reporting.registration import registrations, require_same_params
+from pipelines.reporting.registration import registrations, require_unchanged
 from pipelines.runner.console import show
 from pipelines.tasks import metrics
 from pipelines.tracking import registry
@@ -157,7 +157,7 @@ def _sync(params: Params) -> None:
     """Register what was evaluated in this folder."""
     try:
         scored = metrics.read_unedited(METRICS)
-        require_same_params()
+        require_unchanged(params.defenses, MODELS)
         found = registrations(params.defenses, scored, MODELS, params.data.kind)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} is missing: `dvc repro` makes it") from None

@@ -4,6 +4,7 @@ All of it is read from the metrics of an evaluation and the model folders it sco
 store can be filled without scoring anything again.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -108,8 +109,15 @@ def _registration(
     )
 
 
-def require_same_params() -> None:
-    """Raise DataError where params.yaml has other values than dvc.lock says were evaluated."""
+def require_unchanged(defenses: Mapping[str, Defended], models: Path) -> None:
+    """Raise DataError where dvc.lock lists other parameters or model folders than are here.
+
+    The digest of a defense does not cover what is beside its weights, such as names of classes.
+    """
+    folders = [models / "standard", *(models / one.model for one in defenses.values())]
+    for name, md5 in _locked(folders).items():
+        if folder_md5(models / Path(name).name) != md5:
+            raise DataError(f"{name} is not what {DVC_LOCK} lists: `dvc repro` makes it again")
     evaluated = _stages().get("evaluate", {}).get("params", {}).get(str(PARAMS), {})
     now = read_yaml(PARAMS)
     if other := [section for section, value in evaluated.items() if now.get(section) != value]:
@@ -117,6 +125,20 @@ def require_same_params() -> None:
             f"{PARAMS} has other values of {', '.join(other)} than were evaluated: `dvc repro` "
             "evaluates these"
         )
+
+
+def folder_md5(folder: Path) -> str:
+    """Return the md5 of a folder as DVC lists it: of the names and md5 of all its files."""
+    files = [
+        {
+            "md5": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(),
+            "relpath": path.relative_to(folder).as_posix(),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    listing = json.dumps(files, sort_keys=True).encode()
+    return f"{hashlib.md5(listing, usedforsecurity=False).hexdigest()}.dir"
 
 
 def _ladder(found: Scored) -> dict[str, list[str]]:

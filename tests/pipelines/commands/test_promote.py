@@ -74,7 +74,12 @@ def synced(tmp_path_factory: pytest.TempPathFactory) -> Path:
             network = params.model_of(defended.model).model_dump(mode="json")
             write_model(folder / "models" / defended.model, network, shape, names)
         write(evaluated(params))
-        locked = [{"path": "models/student_adaptive", "md5": "0" * 32 + ".dir"}]
+        locked = [
+            {
+                "path": "models/student_adaptive",
+                "md5": registration.folder_md5(folder / "models/student_adaptive"),
+            }
+        ]
         YAML().dump({"stages": {"a": {"outs": locked}}}, folder / "dvc.lock")
         (folder / "reports/report.html").write_text("a report")
         for name in params.defenses:
@@ -438,6 +443,28 @@ def test_edited_metrics_are_not_registered(store: Path, capsys: pytest.CaptureFi
     assert set(registered_versions_by_number()) == set(before)
     write(evaluated(load()))
     Path("dvc.lock").write_bytes(lock)
+
+
+def test_the_md5_of_a_folder_is_that_of_dvc(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("b")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/c").write_text("c")
+    # From a dvc.lock that DVC wrote of this folder.
+    assert registration.folder_md5(tmp_path) == "92ae0af64ac8e4677f484e2efef69942.dir"
+
+
+def test_class_names_that_were_changed_before_sync_are_not_registered(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path("models/student_adaptive")
+    network, card = load_model(folder), read_card(folder)
+    save(folder, network, card.model_copy(update={"class_names": card.class_names[::-1]}))
+    assert promote(["--sync"]) == 3
+    error = capsys.readouterr().err
+    assert "models/student_adaptive is not what dvc.lock lists" in error
+    assert error.count("\n") == 1
+    save(folder, network, card)
+    assert promote(["--sync"]) == 0
 
 
 def test_other_parameters_than_were_evaluated_are_not_registered(
