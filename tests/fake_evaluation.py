@@ -105,7 +105,7 @@ class FakeEvaluation:
             threat=THREAT,
             attacks={"pgd": PGD, "cw": CW, "square": SQUARE},
             scoring=Scoring(select_draws=32, score_draws=32, shown=3),
-            checks=sections.Checks(images=16, thorough=False),
+            checks=sections.Checks(images=32, thorough=False),
             seed=0,
             batch=5,
             val=root / "test",

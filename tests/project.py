@@ -130,7 +130,7 @@ def tiny() -> dict:
     params["attacks"]["bim"] |= {"steps": 5, "step": 0.3}
     params["attacks"]["square"] |= {"queries": 100}
     params["scoring"] = {"select_draws": 12, "score_draws": 12, "shown": 2}
-    params["checks"] = {"images": 30, "thorough": False}
+    params["checks"] = {"images": 32, "thorough": False}
     params["tuning"]["studies"]["student"] |= {"images": 20, "trials": 3, "grace": 1}
     params["tuning"]["studies"]["atop"] |= {"images": 20, "trials": 2}
     return params

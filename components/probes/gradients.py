@@ -74,17 +74,19 @@ def loss_alive(defense: Defense, mode: Mode, x: Tensor, labels: Tensor, draws: D
 def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     """Check 10: the gradient that attacks take is that of the defense that is scored.
 
-    At every point of `points` (N,C,H,W), for each image by itself: the slope that the float32
-    gradient of the folded copy claims along random directions, and along itself, against central
-    differences of the defense in float64 with the noise frozen (`slopes`, `agree`). Attacks that
-    follow a wrong gradient say nothing, so a failure makes the rung void. Where kinks or rounding
-    leave fewer than half of the images to judge, at every point of an attack, it is undecided.
+    At every point of `points`, which hold the first images of the bench or all (n,C,H,W), for each
+    image by itself: the slope that the float32 gradient of the folded copy claims along random
+    directions, and along itself, against central differences of the defense in float64 with the
+    noise frozen (`slopes`, `agree`). Attacks that follow a wrong gradient say nothing, so a failure
+    makes the rung void. Where kinks or rounding leave fewer than half of the images to judge, at
+    every point of an attack, it is undecided.
     """
     judged, wrong, said = 0, 0, []
     passed, decided = True, False
     for name, x in points.items():
         # A backward pass may be right for one loss and wrong for another.
-        fine, right = _compared(bench, x, log_odds if name == "ball" else margin)
+        some = bench.pick(torch.arange(len(x), device=x.device))
+        fine, right = _compared(some, x, log_odds if name == "ball" else margin)
         count, bad = int(fine.sum()), int((fine & ~right).sum())
         judged, wrong = judged + count, wrong + bad
         # A random point is smoother than those that an attack passes.

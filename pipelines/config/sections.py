@@ -120,7 +120,7 @@ class Scoring(Config):
 class Checks(Config):
     """How many test images each probe uses, and whether the probes that cost attacks are run."""
 
-    images: Annotated[int, Field(ge=16)]
+    images: Annotated[int, Field(ge=32)]
     thorough: bool
 
 

@@ -58,7 +58,7 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("batch_size: 64", "batch_size: 1", "batch_size"),
         ("depth: 8", "depth: 9", "6n+2"),
         ("score_draws: 32", "score_draws: 48", "multiple of select_draws"),
-        ("images: 128", "images: 8", "greater than or equal to 16"),
+        ("images: 128", "images: 8", "greater than or equal to 32"),
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "transfer: [pgd]", "surrogate"),
         ("strided: [2]", "strided: [7]", "1..4"),
         (

@@ -63,7 +63,7 @@ def probed(tmp_path: Path) -> Probed:
     plan = Plan(
         threat=Linf(norm="linf", eps_255=51.0), attacks={"pgd": PGD}, seed=0, batch=5,
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), val=tmp_path / "test",
-        checks=Checks(images=16, thorough=False), test=tmp_path / "test",
+        checks=Checks(images=32, thorough=False), test=tmp_path / "test",
         unseen=tmp_path / "model", surrogate=None,
     )  # fmt: skip
     sets = {name: tmp_path / name for name in (*attacks, "bpda/pgd")}
@@ -118,7 +118,7 @@ def test_a_rung_that_was_not_probed_blocks(probed: Probed) -> None:
 
 
 def test_the_thorough_probes_are_demanded_where_they_were_asked_for(probed: Probed) -> None:
-    plan = replace(probed.plan, checks=Checks(images=16, thorough=True))
+    plan = replace(probed.plan, checks=Checks(images=32, thorough=True))
     assert probed.failed(plan=plan) == BOTH
 
 
@@ -128,7 +128,7 @@ def test_probes_of_something_else_block(probed: Probed, tmp_path: Path) -> None:
         "threat": replace(plan, threat=L2(norm="l2", eps_l2=1.0)),
         "radius": replace(plan, threat=Linf(norm="linf", eps_255=8.0)),
         "seed": replace(plan, seed=1),
-        "fewer images": replace(plan, checks=Checks(images=17, thorough=False)),
+        "fewer images": replace(plan, checks=Checks(images=33, thorough=False)),
         "test set": replace(plan, test=tmp_path / "other"),
         "attack": replace(plan, attacks={"pgd": PGD.model_copy(update={"steps": 10})}),
     }

@@ -97,7 +97,7 @@ def made(
         write_crafted_manifest(root / name, SHAPE, facts)
     plan = Plan(
         threat=THREAT, attacks={"pgd": PGD}, seed=0, batch=5, val=root / "val",
-        checks=Checks(images=16, thorough=False),
+        checks=Checks(images=32, thorough=False),
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
         unseen=root / "model", surrogate=None,
     )  # fmt: skip
