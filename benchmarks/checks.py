@@ -25,6 +25,7 @@ from components.attacks import Linf
 from components.data.image_set import ImageSet
 from components.models.defense import Defense
 from components.probes import Finding
+from components.probes.bench import Bench
 from components.selftest import toy as toys
 
 SECONDS: dict[str, list[float]] = {}
@@ -37,7 +38,9 @@ TIMED = {
         "gradient_pays",
         "eot_agreement",
     ),
-    probes.masking: ("blind_attack", "remembered"),
+    probes.masking: ("stored_attacks", "blind_attack", "remembered"),
+    # The attack whose way most probes look at.
+    Bench: ("points",),
     probes.attacks: ("unbounded",),
 }
 
@@ -154,13 +157,13 @@ def main() -> None:
         for name, findings in nets(options.nets):
             runs += 1
             _blame(name, findings, blamed, warned)
-    print(f"\n{runs} honest runs; check: lies by its name, lies raised, blocked, warned, seconds")
-    for check in sorted({*named, *raised, *blamed, *warned}):
-        seconds = statistics.median(SECONDS.get(check, [0.0]))
-        print(
-            f"{check:22} {named[check]:3} {raised[check]:3} {blamed[check]:3} {warned[check]:3} "
-            f"{seconds:7.2f}"
-        )
+    print(f"\n{runs} honest runs, {len(selftest.LIES)} lies\n")
+    print("| check | lies of its own | lies raised | honest blocked | honest warned | CPU s |")
+    print("|---|---|---|---|---|---|")
+    for check in sorted({*named, *raised, *blamed, *warned, *SECONDS}):
+        seconds = f"{statistics.median(SECONDS[check]):.2f}" if check in SECONDS else ""
+        counts = " | ".join(str(some[check]) for some in (named, raised, blamed, warned))
+        print(f"| `{check}` | {counts} | {seconds} |")
 
 
 def _blame(name: str, findings: list[Finding], blamed: Counter[str], warned: Counter[str]) -> None:
