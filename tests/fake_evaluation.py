@@ -224,8 +224,9 @@ class FakeEvaluation:
         panels = render(entry.subject.defense(), first, sets, 0, 5)
         unseen = (score(N), score(9))
         efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
+        rounded = score(N if entry.name == EVIL else 6)
         return Result(
-            scored, inside, distance, findings, unseen, score(6), detector, panels, efforts, {}
+            scored, inside, distance, findings, unseen, rounded, detector, panels, efforts, {}
         )
 
 

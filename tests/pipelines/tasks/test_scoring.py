@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from components.attacks import Crafted, Linf, craft
+from components.attacks.contract import Cost
 from components.attacks.gradient import Pgd
 from components.attacks.sets import read_crafted, write_crafted, write_crafted_manifest
 from components.checks.sets import in_levels, same_answer
@@ -63,9 +64,10 @@ def save_classifier(folder: Path, val: ImageSet) -> None:
 
 
 def made(
-    root: Path, control: Config, rows: int, rungs: Sequence[str] = RUNGS, fooled: bool = True
-) -> tuple[Entry, Plan]:
-    """Make a control to be scored, whose sets cost two forward passes and a backward pass."""
+    root: Path, control: Config, rows: int, rungs: Sequence[str] = RUNGS, fooled: bool = True,
+    cost: Cost | None = None,
+) -> tuple[Entry, Plan]:  # fmt: skip
+    """Make a control to be scored; by default its sets cost what their attack promises."""
     torch.manual_seed(0)
     val, test = images_of(VALIDATION, 100), images_of(N, 0)
     image_set.write(root / "val", val, VALIDATION)
@@ -73,6 +75,7 @@ def made(
     save_classifier(root / "model", val)
     subject = Subject(root / "model", control=control)
     clean, ones = test.pixels(), torch.ones(N, dtype=torch.int64)
+    cost = cost or PGD.effort(len(test.class_names), subject.stochastic())
     for name in rungs:
         moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
         moved[0] = clean[0]
@@ -82,8 +85,8 @@ def made(
             moved,
             ones.bool() & fooled,
             ones,
-            2 * ones,
-            ones,
+            cost.forward * ones,
+            cost.backward * ones,
             ones.bool() & fooled,
             1 - ones,
             -ones.float(),
@@ -164,7 +167,8 @@ def test_the_draws_of_a_random_defense_are_counted_where_attacks_average_over_th
     """Known noise is not averaged over, and a bare classifier has none."""
     rungs = ("classifier/pgd", "full/pgd", "fixed_noise/pgd")
     noise = GaussianNoise(kind="gaussian_noise", sigma=0.2)
-    entry, plan = made(tmp_path, noise, N, rungs, fooled=False)
+    fixed = PGD.effort(10, stochastic=False)
+    entry, plan = made(tmp_path, noise, N, rungs, fooled=False, cost=fixed)
     findings = score_sets(entry, plan, 0, "cpu").findings
     short = [f.name for f in findings if f.name.startswith("effort") and not f.passed]
     assert short == ["effort/full/pgd"]
