@@ -1,4 +1,8 @@
-"""Checks that do not believe gradients: an attack without any, and images that nobody scored."""
+"""Checks that do not believe gradients.
+
+Stored examples stand beside a fresh attack, attacks run without gradients, and images are attacked
+that nobody scored.
+"""
 
 from dataclasses import replace
 from math import comb
