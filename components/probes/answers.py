@@ -21,20 +21,20 @@ BATCH_SIZES = (1, 7, 128)
 SAME = 1e-3
 # The last bit may make another label, on so many images.
 ROUGH = 0.02
-# Names by which code finds out where it runs; the last part of a dotted name.
+# Names by which code finds out where it runs; the last part of a dotted name. With (), calls alone.
 SIGNS = {
     "inspect", "_getframe", "currentframe", "f_back", "is_grad_enabled",
     "is_inference_mode_enabled", "environ", "getenv", "getpid", "argv", "socket", "subprocess",
-    "settrace", "setprofile", "gc", "weakref", "Draws", "write_bytes", "write_text",
+    "settrace", "setprofile", "gc", "weakref", "Draws()", "write_bytes", "write_text",
     "tofile", "memmap", "mmap", "shelve", "tempfile", "perf_counter", "monotonic", "time_ns",
 }  # fmt: skip
-# Our own use, by module: checkpointed descents save memory where no gradient is asked for, and the
-# defense hands on the noise.
+# Our own use, by module: checkpointed descents save memory where no gradient is asked for, and
+# dropout needs noise.
 ALLOWED = {
     "components.models.purifiers.descent": {"is_grad_enabled"},
     "components.models.purifiers.diffusion.diffdefense": {"is_grad_enabled"},
-    "components.models.defense": {"is_grad_enabled", "Draws"},
-    "components.models.classifiers": {"Draws"},
+    "components.models.defense": {"is_grad_enabled"},
+    "components.models.classifiers": {"Draws()"},
 }
 
 
@@ -163,7 +163,9 @@ def _readable(module: str) -> bool:
 
 def _names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield f"{node.func.id}()"
+        elif isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
