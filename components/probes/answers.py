@@ -29,12 +29,13 @@ SIGNS = {
     "tofile", "memmap", "mmap", "shelve", "tempfile", "perf_counter", "monotonic", "time_ns",
 }  # fmt: skip
 # Our own use, by module: checkpointed descents save memory where no gradient is asked for, and
-# dropout needs noise.
+# dropout and the scoring make draws.
 ALLOWED = {
     "components.models.purifiers.descent": {"is_grad_enabled"},
     "components.models.purifiers.diffusion.diffdefense": {"is_grad_enabled"},
     "components.models.defense": {"is_grad_enabled"},
     "components.models.classifiers": {"Draws()"},
+    "components.models.accuracy": {"Draws()"},
 }
 
 

@@ -33,7 +33,7 @@ from components.models.defense import Defense, Mode
 from components.probes import Finding, Stored, probe
 from components.probes.bench import rough
 from components.probes.contract import Accuracies
-from components.selftest.toy import BATCH, EOT, PROBED, THREAT, Toy
+from components.selftest.toy import BATCH, EOT, THREAT, Toy
 
 # The rung of attacks that were made against the bare net.
 GREY = "classifier"
@@ -169,7 +169,17 @@ def judge(defense: Defense, base: Defense, toy: Toy, ladder: Ladder) -> Verdict:
     modes = [cast(Mode, mode) for mode in attacked.plans]
     findings = [
         *probe(
-            defense, modes, toy.test, THREAT, 0, PROBED, EOT, BATCH, stored, toy.val, thorough=False
+            defense,
+            modes,
+            toy.test,
+            THREAT,
+            0,
+            len(toy.test),
+            EOT,
+            BATCH,
+            stored,
+            toy.val,
+            thorough=False,
         ),
         *_of_sets(attacked),
     ]
