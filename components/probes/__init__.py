@@ -14,7 +14,7 @@ from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import STAND_INS, Defense, Mode
 from components.models.precision import full_precision
-from components.probes import answers, attacks, gradients, masking, models
+from components.probes import answers, attacks, gradients, jumps, masking, models
 from components.probes.bench import Bench, Stored, spread
 from components.probes.contract import Finding
 
@@ -68,6 +68,7 @@ def probe(
         on_the_way = {name: point[:COMPARED] for name, point in points.items()}
         findings.append(gradients.gradient_honest(few, {**on_the_way, **few.still_points()}))
         findings.append(gradients.gradient_pays(bench, points))
+        findings.append(jumps.boundary_jump(few))
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings.append(masking.stored_attacks(some))
@@ -92,7 +93,8 @@ def required(
     if modes:
         names += ["unbounded_by_gradient", "unbounded"]
     if "full" in modes:
-        names += ["gradient_honest/full", "gradient_pays/full"] if differentiable else []
+        gradient = ["gradient_honest/full", "gradient_pays/full", "boundary_jump/full"]
+        names += gradient if differentiable else []
         names += ["eot_agreement"] if stochastic else []
         if thorough:
             names += ["radius_pays", "converged", "planted", "repeatable"]

@@ -44,7 +44,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
         )
         margins = attack.run(target, x, labels, whole, bench.draws).margin
         left["from itself"].append(int((margins > 0).sum()))
-        others, known = _of_another_class(target, x, labels)
+        others, known = of_another_class(target, x, labels)
         search = Search(target, x, labels, early_stop=True)
         search.rows = torch.arange(len(x), device=x.device)
         search.query(others)
@@ -64,7 +64,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
     ]
 
 
-def _of_another_class(target: Target, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def of_another_class(target: Target, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return for every image the next one that is right as another class, and whether there is one.
 
     Where there is none, the image itself stands in.

@@ -155,6 +155,23 @@ def _two_faced(attacked: Callable[[Tensor], bool]) -> Case:
     return purifying(purify)
 
 
+class _Plateaus(nn.Module):
+    """Takes the label of one network, and all of its gradient from another."""
+
+    def __init__(self, hidden: nn.Module, shown: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.shown = hidden, shown
+
+    def forward(self, x: Tensor) -> Tensor:
+        label = self.hidden(x.detach()).argmax(1)
+        logits: Tensor = self.shown(x)
+        return logits + 60 * nn.functional.one_hot(label, logits.shape[1])
+
+
+def _hidden_label(toy: Toy) -> list[Finding]:
+    return probed(None, _Plateaus(toy.classifier, toy.other))(toy)
+
+
 def _declared_without(toy: Toy) -> list[Finding]:
     """Declare an honest purifier not differentiable, so that no attack need go through it."""
     purifier = FunctionPurifier(lambda x, stream: 0.9 * x, False)
@@ -299,6 +316,7 @@ LIES: dict[str, tuple[str, Case]] = {
         "gradient_pays/full",
         lambda toy: probed(None, _Shattered(toy.classifier, _terraced))(toy),
     ),
+    "label of a hidden network": ("boundary_jump/full", _hidden_label),
     "derivative reversed while sets are crafted": ("stored_attacks", wrong_while_crafted),
     "found by Square, not by gradients": ("blind_attack", _with_derivative(_rolled)),
     "declared not differentiable": ("gradient_declared", _declared_without),

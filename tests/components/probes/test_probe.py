@@ -104,7 +104,7 @@ def test_an_honest_defense_passes_every_probe(
     assert names == [
         "input_convention", "logits", "randomness_declared", "one_answer", "looks_around",
         *(f"{name}/{mode}" for mode in modes for name in ("gradient_present", "loss_alive")),
-        "gradient_honest/full", "gradient_pays/full",
+        "gradient_honest/full", "gradient_pays/full", "boundary_jump/full",
         *(["eot_agreement"] if isinstance(purifier, Noisy) else []),
         "stored_attacks", "blind_attack", "remembered", "unbounded_by_gradient", "unbounded",
     ]  # fmt: skip
