@@ -63,8 +63,8 @@ def test_images_lie_in_the_ball_and_lower_the_accuracy(
     assert violations(crafted.images, data.pixels(), threat) == []
     draws = Draws(0, "attack", data.ids)
     clean = int((defense(data.pixels(), draws).argmax(1) != data.labels).sum())
-    # Flip moves only the few pixels near 0.5, which does little if nothing thresholds the image. Under
-    # noise the draw decides over a few images, and the draw depends on the weights.
+    # Flip moves only the few pixels near 0.5, which does little if nothing thresholds the image.
+    # Under noise the draw decides over a few images, and the draw depends on the weights.
     least = {"square": 3, "flip": 0}.get(attack.kind, 10)
     assert fooled(crafted) >= clean + (least // 2 if noisy else least)
     assert not torch.equal(crafted.images, data.pixels())
