@@ -226,16 +226,18 @@ def without_gradients(
     counts if it may try at least `LEAST_QUERIES` images, a targeted one if it is strong.
     """
     undecided = any(
-        finding.name == "gradient_honest/full" and bool(finding.figures.get("undecided"))
+        finding.name.startswith("gradient_honest/") and bool(finding.figures.get("undecided"))
         for finding in findings
     )
+    blind = not (differentiable or stochastic)
     attacks = [attack for some in rungs.values() for attack in some]
     missing = []
-    if (undecided or not (differentiable or stochastic)) and not any(map(_searches, attacks)):
+    if (undecided or blind) and not any(map(_searches, attacks)):
         missing.append(f"square (at least {LEAST_QUERIES} queries)")
     if undecided and not any(map(_targets, attacks)):
         missing.append("apgd_t (strong)")
-    reason = "its gradient could not be judged" if undecided else "gradients decide"
+    reason = "it declares no gradient" if blind else "gradients decide"
+    reason = "its gradient could not be judged" if undecided else reason
     return Finding(
         name="without_gradients",
         level="block",

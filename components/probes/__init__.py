@@ -5,7 +5,7 @@ components/checks. The table in docs/evaluation.md says of every check when it f
 means and what to do next; the numbers of checks are those of the table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -23,6 +23,8 @@ __all__ = ["Finding", "Stored", "probe", "required", "spread"]
 # Images that attacks and repeated questions are tried on, and those whose gradient is compared with
 # differences.
 TRIED, COMPARED = 64, 32
+# The checks of whether a gradient leads anywhere, in every mode that carries a claim.
+LEADING = ("gradient_honest", "gradient_pays", "boundary_jump")
 
 
 @full_precision()
@@ -61,7 +63,7 @@ def probe(
         findings.append(gradients.gradient_present(defense, mode, x, labels, bench.draws))
         findings.append(gradients.loss_alive(defense, mode, x, labels, bench.draws))
     # Where an attack is dear, its way is known for fewer images than can be compared.
-    few = bench.pick(torch.arange(min(len(x), COMPARED), device=device))
+    few = bench.first(COMPARED)
     if not defense.differentiable:
         findings.append(gradients.gradient_declared(few))
     elif "full" in modes:
@@ -69,6 +71,7 @@ def probe(
         findings.append(gradients.gradient_honest(few, {**on_the_way, **few.still_points()}))
         findings.append(gradients.gradient_pays(bench, points))
         findings.append(jumps.boundary_jump(few))
+    findings += _instead(bench, few, points, modes)
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings.append(masking.stored_attacks(some))
@@ -89,17 +92,46 @@ def required(
     names = ["input_convention", "logits", "randomness_declared", "one_answer", "looks_around"]
     names += [f"{check}/{mode}" for mode in modes for check in ("gradient_present", "loss_alive")]
     names += [] if differentiable else ["gradient_declared"]
+    names += [f"{check}/{mode}" for mode in _stand_ins(modes, differentiable) for check in LEADING]
     names += ["stored_attacks", "blind_attack", "remembered"]
     if modes:
         names += ["unbounded_by_gradient", "unbounded"]
     if "full" in modes:
-        gradient = ["gradient_honest/full", "gradient_pays/full", "boundary_jump/full"]
-        names += gradient if differentiable else []
+        names += [f"{check}/full" for check in LEADING] if differentiable else []
         names += ["eot_agreement"] if stochastic else []
         if thorough:
             names += ["radius_pays", "converged", "planted", "repeatable"]
             names += ["chance", "eot_enough"] if stochastic else []
     return names
+
+
+def _stand_ins(modes: Sequence[Mode], differentiable: bool) -> list[Mode]:
+    """Return the modes whose attacks go around the purifier to the gradient of the classifier."""
+    return [mode for mode in modes if mode in STAND_INS or (mode == "bpda" and not differentiable)]
+
+
+def _instead(
+    bench: Bench, few: Bench, points: Mapping[str, torch.Tensor], modes: Sequence[Mode]
+) -> list[Finding]:
+    """Ask of the classifier alone, at purified images, what a stand-in needs of it, in every mode.
+
+    A purifier without a gradient and without a stand-in leaves the identity alone (`bpda`), whose
+    steps must then pay through both.
+    """
+    defense, around = bench.defense, _stand_ins(modes, bench.defense.differentiable)
+    if not around:
+        return []
+    alone = few.behind
+    seen = alone.points()
+    pays = gradients.gradient_pays(alone, seen)
+    if defense.purifier is not None and not defense.purifier.stand_ins:
+        pays = gradients.gradient_pays(bench, points, "bpda")
+    found = [gradients.gradient_honest(alone, seen), pays, jumps.boundary_jump(alone)]
+    return [
+        finding.model_copy(update={"name": f"{check}/{mode}"})
+        for mode in around
+        for check, finding in zip(LEADING, found, strict=True)
+    ]
 
 
 def _mode(defense: Defense, modes: Sequence[Mode]) -> Mode:

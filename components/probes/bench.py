@@ -145,6 +145,18 @@ class Bench:
         """The rates of what `WAY` found."""
         return self.rate(self.way[0].images)
 
+    @cached_property
+    def behind(self) -> "Bench":
+        """The bench of the classifier alone, with the purified images.
+
+        Whatever stands in for a purifier, its attacks follow the gradient of this classifier there.
+        """
+        alone = Defense(self.defense.classifier, None).freeze()
+        with torch.no_grad():
+            x = self.defense.purify(self.x, self.draws)
+            stored = None if self.stored is None else self.defense.purify(self.stored, self.draws)
+        return replace(self, defense=alone, x=x, stored=stored, mode="full")
+
     def points(self) -> dict[str, Tensor]:
         """Return all points of these images by name: (N,C,H,W) each."""
         return self.still_points() | {f"{stop} of the way": x for stop, x in self.way[1].items()}
@@ -163,8 +175,11 @@ class Bench:
         """Return the bench with the first images, at most `most`, on which `WAY` is affordable."""
         eot = WAY.eot if self.defense.stochastic else 1
         count = int(self.answers / (GRADIENT * WAY.steps * eot))
-        count = min(most, max(count, 8), len(self.x))
-        return self.pick(torch.arange(count, device=self.x.device))
+        return self.first(min(most, max(count, 8)))
+
+    def first(self, count: int) -> "Bench":
+        """Return the bench with the first `count` images, or all if there are fewer."""
+        return self.pick(torch.arange(min(count, len(self.x)), device=self.x.device))
 
     def pick(self, rows: Tensor) -> "Bench":
         """Return the bench with some of its images."""

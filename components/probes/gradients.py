@@ -85,8 +85,7 @@ def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     passed, decided = True, False
     for name, x in points.items():
         # A backward pass may be right for one loss and wrong for another.
-        some = bench.pick(torch.arange(len(x), device=x.device))
-        fine, right = _compared(some, x, log_odds if name == "ball" else margin)
+        fine, right = _compared(bench.first(len(x)), x, log_odds if name == "ball" else margin)
         count, bad = int(fine.sum()), int((fine & ~right).sum())
         judged, wrong = judged + count, wrong + bad
         # A random point is smoother than those that an attack passes.
@@ -103,8 +102,8 @@ def gradient_honest(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     )
 
 
-def gradient_pays(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
-    """Check 39: a step along the exact gradient lowers the margin further than a random step.
+def gradient_pays(bench: Bench, points: Mapping[str, Tensor], mode: Mode = "full") -> Finding:
+    """Check 39: a step along the gradient of a mode lowers the margin further than a random step.
 
     A gradient may be right and useless: on terraces and under a fast ripple, the slope at a point
     says nothing about the next one (shattered gradients, Athalye et al. 2018). Clean, at a random
@@ -112,19 +111,22 @@ def gradient_pays(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     there, the step along the gradient of the log odds must win on 75 %. Both steps are half a
     radius long and projected, and compared under the same noise, which is not that of the gradient.
     A point with fewer than 20 right images is not judged. Where an attack is dear, `points` are of
-    the first images of the bench, and more of them are tried clean and in the ball.
+    the first images of the bench; clean and in the ball, more are tried, and those that are right.
     """
-    count = min(max(len(points["clean"]), STEPPED), len(bench.x))
-    more = bench.pick(torch.arange(count, device=bench.x.device))
+    answered = bind(bench.folded, "full", bench.draws, 1).margins(bench.x, bench.labels, 0)
+    count = max(len(points["clean"]), STEPPED)
+    more = bench.pick((answered > 0).nonzero()[:count, 0])
     half = "half of the way"
+    tried = {"clean": (more, more.x), "ball": (more, more.ball)}
+    tried[half] = (bench.first(len(points[half])), points[half])
     shares, said = [], []
-    for name, x in {"clean": more.x, "ball": more.ball, half: points[half]}.items():
-        right, won = _won(bench.pick(torch.arange(len(x), device=x.device)), x, f"step: {name}")
+    for name, (some, x) in tried.items():
+        right, won = _won(some, x, mode, f"step: {name}")
         judged, better = int(right.sum()), int((right & won).sum())
         said.append(f"{name} {better} of {judged}")
         shares += [better / judged] if judged >= LEAST else []
     return Finding(
-        name="gradient_pays/full",
+        name=f"gradient_pays/{mode}",
         level="warn",
         passed=all(share >= WINS for share in shares),
         detail=f"right images on which a step along the gradient beats a random one: "
@@ -194,12 +196,12 @@ def _unusable(gradient: Tensor) -> float:
     return float((~flat.isfinite().all(1) | (flat == 0).all(1)).float().mean())
 
 
-def _won(bench: Bench, x: Tensor, use: str) -> tuple[Tensor, Tensor]:
-    """Return which images are right at `x`, and which fall further along the gradient (N,).
+def _won(bench: Bench, x: Tensor, mode: Mode, use: str) -> tuple[Tensor, Tensor]:
+    """Return which images are right at `x`, and which fall further along its gradient (N,).
 
     The rival is a step in a random direction, named `use`.
     """
-    target, judge = (bind(bench.folded, "full", bench.draws, eot) for eot in (WAY.eot, SHARED))
+    target, judge = (bind(bench.folded, mode, bench.draws, eot) for eot in (WAY.eot, SHARED))
     found = target.evaluate(x, bench.labels, log_odds, 0)
     random = bench.draws.normal(tuple(x.shape[1:]), use).to(x.dtype)
     margins = []

@@ -26,8 +26,11 @@ def boundary_jump(bench: Bench) -> Finding:
     each image that is right, on the straight way to one that is right as another class, the place
     is found where the label changes. Over a quarter of the whole fall of the margin within 1/128 of
     the way, to both sides of that place, is a jump. The noise is fixed. A purifier that descends
-    may jump from one solution to another: it has to face its stand-ins, and is not judged here.
+    or rounds may jump from one solution to another. It has to face its stand-ins, and here the
+    classifier behind it is judged, between purified images.
     """
+    if rough(bench.defense):
+        bench = bench.behind
     x, labels = bench.x, bench.labels
     others, known = of_another_class(bind(bench.defense, "full", bench.draws, 1), x, labels)
 
@@ -46,13 +49,12 @@ def boundary_jump(bench: Bench) -> Finding:
         near, far = torch.where(right, middle, near), torch.where(right, far, middle)
     fall = margins((near - WINDOW).clamp(min=0)) - margins((far + WINDOW).clamp(max=1))
     jumps = int((judged & (fall > JUMP * (start - end))).sum())
-    count, descends = int(judged.sum()), rough(bench.defense)
+    count = int(judged.sum())
     return Finding(
         name="boundary_jump/full",
         level="warn",
-        passed=count < LEAST or descends or jumps <= JUMPING * count,
+        passed=count < LEAST or jumps <= JUMPING * count,
         detail=f"the label of {jumps} of {count} images changes by a jump of the margin"
-        + ("; a purifier that descends may do so" if descends else "")
         + ("" if count >= LEAST else "; too few are right to be judged"),
         figures={"jumps": jumps, "judged": count},
     )

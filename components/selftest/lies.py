@@ -30,6 +30,7 @@ from components.selftest.changing import (
     safe_between_levels,
     wrong_while_crafted,
 )
+from components.selftest.hidden import behind_stand_in, hidden_label, of_codebook
 from components.selftest.toy import (
     THREAT,
     Case,
@@ -153,23 +154,6 @@ def _two_faced(attacked: Callable[[Tensor], bool]) -> Case:
         return x if attacked(x) else torch.nn.functional.avg_pool2d(x, 3, 1, 1)
 
     return purifying(purify)
-
-
-class _Plateaus(nn.Module):
-    """Takes the label of one network, and all of its gradient from another."""
-
-    def __init__(self, hidden: nn.Module, shown: nn.Module) -> None:
-        super().__init__()
-        self.hidden, self.shown = hidden, shown
-
-    def forward(self, x: Tensor) -> Tensor:
-        label = self.hidden(x.detach()).argmax(1)
-        logits: Tensor = self.shown(x)
-        return logits + 60 * nn.functional.one_hot(label, logits.shape[1])
-
-
-def _hidden_label(toy: Toy) -> list[Finding]:
-    return probed(None, _Plateaus(toy.classifier, toy.other))(toy)
 
 
 def _declared_without(toy: Toy) -> list[Finding]:
@@ -316,7 +300,9 @@ LIES: dict[str, tuple[str, Case]] = {
         "gradient_pays/full",
         lambda toy: probed(None, _Shattered(toy.classifier, _terraced))(toy),
     ),
-    "label of a hidden network": ("boundary_jump/full", _hidden_label),
+    "label of a hidden network": ("boundary_jump/full", hidden_label),
+    "hidden network behind a stand-in": ("boundary_jump/short", behind_stand_in),
+    "nearest image of a codebook": ("gradient_pays/bpda", of_codebook),
     "derivative reversed while sets are crafted": ("stored_attacks", wrong_while_crafted),
     "found by Square, not by gradients": ("blind_attack", _with_derivative(_rolled)),
     "declared not differentiable": ("gradient_declared", _declared_without),

@@ -1,6 +1,6 @@
 """What the cases are made of: digits, small trained classifiers, purifiers of one function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from components.checks.sets import stored_set
 from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ResNet, SmallCnn
-from components.models.defense import Defense
+from components.models.defense import Defense, Mode
 from components.models.purifiers import Purifier
 from components.probes import Finding, answers, gradients, jumps, masking, probe
 from components.probes.bench import Bench
@@ -121,8 +121,12 @@ class FunctionPurifier(Purifier):
         return self.function(x, stream)
 
 
-def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Case:
-    """Return the case of a defense that is probed as every defense is.
+def probed(
+    purifier: Purifier | None,
+    classifier: nn.Module | None = None,
+    modes: Sequence[Mode] = ("full",),
+) -> Case:
+    """Return the case of a defense that is probed as every defense is, in the `modes` of a ladder.
 
     Without a `classifier` it is that of the toy.
     """
@@ -130,12 +134,12 @@ def probed(purifier: Purifier | None, classifier: nn.Module | None = None) -> Ca
     def case(toy: Toy) -> list[Finding]:
         behind = toy.classifier if classifier is None else classifier
         defense = Defense(behind, purifier).freeze()
-        return probed_by(defense, toy)
+        return probed_by(defense, toy, modes)
 
     return case
 
 
-def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
+def probed_by(defense: Defense, toy: Toy, modes: Sequence[Mode] = ("full",)) -> list[Finding]:
     """Probe a defense as every defense is probed, on the images to attack.
 
     Where the toy names the `only` check that matters, that one alone is run, if it is dear.
@@ -143,10 +147,12 @@ def probed_by(defense: Defense, toy: Toy) -> list[Finding]:
     one = ALONE.get(toy.only or "")
     if one:
         data = toy.under_attack()
-        bench = Bench(defense, data.pixels(), data.labels, data.ids, THREAT, SEED, None, BATCH)
+        bench = Bench(
+            defense, data.pixels(), data.labels, data.ids, THREAT, SEED, None, BATCH, modes[0]
+        )
         return [one(bench, toy)]
     return probe(
-        defense, ["full"], toy.test, THREAT, SEED, PROBED, EOT, BATCH, None, toy.val, thorough=False
+        defense, modes, toy.test, THREAT, SEED, PROBED, EOT, BATCH, None, toy.val, thorough=False
     )
 
 
@@ -160,6 +166,7 @@ ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
     "looks_around": lambda bench, toy: answers.looks_around(bench.defense),
     "gradient_honest/full": lambda bench, toy: gradients.gradient_honest(bench, bench.points()),
     "gradient_pays/full": lambda bench, toy: gradients.gradient_pays(bench, bench.points()),
+    "gradient_pays/bpda": lambda bench, toy: gradients.gradient_pays(bench, bench.points(), "bpda"),
     "gradient_declared": lambda bench, toy: gradients.gradient_declared(bench),
     "gradient_present/full": lambda bench, toy: gradients.gradient_present(
         bench.defense, "full", bench.x, bench.labels, bench.draws

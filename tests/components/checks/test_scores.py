@@ -316,6 +316,8 @@ def test_where_gradients_decide_nothing_an_attack_without_any_is_asked_for() -> 
     assert passes([pgd], differentiable=False, stochastic=True), "noise is no rounding"
     assert not passes([pgd], undecided) and not passes([pgd, square], undecided)
     assert passes([square, apgd_t], undecided)
+    behind = undecided.model_copy(update={"name": "gradient_honest/soft"})
+    assert not passes([square], behind) and passes([square, apgd_t], behind)
     assert passes([square, parse_attack("fab_t", steps=10)], undecided)
     assert passes([parse_attack("autoattack")], undecided)
     assert passes([parse_attack("flip", steps=20, candidates=5)], differentiable=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import BALL, Blurred, Function, Noisy, head, listening
+from toys import BALL, Blurred, Function, Noisy, Rounded, head, listening
 
 from components.attacks import L2, Attack, Linf
 from components.attacks.apgd import ApgdCe
@@ -187,9 +187,31 @@ def test_too_few_right_images_are_not_judged(classifier: Classifier, test_set: I
 def test_where_an_attack_is_dear_more_images_take_single_steps(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    found = paid(bench_of(Defense(rippled(classifier), None), test_set), count=8)
+    bench = bench_of(Defense(rippled(classifier), None), test_set)
+    found = paid(bench, count=8)
     assert not found.passed and found.figures["judged"] == 2
     assert "of the way" in found.detail, found.detail
+    # Of a defense that is often wrong, it takes images that are right.
+    often = torch.arange(len(bench.x)) % 2 == 0
+    found = paid(
+        replace(bench, labels=torch.where(often, bench.labels, bench.labels + 1) % 10), count=8
+    )
+    assert not found.passed and found.figures["judged"] >= 1, found.detail
+
+
+def test_the_identity_does_not_pay_for_a_purifier_without_gradient(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """An image of a codebook that is put in the place of `x` has no gradient, and is not near."""
+    coarse, fine = (bench_of(Defense(classifier, Rounded(n)), test_set) for n in (1, 15))
+    found = [
+        gradients.gradient_pays(
+            replace(bench, mode="bpda"), replace(bench, mode="bpda").points(), "bpda"
+        )
+        for bench in (coarse, fine)
+    ]
+    assert [one.passed for one in found] == [False, True], [one.detail for one in found]
+    assert {one.name for one in found} == {"gradient_pays/bpda"}
 
 
 def test_both_steps_meet_the_same_noise_which_did_not_make_the_gradient(
@@ -201,4 +223,5 @@ def test_both_steps_meet_the_same_noise_which_did_not_make_the_gradient(
     asked.clear()
     gradients.gradient_pays(bench, points)
     made, fresh = list(range(4)), list(range(16, 32))
-    assert asked == [*made, *fresh, *fresh] * 3
+    # The first question asks which images are right.
+    assert asked == [0, *[*made, *fresh, *fresh] * 3]

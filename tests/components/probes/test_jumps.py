@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import LINF, Noisy, head
+from toys import LINF, Noisy, Rounded, head
 
 from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet
@@ -65,6 +65,16 @@ def test_too_few_right_images_say_nothing(classifier: Classifier, test_set: Imag
     bench = bench_of(Defense(Plateaus(classifier, 100.0), None), test_set, 5)
     found = boundary_jump(bench)
     assert found.passed and "too few" in found.detail
+
+
+def test_behind_a_purifier_that_descends_the_classifier_is_judged(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    plateaus = Plateaus(classifier, 100.0)
+    for purifier in (Rounded(15), Repainted(classifier, test_set.pixels(), test_set.labels)):
+        purifier.stand_ins = ("direct",)
+        assert boundary_jump(bench_of(Defense(classifier, purifier), test_set)).passed
+        assert not boundary_jump(bench_of(Defense(plateaus, purifier), test_set)).passed
 
 
 def test_a_purifier_that_repaints_jumps_and_may_if_it_descends(

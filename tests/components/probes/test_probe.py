@@ -18,6 +18,7 @@ from components.models.classifiers import Classifier
 from components.models.defense import Defense, Mode
 from components.models.identity import state_digest
 from components.models.purifiers import Purifier
+from components.models.purifiers.controls import BitDepth
 from components.probes import Finding, answers, attacks, models
 from components.probes.bench import Bench
 
@@ -67,6 +68,8 @@ class Head(nn.Module):
             return logits + 1000 * (torch.arange(10) == 3)
         if self.kind == "constant":
             return 0 * logits + torch.arange(10.0)
+        if self.kind == "plateaus":
+            return logits + 60 * nn.functional.one_hot(logits.argmax(1), 10)
         if self.kind == "nan":
             return logits * torch.nan
         if self.kind == "one nan":
@@ -113,6 +116,21 @@ def test_an_honest_defense_passes_every_probe(
         failed(findings) == [] and failed(findings, "warn") == ["looks_around"][purifier is None :]
     )
     assert all(finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_behind_stand_ins_the_classifier_is_asked_in_every_mode(
+    wrong: bool, classifier: Classifier, test_set: ImageSet
+) -> None:
+    modes: tuple[Mode, ...] = ("bpda", "soft")
+    behind = Head(classifier, "plateaus") if wrong else classifier
+    defense = Defense(behind, BitDepth(kind="bit_depth", bits=3).build(test_set.shape)).freeze()
+    findings = run(defense, modes, test_set)
+    names = [finding.name for finding in findings]
+    assert set(names) == set(probes.required(modes, False, False, False))
+    assert {f"{check}/{mode}" for check in probes.LEADING for mode in modes} <= set(names)
+    jumps = [f"boundary_jump/{mode}" for mode in modes]
+    assert [name for name in failed(findings, "warn") if name in jumps] == (jumps if wrong else [])
 
 
 def test_probing_changes_nothing_and_repeats(classifier: Classifier, test_set: ImageSet) -> None:
