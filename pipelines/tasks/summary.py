@@ -77,7 +77,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     classes = per_class(carried.accuracy(), images.labels.numpy(), images.class_names)
     return Scored(
         role=entry.role,
-        digest=entry.subject.defense().digest,
+        digest=entry.subject.digest(),
         stochastic=entry.subject.stochastic(),
         clean=_estimate(clean.accuracy()),
         headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
