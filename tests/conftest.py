@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import ParityModel
+from toy_networks import ParityModel
 
 from components.attacks import Linf
 from components.data.image_set import ImageSet

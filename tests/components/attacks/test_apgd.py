@@ -5,17 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import (
-    LINF,
-    THREATS,
-    Linear,
-    distances,
-    fooled,
-    head,
-    linear_task,
-    parse_attack,
-    resized,
-)
+from toy_networks import Linear
+from toys import LINF, THREATS, distances, fooled, head, linear_task, parse_attack, resized
 
 from components.attacks import (
     L2,

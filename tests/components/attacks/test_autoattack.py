@@ -8,18 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from toys import (
-    LINF,
-    THREATS,
-    Constant,
-    Noisy,
-    Precise,
-    compare_with_authors,
-    distances,
-    fooled,
-    linear_task,
-    resized,
-)
+from toy_networks import Constant, Noisy, Precise
+from toys import LINF, THREATS, compare_with_authors, distances, fooled, linear_task, resized
 
 from components.attacks import L2, Attack, Crafted, Linf, autoattack, craft
 from components.attacks.apgd import ApgdDlr

@@ -11,21 +11,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from toys import (
-    ATTACK_VARIANTS,
-    ATTACKS,
-    LINF,
-    THREATS,
-    Constant,
-    Noisy,
-    Precise,
-    Rounded,
-    fooled,
-    head,
-    listening,
-    parse_attack,
-    true_margins,
-)
+from toy_networks import Constant, Noisy, Precise, Rounded, listening
+from toys import ATTACK_VARIANTS, ATTACKS, LINF, THREATS, fooled, head, parse_attack, true_margins
 
 from components.attacks import (
     L2,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from toys import BALL, LINF, Function, Linear, attack_model, fooled, grey_images, head, thresholded
+from toy_networks import Function, Linear
+from toys import BALL, LINF, attack_model, fooled, grey_images, head, thresholded
 
 from components.attacks import Linf
 from components.attacks.flip import Flip

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from toy_networks import Linear
 from toys import (
     BALL,
     LINF,
     THREATS,
-    Linear,
     attack_model,
     distances,
     grey_images,

@@ -10,19 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from toys import (
-    BALL,
-    LINF,
-    Function,
-    Linear,
-    Noisy,
-    Precise,
-    attack_model,
-    fooled,
-    grey_images,
-    head,
-    listening,
-)
+from toy_networks import Function, Linear, Noisy, Precise, listening
+from toys import BALL, LINF, attack_model, fooled, grey_images, head
 
 from components.attacks import L2, Attack, Linf, craft, violations
 from components.attacks.flip import Flip

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchattacks
 from torch import Tensor, nn
-from toys import BALL, LINF, Function, Noisy, attack_model, fooled, grey_images, head, thresholded
+from toy_networks import Function, Noisy
+from toys import BALL, LINF, attack_model, fooled, grey_images, head, thresholded
 
 from components.attacks import violations
 from components.attacks.library import MiFgsm, run_torchattack

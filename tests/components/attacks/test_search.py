@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from toys import (
-    Noisy,
-    head,
-)
+from toy_networks import Noisy
+from toys import head
 
 from components.attacks.contract import Search, strongest
 from components.data.draws import Draws, NoiseStream

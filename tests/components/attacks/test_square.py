@@ -6,19 +6,8 @@ import pytest
 import torch
 import torchattacks
 from torch import Tensor
-from toys import (
-    BALL,
-    LINF,
-    THREATS,
-    Function,
-    Linear,
-    Rounded,
-    attack_model,
-    fooled,
-    grey_images,
-    head,
-    parse_attack,
-)
+from toy_networks import Function, Linear, Rounded
+from toys import BALL, LINF, THREATS, attack_model, fooled, grey_images, head, parse_attack
 
 from components.attacks import L2, Linf, craft, violations
 from components.attacks.gradient import Pgd

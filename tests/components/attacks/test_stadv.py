@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import LINF, Noisy, Precise, head, uniform_pixels
+from toy_networks import Noisy, Precise
+from toys import LINF, head, uniform_pixels
 
 from components.attacks import L2, craft
 from components.attacks import stadv as module

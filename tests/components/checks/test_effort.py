@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import ATTACK_VARIANTS, ATTACKS, LINF, Noisy, head, parse_attack
+from toy_networks import Noisy
+from toys import ATTACK_VARIANTS, ATTACKS, LINF, head, parse_attack
 
 from components.attacks import Attack, Crafted, Linf, autoattack, craft
 from components.attacks.autoattack import AutoAttack

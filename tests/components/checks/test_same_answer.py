@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import LINF, Blurred, Noisy, Rounded, head, parse_attack
+from toy_networks import Blurred, Noisy, Rounded
+from toys import LINF, head, parse_attack
 
 from components.attacks import craft
 from components.checks.sets import Answers, same_answer

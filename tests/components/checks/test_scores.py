@@ -5,17 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from toys import (
-    ATTACKS,
-    LINF,
-    Blurred,
-    Rounded,
-    distances,
-    failed,
-    head,
-    linear_task,
-    parse_attack,
-)
+from toy_networks import Blurred, Rounded
+from toys import ATTACKS, LINF, distances, failed, head, linear_task, parse_attack
 
 from components.attacks import Attack, Linf, craft
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT

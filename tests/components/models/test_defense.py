@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import Detached, Noisy, Rounded
+from toy_networks import Detached, Noisy, Rounded
 
 from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet

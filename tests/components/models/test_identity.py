@@ -7,12 +7,19 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-from toys import Blurred, Noisy
+from toy_networks import Blurred, Linear, Noisy, listening
 
 from components.models import identity as identities
 from components.models.classifiers import ResNet, SmallCnn
 from components.models.defense import Defense, fold_batch_norm
-from components.models.identity import code_digest, identity, sources, state_digest, stripped
+from components.models.identity import (
+    code_digest,
+    identity,
+    modules_of,
+    sources,
+    state_digest,
+    stripped,
+)
 from components.models.purifiers.controls import GaussianNoise
 
 NET = """from helper import scale
@@ -92,6 +99,15 @@ def test_code_is_what_the_parts_import_and_nothing_else() -> None:
     } <= found  # fmt: skip
     assert not any("gan" in name or "attacks" in name or "torch" in name for name in found)
     assert code_digest(classifier) != code_digest(Defense(classifier, purifier))
+
+
+def test_no_attack_and_no_check_salts_the_noise_of_shared_toys() -> None:
+    linear = Linear(torch.ones(2, 4), torch.zeros(2))
+    judges = ("attacks", "probes", "checks", "evaluation", "selftest", "pipelines")
+    for defense in (Defense(linear, Noisy()), listening(linear, lambda draws: None)):
+        found = set(sources((*modules_of(defense), *identities.ALWAYS)))
+        assert {"toy_networks", "components.models.purifiers.contract"} <= found
+        assert not [name for name in found if not set(judges).isdisjoint(name.split("."))]
 
 
 def test_strings_that_are_no_docstrings_belong_to_the_code() -> None:

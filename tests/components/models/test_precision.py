@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import LINF, Noisy, head, parse_attack
+from toy_networks import Noisy
+from toys import LINF, head, parse_attack
 
 from components.attacks import craft
 from components.data.image_set import ImageSet

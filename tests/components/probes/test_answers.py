@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Blurred, Noisy, Rounded, failed, head
+from toy_networks import Blurred, Noisy, Rounded
+from toys import failed, head
 
 from components.attacks import Linf
 from components.data.draws import NoiseStream

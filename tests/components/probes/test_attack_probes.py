@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import BALL, Blurred, Function, Noisy, Rounded, head, listening
+from toy_networks import Blurred, Function, Noisy, Rounded, listening
+from toys import BALL, head
 
 from components.attacks import L2, Attack, Linf
 from components.attacks.apgd import ApgdCe

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import LINF, Noisy, Rounded, head
+from toy_networks import Noisy, Rounded
+from toys import LINF, head
 
 from components.data.draws import NoiseStream
 from components.data.image_set import ImageSet

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Noisy, head
+from toy_networks import Noisy
+from toys import head
 
 from components.attacks import Linf
 from components.data.draws import NoiseStream

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import LINF, Blurred, Detached, Noisy, Rounded, failed, head
+from toy_networks import Blurred, Detached, Noisy, Rounded
+from toys import LINF, failed, head
 
 from components import probes
 from components.attacks import craft

@@ -7,18 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import (
-    BALL,
-    LINF,
-    Detached,
-    Noisy,
-    Rounded,
-    distances,
-    head,
-    linear_task,
-    parse_attack,
-    run_on_target,
-)
+from toy_networks import Detached, Noisy, Rounded
+from toys import BALL, LINF, distances, head, linear_task, parse_attack, run_on_target
 
 from components.attacks import craft
 from components.attacks.distance.cw import CwL2

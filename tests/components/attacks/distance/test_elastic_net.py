@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import (
-    BALL,
-    Linear,
-    distances,
-    head,
-    linear_task,
-    run_on_target,
-)
+from toy_networks import Linear
+from toys import BALL, distances, head, linear_task, run_on_target
 
 from components.attacks import craft
 from components.attacks.distance.cw import CwL2

@@ -9,17 +9,8 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
-from toys import (
-    LINF,
-    THREATS,
-    Linear,
-    Noisy,
-    compare_with_authors,
-    distances,
-    linear_task,
-    parse_attack,
-    resized,
-)
+from toy_networks import Linear, Noisy
+from toys import LINF, THREATS, compare_with_authors, distances, linear_task, parse_attack, resized
 
 from components.attacks import L2, Linf, craft
 from components.attacks.contract import Search

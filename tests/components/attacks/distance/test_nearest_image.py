@@ -7,20 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from toys import (
-    BALL,
-    LINF,
-    Detached,
-    Linear,
-    Noisy,
-    Precise,
-    Rounded,
-    head,
-    linear_task,
-    listening,
-    parse_attack,
-    run_on_target,
-)
+from toy_networks import Detached, Linear, Noisy, Precise, Rounded, listening
+from toys import BALL, LINF, head, linear_task, parse_attack, run_on_target
 
 from components.attacks import L2, Attack, Linf, craft
 from components.data.draws import Draws, NoiseStream
