@@ -112,10 +112,7 @@ def test_an_honest_defense_passes_every_probe(
         *(["eot_agreement"] if isinstance(purifier, Noisy) else []),
         "stored_attacks", "blind_attack", "remembered", "unbounded_by_gradient", "unbounded",
     ]  # fmt: skip
-    # The purifiers' file makes draws for attacks, which no purifier needs.
-    assert (
-        failed(findings) == [] and failed(findings, "warn") == ["looks_around"][purifier is None :]
-    )
+    assert failed(findings) == failed(findings, "warn") == []
     assert all(finding.detail for finding in findings)
 
 
