@@ -28,6 +28,7 @@ from pipelines.config import sections
 from pipelines.config.sections import Scoring
 from pipelines.reporting.networks import trained
 from pipelines.reporting.report import write_report
+from pipelines.tasks.entries import Entry, Plan
 from pipelines.tasks.metrics import (
     Checks,
     Estimate,
@@ -39,7 +40,7 @@ from pipelines.tasks.metrics import (
     UnseenClassifier,
 )
 from pipelines.tasks.panels import render
-from pipelines.tasks.scoring import Entry, Plan, Result
+from pipelines.tasks.scoring import Result
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import compared, summary, threat_model
 
@@ -226,7 +227,7 @@ class FakeEvaluation:
         efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
         rounded = score(N if entry.name == EVIL else 6)
         return Result(
-            scored, inside, distance, findings, unseen, rounded, detector, panels, efforts, {}
+            scored, inside, distance, findings, unseen, rounded, detector, panels, efforts, {}, {}
         )
 
 

@@ -14,6 +14,7 @@ from components.attacks.contract import LossFamily
 from components.attacks.flip import Flip
 from components.attacks.square import Square
 from components.probes.contract import SIGNIFICANT, Accuracies, Finding
+from components.probes.masking import AT_LEAST, GAIN
 from components.probes.statistics import holm, more_fooled
 
 # The order of strength of attack kinds: no attack may be beaten by one of a lower tier. Under noise
@@ -122,6 +123,30 @@ def white_is_strongest(full: Mapping[str, tuple[str, Accuracies]]) -> list[Findi
                 level="block" if severe else "warn",
                 passed=not failed,
                 detail=f"without gradients it fools a further {lost:.1%} of images (p = {p:.3g})",
+            )
+        )
+    return findings
+
+
+def transfer_attack(own: Accuracies, added: Mapping[str, Accuracies]) -> list[Finding]:
+    """Check 42: examples of another classifier fool hardly anything that own attacks leave.
+
+    `own` are the accuracies (N,) of the headline, `added` those of the same rule where the worst
+    examples against one baseline are candidates, too. White-box attacks know more. Where they leave
+    over 5 points, and three images, that these examples fool, and significantly, they followed a
+    gradient that does not belong to what decides.
+    """
+    adjusted = holm([more_fooled(accuracies, own) for accuracies in added.values()])
+    findings = []
+    for (baseline, accuracies), p in zip(added.items(), adjusted, strict=True):
+        gain, n = float((own - accuracies).mean()), len(own)
+        findings.append(
+            Finding(
+                name=f"transfer_attack/{baseline}",
+                level="block",
+                passed=gain <= max(GAIN, AT_LEAST / n) or p >= SIGNIFICANT,
+                detail=f"examples against the baseline {baseline} fool a further {gain:.1%} of {n} "
+                f"images (p = {p:.3g})",
             )
         )
     return findings

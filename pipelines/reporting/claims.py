@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.reporting.wording import percent
+from pipelines.tasks.entries import Entry
 from pipelines.tasks.metrics import Estimate, Headline, Scored
-from pipelines.tasks.scoring import Entry
 from pipelines.tasks.summary import WEAKER
 
 Fate = Literal["holds", "collapses", "fails", "not valid"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from components.data.shards import DataError
 from components.models.checkpoints import ModelCard, fingerprint, read_card
-from pipelines.tasks.scoring import Entry, Plan
+from pipelines.tasks.entries import Entry, Plan
 
 SHORT = 12
 

@@ -45,6 +45,7 @@ from pipelines.reporting.wording import (
     verdict,
     written_for,
 )
+from pipelines.tasks.entries import Entry, Plan
 from pipelines.tasks.metrics import (
     AttackScore,
     Detection,
@@ -56,7 +57,7 @@ from pipelines.tasks.metrics import (
     rung_of,
 )
 from pipelines.tasks.panels import Panel
-from pipelines.tasks.scoring import Entry, Plan, Result
+from pipelines.tasks.scoring import Result
 
 TEMPLATE = "report.html.j2"
 # Columns of the score table that are shown even if nothing was run there.

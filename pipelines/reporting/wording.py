@@ -49,6 +49,7 @@ MEANINGS = {
     "quantisation": "Rounded to 8 bits, the worst examples fool as many, and none that withstood.",
     "order_of_strength": "No attack fools what all stronger attacks together leave standing.",
     "white_is_strongest": "Without gradients next to nothing more is fooled.",
+    "transfer_attack": "Examples against another classifier fool next to nothing more.",
     "full_is_strongest": "No weaker rung fools what attacks that see through leave standing.",
     "full_rung": "At least one attack follows a right gradient of the defense or of a stand-in.",
     "without_gradients": "Where gradients decide nothing, an attack without any was run.",

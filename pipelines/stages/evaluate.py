@@ -28,8 +28,9 @@ from pipelines.reporting.registration import image_of, registrations
 from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
 from pipelines.tasks import metrics, speed
+from pipelines.tasks.entries import Entry, Plan, probes_of
 from pipelines.tasks.metrics import EntryRole, Metrics
-from pipelines.tasks.scoring import Entry, Plan, Result, merge, probes_of, score_sets, score_shard
+from pipelines.tasks.scoring import Result, merge, score_sets, score_shard
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import compared, summary, threat_model
 from pipelines.tracking.registry import Registration
@@ -76,7 +77,7 @@ def run(
     entries = _entries(params, models.absolute(), adversarial.absolute())
     for entry in entries:
         entry.subject.require_fit(images)
-    plan = _plan(params, val.absolute(), test.absolute(), models.absolute())
+    plan = _plan(params, entries, val.absolute(), test.absolute(), models.absolute())
 
     probes = [probes_of(entry, plan) for entry in entries]
     leaked = leakage(images.images, learnt)
@@ -130,7 +131,9 @@ def _selftest(path: Path) -> metrics.Selftest:
     return metrics.Selftest(cases=len(results), caught=len(results))
 
 
-def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:
+def _plan(
+    params: EvaluateParams, entries: Sequence[Entry], val: Path, test: Path, models: Path
+) -> Plan:
     surrogate = params.baselines.get(SURROGATE)
     return Plan(
         threat=params.threat,
@@ -143,6 +146,7 @@ def _plan(params: EvaluateParams, val: Path, test: Path, models: Path) -> Plan:
         test=test,
         unseen=models / "unseen",
         surrogate=models / surrogate.classifier if surrogate else None,
+        baselines=[entry for entry in entries if entry.role == "baseline"],
     )
 
 

@@ -7,22 +7,20 @@ entries before `score_shard`, which is the first to ask about clean images.
 `tasks.summary` turns these counts into scores and judges them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import L2, SLACK, Attack, Crafted, Linf
+from components.attacks import L2, SLACK
 from components.attacks.ladder import REPLAYED
 from components.attacks.sets import read_crafted
-from components.checks.sets import Answers, agreement, effort, in_levels, stored_probes, stored_set
-from components.data import image_set, shards
+from components.checks.sets import Answers, in_levels
+from components.data import image_set
 from components.data.draws import Role
 from components.data.image_set import ImageSet
 from components.data.shards import read_manifest
@@ -31,68 +29,25 @@ from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
 from components.models.accuracy import Counts, count_correct
 from components.models.checkpoints import load, read_card
-from components.models.defense import STAND_INS, Defense, Mode
+from components.models.defense import Defense
 from components.models.identity import state_digest
-from components.probes import Finding, required
+from components.probes import Finding
 from components.probes.models import recorded_accuracy, unchanged
-from pipelines.config.sections import Checks, Scoring
-from pipelines.tasks import probing
-from pipelines.tasks.metrics import EntryRole, attack_of, rung_of
+from pipelines.tasks.entries import Entry, Plan, read_sets, worst_of_baselines
+from pipelines.tasks.metrics import rung_of
 from pipelines.tasks.panels import Panel, render
-from pipelines.tasks.subject import Subject
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One scored baseline, defense or control: its models, its probes, its sets by rung/attack."""
-
-    name: str
-    role: EntryRole
-    subject: Subject
-    probes: Path
-    sets: Mapping[str, Path]
-
-    def white_box_rungs(self) -> tuple[str, ...]:
-        """Return the rungs on which an attack sees through the purifier.
-
-        Where the purifier has no gradient, these are its stand-ins and the identity.
-        """
-        exact = "full" if self.subject.differentiable() else "bpda"
-        return (exact, *STAND_INS)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all entries are scored on, and how."""
-
-    threat: Linf | L2
-    attacks: Mapping[str, Attack]
-    scoring: Scoring
-    checks: Checks
-    seed: int
-    batch: int
-    val: Path
-    test: Path
-    unseen: Path
-    surrogate: Path | None
-
-    def attack(self, name: str) -> Attack:
-        """Return the attack behind rung/attack."""
-        return self.attacks[attack_of(name)]
-
-    def bounded(self, name: str) -> bool:
-        """Whether the attack behind rung/attack stays inside the primary threat by itself."""
-        return self.attack(name).bounded
 
 
 @dataclass(frozen=True)
 class Attacked:
     """What was counted before any clean image: `scores` by rung/attack of the sets that count.
 
-    `findings` are about all sets, `state` is whether the scoring changed the defense.
+    `transferred` are the scores of `worst_of_baselines`. `findings` are about all sets, `state` is
+    whether the scoring changed the defense.
     """
 
     scores: Mapping[str, Score]
+    transferred: Mapping[str, Score]
     findings: list[Finding]
     state: Finding
 
@@ -107,7 +62,8 @@ class Result:
     bits, among equal ones the last; `detector` are the detector scores, None where the purifier is
     no detector; `panels` are pictures of every set; `efforts` are the passes that white-box sets
     cost whose attack stops at success; `answers` are what attacks were answered about the sets that
-    they made of this entry.
+    they made of this entry; `transferred` are scores under the worst examples of other baselines,
+    by their names, and count for the check `transfer_attack` alone.
     """
 
     scores: Mapping[str, Score]
@@ -120,51 +76,37 @@ class Result:
     panels: Mapping[str, Panel]
     efforts: Mapping[str, Effort]
     answers: Mapping[str, Answers]
+    transferred: Mapping[str, Score]
 
     def within_threat(self) -> dict[str, Score]:
         """Return the scores by the rule of the headline: an example outside the ball is clean."""
         return within_threat(self.scores, self.inside)
 
 
-def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
-    """Return the findings of the probes of an entry; block where they are not its own or not all.
-
-    The modes are those in which it was attacked.
-    """
-    stored = probing.read(entry.probes)
-    attacks = {name: plan.attack(name) for name in entry.sets}
-    now = probing.facts(
-        entry.subject, attacks, entry.sets, plan.threat, plan.checks, plan.seed, plan.batch,
-        plan.val, plan.test,
-    )  # fmt: skip
-    rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
-    modes = [cast(Mode, rung) for rung in rungs if rung not in REPLAYED]
-    names = required(
-        modes, entry.subject.stochastic(), entry.subject.differentiable(), plan.checks.thorough
-    )
-    facts = {key: (_plain(stored.facts.get(key)), _plain(value)) for key, value in now.items()}
-    found = [finding.name for finding in stored.findings]
-    return [*stored.findings, *stored_probes([*names, "state_unchanged"], found, facts)]
-
-
 def score_sets(entry: Entry, plan: Plan, shard: int, device: str) -> Attacked:
     """Score one shard of the sets of an entry, and check the sets whole; runs in a worker.
 
-    The defense is newly loaded: the sets are the first that it is asked about.
+    The defense is newly loaded: the sets are the first that it is asked about. The worst examples
+    of other baselines take turns with them.
     """
     torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
     images = image_set.read(plan.test)
     rows = _rows(plan.test, shard)
-    crafted, findings = _read_sets(entry, plan, images)
+    crafted, findings = read_sets(entry, plan, images)
+    own = {name: one.images[rows] for name, one in crafted.items()}
+    others = worst_of_baselines(entry, plan, images, rows)
+    # Names of sets have a slash, and names of baselines have none.
     scores = count_sets(
-        defense, {name: one.images[rows] for name, one in crafted.items()}, rows,
-        images.labels[rows], images.ids[rows], plan.seed, plan.scoring.select_draws,
-        plan.scoring.score_draws, plan.batch,
+        defense, {**own, **others}, rows, images.labels[rows], images.ids[rows], plan.seed,
+        plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
     state = unchanged(before, state_digest(defense), defense.training)
-    return Attacked(scores, findings, state)
+    return Attacked(
+        {name: scores[name] for name in own}, {name: scores[name] for name in others}, findings,
+        state,
+    )  # fmt: skip
 
 
 def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device: str) -> Result:
@@ -220,8 +162,9 @@ def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device:
         if rung_of(name) not in REPLAYED
     }
     return Result(
-        scores, inside, distance, findings, unseen, rounded, detector, panels, spent, answers
-    )
+        scores, inside, distance, findings, unseen, rounded, detector, panels, spent, answers,
+        counted.transferred,
+    )  # fmt: skip
 
 
 def merge(results: Sequence[Result]) -> Result:
@@ -250,6 +193,9 @@ def merge(results: Sequence[Result]) -> Result:
             for name in first.efforts
         },
         answers={n: Answers.joined([one.answers[n] for one in results]) for n in first.answers},
+        transferred={
+            name: _joined([one.transferred[name] for one in results]) for name in first.transferred
+        },
     )
 
 
@@ -286,25 +232,6 @@ def _subset(images: ImageSet, shard: int, shards: int) -> ImageSet:
     Some get none if there are more shards than images.
     """
     return images[torch.arange(len(images))[shard::shards]]
-
-
-def _read_sets(
-    entry: Entry, plan: Plan, images: ImageSet
-) -> tuple[dict[str, Crafted], list[Finding]]:
-    """Read and check all sets of an entry; return those that may be counted, and all findings."""
-    sound = {}
-    findings: list[Finding] = []
-    for name, folder in entry.sets.items():
-        crafted = read_crafted(folder)
-        threat = plan.threat if plan.bounded(name) else None
-        checks = stored_set(name, crafted.images, crafted.ids, crafted.labels, images, threat)
-        checks.append(_provenance(name, folder, entry, plan))
-        random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
-        classes = len(images.class_names)
-        findings += [*checks, effort(name, plan.attack(name), crafted, classes, random)]
-        if all(finding.passed for finding in checks):
-            sound[name] = crafted
-    return sound, findings
 
 
 def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:
@@ -352,30 +279,3 @@ def _recorded_accuracy(entry: Entry, plan: Plan) -> Finding:
         bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
     ).sum()
     return recorded_accuracy(int(now), then["correct"], then["n"])
-
-
-def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
-    facts = read_manifest(folder)
-    now = entry.subject.facts()
-    mode = rung_of(name)
-    if mode in REPLAYED:
-        bare = plan.surrogate if mode == "transfer" else entry.subject.classifier
-        assert bare is not None, "params.yaml asks for transfer without a surrogate"
-        now = Subject(bare).facts()
-    threat = plan.threat.model_dump(mode="json") if plan.bounded(name) else None
-    expected = {
-        **now,
-        "data": shards.fingerprint(plan.test),
-        "mode": "full" if mode in REPLAYED else mode,
-        "attack": plan.attack(name).model_dump(mode="json"),
-        "threat": threat,
-        "seed": plan.seed,
-    }
-    # Sets from before there were inferences were crafted without one.
-    facts = {"inference": "none", **facts}
-    pairs = {key: (facts.get(key), now) for key, now in expected.items()}
-    return agreement(name, {key: (_plain(a), _plain(b)) for key, (a, b) in pairs.items()})
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

@@ -18,6 +18,7 @@ from components.checks.scores import (
     selection,
     stand_ins_tried,
     strong_enough,
+    transfer_attack,
     undefended_falls,
     void_rungs,
     white_is_strongest,
@@ -43,8 +44,9 @@ from components.probes.contract import Accuracies
 from components.probes.statistics import summarise, wilson
 from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
+from pipelines.tasks.entries import Entry, Plan
 from pipelines.tasks.metrics import Estimate, Scored, rung_of
-from pipelines.tasks.scoring import Entry, Plan, Result
+from pipelines.tasks.scoring import Result
 from pipelines.tasks.subject import Subject
 
 TRIES = 10
@@ -256,6 +258,11 @@ def _judged(
         findings.append(same_answer(name, answers, score.score, score.draws, entry.subject.rough()))
     _, stored = worst(counted, list(counted)[::-1])
     findings.append(rounding(stored.accuracy(), result.rounded.accuracy()))
+    added = {}
+    for name, score in result.transferred.items():
+        candidates = {**counted, f"of {name}": score}
+        added[name] = worst_of_all(candidates, list(candidates))[1].accuracy()
+    findings += transfer_attack(carried.accuracy(), added)
     singles = {name: score.accuracy() for name, score in counted.items()}
     findings.append(selection(carried.accuracy(), singles))
     draws = plan.scoring

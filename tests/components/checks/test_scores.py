@@ -32,6 +32,32 @@ def accuracies(n: int, wrong: int, start: int = 0) -> Accuracies:
     return values
 
 
+def transferred(n: int, **wrong: int) -> list[str]:
+    """Return which baselines fool too many of `n` images, of which the own attacks fool three."""
+    own = accuracies(n, 3, start=n - 3)
+    added = {name: np.minimum(own, accuracies(n, count)) for name, count in wrong.items()}
+    return failed(scores.transfer_attack(own, added))
+
+
+def test_examples_of_another_classifier_fool_no_more_than_five_points_further() -> None:
+    assert transferred(100) == [] and transferred(1000, none=50) == []
+    assert transferred(1000, none=51) == ["transfer_attack/none"]
+    # 2^-6 = 0.016 and 2^-7 = 0.008 that so many of 100 images were fooled by chance.
+    assert transferred(100, none=6) == []
+    assert transferred(100, none=7) == ["transfer_attack/none"]
+    # Of two baselines each p-value counts double: 2^-7 = 0.008 for eight images.
+    assert transferred(100, none=7, robust=0) == []
+    assert transferred(100, none=0, robust=8) == ["transfer_attack/robust"]
+    assert transferred(20, none=3) == [], "three of few images"
+
+
+def test_a_random_defense_is_not_blamed_for_another_draw() -> None:
+    """Ten points less on average, but as many images are right more often as less often."""
+    own = np.tile([1.0, 0.5], 50)
+    found = scores.transfer_attack(own, {"none": np.tile([0.7, 0.6], 50)})
+    assert failed(found) == [] and "a further 10.0% of 100 images" in found[0].detail
+
+
 def beaten(kinds: Mapping[str, tuple[str, Accuracies]], stochastic: bool = False) -> list[str]:
     return failed(scores.order_of_strength(kinds, stochastic))
 

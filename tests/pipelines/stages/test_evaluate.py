@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import project
 import pytest
 
 from components.data.shards import DataError
 from components.selftest import HONEST, LIES
+from pipelines.config import schema
 from pipelines.stages import evaluate
 
 
@@ -58,3 +60,12 @@ def test_a_selftest_that_cannot_be_read_is_refused(content: bytes | None, tmp_pa
     if content is not None:
         path.write_bytes(content)
     assert refusal(path) == f"{path} cannot be read; `limpid selftest` renews it"
+
+
+def test_examples_of_all_baselines_are_tried_on_the_others() -> None:
+    params = evaluate.EvaluateParams.of(schema.load(project.ROOT / "profiles/digits.yaml"), None)
+    folder = Path("/nowhere")
+    entries = evaluate._entries(params, folder / "models", folder / "adversarial")
+    plan = evaluate._plan(params, entries, folder / "val", folder / "test", folder / "models")
+    assert [one.name for one in plan.baselines] == ["none", "adversarial_training"]
+    assert plan.baselines[1].subject.classifier == folder / "models/robust"

@@ -19,7 +19,7 @@ from components.models.purifiers.controls import GaussianNoise
 from components.probes import Finding, required
 from pipelines.config.sections import Checks, Scoring
 from pipelines.tasks import probing
-from pipelines.tasks.scoring import Entry, Plan, probes_of
+from pipelines.tasks.entries import Entry, Plan, probes_of
 from pipelines.tasks.subject import Subject
 
 SHAPE, NAMES = (1, 8, 8), ("a", "b")

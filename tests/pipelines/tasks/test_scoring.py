@@ -1,5 +1,6 @@
 """Scoring in parts: no result depends on how many parts the test set has."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,12 +27,14 @@ from components.models.accuracy import count_correct
 from components.models.checkpoints import ModelCard, build, save
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
-from components.models.purifiers.controls import GaussianNoise, Threshold
+from components.models.purifiers.controls import GaussianNoise, Identity, Threshold
 from pipelines.config.sections import Checks, Scoring
 from pipelines.runner.context import Context
 from pipelines.stages.evaluate import count_all
-from pipelines.tasks.scoring import Entry, Plan, Result, score_sets
+from pipelines.tasks.entries import Entry, Plan
+from pipelines.tasks.scoring import Result, score_sets
 from pipelines.tasks.subject import Subject
+from pipelines.tasks.summary import summary
 
 N, VALIDATION, SHAPE, NAMES = 12, 3, (1, 8, 8), ("a", "b")
 THREAT = Linf(norm="linf", eps_255=51.0)
@@ -65,14 +68,20 @@ def save_classifier(folder: Path, val: ImageSet) -> None:
 
 def made(
     root: Path, control: Config, rows: int, rungs: Sequence[str] = RUNGS, fooled: bool = True,
-    cost: Cost | None = None,
+    cost: Cost | None = None, right: bool = False,
 ) -> tuple[Entry, Plan]:  # fmt: skip
-    """Make a control to be scored; by default its sets cost what their attack promises."""
+    """Make a control to be scored; by default its sets cost what their attack promises.
+
+    `right` labels the test images as the classifier does.
+    """
     torch.manual_seed(0)
     val, test = images_of(VALIDATION, 100), images_of(N, 0)
     image_set.write(root / "val", val, VALIDATION)
-    image_set.write(root / "test", test, rows)
     save_classifier(root / "model", val)
+    if right:
+        labels = Subject(root / "model").defense()(test.pixels()).argmax(1)
+        test = ImageSet(test.images, labels, test.ids, NAMES)
+    image_set.write(root / "test", test, rows)
     subject = Subject(root / "model", control=control)
     clean, ones = test.pixels(), torch.ones(N, dtype=torch.int64)
     cost = cost or PGD.effort(len(test.class_names), subject.stochastic())
@@ -236,3 +245,65 @@ def test_an_example_is_rounded_where_an_image_withstands(tmp_path: Path) -> None
     asked = torch.cat(Remembering.asked).flatten(1)
     far = torch.cdist(last.flatten(1), asked, p=torch.inf).amin(1)
     assert far[torch.from_numpy(withstood)].max() < 1e-6
+
+
+def attacked_baseline(root: Path, plan: Plan, attacked: Subject, threat: Linf = THREAT) -> Entry:
+    """Attack a copy of the classifier of `made`; the set names the models of `attacked`."""
+    if not (root / "copy").exists():
+        shutil.copytree(root / "model", root / "copy")
+    images = image_set.read(plan.test)
+    crafted = craft(PGD, Subject(root / "copy").defense(), "full", images, threat, 0, 5)
+    folder = root / "examples"
+    write_crafted(folder / shard_name(0), crafted)
+    facts: dict[str, Any] = {
+        **attacked.facts(), "data": shards.fingerprint(plan.test), "seed": 0, "mode": "full",
+        "attack": PGD.model_dump(mode="json"), "threat": threat.model_dump(mode="json"),
+    }  # fmt: skip
+    write_crafted_manifest(folder, SHAPE, facts)
+    return Entry("strong", "baseline", attacked, folder / "checks.json", {RUNGS[0]: folder})
+
+
+@pytest.mark.parametrize("rows", [N, 5])
+def test_examples_of_another_classifier_show_what_weak_attacks_left(
+    rows: int, tmp_path: Path
+) -> None:
+    """The own sets are random; they cost what an attack costs, and find next to nothing."""
+    entry, plan = made(tmp_path, Identity(kind="identity"), rows, right=True)
+    images = image_set.read(plan.test)
+    strong = attacked_baseline(tmp_path, plan, Subject(tmp_path / "copy"))
+    (alone,) = scored_together([entry], plan)
+    (result,) = scored_together([entry], replace(plan, baselines=[strong]))
+    without, found = (summary(entry, one, plan, images) for one in (alone, result))
+    assert "transfer_attack/strong" in found.checks.blocking_failed
+    assert not [f for f in without.checks.findings if f.check == "transfer_attack"]
+    # Nothing else is different: these examples are no rung, and carry no image.
+    assert found.headline.accuracy == without.headline.accuracy > 0.5
+    assert found.rungs == without.rungs and found.attacks == without.attacks
+    assert plain(replace(result, transferred={})) == plain(alone)
+
+
+def test_only_sound_sets_of_another_classifier_are_tried(tmp_path: Path) -> None:
+    entry, plan = made(tmp_path, Identity(kind="identity"), N, right=True)
+
+    def tried(baseline: Entry) -> list[str]:
+        found = score_sets(entry, replace(plan, baselines=[baseline]), 0, "cpu")
+        assert set(found.scores) == set(RUNGS)
+        return list(found.transferred)
+
+    other = Subject(tmp_path / "copy")
+    strong = attacked_baseline(tmp_path, plan, other)
+    assert tried(strong) == ["strong"]
+    assert tried(replace(strong, sets={"fixed_noise/pgd": strong.sets[RUNGS[0]]})) == []
+    # The classifier of the entry itself: its examples stand on the rung `classifier`.
+    own = Subject(entry.subject.classifier)
+    assert tried(attacked_baseline(tmp_path, plan, own)) == []
+    assert tried(attacked_baseline(tmp_path, plan, other, THREAT.scaled(2))) == []
+    larger = attacked_baseline(tmp_path, plan, other)
+    moved = read_crafted(larger.sets[RUNGS[0]])
+    outside = replace(moved, images=(moved.images + 0.3).clamp(0, 1))
+    write_crafted(larger.sets[RUNGS[0]] / shard_name(0), outside)
+    facts = shards.read_manifest(larger.sets[RUNGS[0]])
+    write_crafted_manifest(
+        larger.sets[RUNGS[0]], SHAPE, {k: v for k, v in facts.items() if k != "files"}
+    )
+    assert tried(larger) == []
