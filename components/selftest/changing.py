@@ -1,26 +1,38 @@
-"""Lies that stored sets show: defenses that answer the scoring otherwise than the attack.
+"""Lies that stored sets show: defenses that answer the scoring otherwise than the attack, and more.
 
 Each function attacks a defense, scores the examples, and returns the finding of its check.
 """
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from components.attacks import Attack, Crafted, Linf, craft
+from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Noise, Pgd
+from components.checks.scores import transfer_attack
 from components.checks.sets import Answers, in_levels, rounding, same_answer
 from components.data.draws import NoiseStream
 from components.evaluation.counting import count_sets
 from components.models.accuracy import Counts
+from components.models.classifiers import SmallCnn
 from components.models.defense import Defense
 from components.probes import Finding
 from components.probes.bench import Bench
 from components.probes.masking import stored_attacks
-from components.selftest.toy import BATCH, PROBED, THREAT, FunctionPurifier, Toy
+from components.selftest.toy import (
+    BATCH,
+    PROBED,
+    THREAT,
+    FunctionPurifier,
+    Toy,
+    train_classifier,
+)
 
 PGD = Pgd(kind="pgd", steps=10, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1)
+APGD = ApgdCe(kind="apgd_ce", steps=50, restarts=1, eot=1)
 
 
 def _against(defense: Defense, toy: Toy, attack: Attack = PGD, threat: Linf = THREAT) -> Crafted:
@@ -119,3 +131,33 @@ def safe_between_levels(toy: Toy) -> list[Finding]:
     right = _scored(defense, toy, {"stored": images, "rounded": levels})
     found = rounding(right["stored"].astype(float), right["rounded"].astype(float))
     return [found] if found.level == "block" else []
+
+
+class _RunnersUp(nn.Module):
+    """Adds ninety classes that come next to the first and never win, and rise along one line."""
+
+    def __init__(self, hidden: nn.Module) -> None:
+        super().__init__()
+        self.hidden = hidden
+        way = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) / 8
+        self.register_buffer("way", way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = 40 * self.hidden(x)
+        below = 3 * (x.flatten(1) @ self.way).tanh() - 12
+        steps = 0.1 * torch.arange(90, device=x.device)
+        return torch.cat([logits, logits.max(1, keepdim=True).values + below - steps], 1)
+
+
+def decoys_next_to_the_first(toy: Toy) -> list[Finding]:
+    """Attack a robust network behind decoys, and try the examples of another network on it."""
+    hidden = train_classifier(SmallCnn(kind="small_cnn", width=8), toy.train, robust=True)
+    defense = Defense(_RunnersUp(hidden), None).freeze()
+    sets = {
+        "clean": toy.under_attack().pixels(),
+        "own": _against(defense, toy, APGD).images,
+        "other": toy.craft(APGD).images,
+    }
+    right = {name: counts / 1 for name, counts in _scored(defense, toy, sets).items()}
+    own = np.minimum(right["clean"], right["own"])
+    return transfer_attack(own, {"none": np.minimum(own, right["other"])})

@@ -25,6 +25,7 @@ from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.changing import (
     PGD,
+    decoys_next_to_the_first,
     first_questions,
     long_logits,
     safe_between_levels,
@@ -325,6 +326,7 @@ LIES: dict[str, tuple[str, Case]] = {
     "radius doubled": ("threat_model/full/pgd", _doubled),
     "storage that truncates": ("threat_model/full/pgd", _truncated),
     "first questions remembered": ("same_answer/full/pgd", first_questions),
+    "decoys next to the first class": ("transfer_attack/none", decoys_next_to_the_first),
     "another network behind long logits": ("same_answer/full/pgd", long_logits),
     "another function at levels k/255": ("quantisation", safe_between_levels),
     "attack set of another classifier": ("provenance/full/pgd", _other_classifier),
