@@ -136,6 +136,8 @@ def safe_between_levels(toy: Toy) -> list[Finding]:
 class _RunnersUp(nn.Module):
     """Adds ninety classes that come next to the first and never win, and rise along one line."""
 
+    way: Tensor
+
     def __init__(self, hidden: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
