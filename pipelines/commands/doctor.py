@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from pipelines.layout import CRAFTED, DVC_LOCK, MLFLOW_DB, RUNNING, SPOOL, WORK
+from pipelines.config import dvc_lock
+from pipelines.errors import ConfigError
+from pipelines.layout import CRAFTED, MLFLOW_DB, RUNNING, SPOOL, WORK
 from pipelines.tracking import spool
 
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -38,22 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dvc_lock() -> Iterator[str]:
     """Check DVC's record of what was made from what."""
-    if not DVC_LOCK.exists():
-        return
     try:
-        stages = YAML(typ="safe", pure=True).load(DVC_LOCK.read_text(encoding="utf-8"))["stages"]
-        whole = all(
-            "cmd" in stage
-            and all("path" in entry for part in ("deps", "outs") for entry in stage.get(part, []))
-            for stage in stages.values()
-        )
-    except (YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+        whole = all("cmd" in stage for stage in dvc_lock.stages().values())
+    except ConfigError:
         whole = False
     if not whole:
-        yield (
-            f"{DVC_LOCK} is cut short or altered: `git checkout {DVC_LOCK}`; where it was never "
-            "committed, remove it, and DVC takes what it can from its cache"
-        )
+        yield dvc_lock.DAMAGED
 
 
 def _rwlock() -> Iterator[str]:

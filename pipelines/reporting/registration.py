@@ -8,13 +8,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from components.data.shards import DataError
 from components.models.checkpoints import fingerprint, read_card
+from pipelines.config import dvc_lock
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
-from pipelines.errors import ConfigError
 from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT
 from pipelines.reporting.wording import (
     MEANINGS,
@@ -112,13 +111,15 @@ def _registration(
 def require_unchanged(defenses: Mapping[str, Defended], models: Path) -> None:
     """Raise DataError where dvc.lock lists other parameters or model folders than are here.
 
+    Raises ConfigError where it is damaged.
+
     The digest of a defense does not cover what is beside its weights, such as names of classes.
     """
     folders = [models / "standard", *(models / one.model for one in defenses.values())]
     for name, md5 in _locked(folders).items():
         if folder_md5(models / Path(name).name) != md5:
             raise DataError(f"{name} is not what {DVC_LOCK} lists: `dvc repro` makes it again")
-    evaluated = _stages().get("evaluate", {}).get("params", {}).get(str(PARAMS), {})
+    evaluated = dvc_lock.stages().get("evaluate", {}).get("params", {}).get(str(PARAMS), {})
     now = read_yaml(PARAMS)
     if other := [section for section, value in evaluated.items() if now.get(section) != value]:
         raise DataError(
@@ -208,15 +209,6 @@ def image_of(name: str) -> str:
 
 def _locked(folders: Iterable[Path]) -> dict[str, str]:
     """Return the md5 of each of these outs in dvc.lock; those it does not have are left out."""
-    stages = _stages().values()
-    outs = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    outs = dvc_lock.outs()
     names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     return {name: outs[name] for name in names if name in outs}
-
-
-def _stages() -> dict[str, Any]:
-    """Return the stages in dvc.lock; none where there is no lock."""
-    try:
-        return dict(read_yaml(DVC_LOCK)["stages"])
-    except (ConfigError, KeyError):
-        return {}

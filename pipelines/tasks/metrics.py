@@ -22,7 +22,7 @@ from pydantic import (
 
 from components.config import Config
 from components.data.shards import DataError, write_json
-from pipelines.config.yaml_files import read_yaml
+from pipelines.config import dvc_lock
 from pipelines.layout import DVC_LOCK
 
 SCHEMA_VERSION: Final = 2
@@ -332,13 +332,9 @@ def read(path: Path) -> Metrics:
 def edited(path: Path) -> str:
     """Return what to do about a file that is not the one in dvc.lock; "" where it is, or none is.
 
-    The lock lists the md5 of every output of a stage.
+    The lock lists the md5 of every output of a stage. Raises ConfigError where it is damaged.
     """
-    if not DVC_LOCK.exists():
-        return ""
-    stages = read_yaml(DVC_LOCK).get("stages", {})
-    outs = {o["path"]: o.get("md5") for stage in stages.values() for o in stage.get("outs", [])}
-    listed = outs.get(Path(os.path.relpath(path)).as_posix())
+    listed = dvc_lock.outs().get(Path(os.path.relpath(path)).as_posix())
     digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if listed in (None, digest):
         return ""

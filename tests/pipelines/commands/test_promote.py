@@ -484,6 +484,17 @@ def test_other_parameters_than_were_evaluated_are_not_registered(
     Path("dvc.lock").write_bytes(lock)
 
 
+def test_nothing_is_registered_by_a_damaged_lock(
+    store: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lock = Path("dvc.lock").read_bytes()
+    Path("dvc.lock").write_bytes(lock[: len(lock) // 2] + b"[")
+    assert promote(["--sync"]) == 2
+    error = capsys.readouterr().err
+    assert "dvc.lock is cut short or altered" in error and error.count("\n") == 1
+    Path("dvc.lock").write_bytes(lock)
+
+
 def test_the_ladder_that_is_registered_is_what_was_counted(store: Path) -> None:
     score = AttackScore(accuracy=0.96, low=0, high=1, n=50, bounded=True, inside=1, median_l2=0.5)
     found = evaluated(load())

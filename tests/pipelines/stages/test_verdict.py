@@ -82,6 +82,20 @@ def test_the_verdict_fails_where_the_selftest_did_not_pass(
     assert f"of {cases} cases of the selftest {caught} came out right" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content", ["stages: {a: [", "stages: [a]", "{}", "stages: {a: {outs: [{}]}}"]
+)
+def test_nothing_is_judged_by_a_damaged_lock(
+    content: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    Path("dvc.lock").write_text(content)
+    assert main(["verdict", "--metrics", "metrics.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: dvc.lock is cut short or altered: `git checkout dvc.lock`")
+    assert error.count("\n") == 1
+
+
 def test_metrics_that_were_edited_are_not_judged(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
