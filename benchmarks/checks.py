@@ -38,7 +38,7 @@ TIMED = {
         "gradient_pays",
         "eot_agreement",
     ),
-    probes.jumps: ("boundary_jump",),
+    probes.paths: ("gradient_adds_up",),
     probes.masking: ("stored_attacks", "blind_attack", "remembered"),
     # The attack whose way most probes look at.
     Bench: ("points",),

@@ -28,7 +28,7 @@ TIERS = {
 BLACK_BOX = ("square", "flip")
 # Checks of the gradient on one rung, named check/rung: where one fails, attacks on that rung had
 # nothing to follow that leads anywhere.
-GRADIENTLESS = ("gradient_present", "gradient_honest", "gradient_pays", "boundary_jump")
+GRADIENTLESS = ("gradient_present", "gradient_honest", "gradient_pays", "gradient_adds_up")
 LEAST_DRAWS = 10
 # An attack without gradients that tries fewer images has hardly searched.
 LEAST_QUERIES = 100

@@ -14,7 +14,7 @@ from components.attacks.apgd import ApgdCe
 from components.data.image_set import ImageSet
 from components.models.defense import STAND_INS, Defense, Mode
 from components.models.precision import full_precision
-from components.probes import answers, attacks, gradients, jumps, masking, models
+from components.probes import answers, attacks, gradients, masking, models, paths
 from components.probes.bench import Bench, Stored, spread
 from components.probes.contract import Finding
 
@@ -24,7 +24,7 @@ __all__ = ["Finding", "Stored", "probe", "required", "spread"]
 # differences.
 TRIED, COMPARED = 64, 32
 # The checks of whether a gradient leads anywhere, in every mode that carries a claim.
-LEADING = ("gradient_honest", "gradient_pays", "boundary_jump")
+LEADING = ("gradient_honest", "gradient_pays", "gradient_adds_up")
 
 
 @full_precision()
@@ -70,7 +70,7 @@ def probe(
         on_the_way = {name: point[:COMPARED] for name, point in points.items()}
         findings.append(gradients.gradient_honest(few, {**on_the_way, **few.still_points()}))
         findings.append(gradients.gradient_pays(bench, points))
-        findings.append(jumps.boundary_jump(few))
+        findings.append(paths.gradient_adds_up(few))
     findings += _instead(bench, few, points, modes)
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
@@ -126,7 +126,7 @@ def _instead(
     pays = gradients.gradient_pays(alone, seen)
     if defense.purifier is not None and not defense.purifier.stand_ins:
         pays = gradients.gradient_pays(bench, points, "bpda")
-    found = [gradients.gradient_honest(alone, seen), pays, jumps.boundary_jump(alone)]
+    found = [gradients.gradient_honest(alone, seen), pays, paths.gradient_adds_up(alone)]
     return [
         finding.model_copy(update={"name": f"{check}/{mode}"})
         for mode in around

@@ -14,7 +14,7 @@ from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, ResNet, SmallCnn
 from components.models.defense import Defense, Mode
 from components.models.purifiers import Purifier
-from components.probes import Finding, answers, gradients, jumps, masking, probe
+from components.probes import Finding, answers, gradients, masking, paths, probe
 from components.probes.bench import Bench
 from components.sources.digits import Digits
 from components.training.classification import AdversarialClassification, Classification
@@ -171,7 +171,7 @@ ALONE: dict[str, Callable[[Bench, Toy], Finding]] = {
     "gradient_present/full": lambda bench, toy: gradients.gradient_present(
         bench.defense, "full", bench.x, bench.labels, bench.draws
     ),
-    "boundary_jump/full": lambda bench, toy: jumps.boundary_jump(bench),
+    "gradient_adds_up/full": lambda bench, toy: paths.gradient_adds_up(bench),
     "loss_alive/full": lambda bench, toy: gradients.loss_alive(
         bench.defense, "full", bench.x, bench.labels, bench.draws
     ),

@@ -108,7 +108,7 @@ def test_an_honest_defense_passes_every_probe(
     assert names == [
         "input_convention", "logits", "randomness_declared", "one_answer", "looks_around",
         *(f"{name}/{mode}" for mode in modes for name in ("gradient_present", "loss_alive")),
-        "gradient_honest/full", "gradient_pays/full", "boundary_jump/full",
+        "gradient_honest/full", "gradient_pays/full", "gradient_adds_up/full",
         *(["eot_agreement"] if isinstance(purifier, Noisy) else []),
         "stored_attacks", "blind_attack", "remembered", "unbounded_by_gradient", "unbounded",
     ]  # fmt: skip
@@ -127,8 +127,8 @@ def test_behind_stand_ins_the_classifier_is_asked_in_every_mode(
     names = [finding.name for finding in findings]
     assert set(names) == set(probes.required(modes, False, False, False))
     assert {f"{check}/{mode}" for check in probes.LEADING for mode in modes} <= set(names)
-    jumps = [f"boundary_jump/{mode}" for mode in modes]
-    assert [name for name in failed(findings, "warn") if name in jumps] == (jumps if wrong else [])
+    paths = [f"gradient_adds_up/{mode}" for mode in modes]
+    assert [name for name in failed(findings, "warn") if name in paths] == (paths if wrong else [])
 
 
 def test_probing_changes_nothing_and_repeats(classifier: Classifier, test_set: ImageSet) -> None:
