@@ -10,7 +10,7 @@ from components.probes.contract import Finding
 
 # The gradients that are added up, at the middles of so many equal parts of the way. Images whose
 # sum is too far off are asked again with more parts: in a smooth network the sum converges.
-PARTS = (16, 48, 144)
+PARTS = (16, 64)
 # How far the sum may lie from the fall of the margin, as a fraction of it.
 APART = 0.25
 # The fraction of images that may be further apart, and the least number of images that say

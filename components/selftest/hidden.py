@@ -23,6 +23,30 @@ class Plateaus(nn.Module):
         return logits + 60 * nn.functional.one_hot(label, logits.shape[1])
 
 
+class Votes(nn.Module):
+    """Lets one network vote about noisy copies, and takes all of its gradient from another."""
+
+    noise: Tensor
+
+    def __init__(self, hidden: nn.Module, shown: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.shown = hidden, shown
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("noise", 0.1 * torch.randn(15, 1, 8, 8, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the shown network, with the votes far above them."""
+        logits: Tensor = self.shown(x)
+        copies = (x.detach() + self.noise[:, None].to(x.dtype)).clamp(0, 1)
+        votes = self.hidden(copies.flatten(0, 1)).argmax(1).view(len(copies), len(x))
+        return logits + 4 * nn.functional.one_hot(votes, logits.shape[1]).sum(0)
+
+
+def votes(toy: Toy) -> list[Finding]:
+    """Show the gradient of another network than the one that votes: many small jumps."""
+    return probed(None, Votes(toy.classifier, toy.other))(toy)
+
+
 def hidden_label(toy: Toy) -> list[Finding]:
     """Show the gradient of another network."""
     return probed(None, Plateaus(toy.classifier, toy.other))(toy)

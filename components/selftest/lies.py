@@ -31,7 +31,7 @@ from components.selftest.changing import (
     safe_between_levels,
     wrong_while_crafted,
 )
-from components.selftest.hidden import behind_stand_in, hidden_label, of_codebook
+from components.selftest.hidden import behind_stand_in, hidden_label, of_codebook, votes
 from components.selftest.toy import (
     THREAT,
     Case,
@@ -302,6 +302,7 @@ LIES: dict[str, tuple[str, Case]] = {
         lambda toy: probed(None, _Shattered(toy.classifier, _terraced))(toy),
     ),
     "label of a hidden network": ("gradient_adds_up/full", hidden_label),
+    "votes about noisy copies": ("gradient_adds_up/full", votes),
     "hidden network behind a stand-in": ("gradient_adds_up/short", behind_stand_in),
     "nearest image of a codebook": ("gradient_pays/bpda", of_codebook),
     "derivative reversed while sets are crafted": ("stored_attacks", wrong_while_crafted),
