@@ -97,6 +97,32 @@ def test_a_purifier_that_turns_the_gradient_falls_to_grey_box_examples(
     assert not found.passed and found.figures["gain"] > 0.3, found.detail
 
 
+class Decoys(nn.Module):
+    """A classifier with as many more classes, which are close to the first one and never win."""
+
+    ways: Tensor
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        generator = torch.Generator().manual_seed(7)
+        self.register_buffer("ways", torch.randn(64, 1, generator=generator) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = 40 * self.classifier(x)
+        decoy = 3 * (x.flatten(1) @ self.ways.to(x.dtype)).tanh()
+        near = logits.amax(1, keepdim=True) - 12 + decoy - 0.1 * torch.arange(10).to(x.dtype)
+        return torch.cat([logits, near], 1)
+
+
+def test_classes_that_never_win_do_not_lead_attacks_astray(
+    classifier: Classifier, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masking, "QUERIES", 0)
+    found = blind_attack(bench_of(Defense(Decoys(classifier), None), test_set))
+    assert not found.passed and found.figures["gain"] > 0.3, found.detail
+
+
 def test_an_honest_defense_loses_next_to_nothing_to_blind_attacks(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
