@@ -117,6 +117,9 @@ def _multi_start(
     search = Search(target, images, labels, early_stop=True)
     for start in starts:
         search.restart()
+        # Not every network takes a batch of no images.
+        if not len(search.rows):
+            break
         x = start[search.rows]
         for _ in range(steps):
             gradient = search.evaluate(x, log_odds).gradient

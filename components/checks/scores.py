@@ -129,7 +129,7 @@ def white_is_strongest(full: Mapping[str, tuple[str, Accuracies]]) -> list[Findi
 
 
 def transfer_attack(own: Accuracies, added: Mapping[str, Accuracies]) -> list[Finding]:
-    """Check 42: examples of another classifier fool hardly anything that own attacks leave.
+    """Check 42: examples made for another classifier fool next to nothing more than own attacks.
 
     `own` are the accuracies (N,) of the headline, `added` those of the same rule where the worst
     examples against one baseline are candidates, too. White-box attacks know more. Where they leave

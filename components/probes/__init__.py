@@ -46,9 +46,10 @@ def probe(
         part.to(device) for part in (data[rows].pixels(), data.labels[rows], data.ids[rows])
     )
     worst = stored.worst(data.ids[rows]).to(device) if stored.sets else None
+    classes: torch.Tensor = data.labels.unique()  # type: ignore[no-untyped-call]
     bench = Bench(
         defense, x, labels, ids, threat, seed, worst, batch, _mode(defense, modes), stored.secret,
-        stored.answers,
+        stored.answers, classes.to(device),
     )  # fmt: skip
     # The draw that spread the rows is random, so any part of them is as good as any other.
     some = bench.affordable(TRIED)
@@ -70,8 +71,8 @@ def probe(
         on_the_way = {name: point[:COMPARED] for name, point in points.items()}
         findings.append(gradients.gradient_honest(few, {**on_the_way, **few.still_points()}))
         findings.append(gradients.gradient_pays(bench, points))
-        findings.append(paths.gradient_adds_up(few))
-    findings += _instead(bench, few, points, modes)
+        findings.append(paths.gradient_adds_up(bench))
+    findings += _instead(bench, points, modes)
     if "full" in modes and defense.stochastic:
         findings.append(gradients.eot_agreement(defense, x, labels, bench.draws, eot))
     findings.append(masking.stored_attacks(some))
@@ -111,7 +112,7 @@ def _stand_ins(modes: Sequence[Mode], differentiable: bool) -> list[Mode]:
 
 
 def _instead(
-    bench: Bench, few: Bench, points: Mapping[str, torch.Tensor], modes: Sequence[Mode]
+    bench: Bench, points: Mapping[str, torch.Tensor], modes: Sequence[Mode]
 ) -> list[Finding]:
     """Ask of the classifier alone, at purified images, what a stand-in needs of it, in every mode.
 
@@ -121,12 +122,13 @@ def _instead(
     defense, around = bench.defense, _stand_ins(modes, bench.defense.differentiable)
     if not around:
         return []
-    alone = few.behind
-    seen = alone.points()
-    pays = gradients.gradient_pays(alone, seen)
-    if defense.purifier is not None and not defense.purifier.stand_ins:
+    few = bench.behind.first(COMPARED)
+    seen = few.points()
+    if defense.purifier is None or defense.purifier.stand_ins:
+        pays = gradients.gradient_pays(bench.behind, seen)
+    else:
         pays = gradients.gradient_pays(bench, points, "bpda")
-    found = [gradients.gradient_honest(alone, seen), pays, paths.gradient_adds_up(alone)]
+    found = [gradients.gradient_honest(few, seen), pays, paths.gradient_adds_up(bench)]
     return [
         finding.model_copy(update={"name": f"{check}/{mode}"})
         for mode in around

@@ -90,7 +90,8 @@ class Bench:
 
     `stored` is the worst stored example of each image, (N,C,H,W), if there is one. `batch` is the
     batch size of attacks and of the scoring. `mode` is the gradient mode of their attacks. `secret`
-    draws more images, and `spent` is the number of answers that attacks took (`Stored`).
+    draws more images, and `spent` is the number of answers that attacks took (`Stored`). `classes`
+    are those that the images of the whole set have.
     """
 
     defense: Defense
@@ -104,6 +105,7 @@ class Bench:
     mode: Mode = "full"
     secret: str = ""
     spent: float = 0
+    classes: Tensor | None = None
 
     @property
     def draws(self) -> Draws:
@@ -154,8 +156,7 @@ class Bench:
         alone = Defense(self.defense.classifier, None).freeze()
         with torch.no_grad():
             x = self.defense.purify(self.x, self.draws)
-            stored = None if self.stored is None else self.defense.purify(self.stored, self.draws)
-        return replace(self, defense=alone, x=x, stored=stored, mode="full")
+        return replace(self, defense=alone, x=x, stored=None, mode="full")
 
     def points(self) -> dict[str, Tensor]:
         """Return all points of these images by name: (N,C,H,W) each."""

@@ -110,8 +110,8 @@ def gradient_pays(bench: Bench, points: Mapping[str, Tensor], mode: Mode = "full
     point of the ball and half of the way of `points` (N,C,H,W each), of the images that are right
     there, the step along the gradient of the log odds must win on 75 %. Both steps are half a
     radius long and projected, and compared under the same noise, which is not that of the gradient.
-    A point with fewer than 20 right images is not judged. Where an attack is dear, `points` are of
-    the first images of the bench; clean and in the ball, more are tried, and those that are right.
+    A point with fewer than 20 right images is not judged. `points` are of the first images of the
+    bench; clean and in the ball, as many are tried, or 32, out of all those that are right.
     """
     answered = bind(bench.folded, "full", bench.draws, 1).margins(bench.x, bench.labels, 0)
     count = max(len(points["clean"]), STEPPED)
@@ -121,8 +121,11 @@ def gradient_pays(bench: Bench, points: Mapping[str, Tensor], mode: Mode = "full
     tried[half] = (bench.first(len(points[half])), points[half])
     shares, said = [], []
     for name, (some, x) in tried.items():
-        right, won = _won(some, x, mode, f"step: {name}")
-        judged, better = int(right.sum()), int((right & won).sum())
+        judged = better = 0
+        # Not every network takes a batch of no images.
+        if len(x):
+            right, won = _won(some, x, mode, f"step: {name}")
+            judged, better = int(right.sum()), int((right & won).sum())
         said.append(f"{name} {better} of {judged}")
         shares += [better / judged] if judged >= LEAST else []
     return Finding(

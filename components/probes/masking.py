@@ -60,10 +60,10 @@ def stored_attacks(bench: Bench) -> Finding:
 def blind_attack(bench: Bench) -> Finding:
     """Check 35: attacks that do not see through fool next to nothing more than those that do.
 
-    Examples of APGD against the classifier alone are tried, and those against the classes alone
-    that are ever answered. Square runs on the images that attacks with gradients leave right: APGD
-    on the log odds, and the stored examples or, without any, APGD on the DLR. Where answers are
-    dear, images and queries are what the budget holds (`Bench.answers`).
+    Examples of APGD against the classifier alone are tried, and examples of APGD that heeds only
+    the classes that some image of the set has. Square runs on the images that attacks with
+    gradients leave right: APGD on the log odds, and the stored examples or, without any, APGD on
+    the DLR. Where answers are dear, images and queries are what the budget holds (`Bench.answers`).
     """
     random = bench.defense.stochastic
     # Against noise Square asks twice under two draws; it gets half of the queries.
@@ -72,7 +72,7 @@ def blind_attack(bench: Bench) -> Finding:
     affordable = bench.answers / (2 * eot if random else 1)
     rated = [bench.rated_way, *(bench.rate(images) for images in _white(bench))]
     before = worst(rated)
-    rated += [bench.rate(images) for images in (*_grey(bench), *_of_answers(bench))]
+    rated += [bench.rate(images) for images in (*_grey(bench), *_of_classes(bench))]
     replayed = worst(rated)
     left = torch.from_numpy((replayed > 0.5).nonzero()[0]).to(bench.x.device)
     queries = max(min(queries, int(affordable / max(len(left), 1))), 100)
@@ -120,15 +120,13 @@ class _Some(nn.Module):
         return logits[:, self.classes]
 
 
-def _of_answers(bench: Bench) -> list[Tensor]:
-    """Return what the gradient of those classes makes of the images that are ever answered.
+def _of_classes(bench: Bench) -> list[Tensor]:
+    """Return what the gradient of the classes that occur makes of the images, if some do not.
 
-    Classes that are always close to the first one, and never are the first, lead attacks astray.
+    Classes that no image has, and that always come next to the first one, lead attacks astray.
     """
-    with torch.no_grad():
-        logits = bench.defense(bench.x, bench.draws)
-    classes = torch.cat([logits.argmax(1), bench.labels]).unique()  # type: ignore[no-untyped-call]
-    if len(classes) in (1, logits.shape[1]):
+    classes = bench.classes
+    if classes is None or len(classes) in (1, _classes(bench)):
         return []
     some = Defense(_Some(bench.defense.classifier, classes), bench.defense.purifier).freeze()
     labels = torch.searchsorted(classes, bench.labels)
@@ -140,12 +138,17 @@ def _white(bench: Bench) -> list[Tensor]:
     """Return the images, and what other gradients than those of `WAY` make of them."""
     if bench.stored is not None:
         return [bench.x, bench.stored]
-    with torch.no_grad():
-        classes = bench.defense(bench.x[:1], bench.draws[torch.arange(1)]).shape[1]
-    if classes <= 2:
+    if _classes(bench) <= 2:
         return [bench.x]
     dlr = ApgdDlr(kind="apgd_dlr", steps=WAY.steps, restarts=1, eot=WAY.eot)
     return [bench.x, bench.run(dlr, bench.mode, bench.threat, bench.seed)]
+
+
+def _classes(bench: Bench) -> int:
+    """Return the number of classes that the defense knows."""
+    with torch.no_grad():
+        logits: Tensor = bench.defense(bench.x[:1], bench.draws[torch.arange(1)])
+    return logits.shape[1]
 
 
 def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:

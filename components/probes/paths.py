@@ -13,9 +13,8 @@ from components.probes.contract import Finding
 PARTS = (16, 64)
 # How far the sum may lie from the fall of the margin, as a fraction of it.
 APART = 0.25
-# The fraction of images that may be further apart, and the least number of images that say
-# anything.
-TOLERATED, LEAST = 0.15, 8
+# The fraction of images that may be further apart, and the most and the least that are judged.
+TOLERATED, MOST, LEAST = 0.15, 32, 8
 
 
 def gradient_adds_up(bench: Bench) -> Finding:
@@ -31,12 +30,12 @@ def gradient_adds_up(bench: Bench) -> Finding:
     from one solution to another. It has to face its stand-ins, and here the classifier behind it is
     judged, between purified images.
     """
-    if rough(bench.defense):
-        bench = bench.behind
+    alone = rough(bench.defense)
+    bench = bench.behind if alone else bench
     target = bind(bench.folded, "full", bench.draws, 1)
     others, known = of_another_class(target, bench.x, bench.labels)
     start, end = (target.margins(x, bench.labels, 0) for x in (bench.x, others))
-    left = (known & (start > 0) & (end <= 0)).nonzero()[:, 0]
+    left = (known & (start > 0) & (end <= 0)).nonzero()[:MOST, 0]
     count = len(left)
     for parts in PARTS if count >= LEAST else ():
         x, way = bench.x[left], (others - bench.x)[left]
@@ -52,6 +51,7 @@ def gradient_adds_up(bench: Bench) -> Finding:
         passed=bad <= TOLERATED * count,
         detail=f"on the way to an image of another class, for {bad} of {count} images gradients do "
         "not add up to the fall of the margin"
+        + (" of the classifier alone" if alone else "")
         + ("" if count >= LEAST else "; too few are right to be judged"),
         figures={"apart": bad, "judged": count},
     )

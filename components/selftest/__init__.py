@@ -30,10 +30,14 @@ __all__ = [
 ]
 
 
+# Checks that never void a rung of an honest defense.
+ALARMS = ("gradient_pays/", "gradient_adds_up/")
+
+
 class Result(Config):
     """One case: what was planted, the check that must raise it (None: no check may), the outcome.
 
-    `raised` are the names of all checks that failed; in honest cases, of those that block.
+    `raised` are the names of all checks that failed; in honest cases, of false alarms.
     """
 
     case: str
@@ -57,7 +61,7 @@ def run(toy: Toy, every: bool = False) -> Iterator[Result]:
         raised = _failed(case(toy if every else replace(toy, only=expected)))
         yield Result(case=name, expected=expected, raised=raised, caught=expected in raised)
     for name, case in honest_cases(every).items():
-        raised = _failed([finding for finding in case(toy) if finding.level == "block"])
+        raised = _failed([finding for finding in case(toy) if _blames(finding)])
         yield Result(case=name, expected=None, raised=raised, caught=not raised)
 
 
@@ -72,6 +76,16 @@ def lacking(results: Sequence[Result]) -> list[str]:
     wrong = [result.case for result in results if not result.caught]
     missing = [name for name, expected in required.items() if (name, expected) not in shown]
     return list(dict.fromkeys([*wrong, *missing]))
+
+
+def _blames(finding: Finding) -> bool:
+    """Say whether a finding about an honest defense is a false alarm.
+
+    That is one that blocks, or voids a rung that leads somewhere. The gradients of a purifier that
+    rounds, and some of one that descends, are wrong or missing by nature (`gradient_present`,
+    `gradient_honest`).
+    """
+    return finding.level == "block" or finding.name.startswith(ALARMS)
 
 
 def _failed(findings: Sequence[Finding]) -> list[str]:

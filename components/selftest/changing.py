@@ -1,23 +1,19 @@
-"""Lies that stored sets show: defenses that answer the scoring otherwise than the attack, and more.
+"""Lies that stored sets show: defenses that answer the scoring otherwise than the attack.
 
 Each function attacks a defense, scores the examples, and returns the finding of its check.
 """
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from components.attacks import Attack, Crafted, Linf, craft
-from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Noise, Pgd
-from components.checks.scores import transfer_attack
 from components.checks.sets import Answers, in_levels, rounding, same_answer
 from components.data.draws import NoiseStream
 from components.evaluation.counting import count_sets
 from components.models.accuracy import Counts
-from components.models.classifiers import SmallCnn
 from components.models.defense import Defense
 from components.probes import Finding
 from components.probes.bench import Bench
@@ -28,18 +24,18 @@ from components.selftest.toy import (
     THREAT,
     FunctionPurifier,
     Toy,
-    train_classifier,
 )
 
 PGD = Pgd(kind="pgd", steps=10, step=0.25, restarts=1, random_start=True, early_stop=True, eot=1)
-APGD = ApgdCe(kind="apgd_ce", steps=50, restarts=1, eot=1)
 
 
-def _against(defense: Defense, toy: Toy, attack: Attack = PGD, threat: Linf = THREAT) -> Crafted:
+def against(defense: Defense, toy: Toy, attack: Attack = PGD, threat: Linf = THREAT) -> Crafted:
+    """Attack a defense on the images to attack."""
     return craft(attack, defense, "full", toy.under_attack(), threat, 0, BATCH)
 
 
-def _scored(defense: Defense, toy: Toy, sets: Mapping[str, Tensor]) -> dict[str, Counts]:
+def scored(defense: Defense, toy: Toy, sets: Mapping[str, Tensor]) -> dict[str, Counts]:
+    """Return how often a defense is right (N,) on each of some sets (N,C,H,W)."""
     data, rows = toy.under_attack(), torch.arange(PROBED)
     scores = count_sets(defense, sets, rows, data.labels, data.ids, 0, 1, 1, BATCH)
     return {name: score.score for name, score in scores.items()}
@@ -67,10 +63,10 @@ def first_questions(toy: Toy) -> list[Finding]:
     Random images that fool nothing are scored beside the examples: their place must not help.
     """
     from_clean = PGD.model_copy(update={"random_start": False})
-    crafted = _against(_remembering(toy), toy, from_clean)
+    crafted = against(_remembering(toy), toy, from_clean)
     random = toy.craft(Noise(kind="noise", tries=1), Linf(norm="linf", eps_255=0.5))
     sets = {"full/noise": random.images, "full/pgd": crafted.images}
-    right = _scored(_remembering(toy), toy, sets)["full/pgd"]
+    right = scored(_remembering(toy), toy, sets)["full/pgd"]
     return [same_answer("full/pgd", Answers.of(crafted, False), right, 1, rough=False)]
 
 
@@ -92,8 +88,8 @@ def long_logits(toy: Toy) -> list[Finding]:
     crafted, again = (
         Defense(_Changing(toy.other, toy.classifier), None).freeze() for _ in range(2)
     )
-    found = _against(crafted, toy)
-    right = _scored(again, toy, {"full/pgd": found.images})["full/pgd"]
+    found = against(crafted, toy)
+    right = scored(again, toy, {"full/pgd": found.images})["full/pgd"]
     return [same_answer("full/pgd", Answers.of(found, False), right, 1, rough=False)]
 
 
@@ -106,7 +102,7 @@ def wrong_while_crafted(toy: Toy) -> list[Finding]:
         return 2 * x.detach() - x if crafting[0] else x
 
     defense = Defense(toy.classifier, FunctionPurifier(purify, False)).freeze()
-    crafted, data = _against(defense, toy), toy.under_attack()
+    crafted, data = against(defense, toy), toy.under_attack()
     crafting[0] = False
     bench = Bench(defense, data.pixels(), data.labels, data.ids, THREAT, 0, crafted.images, BATCH)
     return [stored_attacks(bench)]
@@ -126,40 +122,8 @@ def safe_between_levels(toy: Toy) -> list[Finding]:
 
     threat = Linf(norm="linf", eps_255=50.5)
     defense = Defense(toy.classifier, FunctionPurifier(purify, False)).freeze()
-    images = _against(defense, toy, threat=threat).images
+    images = against(defense, toy, threat=threat).images
     levels = in_levels(images, toy.under_attack().pixels(), threat)
-    right = _scored(defense, toy, {"stored": images, "rounded": levels})
+    right = scored(defense, toy, {"stored": images, "rounded": levels})
     found = rounding(right["stored"].astype(float), right["rounded"].astype(float))
     return [found] if found.level == "block" else []
-
-
-class _RunnersUp(nn.Module):
-    """Adds ninety classes that come next to the first and never win, and rise along one line."""
-
-    way: Tensor
-
-    def __init__(self, hidden: nn.Module) -> None:
-        super().__init__()
-        self.hidden = hidden
-        way = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) / 8
-        self.register_buffer("way", way)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = 40 * self.hidden(x)
-        below = 3 * (x.flatten(1) @ self.way).tanh() - 12
-        steps = 0.1 * torch.arange(90, device=x.device)
-        return torch.cat([logits, logits.max(1, keepdim=True).values + below - steps], 1)
-
-
-def decoys_next_to_the_first(toy: Toy) -> list[Finding]:
-    """Attack a robust network behind decoys, and try the examples of another network on it."""
-    hidden = train_classifier(SmallCnn(kind="small_cnn", width=8), toy.train, robust=True)
-    defense = Defense(_RunnersUp(hidden), None).freeze()
-    sets = {
-        "clean": toy.under_attack().pixels(),
-        "own": _against(defense, toy, APGD).images,
-        "other": toy.craft(APGD).images,
-    }
-    right = {name: counts / 1 for name, counts in _scored(defense, toy, sets).items()}
-    own = np.minimum(right["clean"], right["own"])
-    return transfer_attack(own, {"none": np.minimum(own, right["other"])})

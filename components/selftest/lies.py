@@ -25,13 +25,18 @@ from components.probes import Finding, required
 from components.probes.models import convention, leakage, unchanged
 from components.selftest.changing import (
     PGD,
-    decoys_next_to_the_first,
     first_questions,
     long_logits,
     safe_between_levels,
     wrong_while_crafted,
 )
-from components.selftest.hidden import behind_stand_in, hidden_label, of_codebook, votes
+from components.selftest.hidden import (
+    behind_stand_in,
+    decoys_next_to_the_first,
+    hidden_label,
+    of_codebook,
+    votes,
+)
 from components.selftest.toy import (
     THREAT,
     Case,

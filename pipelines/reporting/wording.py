@@ -21,7 +21,7 @@ MEANINGS = {
     "looks_around": "The code of the defense does not ask where it runs.",
     "gradient_present": "The gradient that attacks follow is neither zero nor infinite.",
     "gradient_honest": "The gradient that attacks follow is what differences measure.",
-    "gradient_adds_up": "From one class to another, gradients add up to what changes, with no jump between.",
+    "gradient_adds_up": "From class to class, gradients add up to what the margin loses.",
     "gradient_pays": "A step along the gradient does more harm than one in a random direction.",
     "gradient_declared": "A gradient that is declared absent is absent.",
     "stored_attacks": "The stored examples are no weaker than a short attack.",

@@ -116,26 +116,35 @@ def read_sets(
 def worst_of_baselines(
     entry: Entry, plan: Plan, images: ImageSet, rows: Tensor
 ) -> dict[str, Tensor]:
-    """Return the worst examples of other classifiers for some rows: (N,C,H,W) by baseline.
+    """Return the worst examples of `other_baselines` for some rows: (N,C,H,W) by baseline.
 
     That is for each image the one of lowest margin in all sets of the baseline that were crafted
-    inside the ball and pass their checks. A baseline with the classifier of the entry is left out:
-    its examples are those of the entry itself, or on the rung `classifier`.
+    inside the ball and pass their checks. A baseline without any is left out.
     """
     found = {}
-    for baseline in plan.baselines:
-        if baseline.subject.classifier != entry.subject.classifier:
-            white = baseline.white_box_rungs()
-            bounded = {
-                name: folder
-                for name, folder in baseline.sets.items()
-                if rung_of(name) in white and plan.bounded(name)
-            }
-            sound, _ = read_sets(replace(baseline, sets=bounded), plan, images)
-            if sound:
-                stored = Stored(list(sound.values()), secret="", answers=0)
-                found[baseline.name] = stored.worst(images.ids[rows])
+    for baseline in other_baselines(entry, plan):
+        white = baseline.white_box_rungs()
+        bounded = {
+            name: folder
+            for name, folder in baseline.sets.items()
+            if rung_of(name) in white and plan.bounded(name)
+        }
+        sound, _ = read_sets(replace(baseline, sets=bounded), plan, images)
+        if sound:
+            stored = Stored(list(sound.values()), secret="", answers=0)
+            found[baseline.name] = stored.worst(images.ids[rows])
     return found
+
+
+def other_baselines(entry: Entry, plan: Plan) -> list[Entry]:
+    """Return the baselines whose examples are tried on an entry.
+
+    One with the classifier of the entry is left out where its examples are tried anyway: they are
+    those of the entry itself, or on the rung `classifier`.
+    """
+    tried = entry.subject.bare or any(rung_of(name) == "classifier" for name in entry.sets)
+    own = entry.subject.classifier if tried else None
+    return [one for one in plan.baselines if one.subject.classifier != own]
 
 
 def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:

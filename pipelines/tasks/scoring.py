@@ -96,6 +96,7 @@ def score_sets(entry: Entry, plan: Plan, shard: int, device: str) -> Attacked:
     rows = _rows(plan.test, shard)
     crafted, findings = read_sets(entry, plan, images)
     own = {name: one.images[rows] for name, one in crafted.items()}
+    del crafted
     others = worst_of_baselines(entry, plan, images, rows)
     # Names of sets have a slash, and names of baselines have none.
     scores = count_sets(

@@ -44,7 +44,7 @@ from components.probes.contract import Accuracies
 from components.probes.statistics import summarise, wilson
 from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
-from pipelines.tasks.entries import Entry, Plan
+from pipelines.tasks.entries import Entry, Plan, other_baselines
 from pipelines.tasks.metrics import Estimate, Scored, rung_of
 from pipelines.tasks.scoring import Result
 from pipelines.tasks.subject import Subject
@@ -234,6 +234,20 @@ def _recorded(finding: Finding) -> metrics.RecordedFinding:
     return metrics.RecordedFinding(**dict(finding), check=check, about=about)
 
 
+def _not_tried(baselines: Sequence[Entry], tried: Collection[str]) -> list[Finding]:
+    """Warn of baselines whose examples `transfer_attack` could not try."""
+    return [
+        Finding(
+            name=f"transfer_attack/{one.name}",
+            level="warn",
+            passed=False,
+            detail=f"not tried: the baseline {one.name} has no sound set of a bounded attack",
+        )
+        for one in baselines
+        if one.name not in tried
+    ]
+
+
 def _judged(
     entry: Entry,
     result: Result,
@@ -262,7 +276,8 @@ def _judged(
     for name, score in result.transferred.items():
         candidates = {**counted, f"of {name}": score}
         added[name] = worst_of_all(candidates, list(candidates))[1].accuracy()
-    findings += transfer_attack(carried.accuracy(), added)
+    tried = transfer_attack(carried.accuracy(), added)
+    findings += [*tried, *_not_tried(other_baselines(entry, plan), added)]
     singles = {name: score.accuracy() for name, score in counted.items()}
     findings.append(selection(carried.accuracy(), singles))
     draws = plan.scoring

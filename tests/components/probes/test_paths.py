@@ -13,19 +13,7 @@ from components.models.defense import Defense
 from components.models.purifiers import Purifier
 from components.probes.bench import Bench
 from components.probes.paths import gradient_adds_up
-
-
-class Plateaus(nn.Module):
-    """The label of a network without its gradient, beside its logits."""
-
-    def __init__(self, classifier: nn.Module, height: float) -> None:
-        super().__init__()
-        self.classifier, self.height = classifier, height
-
-    def forward(self, x: Tensor) -> Tensor:
-        label = self.classifier(x.detach()).argmax(1)
-        logits: Tensor = self.classifier(x)
-        return logits + self.height * nn.functional.one_hot(label, 10)
+from components.selftest.hidden import Plateaus, Votes
 
 
 class Repainted(Purifier):
@@ -59,27 +47,13 @@ def test_the_gradients_of_a_smooth_defense_add_up(
 def test_labels_on_plateaus_have_no_gradient_that_adds_up(
     random: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    defense = Defense(Plateaus(classifier, 100.0), Noisy(0.05) if random else None)
+    defense = Defense(Plateaus(classifier, classifier), Noisy(0.05) if random else None)
     found = gradient_adds_up(bench_of(defense, test_set))
     assert not found.passed and found.figures["apart"] > 0.9 * found.figures["judged"]
-    low = gradient_adds_up(bench_of(Defense(Plateaus(classifier, 0.01), None), test_set))
+    low = gradient_adds_up(
+        bench_of(Defense(Plateaus(classifier, classifier, 0.01), None), test_set)
+    )
     assert low.passed, "a plateau that decides nothing"
-
-
-class Votes(nn.Module):
-    """The votes of a network about many noisy copies, beside the logits of another."""
-
-    def __init__(self, classifier: nn.Module, shown: nn.Module) -> None:
-        super().__init__()
-        self.classifier, self.shown = classifier, shown
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("noise", 0.1 * torch.randn(15, 1, 8, 8, generator=generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        copies = (x.detach()[None] + self.noise[:, None].to(x.dtype)).flatten(0, 1)
-        votes = nn.functional.one_hot(self.classifier(copies).argmax(1), 10).view(15, len(x), 10)
-        logits: Tensor = self.shown(x)
-        return logits + 4 * votes.sum(0)
 
 
 def test_many_small_jumps_are_as_bad_as_one(classifier: Classifier, test_set: ImageSet) -> None:
@@ -104,7 +78,7 @@ def test_a_kink_that_a_few_points_miss_is_looked_at_again(test_set: ImageSet) ->
 
 
 def test_too_few_right_images_say_nothing(classifier: Classifier, test_set: ImageSet) -> None:
-    bench = bench_of(Defense(Plateaus(classifier, 100.0), None), test_set, 5)
+    bench = bench_of(Defense(Plateaus(classifier, classifier), None), test_set, 5)
     found = gradient_adds_up(bench)
     assert found.passed and "too few" in found.detail
 
@@ -112,7 +86,7 @@ def test_too_few_right_images_say_nothing(classifier: Classifier, test_set: Imag
 def test_behind_a_purifier_that_descends_the_classifier_is_judged(
     classifier: Classifier, test_set: ImageSet
 ) -> None:
-    plateaus = Plateaus(classifier, 100.0)
+    plateaus = Plateaus(classifier, classifier)
     for purifier in (Rounded(15), Repainted(classifier, test_set.pixels(), test_set.labels)):
         purifier.stand_ins = ("direct",)
         assert gradient_adds_up(bench_of(Defense(classifier, purifier), test_set)).passed

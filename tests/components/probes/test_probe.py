@@ -69,6 +69,10 @@ class Head(nn.Module):
             return logits + 1000 * (torch.arange(10) == 3)
         if self.kind == "constant":
             return 0 * logits + torch.arange(10.0)
+        if self.kind == "reversed":
+            return 2 * logits.detach() - logits
+        if self.kind == "rippled":
+            return logits + 3 * (300 * x.flatten(1).cumsum(1)[:, 20:30]).sin()
         if self.kind == "plateaus":
             return logits + 60 * nn.functional.one_hot(logits.argmax(1), 10)
         if self.kind == "nan":
@@ -116,19 +120,54 @@ def test_an_honest_defense_passes_every_probe(
     assert all(finding.detail for finding in findings)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("honest", None), ("plateaus", "gradient_adds_up"), ("reversed", "gradient_honest"),
+        ("rippled", "gradient_pays"),
+    ],
+)  # fmt: skip
 def test_behind_stand_ins_the_classifier_is_asked_in_every_mode(
-    wrong: bool, classifier: Classifier, test_set: ImageSet
+    kind: str, check: str | None, classifier: Classifier, test_set: ImageSet
 ) -> None:
     modes: tuple[Mode, ...] = ("bpda", "soft")
-    behind = Head(classifier, "plateaus") if wrong else classifier
+    behind = classifier if kind == "honest" else Head(classifier, kind)
     defense = Defense(behind, BitDepth(kind="bit_depth", bits=3).build(test_set.shape)).freeze()
     findings = run(defense, modes, test_set)
     names = [finding.name for finding in findings]
     assert set(names) == set(probes.required(modes, False, False, False))
     assert {f"{check}/{mode}" for check in probes.LEADING for mode in modes} <= set(names)
-    paths = [f"gradient_adds_up/{mode}" for mode in modes]
-    assert [name for name in failed(findings, "warn") if name in paths] == (paths if wrong else [])
+    wrong = failed(findings, "warn")
+    if check:
+        assert {f"{check}/{mode}" for mode in modes} <= set(wrong)
+    else:
+        assert not [name for name in wrong if name.partition("/")[0] in probes.LEADING]
+
+
+def test_without_a_stand_in_the_identity_must_pay(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """Black and white pixels are far from the grey ones whose gradient the identity takes."""
+    for levels, fails in ((1, True), (15, False)):
+        findings = run(Defense(classifier, Rounded(levels)).freeze(), ("bpda",), test_set)
+        assert ("gradient_pays/bpda" in failed(findings, "warn")) == fails
+
+
+def test_where_no_image_is_right_nothing_breaks(classifier: Classifier, test_set: ImageSet) -> None:
+    class Viewed(nn.Module):
+        """Takes no batch without images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = classifier
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.classifier(x.reshape(x.size(0), -1).reshape(x.shape)).roll(1, 1)
+            return logits
+
+    findings = run(Defense(Viewed(), None).freeze(), FULL, test_set)
+    found = {finding.name: finding.detail for finding in findings}
+    assert "too few" in found["gradient_adds_up/full"]
 
 
 def test_probing_changes_nothing_and_repeats(classifier: Classifier, test_set: ImageSet) -> None:

@@ -31,7 +31,7 @@ from components.models.purifiers.controls import GaussianNoise, Identity, Thresh
 from pipelines.config.sections import Checks, Scoring
 from pipelines.runner.context import Context
 from pipelines.stages.evaluate import count_all
-from pipelines.tasks.entries import Entry, Plan
+from pipelines.tasks.entries import Entry, Plan, other_baselines
 from pipelines.tasks.scoring import Result, score_sets
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import summary
@@ -276,6 +276,9 @@ def test_examples_of_another_classifier_show_what_weak_attacks_left(
     without, found = (summary(entry, one, plan, images) for one in (alone, result))
     assert "transfer_attack/strong" in found.checks.blocking_failed
     assert not [f for f in without.checks.findings if f.check == "transfer_attack"]
+    nothing = replace(plan, baselines=[replace(strong, sets={})])
+    (left,) = scored_together([entry], nothing)
+    assert "transfer_attack/strong" in summary(entry, left, nothing, images).checks.warnings
     # Nothing else is different: these examples are no rung, and carry no image.
     assert found.headline.accuracy == without.headline.accuracy > 0.5
     assert found.rungs == without.rungs and found.attacks == without.attacks
@@ -294,9 +297,13 @@ def test_only_sound_sets_of_another_classifier_are_tried(tmp_path: Path) -> None
     strong = attacked_baseline(tmp_path, plan, other)
     assert tried(strong) == ["strong"]
     assert tried(replace(strong, sets={"fixed_noise/pgd": strong.sets[RUNGS[0]]})) == []
-    # The classifier of the entry itself: its examples stand on the rung `classifier`.
-    own = Subject(entry.subject.classifier)
-    assert tried(attacked_baseline(tmp_path, plan, own)) == []
+    # Those against the own classifier are tried, too, unless the rung `classifier` has them.
+    bare = Subject(entry.subject.classifier)
+    own = replace(plan, baselines=[replace(strong, subject=bare)])
+    assert other_baselines(entry, own) == own.baselines
+    behind = {**entry.sets, "classifier/pgd": strong.sets[RUNGS[0]]}
+    assert other_baselines(replace(entry, sets=behind), own) == []
+    assert other_baselines(replace(entry, subject=bare), own) == []
     assert tried(attacked_baseline(tmp_path, plan, other, THREAT.scaled(2))) == []
     larger = attacked_baseline(tmp_path, plan, other)
     moved = read_crafted(larger.sets[RUNGS[0]])
