@@ -13,8 +13,9 @@ from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import LossFamily
 from components.attacks.flip import Flip
 from components.attacks.square import Square
+from components.probes import LEADING
 from components.probes.contract import SIGNIFICANT, Accuracies, Finding
-from components.probes.masking import AT_LEAST, GAIN
+from components.probes.masking import unseen_gain
 from components.probes.statistics import holm, more_fooled
 
 # The order of strength of attack kinds: no attack may be beaten by one of a lower tier. Under noise
@@ -28,7 +29,7 @@ TIERS = {
 BLACK_BOX = ("square", "flip")
 # Checks of the gradient on one rung, named check/rung: where one fails, attacks on that rung had
 # nothing to follow that leads anywhere.
-GRADIENTLESS = ("gradient_present", "gradient_honest", "gradient_pays", "gradient_adds_up")
+GRADIENTLESS = ("gradient_present", *LEADING)
 LEAST_DRAWS = 10
 # An attack without gradients that tries fewer images has hardly searched.
 LEAST_QUERIES = 100
@@ -144,7 +145,7 @@ def transfer_attack(own: Accuracies, added: Mapping[str, Accuracies]) -> list[Fi
             Finding(
                 name=f"transfer_attack/{baseline}",
                 level="block",
-                passed=gain <= max(GAIN, AT_LEAST / n) or p >= SIGNIFICANT,
+                passed=gain <= unseen_gain(n) or p >= SIGNIFICANT,
                 detail=f"examples against the baseline {baseline} fool a further {gain:.1%} of {n} "
                 f"images (p = {p:.3g})",
             )
@@ -261,8 +262,10 @@ def without_gradients(
         missing.append(f"square (at least {LEAST_QUERIES} queries)")
     if undecided and not any(map(_targets, attacks)):
         missing.append("apgd_t (strong)")
-    reason = "it declares no gradient" if blind else "gradients decide"
-    reason = "its gradient could not be judged" if undecided else reason
+    if undecided:
+        reason = "its gradient could not be judged"
+    else:
+        reason = "it declares no gradient" if blind else "gradients decide"
     return Finding(
         name="without_gradients",
         level="block",

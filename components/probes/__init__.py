@@ -119,12 +119,12 @@ def _instead(
     A purifier without a gradient and without a stand-in leaves the identity alone (`bpda`), whose
     steps must then pay through both.
     """
-    defense, around = bench.defense, _stand_ins(modes, bench.defense.differentiable)
-    if not around:
+    purifier, around = bench.defense.purifier, _stand_ins(modes, bench.defense.differentiable)
+    if purifier is None or not around:
         return []
     few = bench.behind.first(COMPARED)
     seen = few.points()
-    if defense.purifier is None or defense.purifier.stand_ins:
+    if purifier.stand_ins:
         pays = gradients.gradient_pays(bench.behind, seen)
     else:
         pays = gradients.gradient_pays(bench, points, "bpda")

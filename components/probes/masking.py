@@ -23,13 +23,18 @@ from components.probes.statistics import more_fooled
 
 # Square gets so many queries for each pixel of a side: a patch needs more tries on larger images.
 QUERIES = 50
-# What Square may further fool: 5 points, and three images.
+# What a further attack may fool: 5 points, and three images.
 GAIN, AT_LEAST = 0.05, 3
 # Images of each side that the search for a memory takes, and the least that say anything: on each
 # side, and of those moved by a pixel.
 ASKED, LEAST, LEAST_MOVED = 300, 60, 20
 MEMORY = 0.001  # p-value
 STEPS = 10  # of PGD, which need not be strong: two sides are compared
+
+
+def unseen_gain(n: float) -> float:
+    """Return the fraction of `n` images that a further attack may fool before it is noticed."""
+    return max(GAIN, AT_LEAST / n)
 
 
 def stored_attacks(bench: Bench) -> Finding:
@@ -44,11 +49,11 @@ def stored_attacks(bench: Bench) -> Finding:
     else:
         rated = [bench.rate(images) for images in (bench.x, bench.stored)]
         before, after = worst(rated), worst([*rated, bench.rated_way])
-    gain, allowed = float((before - after).mean()), max(GAIN, AT_LEAST / len(bench.x))
+    gain = float((before - after).mean())
     return Finding(
         name="stored_attacks",
         level="block",
-        passed=gain <= allowed,
+        passed=gain <= unseen_gain(len(bench.x)),
         detail=f"of {len(bench.x)} images {before.mean():.1%} are right under the stored examples, "
         f"{after.mean():.1%} under {WAY.steps} steps of APGD too"
         if bench.stored is not None
@@ -85,7 +90,7 @@ def blind_attack(bench: Bench) -> Finding:
     # Where Square did not try all that was left, what it found stands for the rest.
     part = len(tried) / len(left) if len(left) else 1.0
     gain = float((before - replayed).mean() + (replayed - after).mean() / part)
-    allowed = max(GAIN, AT_LEAST / len(bench.x) / part)
+    allowed = unseen_gain(len(bench.x) * part)
     return Finding(
         name="blind_attack",
         level="block",

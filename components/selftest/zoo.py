@@ -185,13 +185,13 @@ ZOO: dict[str, Case] = {
     "Defense-GAN": _purifier(
         {"kind": "gan", "latent": 16, "width": 8},
         WganGp(kind="wgan_gp", critic_steps=3).bind(NOTHING), 30,
-        kind="defense_gan", iterations=4, restarts=2, rate=10.0,
+        kind="defense_gan", iterations=3, restarts=2, rate=10.0,
     ),
     "DiffPure": _purifier(
-        DDPM, DIFFUSION, 20, kind="diffpure", t_star=3, sampler="ddpm", substeps=2
+        DDPM, DIFFUSION, 8, kind="diffpure", t_star=2, sampler="ddpm", substeps=2
     ),
     "DiffDefense": _purifier(
-        DDPM, DIFFUSION, 20, kind="diffdefense", mode="released", iterations=2, restarts=2, steps=2,
+        DDPM, DIFFUSION, 8, kind="diffdefense", mode="released", iterations=2, restarts=2, steps=1,
         rate=25.0,
     ),
     "APuDAE A": _purifier(
