@@ -62,3 +62,11 @@ def test_the_stage_names_every_case_that_goes_wrong(
     assert json.loads((tmp_path / "out.json").read_text())[1] == {
         "case": "an honest one", "expected": None, "raised": ["logits"], "caught": False,
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_case_comes_out_right_in_processes_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert stage.main(["--all", "--out", str(out)]) == 0
+    shown = {result["case"] for result in json.loads(out.read_text("utf-8"))}
+    assert shown == {*LIES, *selftest.honest_cases(every=True)}
