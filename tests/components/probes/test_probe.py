@@ -70,7 +70,7 @@ class Head(nn.Module):
         if self.kind == "reversed":
             return 2 * logits.detach() - logits
         if self.kind == "rippled":
-            return logits + 3 * (300 * x.flatten(1).cumsum(1)[:, 20:30]).sin()
+            return logits + 6 * (1000 * x.flatten(1).cumsum(1)[:, 20:30]).sin()
         if self.kind == "plateaus":
             return logits + 60 * nn.functional.one_hot(logits.argmax(1), 10)
         if self.kind == "nan":
