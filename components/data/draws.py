@@ -15,15 +15,21 @@ import hashlib
 import math
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Role = Literal["train", "attack", "select", "score", "clean"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
+# Shifts and factors of the two rounds of the mixer.
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+# Values that are drawn at a time on a CPU, so that they stay in its cache.
+_BLOCK = 1 << 15
 
 
 def _signed(value: int) -> int:
@@ -33,15 +39,28 @@ def _signed(value: int) -> int:
 
 
 def _mix(value: Tensor) -> Tensor:
-    """Scramble int64 values (N,...): the SplitMix64 finaliser, with wrapping arithmetic."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ _shift(value, shift)) * _signed(factor)
-    return value ^ _shift(value, 31)
+    """Scramble int64 values (N,...) in place: the SplitMix64 finaliser, with wrapping arithmetic.
+
+    On a CPU numpy does it, since it knows unsigned integers: half the work.
+    """
+    if value.device.type == "cpu":
+        bits = value.numpy().view(np.uint64)
+        shifted = np.empty_like(bits)
+        for shift, factor in _ROUNDS:
+            np.right_shift(bits, np.uint64(shift), out=shifted)
+            bits ^= shifted
+            bits *= np.uint64(factor)
+        np.right_shift(bits, np.uint64(31), out=shifted)
+        bits ^= shifted
+        return value
+    for shift, factor in _ROUNDS:
+        value.bitwise_xor_(_shift(value.clone(), shift)).mul_(_signed(factor))
+    return value.bitwise_xor_(_shift(value.clone(), 31))
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    """Shift right logically (torch shifts int64 arithmetically)."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    """Shift right logically, in place (torch shifts int64 arithmetically)."""
+    return value.bitwise_right_shift_(bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 class Keyed(ABC):
@@ -60,30 +79,49 @@ class Keyed(ABC):
 
     def uniform(self, shape: tuple[int, ...], use: str) -> Tensor:
         """Return uniform noise (N, *shape), float32 in [0, 1)."""
-        # 24 bits fit a float32 mantissa exactly, so rounding cannot give 1.0.
-        return (_shift(self._bits(math.prod(shape), use), 40).float() / (1 << 24)).view(
-            len(self), *shape
-        )
+        keys, count = self._keys_of(use)[:, None], math.prod(shape)
+        counter = _counter(count, keys.device)
+        noise = torch.empty(len(self), count, device=keys.device)
+        for rows, columns in _blocks(noise):
+            # 24 bits fit a float32 mantissa exactly, so rounding cannot give 1.0.
+            bits = _shift(_mix(keys[rows] + counter[columns]), 40)
+            noise[rows, columns].copy_(bits).mul_(2.0**-24)
+        return noise.view(len(self), *shape)
 
     def normal(self, shape: tuple[int, ...], use: str) -> Tensor:
         """Return standard normal noise (N, *shape), float32 (Box and Muller, 1958)."""
-        count = math.prod(shape)
-        bits = self._bits(2 * count, use)
-        # Float64 keeps devices equal to the last float32 bit, up to their log and cos.
-        radius = (_shift(bits[:, :count], 11).double() + 1) / (1 << 53)
-        angle = _shift(bits[:, count:], 11).double() / (1 << 53)
-        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-        return normal.float().view(len(self), *shape)
+        keys, count = self._keys_of(use)[:, None], math.prod(shape)
+        first, second = _counter(2 * count, keys.device).chunk(2)
+        noise = torch.empty(len(self), count, device=keys.device)
+        for rows, columns in _blocks(noise):
+            radius, angle = (
+                _shift(_mix(keys[rows] + counter[columns]), 11).double()
+                for counter in (first, second)
+            )
+            # Float64 keeps devices equal to the last float32 bit, up to their log and cos.
+            radius.add_(1).mul_(2.0**-53).log_().mul_(-2).sqrt_()
+            noise[rows, columns] = radius.mul_(angle.mul_(2 * math.pi * 2.0**-53).cos_())
+        return noise.view(len(self), *shape)
 
     def permutation(self, count: int, use: str) -> Tensor:
         """Return a random order of 0..count-1 for each image: (N, count) int64."""
-        return self._bits(count, use).argsort(dim=1, stable=True)
+        keys = self._keys_of(use)[:, None]
+        return _mix(keys + _counter(count, keys.device)).argsort(dim=1, stable=True)
 
-    def _bits(self, count: int, use: str) -> Tensor:
-        """Return random int64 values (N, count) over all 64 bits."""
-        keys = self._keys_of(use)
-        counter = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
-        return _mix(keys[:, None] + counter)
+
+def _counter(count: int, device: torch.device) -> Tensor:
+    """Return what tells the values of one stream apart (count,): their numbers, spread out."""
+    return torch.arange(1, count + 1, device=device).mul_(_signed(_GOLDEN))
+
+
+def _blocks(noise: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield parts of `noise` (N,count) by rows and columns; on an accelerator, all at once."""
+    images, count = noise.shape
+    width = min(count, _BLOCK) if noise.device.type == "cpu" else count
+    height = max(_BLOCK // max(width, 1), 1) if noise.device.type == "cpu" else images
+    for row in range(0, images, max(height, 1)):
+        for column in range(0, count, max(width, 1)):
+            yield slice(row, row + height), slice(column, min(column + width, count))
 
 
 class NoiseStream(Keyed):

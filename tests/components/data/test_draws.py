@@ -127,7 +127,7 @@ def test_extreme_bits_give_finite_noise_in_range(
     bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest uniform value stays below 1, and no normal value is infinite."""
-    monkeypatch.setattr(Draws, "_bits", lambda draws, count, use: torch.full((1, count), bits))
+    monkeypatch.setattr("components.data.draws._mix", lambda value: value.fill_(bits))
     draws = Draws(0, "score", torch.tensor([1]))
     assert 0 <= draws.uniform((1,), "use").item() < 1
     assert draws.normal((1,), "use").isfinite().all() and draws.normal((1,), "use").abs() < 9
