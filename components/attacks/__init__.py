@@ -101,33 +101,34 @@ def craft(
     a bounded attack returns images outside the threat.
     """
     device = next(defense.parameters()).device
-    folded, batches = fold_batch_norm(defense), []
-    for start in range(0, len(data), batch):
-        rows = data[torch.arange(start, min(start + batch, len(data)))]
-        batches.append(_craft(attack, defense, folded, mode, rows, threat, seed, device))
-    return Crafted(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
-
-
-def _craft(
-    attack: Attack, defense: Defense, folded: Defense, mode: Mode, data: ImageSet,
-    threat: Linf | L2, seed: int, device: torch.device,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    folded, draws = fold_batch_norm(defense), Draws(seed, "attack", data.ids.to(device))
     clean, labels = data.pixels().to(device), data.labels.to(device)
-    draws = Draws(seed, "attack", data.ids.to(device))
     target = bind(folded, mode, draws, getattr(attack, "eot", 1))
-    outcome = attack.run(target, clean, labels, threat, draws)
+    outcome = attack.run_in_batches(target, clean, labels, threat, draws, batch)
     images = outcome.images.detach().float()
     if attack.bounded:
         broken = violations(images, clean, threat)
         assert not broken, f"{type(attack).__name__} left the threat: {broken}"
-    with torch.no_grad():
-        logits = defense(images, draws)
-    # Logits that are not finite classify nothing.
-    right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
-    spent = (outcome.iterations, target.passes.forward.clone(), target.passes.backward.clone())
-    answers = _ask(folded, mode, images, labels, draws)
-    columns = (images, ~right, *spent, outcome.margin <= 0, *answers)
-    return (data.ids, data.labels, *(column.cpu() for column in columns))
+    batches = []
+    for rows in torch.arange(len(data), device=device).split(batch):  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            logits = defense(images[rows], draws[rows])
+        # Logits that are not finite classify nothing.
+        right = (logits.argmax(1) == labels[rows]) & logits.isfinite().all(1)
+        batches.append((~right, *_ask(folded, mode, images[rows], labels[rows], draws[rows])))
+    success, answers, margins = (torch.cat(column).cpu() for column in zip(*batches, strict=True))
+    return Crafted(
+        ids=data.ids,
+        labels=data.labels,
+        images=images.cpu(),
+        success=success,
+        iterations=outcome.iterations.cpu(),
+        forward=target.passes.forward.cpu(),
+        backward=target.passes.backward.cpu(),
+        fooled=(outcome.margin <= 0).cpu(),
+        answers=answers,
+        margin=margins,
+    )
 
 
 def _ask(

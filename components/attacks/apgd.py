@@ -24,12 +24,11 @@ from components.attacks.contract import (
     LossFamily,
     Outcome,
     Positive,
-    Search,
-    search_cost,
 )
 from components.attacks.gradient import log_odds
+from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
-from components.models.defense import Loss, Target, margin
+from components.models.defense import Evaluation, Loss, Target, margin
 
 # Maps rows of the batch to the loss of exactly these rows: a targeted loss differs between rows.
 RowLoss = Callable[[Tensor], Loss]
@@ -63,8 +62,8 @@ class ApgdCe(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
-        search = Search(target, images, labels, early_stop=True)
-        return _run_restarts(search, threat, draws, self.steps, self.restarts, log_odds)
+        search = Search(target, images, labels, threat, early_stop=True)
+        return _run_restarts(search, draws, self.steps, self.restarts, log_odds)
 
 
 class ApgdDlr(Attack):
@@ -94,8 +93,8 @@ class ApgdDlr(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
-        search = Search(target, images, labels, early_stop=True)
-        return _run_restarts(search, threat, draws, self.steps, self.restarts, dlr)
+        search = Search(target, images, labels, threat, early_stop=True)
+        return _run_restarts(search, draws, self.steps, self.restarts, dlr)
 
 
 class ApgdT(Attack):
@@ -125,7 +124,7 @@ class ApgdT(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
-        search = Search(target, images, labels, early_stop=True)
+        search = Search(target, images, labels, threat, early_stop=True)
         with torch.no_grad():
             logits = target(images, 0)
         classes = logits.shape[1]
@@ -135,10 +134,11 @@ class ApgdT(Attack):
                 f"but has {classes} classes and targets: {self.targets}"
             )
         ranked = runners_up(logits, labels)
-        for index in range(self.targets):
-            search.restart()
-            loss_for = _targeted_loss(ranked[:, index])
-            _run_apgd(search, threat, draws.redraw(index), self.steps, loss_for)
+        starts = torch.stack(
+            [_start(images, threat, draws.redraw(index)) for index in range(self.targets)]
+        )
+        for runs, of, index in search.copies(self.targets):
+            _run_apgd(runs, starts[index, of], self.steps, _targeted_loss(ranked[of, index]))
         return search.outcome()
 
 
@@ -163,77 +163,81 @@ class _State:
     checked_loss: Tensor
     halved: Tensor
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
+    def drop_fooled(self, search: Search) -> None:
+        """Keep only the rows that the search keeps."""
+        kept = search.drop_fooled(*(getattr(self, field.name) for field in fields(self)))
+        for field, tensor in zip(fields(self), kept, strict=True):
+            setattr(self, field.name, tensor)
+
+    def follow(self, found: Evaluation) -> None:
+        """Take over what was found at `x`."""
+        higher = found.loss > self.top_loss
+        self.rises += found.loss > self.loss
+        self.loss, self.gradient = found.loss, found.gradient
+        self.top_loss = torch.where(higher, found.loss, self.top_loss)
+        higher = higher[:, None, None, None]
+        self.top = torch.where(higher, self.x, self.top)
+        self.top_gradient = torch.where(higher, found.gradient, self.top_gradient)
 
 
-def _run_restarts(
-    search: Search, threat: Linf | L2, draws: Draws, steps: int, restarts: int, loss: Loss
-) -> Outcome:
+def _run_restarts(search: Search, draws: Draws, steps: int, restarts: int, loss: Loss) -> Outcome:
     for restart in range(restarts):
         search.restart()
-        _run_apgd(search, threat, draws.redraw(restart), steps, lambda rows: loss)
+        start = _start(search.images, search.threat, draws.redraw(restart))
+        _run_apgd(search, start[search.rows], steps, lambda rows: loss)
     return search.outcome()
 
 
-def _run_apgd(
-    search: Search, threat: Linf | L2, draws: Draws, steps: int, loss_for: RowLoss
-) -> None:
-    """Run APGD once over the active rows of `search`, which records every iterate."""
+def _start(images: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
+    """Return random images on the surface of the balls around `images` (N,C,H,W)."""
+    way = random_direction(threat, draws, images, "apgd")
+    return threat.project(images + threat.eps * way, images)
+
+
+def _run_apgd(search: Search, x: Tensor, steps: int, loss_for: RowLoss) -> None:
+    """Run APGD once from `x` over the active rows of `search`, which records every iterate."""
     if not len(search.rows):
         return
-    state = _begin(search, threat, draws[search.rows], loss_for)
+    state = _begin(search, x, loss_for)
     checkpoints, since = _checkpoints(steps), 0
     for iteration in range(steps):
-        state.keep(search.drop_fooled())
+        state.drop_fooled(search)
         if not len(search.rows):
             return
-        _move(state, threat, search.origin, 1.0 if iteration == 0 else MOMENTUM)
-        found = search.evaluate(state.x, loss_for(search.rows))
-        state.rises += found.loss > state.loss
-        state.loss, state.gradient = found.loss, found.gradient
-        higher = found.loss > state.top_loss
-        for top, now in ((state.top, state.x), (state.top_gradient, found.gradient)):
-            top[higher] = now[higher]
-        state.top_loss = torch.maximum(state.top_loss, found.loss)
+        _move(state, search, 1.0 if iteration == 0 else MOMENTUM)
+        state.follow(search.evaluate(state.x, loss_for(search.rows)))
         since += 1
         if iteration + 1 in checkpoints:
             _halve_steps(state, since)
             since = 0
 
 
-def _begin(search: Search, threat: Linf | L2, draws: Draws, loss_for: RowLoss) -> _State:
-    """Evaluate a random start on the surface of the ball."""
-    origin = search.origin
-    x = threat.project(
-        origin + threat.eps * random_direction(threat, draws, origin, "apgd"), origin
-    )
+def _begin(search: Search, x: Tensor, loss_for: RowLoss) -> _State:
+    """Evaluate the start."""
     found = search.evaluate(x, loss_for(search.rows))
     count = len(x)
-    zeros = torch.zeros(count, device=x.device)
     return _State(
         x=x,
-        previous=x.clone(),
+        previous=x,
         gradient=found.gradient,
         loss=found.loss,
-        top=x.clone(),
-        top_gradient=found.gradient.clone(),
-        top_loss=found.loss.clone(),
-        step=torch.full((count, 1, 1, 1), 2 * threat.eps, device=x.device, dtype=x.dtype),
-        rises=zeros.clone(),
-        checked_loss=found.loss.clone(),
+        top=x,
+        top_gradient=found.gradient,
+        top_loss=found.loss,
+        step=torch.full((count, 1, 1, 1), 2 * search.threat.eps, device=x.device, dtype=x.dtype),
+        rises=torch.zeros(count, device=x.device),
+        checked_loss=found.loss,
         halved=torch.ones(count, dtype=torch.bool, device=x.device),
     )
 
 
-def _move(state: _State, threat: Linf | L2, origin: Tensor, momentum: float) -> None:
-    """Take a projected gradient step with momentum, in place (algorithm 1)."""
-    stepped = threat.project(threat.ascend(state.x, state.gradient, state.step), origin)
-    inertia = (1 - momentum) * (state.x - state.previous)
-    moved = state.x + momentum * (stepped - state.x) + inertia
-    state.previous, state.x = state.x, threat.project(moved, origin)
+def _move(state: _State, search: Search, momentum: float) -> None:
+    """Take a projected gradient step with momentum (algorithm 1)."""
+    stepped = search.project(search.threat.ascend(state.x, state.gradient, state.step))
+    moved = torch.add(state.x, stepped - state.x, alpha=momentum)
+    if momentum < 1:
+        moved = moved.add_(state.x - state.previous, alpha=1 - momentum)
+    state.previous, state.x = state.x, search.project(moved)
 
 
 def _halve_steps(state: _State, since: int) -> None:
@@ -245,11 +249,11 @@ def _halve_steps(state: _State, since: int) -> None:
     """
     stalled = ~state.halved & (state.checked_loss >= state.top_loss)
     halve = (state.rises <= RHO * since) | stalled
-    state.step[halve] /= 2
-    state.x = torch.where(halve[:, None, None, None], state.top, state.x)
-    state.gradient = torch.where(halve[:, None, None, None], state.top_gradient, state.gradient)
-    state.halved = halve
-    state.checked_loss = state.top_loss.clone()
+    back = halve[:, None, None, None]
+    state.step = torch.where(back, state.step / 2, state.step)
+    state.x = torch.where(back, state.top, state.x)
+    state.gradient = torch.where(back, state.top_gradient, state.gradient)
+    state.halved, state.checked_loss = halve, state.top_loss
     state.rises = torch.zeros_like(state.rises)
 
 

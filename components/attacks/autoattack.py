@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
-from components.attacks.contract import L2, Attack, Cost, Linf, LossFamily, Outcome, strongest
+from components.attacks.contract import L2, Attack, Cost, Linf, LossFamily, Outcome
 from components.attacks.distance.fab import FabT
+from components.attacks.search import strongest
 from components.attacks.square import Square
 from components.data.draws import Draws
 from components.models.defense import Target
@@ -46,10 +47,10 @@ class AutoAttack(Attack):
         return EOT if self.version == "rand" else 1
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
-        """The sum over the ensemble, one pass to count the classes, and with `rand` the choice."""
+        """The sum over the ensemble, and with `rand` the choice."""
         choice = len(self.ensemble(classes)) * EOT if stochastic else 0
         parts = [attack.effort(classes, stochastic) for attack in self.ensemble(classes)]
-        return sum(parts, Cost(1 + choice, 0))
+        return sum(parts, Cost(choice, 0))
 
     def strong(self) -> bool:
         """Always."""
@@ -62,6 +63,16 @@ class AutoAttack(Attack):
 
         Against a stochastic defense, return the stronger of the two images found (`strongest`).
         """
+        return self.run_in_batches(target, images, labels, threat, draws, max(len(images), 1))
+
+    def run_in_batches(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
+        batch: int,
+    ) -> Outcome:  # fmt: skip
+        """Attack any number of images, `batch` at a time.
+
+        The images that are left after an attack of the ensemble fill new batches for the next one.
+        """
         if target.stochastic != (self.version == "rand"):
             kind, other = (
                 ("stochastic", "rand") if target.stochastic else ("deterministic", "standard")
@@ -69,17 +80,22 @@ class AutoAttack(Attack):
             raise ValueError(
                 f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
             )
-        with torch.no_grad():
-            classes = target(images, 0).shape[1]
-        if target.stochastic:
-            return self._rand(target, images, labels, threat, draws, classes)
         best, iterations = images.clone(), torch.zeros_like(labels)
         margins = torch.full((len(images),), torch.inf, device=images.device)
+        if not len(images):
+            return Outcome(best, margins, iterations)
+        first = torch.arange(1, device=images.device)
+        with torch.no_grad():
+            classes = target[first](images[first], 0).shape[1]
+        if target.stochastic:
+            return self._rand(target, images, labels, threat, draws, classes, batch)
         for attack in self.ensemble(classes):
             rows = (margins > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
-            found = attack.run(target[rows], images[rows], labels[rows], threat, draws[rows])
+            found = attack.run_in_batches(
+                target[rows], images[rows], labels[rows], threat, draws[rows], batch
+            )
             iterations[rows] += found.iterations
             lower = found.margin < margins[rows]
             best[rows[lower]], margins[rows[lower]] = found.images[lower], found.margin[lower]
@@ -87,18 +103,21 @@ class AutoAttack(Attack):
 
     def _rand(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
-        classes: int,
+        classes: int, batch: int,
     ) -> Outcome:  # fmt: skip
         """Run every attack on every image; return the strongest images under unused draws."""
-        found = [a.run(target, images, labels, threat, draws) for a in self.ensemble(classes)]
-        best, margins = strongest(
-            target,
-            torch.stack([outcome.images for outcome in found]),
-            labels,
-            range(UNUSED_DRAW, UNUSED_DRAW + EOT),
-        )
-        iterations = torch.stack([outcome.iterations for outcome in found]).sum(0)
-        return Outcome(best, margins, iterations)
+        found = [
+            attack.run_in_batches(target, images, labels, threat, draws, batch)
+            for attack in self.ensemble(classes)
+        ]
+        parts = []
+        for rows in torch.arange(len(images), device=images.device).split(batch):  # type: ignore[no-untyped-call]
+            candidates = torch.stack([outcome.images[rows] for outcome in found])
+            unused = range(UNUSED_DRAW, UNUSED_DRAW + EOT)
+            best, margins = strongest(target[rows], candidates, labels[rows], unused)
+            iterations = torch.stack([outcome.iterations[rows] for outcome in found]).sum(0)
+            parts.append(Outcome(best, margins, iterations))
+        return Outcome.joined(parts)
 
     def ensemble(self, classes: int) -> Sequence[Attack]:
         """Return the attacks in the order they run, against a classifier of so many `classes`."""

@@ -1,4 +1,4 @@
-"""What attacks share: threat models, the base class `Attack`, and `Search` for iterative ones.
+"""What attacks share: threat models and the base class `Attack`.
 
 An attack is a section of the parameters that, given a target, images and labels, returns one image
 for each. It minimises the margin of the true class (true logit less the largest other logit; not
@@ -7,7 +7,9 @@ target an attack may stop working on an image once it is fooled; against a stoch
 may, since an image that fools under one draw of the noise may fail under the next.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from components.config import Config
 from components.data.draws import Draws
-from components.models.defense import Evaluation, Loss, Target, margin
+from components.models.defense import Target
 
 Positive = Annotated[int, Field(ge=1)]
+# Maps images (N,C,H,W) to the nearest ones of a ball (L-inf), or to ones inside it (L2).
+Projection = Callable[[Tensor], Tensor]
 
 
 class Linf(Config):
@@ -32,9 +36,14 @@ class Linf(Config):
         """The radius in [0,1] units."""
         return self.eps_255 / 255
 
+    def ball(self, origin: Tensor) -> Projection:
+        """Return the projection of images (N,C,H,W) onto the ball around `origin` and [0,1]."""
+        low, high = (origin - self.eps).clamp_(min=0), (origin + self.eps).clamp_(max=1)
+        return lambda x: x.clamp(low, high)
+
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         """Project `x` (N,C,H,W) onto the ball around `origin` and [0,1]."""
-        return torch.minimum(torch.maximum(x, origin - self.eps), origin + self.eps).clamp(0, 1)
+        return self.ball(origin)(x)
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
         """Take a step of length `step` in steepest ascent for this norm: along the sign."""
@@ -64,6 +73,10 @@ class L2(Config):
     def eps(self) -> float:
         """The radius in [0,1] units."""
         return self.eps_l2
+
+    def ball(self, origin: Tensor) -> Projection:
+        """Return `project` around `origin`."""
+        return partial(self.project, origin=origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         """Scale `x` (N,C,H,W) into the ball around `origin`, then clip it to [0,1].
@@ -102,12 +115,6 @@ LossFamily = Literal["cross-entropy", "margin"]
 LEAST_STEPS = 10
 
 
-# A search against a stochastic target ends by evaluating this many of its best images once more,
-# besides the last one, under at least and at most so many fresh draws.
-FINALISTS = 4
-FINAL_DRAWS = (2, 16)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What an attack found: images (N,C,H,W), their margins (N,) and the iterations spent (N,).
@@ -118,6 +125,15 @@ class Outcome:
     images: Tensor
     margin: Tensor
     iterations: Tensor
+
+    @staticmethod
+    def joined(parts: "Sequence[Outcome]") -> "Outcome":
+        """Return the outcome of several batches, one after the other."""
+        return Outcome(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.margin for part in parts]),
+            torch.cat([part.iterations for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +191,17 @@ class Attack(Config):
         """Attack `images` (N,C,H,W) in [0,1]; `draws` is the noise of the attack's own choices."""
         raise NotImplementedError
 
+    def run_in_batches(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
+        batch: int,
+    ) -> Outcome:  # fmt: skip
+        """Attack any number of images, `batch` at a time."""
+        rows = torch.arange(len(images), device=images.device)
+        return Outcome.joined([
+            self.run(target[some], images[some], labels[some], threat, draws[some])
+            for some in rows.split(batch)  # type: ignore[no-untyped-call]
+        ])  # fmt: skip
+
 
 def nan_as_fooled(margins: Tensor) -> Tensor:
     """Replace NaN by minus infinity: NaN logits classify nothing, so they count as fooled."""
@@ -199,137 +226,3 @@ def _length(delta: Tensor) -> Tensor:
     """Return the Euclidean length of each image (N,1,1,1)."""
     lengths: Tensor = delta.flatten(1).norm(dim=1)
     return lengths[:, None, None, None]
-
-
-class Search:
-    """The bookkeeping of an iterative attack: the active rows of the batch, the best image of each.
-
-    `rows` are the indices of the active rows; all tensors passed in and returned belong to them.
-    The image of lowest margin is kept, so against a deterministic target more effort never gives a
-    weaker result. With `early_stop`, a row stops being active once it is fooled.
-
-    Against a stochastic target every row stays active, and the lowest margin of many queries is
-    biased: an early, weaker iterate can beat the last one by its noise alone. So `outcome`
-    evaluates the `FINALISTS` images of lowest margin and the last one again, all under the same
-    fresh draws.
-    """
-
-    def __init__(self, target: Target, images: Tensor, labels: Tensor, early_stop: bool) -> None:
-        self.target, self.images, self.labels = target, images, labels
-        self.early_stop = early_stop and not target.stochastic
-        self.queries = 0
-        self.finalists = _Finalists(images) if target.stochastic else None
-        self.best = images.clone()
-        self.margin = torch.full((len(images),), torch.inf, device=images.device)
-        self.iterations = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        self.rows = torch.arange(len(images), device=images.device)
-        self.query(images)
-        self.restart()
-
-    @property
-    def origin(self) -> Tensor:
-        """The clean images of the active rows."""
-        return self.images[self.rows]
-
-    def restart(self) -> None:
-        """Make all rows active again; with `early_stop`, only those that are not fooled yet."""
-        rows = torch.arange(len(self.images), device=self.images.device)
-        self.rows = rows[self.margin > 0] if self.early_stop else rows
-
-    def query(self, x: Tensor) -> Tensor:
-        """Evaluate `x` without gradient, record it, return the margins."""
-        margin = self.target[self.rows].margins(x, self.labels[self.rows], self.queries)
-        self.record(x, margin)
-        return margin
-
-    def evaluate(self, x: Tensor, loss: Loss) -> Evaluation:
-        """Evaluate `x` with the gradient of `loss`, record it, return the evaluation."""
-        found = self.target[self.rows].evaluate(x, self.labels[self.rows], loss, self.queries)
-        self.record(x, found.margin)
-        self.iterations[self.rows] += 1
-        return found
-
-    def drop_fooled(self) -> Tensor:
-        """With `early_stop`, deactivate the rows that are fooled; return which rows stay (bool)."""
-        stay = self.margin[self.rows] > 0 if self.early_stop else torch.ones_like(self.rows).bool()
-        self.rows = self.rows[stay]
-        return stay
-
-    def outcome(self) -> Outcome:
-        """Return the best image of every row; for a stochastic target, chosen under fresh draws."""
-        if self.finalists:
-            used = self.queries * self.target.eot
-            count = final_draws(self.queries, self.target.eot)
-            self.best, self.margin = strongest(
-                self.target, self.finalists.candidates(), self.labels, range(used, used + count)
-            )
-        return Outcome(self.best, self.margin, self.iterations)
-
-    def record(self, x: Tensor, margin: Tensor) -> None:
-        """Count a query, and keep the images `x` of the active rows whose `margin` is a new low."""
-        self.queries += 1
-        margin = nan_as_fooled(margin.float())
-        if self.finalists:
-            self.finalists.enter(self.rows, x.detach(), margin)
-        better = margin < self.margin[self.rows]
-        self.best[self.rows[better]] = x[better].detach()
-        self.margin[self.rows[better]] = margin[better]
-
-
-def final_draws(queries: int, eot: int) -> int:
-    """Return under how many draws the finalists of a search of so many queries are compared.
-
-    It is a fifth of the draws that the search has used, within bounds, and never less than `eot`.
-    """
-    return max(eot, FINAL_DRAWS[0], min(queries * eot // 5, FINAL_DRAWS[1]))
-
-
-def search_cost(gradients: int, margins: int, draws: int, stochastic: bool) -> Cost:
-    """Return what a `Search` costs that takes so many gradients and asks for so many margins.
-
-    It asks for those of the clean images besides, and compares its finalists if the target is
-    stochastic. `draws` is the number of draws of each query.
-    """
-    queries = 1 + gradients + margins
-    final = (FINALISTS + 1) * final_draws(queries, draws) if stochastic else 0
-    return Cost(queries * draws + final, gradients * draws)
-
-
-class _Finalists:
-    """For each row the `FINALISTS` images of lowest margin under noise, and the last image."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.last = images.clone()
-        self.images = images.repeat(FINALISTS, *[1] * images.ndim).view(FINALISTS, *images.shape)
-        self.margins = torch.full((FINALISTS, len(images)), torch.inf, device=images.device)
-
-    def enter(self, rows: Tensor, x: Tensor, margins: Tensor) -> None:
-        """Let `x` of `rows` replace the finalist of largest margin, where its margin is lower."""
-        largest, slot = self.margins[:, rows].max(0)
-        lower, allowed = margins < largest, margins < torch.inf
-        self.margins[slot[lower], rows[lower]] = margins[lower]
-        self.images[slot[lower], rows[lower]] = x[lower]
-        self.last[rows[allowed]] = x[allowed]
-
-    def candidates(self) -> Tensor:
-        """Return the images (`FINALISTS` + 1, N, C, H, W)."""
-        return torch.cat([self.images, self.last[None]])
-
-
-def strongest(
-    target: Target, candidates: Tensor, labels: Tensor, draws: range
-) -> tuple[Tensor, Tensor]:
-    """Return the strongest of M `candidates` (M,N,C,H,W) per row, and its mean margin (N,).
-
-    All are evaluated under the same `draws` of the defense's noise, which should be unused so far.
-    The strongest is classified correctly under the fewest draws; ties go to the lower mean margin.
-    A NaN margin counts as minus infinity, as in `nan_as_fooled`.
-    """
-    with torch.no_grad():
-        by_draw = [torch.stack([margin(target(x, k), labels) for x in candidates]) for k in draws]
-    # The bound keeps means finite: infinity marks the candidates that are out.
-    margins = torch.stack(by_draw).float().nan_to_num(-torch.inf).clamp(max=1e30)
-    means, right = margins.mean(0), (margins > 0).sum(0)
-    best = means.masked_fill(right > right.amin(0), torch.inf).argmin(0)
-    rows = torch.arange(len(labels), device=labels.device)
-    return candidates[best, rows], means[best, rows]

@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor
 
 from components.attacks.contract import (
-    FINAL_DRAWS,
     L2,
     Attack,
     Cost,
@@ -28,6 +27,7 @@ from components.attacks.contract import (
     Positive,
 )
 from components.attacks.gradient import Factor, log_odds
+from components.attacks.search import FINAL_DRAWS
 from components.data.draws import Draws
 from components.models.defense import Target
 

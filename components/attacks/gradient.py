@@ -24,9 +24,8 @@ from components.attacks.contract import (
     LossFamily,
     Outcome,
     Positive,
-    Search,
-    search_cost,
 )
+from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -50,7 +49,7 @@ class Noise(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the random image of lowest margin, or the clean one if none is lower."""
-        search = Search(target, images, labels, early_stop=False)
+        search = Search(target, images, labels, threat, early_stop=False)
         for attempt in range(self.tries):
             search.query(threat.start(images, draws.redraw(attempt), "noise"))
         return search.outcome()
@@ -114,7 +113,7 @@ def _multi_start(
     steps: int, step: float,
 ) -> Outcome:  # fmt: skip
     """Run PGD from each of `starts`, always on the images that are not fooled yet."""
-    search = Search(target, images, labels, early_stop=True)
+    search = Search(target, images, labels, threat, early_stop=True)
     for start in starts:
         search.restart()
         # Not every network takes a batch of no images.
@@ -122,12 +121,10 @@ def _multi_start(
             break
         x = start[search.rows]
         for _ in range(steps):
-            gradient = search.evaluate(x, log_odds).gradient
-            stay = search.drop_fooled()
+            x, gradient = search.drop_fooled(x, search.evaluate(x, log_odds).gradient)
             if not len(search.rows):
                 break
-            ascended = threat.ascend(x[stay], gradient[stay], step * threat.eps)
-            x = threat.project(ascended, search.origin)
+            x = search.project(threat.ascend(x, gradient, step * threat.eps))
         if len(search.rows):
             search.query(x)
     return search.outcome()
@@ -141,10 +138,10 @@ def ascend(
 
     Adversarial training takes its attacks from here.
     """
-    x = start
+    x, project = start, threat.ball(images)
     for query in range(steps):
         gradient = target.evaluate(x, labels, log_odds, query).gradient
-        x = threat.project(threat.ascend(x, gradient, step * threat.eps), images)
+        x = project(threat.ascend(x, gradient, step * threat.eps))
     return x
 
 

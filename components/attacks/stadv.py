@@ -25,9 +25,8 @@ from components.attacks.contract import (
     LossFamily,
     Outcome,
     Positive,
-    Search,
-    search_cost,
 )
+from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
 from components.models.defense import Target, margin
 
@@ -60,7 +59,7 @@ class StAdv(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the displaced image of lowest margin, or the clean one if none is lower."""
-        search = Search(target, images, labels, early_stop=True)
+        search = Search(target, images, labels, threat, early_stop=True)
         # At zero flow the bilinear gradient sees only one neighbour per axis: start at random.
         noise = draws[search.rows].uniform((*images.shape[2:], 2), "flow").to(images.dtype)
         flow = (self.step * self.bound * (2 * noise - 1)).clamp(-self.bound, self.bound)
@@ -74,7 +73,7 @@ class StAdv(Attack):
                 [displaced, rough], flow, [found.gradient, rough.new_tensor(self.smoothness)]
             )
             flow = flow.detach() - self.step * self.bound * slope.sign()
-            flow = flow.clamp(-self.bound, self.bound)[search.drop_fooled()]
+            (flow,) = search.drop_fooled(flow.clamp(-self.bound, self.bound))
         if len(search.rows):
             search.query(displace(search.origin, flow))
         return search.outcome()

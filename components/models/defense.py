@@ -231,7 +231,7 @@ class Target:
         """Return the margins (N,) of query number `query`, averaged over its EOT draws."""
         with torch.no_grad():
             margins = [margin(self(x, draw), labels) for draw in self._draws_of(query)]
-        return torch.stack(margins).mean(0)
+        return margins[0] if len(margins) == 1 else torch.stack(margins).mean(0)
 
     def detector_score(self, x: Tensor, query: int) -> Tensor:
         """Return the purifier's detector score (N,), averaged over the EOT draws of `query`.
@@ -259,21 +259,23 @@ class Target:
 
         `bare` leaves out the purifier.
         """
-        losses, margins, gradients = [], [], []
-        for draw in self._draws_of(query):
-            point = x.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self(point, draw, bare)
-                value = loss(logits, labels)
-            losses.append(value.detach())
-            margins.append(margin(logits.detach(), labels))
-            gradients.append(_input_gradient(value, point))
-            self.passes.backward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        found = [self._evaluate(x, labels, loss, draw, bare) for draw in self._draws_of(query)]
+        if len(found) == 1:
+            return found[0]
         return Evaluation(
-            torch.stack(losses).mean(0),
-            torch.stack(margins).mean(0),
-            torch.stack(gradients).mean(0),
+            torch.stack([one.loss for one in found]).mean(0),
+            torch.stack([one.margin for one in found]).mean(0),
+            torch.stack([one.gradient for one in found]).mean(0),
         )
+
+    def _evaluate(self, x: Tensor, labels: Tensor, loss: Loss, draw: int, bare: bool) -> Evaluation:
+        point = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self(point, draw, bare)
+            value = loss(logits, labels)
+        gradient = _input_gradient(value, point)
+        self.passes.backward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        return Evaluation(value.detach(), margin(logits.detach(), labels), gradient)
 
     def jacobian(
         self, x: Tensor, labels: Tensor, classes: Tensor, query: int

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
-from components.attacks.contract import Search
 from components.attacks.gradient import Pgd
+from components.attacks.search import Search
 from components.models.defense import Defense, Mode, Target, bind
 from components.probes.bench import EOT, Bench, worst
 from components.probes.contract import SIGNIFICANT, Finding
@@ -46,8 +46,7 @@ def unbounded(bench: Bench, modes: Sequence[Mode]) -> list[Finding]:
         margins = attack.run(target, x, labels, whole, bench.draws).margin
         left["from itself"].append(int((margins > 0).sum()))
         others, known = of_another_class(target, x, labels)
-        search = Search(target, x, labels, early_stop=True)
-        search.rows = torch.arange(len(x), device=x.device)
+        search = Search(target, x, labels, whole, early_stop=False)
         search.query(others)
         left["from another class"].append(int((known & (search.margin > 0)).sum()))
         # One mode that succeeds is enough, and the next may be expensive.

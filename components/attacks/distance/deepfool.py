@@ -24,10 +24,9 @@ from components.attacks.contract import (
     LossFamily,
     Outcome,
     Positive,
-    Search,
     normalised,
-    search_cost,
 )
+from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
 from components.models.defense import Target
 
@@ -65,40 +64,23 @@ class DeepFool(Attack):
         Raises ValueError if there are fewer than `classes` classes.
         """
         others = _likeliest_others(target, images, labels, self.classes)
-        search = _JacobianSearch(target, images, labels, early_stop=True)
+        search = Search(target, images, labels, threat, early_stop=True)
         clean = search.margin.clone()
         x = search.origin
         for _ in range(self.steps):
             if not len(search.rows):
                 break
-            gaps, gradients = search.jacobian(x, others)
+            gaps, gradients = search.jacobian(x, others[search.rows])
             x = (x + onto_nearest(gaps, gradients)).clamp(0, 1)
             scaled = search.origin + (1 + self.overshoot) * (x - search.origin)
             search.query(scaled.clamp(0, 1))
-            x = x[search.drop_fooled()]
+            (x,) = search.drop_fooled(x)
         found = search.outcome()
         if target.stochastic:
             return found
         fooled = found.margin <= 0
         nearest = torch.where(fooled[:, None, None, None], found.images, images)
         return Outcome(nearest, torch.where(fooled, found.margin, clean), found.iterations)
-
-
-class _JacobianSearch(Search):
-    """A search that also evaluates the gradients of single logits."""
-
-    def jacobian(self, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate `x`, record it, and return gaps (n,k) and their gradients (n,k,C,H,W).
-
-        A gap is the logit of one of `classes` (N,k) less the true one. The unscaled iterate is
-        recorded since it may fool where the scaled one has left the region again.
-        """
-        margin, gaps, gradients = self.target[self.rows].jacobian(
-            x, self.labels[self.rows], classes[self.rows], self.queries
-        )
-        self.record(x, margin)
-        self.iterations[self.rows] += 1
-        return gaps, gradients
 
 
 def _likeliest_others(target: Target, images: Tensor, labels: Tensor, classes: int) -> Tensor:

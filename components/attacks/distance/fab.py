@@ -22,9 +22,8 @@ from components.attacks.contract import (
     LossFamily,
     Outcome,
     Positive,
-    Search,
-    search_cost,
 )
+from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
 from components.models.defense import Evaluation, Loss, Target
 
@@ -71,7 +70,7 @@ class FabT(Attack):
         """Return the image of lowest margin inside the threat."""
         if target.stochastic:
             raise ValueError("fab_t needs a fixed decision boundary: not for stochastic defenses")
-        search = BoundedSearch(target, images, labels, threat)
+        search = BoundedSearch(target, images, labels, threat, early_stop=True)
         with torch.no_grad():
             logits = target(images, 0)
         if self.targets > logits.shape[1] - 1:
@@ -80,21 +79,21 @@ class FabT(Attack):
                 f"but has targets: {self.targets}"
             )
         ranked, clean = runners_up(logits, labels), search.margin.clone()
-        for run in range(self.targets * self.restarts):
-            index, restart = divmod(run, self.restarts)
-            search.restart()
-            start = _random_start(images, threat, draws.redraw(run)) if restart else images
-            crossing = _run_fab(search, start, ranked[:, index], self.steps)
-            _final_search(search, crossing, clean)
+        for restart in range(self.restarts):
+            starts = images.expand(self.targets, *images.shape)
+            if restart:
+                runs = range(restart, self.targets * self.restarts, self.restarts)
+                starts = torch.stack(
+                    [_random_start(images, threat, draws.redraw(run)) for run in runs]
+                )
+            for copies, of, index in search.copies(self.targets):
+                crossing = _run_fab(copies, starts[index, of], ranked[of, index], self.steps)
+                _final_search(copies, crossing, clean[of])
         return search.outcome()
 
 
 class BoundedSearch(Search):
     """A search that keeps no image from outside the threat."""
-
-    def __init__(self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2) -> None:
-        self.threat = threat
-        super().__init__(target, images, labels, early_stop=True)
 
     def record(self, x: Tensor, margin: Tensor) -> None:
         """Count a query; record only the images inside the threat."""
@@ -127,11 +126,14 @@ def _random_start(images: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
     return (images + threat.eps / 2 * random_direction(threat, draws, images, "fab")).clamp(0, 1)
 
 
-def _run_fab(search: BoundedSearch, start: Tensor, classes: Tensor, steps: int) -> _Crossing:
-    """Run FAB once over the active rows of `search`, towards `classes` (N,)."""
+def _run_fab(search: Search, start: Tensor, classes: Tensor, steps: int) -> _Crossing:
+    """Run FAB once over the active rows of `search` from `start` (N,C,H,W), towards `classes` (N,).
+
+    Both are those of all rows.
+    """
     crossing, x = _Crossing(search.images), start[search.rows]
     for _ in range(steps):
-        x = x[search.drop_fooled()]
+        (x,) = search.drop_fooled(x)
         if not len(search.rows):
             break
         found = search.evaluate(x, _lead(classes[search.rows]))
@@ -200,7 +202,7 @@ def to_plane(x: Tensor, slope: Tensor, rise: Tensor, order: float) -> Tensor:
         t = torch.where(further, root, t)
 
 
-def _final_search(search: BoundedSearch, crossing: _Crossing, clean: Tensor) -> None:
+def _final_search(search: Search, crossing: _Crossing, clean: Tensor) -> None:
     """Search the segment from the clean image, whose margin is `clean` (N,), to the crossing.
 
     The paper's equation 10 interpolates the lead of the class found at the far end. This takes the
@@ -208,7 +210,7 @@ def _final_search(search: BoundedSearch, crossing: _Crossing, clean: Tensor) -> 
     `PAST` that boundary.
     """
     search.drop_fooled()
-    search.rows = search.rows[crossing.distance[search.rows].isfinite()]
+    search.select(crossing.distance[search.rows].isfinite())
     if not len(search.rows):
         return
     near, far = search.origin, crossing.images[search.rows]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from toy_networks import Noisy
-from toys import head
+from toys import LINF, head
 
-from components.attacks.contract import Search, strongest
+from components.attacks.search import Search, strongest
 from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, Target, bind
@@ -34,7 +34,7 @@ def test_the_stronger_image_beats_the_luckier_one(test_set: ImageSet) -> None:
     for eot in (1, 4):
         draws = Draws(0, "attack", torch.arange(60))
         target = bind(Defense(FirstLogit(), Lottery()).freeze(), "full", draws, eot)
-        search = Search(target, weak, torch.zeros(60, dtype=torch.int64), early_stop=True)
+        search = Search(target, weak, torch.zeros(60, dtype=torch.int64), LINF, True)
         for _ in range(60):
             search.query(weak)
         search.query(strong)

@@ -13,9 +13,9 @@ from toy_networks import Linear, Noisy
 from toys import LINF, THREATS, compare_with_authors, distances, linear_task, parse_attack, resized
 
 from components.attacks import L2, Linf, craft
-from components.attacks.contract import Search
 from components.attacks.distance import fab
 from components.attacks.distance.fab import FabT, to_plane
+from components.attacks.search import Search
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
