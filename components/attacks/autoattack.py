@@ -84,9 +84,7 @@ class AutoAttack(Attack):
         margins = torch.full((len(images),), torch.inf, device=images.device)
         if not len(images):
             return Outcome(best, margins, iterations)
-        first = torch.arange(1, device=images.device)
-        with torch.no_grad():
-            classes = target[first](images[first], 0).shape[1]
+        classes = target.classes(images)
         if target.stochastic:
             return self._rand(target, images, labels, threat, draws, classes, batch)
         for attack in self.ensemble(classes):

@@ -227,6 +227,13 @@ class Target:
         logits = self.defense.classifier(_straight_through(approximation, purified))
         return logits
 
+    def classes(self, x: Tensor) -> int:
+        """Return the number of classes, from one answer that no image is charged with."""
+        first = torch.arange(1, device=x.device)
+        with torch.no_grad():
+            logits: Tensor = self.defense(x[first], self.draws[first])
+        return logits.shape[1]
+
     def margins(self, x: Tensor, labels: Tensor, query: int) -> Tensor:
         """Return the margins (N,) of query number `query`, averaged over its EOT draws."""
         with torch.no_grad():
