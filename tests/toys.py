@@ -41,6 +41,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "apgd_ce": {"steps": 8, "restarts": 2, "eot": 2},
     "apgd_t": {"steps": 8, "targets": 2, "eot": 2},
     "apgd_dlr": {"steps": 8, "restarts": 2, "eot": 2},
+    "apgd_margin": {"steps": 8, "restarts": 2, "eot": 2},
     "autoattack": {"version": "standard"},
     "detector_aware": {
         "sees": "defense", "weights": [0.0, 10.0], "steps": 8, "step": 0.25, "eot": 2,

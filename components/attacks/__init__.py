@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
+from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdMargin, ApgdT
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import L2, Attack, Linf, Threat
 from components.attacks.detector_aware import DetectorAware
@@ -34,7 +34,7 @@ from components.models.precision import full_precision
 # `components/checks/scores.py`.
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
-    | ApgdCe | ApgdDlr | ApgdT | FabT | AutoAttack | Square | Flip
+    | ApgdCe | ApgdDlr | ApgdMargin | ApgdT | FabT | AutoAttack | Square | Flip
     | DetectorAware,
     Field(discriminator="kind"),
 ]  # fmt: skip

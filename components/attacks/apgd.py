@@ -1,10 +1,11 @@
 """Auto-PGD (APGD; Croce and Hein 2020, algorithm 1): PGD that chooses its own step length.
 
 It maximises the cross-entropy (`apgd_ce`, by way of the `log_odds`, which rise and fall with it),
-the difference-of-logits ratio (`apgd_dlr`, equation 6) or the targeted form of that ratio towards
-each of `targets` runner-up classes (`apgd_t`, equation 7); with 100 steps these belong to
-AutoAttack. Written from the paper. The random start is scaled to the surface of the ball, as in the
-authors' code, so that outcomes can be compared.
+the difference-of-logits ratio (`apgd_dlr`, equation 6), the targeted form of that ratio towards
+each of `targets` runner-up classes (`apgd_t`, equation 7) or, beyond the paper, the bare difference
+of logits (`apgd_margin`); with 100 steps these belong to AutoAttack. Written from the paper. The
+random start is scaled to the surface of the ball, as in the authors' code, so that outcomes can be
+compared.
 """
 
 from collections.abc import Callable
@@ -38,13 +39,11 @@ MOMENTUM = 0.75
 RHO = 0.75
 
 
-class ApgdCe(Attack):
-    """APGD on the cross-entropy, `restarts` runs of `steps` steps."""
+class _Apgd(Attack):
+    """APGD on one loss, `restarts` runs of `steps` steps."""
 
     early_stopping: ClassVar[bool] = True
-    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
 
-    kind: Literal["apgd_ce"]
     steps: Positive
     restarts: Positive
     eot: Positive
@@ -58,43 +57,62 @@ class ApgdCe(Attack):
         """At least ten steps; the attack chooses their length itself."""
         return self.steps >= LEAST_STEPS
 
+    def climbed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what the attack climbs, per image (N,)."""
+        raise NotImplementedError
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin."""
         search = Search(target, images, labels, threat, early_stop=True)
-        return _run_restarts(search, draws, self.steps, self.restarts, log_odds)
+        for restart in range(self.restarts):
+            search.restart()
+            start = _start(images, threat, draws.redraw(restart))
+            _run_apgd(search, start[search.rows], self.steps, lambda rows: self.climbed)
+        return search.outcome()
 
 
-class ApgdDlr(Attack):
+class ApgdCe(_Apgd):
+    """APGD on the cross-entropy."""
+
+    losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
+
+    kind: Literal["apgd_ce"]
+
+    def climbed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the log odds (N,), which rise and fall with the cross-entropy."""
+        return log_odds(logits, labels)
+
+
+class ApgdDlr(_Apgd):
     """APGD on the DLR loss, which does not change if the logits are scaled or shifted.
 
     Raises ValueError with fewer than three classes.
     """
 
-    early_stopping: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["apgd_dlr"]
-    steps: Positive
-    restarts: Positive
-    eot: Positive
 
-    def effort(self, classes: int, stochastic: bool) -> Cost:
-        """One gradient per start and per step."""
-        gradients = self.restarts * (self.steps + 1)
-        return search_cost(gradients, 0, self.draws(stochastic), stochastic)
+    def climbed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the `dlr` (N,)."""
+        return dlr(logits, labels)
 
-    def strong(self) -> bool:
-        """At least ten steps; the attack chooses their length itself."""
-        return self.steps >= LEAST_STEPS
 
-    def run(
-        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
-    ) -> Outcome:
-        """Return the iterate of lowest margin."""
-        search = Search(target, images, labels, threat, early_stop=True)
-        return _run_restarts(search, draws, self.steps, self.restarts, dlr)
+class ApgdMargin(_Apgd):
+    """APGD on the largest other logit less the true one.
+
+    AutoAttack runs it on two and three classes, which have no targeted DLR loss.
+    """
+
+    losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
+
+    kind: Literal["apgd_margin"]
+
+    def climbed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the negative margin (N,)."""
+        return -margin(logits, labels)
 
 
 class ApgdT(Attack):
@@ -178,14 +196,6 @@ class _State:
         higher = higher[:, None, None, None]
         self.top = torch.where(higher, self.x, self.top)
         self.top_gradient = torch.where(higher, found.gradient, self.top_gradient)
-
-
-def _run_restarts(search: Search, draws: Draws, steps: int, restarts: int, loss: Loss) -> Outcome:
-    for restart in range(restarts):
-        search.restart()
-        start = _start(search.images, search.threat, draws.redraw(restart))
-        _run_apgd(search, start[search.rows], steps, lambda rows: loss)
-    return search.outcome()
 
 
 def _start(images: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:

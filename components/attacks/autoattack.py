@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdT
+from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdMargin, ApgdT
 from components.attacks.contract import L2, Attack, Cost, Linf, LossFamily, Outcome
 from components.attacks.distance.fab import FabT
 from components.attacks.search import strongest
@@ -23,6 +23,8 @@ STEPS = 100
 TARGETS = 9
 QUERIES = 5000
 EOT = 20
+# The DLR loss compares three logits, and its targeted form four.
+LEAST_DLR, LEAST_TARGETED = 3, 4
 # The number of the first draw that no attack of the ensemble has used.
 UNUSED_DRAW = 10 * STEPS * EOT
 
@@ -30,9 +32,10 @@ UNUSED_DRAW = 10 * STEPS * EOT
 class AutoAttack(Attack):
     """`standard`: APGD-CE, APGD-T, FAB-T, Square. `rand`: APGD-CE and APGD-DLR with EOT.
 
-    With `rand` both attacks run on every image, since fooling under one draw is no success. Raises
-    ValueError unless `standard` meets a deterministic defense and at least four classes, or `rand`
-    a stochastic defense and at least three.
+    With `rand` both attacks run on every image, since fooling under one draw is no success. The DLR
+    loss needs three classes and its targeted form four; with fewer, where the authors' code stops,
+    APGD climbs the margin instead (`apgd_margin`), and reports call the attack `autoattack (K<4)`.
+    Raises ValueError unless `standard` meets a deterministic defense, and `rand` a stochastic one.
     """
 
     early_stopping: ClassVar[bool] = True
@@ -119,15 +122,20 @@ class AutoAttack(Attack):
 
     def ensemble(self, classes: int) -> Sequence[Attack]:
         """Return the attacks in the order they run, against a classifier of so many `classes`."""
-        ce = ApgdCe(kind="apgd_ce", steps=STEPS, restarts=1, eot=self.eot)
+
+        def apgd(kind: type[ApgdCe | ApgdDlr | ApgdMargin], name: str) -> Attack:
+            return kind.model_validate(
+                {"kind": name, "steps": STEPS, "restarts": 1, "eot": self.eot}
+            )
+
+        ce, on_margin = apgd(ApgdCe, "apgd_ce"), apgd(ApgdMargin, "apgd_margin")
         if self.version == "rand":
-            return ce, ApgdDlr(kind="apgd_dlr", steps=STEPS, restarts=1, eot=self.eot)
-        if classes < 4:
-            raise ValueError(f"autoattack needs 4 classes, but the classifier has {classes}")
+            return ce, apgd(ApgdDlr, "apgd_dlr") if classes >= LEAST_DLR else on_margin
         targets = min(TARGETS, classes - 1)
+        targeted = ApgdT(kind="apgd_t", steps=STEPS, targets=targets, eot=self.eot)
         return (
             ce,
-            ApgdT(kind="apgd_t", steps=STEPS, targets=targets, eot=self.eot),
+            targeted if classes >= LEAST_TARGETED else on_margin,
             FabT(kind="fab_t", steps=STEPS, targets=targets, restarts=1),
             Square(kind="square", queries=QUERIES, eot=self.eot),
         )

@@ -23,7 +23,7 @@ from components.probes.statistics import holm, more_fooled
 # defenses all iterative attacks are of one tier.
 TIERS = {
     "noise": 0, "fgsm": 1, "r_fgsm": 1, "bim": 2, "pgd": 2, "apgd_ce": 3, "apgd_dlr": 3,
-    "apgd_t": 3, "autoattack": 4,
+    "apgd_margin": 3, "apgd_t": 3, "autoattack": 4,
 }  # fmt: skip
 # Attacks without gradients. Attacks that follow gradients should leave them nothing to find.
 BLACK_BOX = ("square", "flip")
