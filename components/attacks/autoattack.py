@@ -5,7 +5,7 @@ The name stands for the published ensemble and nothing less, so its only setting
 `standard` for deterministic defenses, `rand` for stochastic ones, as in the authors' code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -72,9 +72,20 @@ class AutoAttack(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
         batch: int,
     ) -> Outcome:  # fmt: skip
-        """Attack any number of images, `batch` at a time.
+        """Attack any number of images, `batch` at a time; see `parts`."""
+        ends = list(self.parts(target, images, labels, threat, draws, batch))
+        if not ends:
+            return Outcome(images, images.new_zeros(0), torch.zeros_like(labels))
+        return ends[-1][1]
 
-        The images that are left after an attack of the ensemble fill new batches for the next one.
+    def parts(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
+        batch: int,
+    ) -> Iterator[tuple[str, Outcome]]:  # fmt: skip
+        """Yield the name of each attack as it ends, and the outcome of all so far.
+
+        The images that are left after an attack fill new batches for the next one. With `rand`
+        every attack runs on every image, and there is one outcome.
         """
         if target.stochastic != (self.version == "rand"):
             kind, other = (
@@ -83,38 +94,37 @@ class AutoAttack(Attack):
             raise ValueError(
                 f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
             )
+        if not len(images):
+            return
+        ensemble = self.ensemble(target.classes(images))
+        if target.stochastic:
+            yield "autoattack", self._rand(ensemble, target, images, labels, threat, draws, batch)
+            return
         best, iterations = images.clone(), torch.zeros_like(labels)
         margins = torch.full((len(images),), torch.inf, device=images.device)
-        if not len(images):
-            return Outcome(best, margins, iterations)
-        classes = target.classes(images)
-        if target.stochastic:
-            return self._rand(target, images, labels, threat, draws, classes, batch)
-        for attack in self.ensemble(classes):
+        for attack in ensemble:
             rows = (margins > 0).nonzero().squeeze(1)
-            if not len(rows):
-                break
-            found = attack.run_in_batches(
-                target[rows], images[rows], labels[rows], threat, draws[rows], batch
-            )
-            iterations[rows] += found.iterations
-            lower = found.margin < margins[rows]
-            best[rows[lower]], margins[rows[lower]] = found.images[lower], found.margin[lower]
-        return Outcome(best, margins, iterations)
+            if len(rows):
+                found = attack.run_in_batches(
+                    target[rows], images[rows], labels[rows], threat, draws[rows], batch
+                )
+                iterations[rows] += found.iterations
+                lower = found.margin < margins[rows]
+                best[rows[lower]], margins[rows[lower]] = found.images[lower], found.margin[lower]
+            yield attack.kind, Outcome(best, margins, iterations)
 
     def _rand(
-        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws,
-        classes: int, batch: int,
+        self, ensemble: Sequence[Attack], target: Target, images: Tensor, labels: Tensor,
+        threat: Linf | L2, draws: Draws, batch: int,
     ) -> Outcome:  # fmt: skip
         """Run every attack on every image; return the strongest images under unused draws."""
         found = [
             attack.run_in_batches(target, images, labels, threat, draws, batch)
-            for attack in self.ensemble(classes)
+            for attack in ensemble
         ]
-        parts = []
+        unused, parts = range(UNUSED_DRAW, UNUSED_DRAW + EOT), []
         for rows in torch.arange(len(images), device=images.device).split(batch):  # type: ignore[no-untyped-call]
             candidates = torch.stack([outcome.images[rows] for outcome in found])
-            unused = range(UNUSED_DRAW, UNUSED_DRAW + EOT)
             best, margins = strongest(target[rows], candidates, labels[rows], unused)
             iterations = torch.stack([outcome.iterations[rows] for outcome in found]).sum(0)
             parts.append(Outcome(best, margins, iterations))
