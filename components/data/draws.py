@@ -53,6 +53,11 @@ def _mix(value: Tensor) -> Tensor:
         np.right_shift(bits, np.uint64(31), out=shifted)
         bits ^= shifted
         return value
+    return _mix_signed(value)
+
+
+def _mix_signed(value: Tensor) -> Tensor:
+    """Do the same in torch, on any device."""
     for shift, factor in _ROUNDS:
         value.bitwise_xor_(_shift(value.clone(), shift)).mul_(_signed(factor))
     return value.bitwise_xor_(_shift(value.clone(), 31))
