@@ -184,8 +184,8 @@ class FakeEvaluation:
         ones = torch.ones(N, dtype=torch.int64)
         fooled = ones.bool()
         crafted = Crafted(
-            self.test.ids, self.test.labels, moved, fooled, ones, ones, ones, fooled, 1 - ones,
-            -ones.float(),
+            self.test.ids, self.test.labels, moved, fooled, ones, ones, ones, 0 * ones, fooled,
+            1 - ones, -ones.float(),
         )  # fmt: skip
         write_crafted(folder / shard_name(0), crafted)
         write_crafted_manifest(folder, SHAPE, {})

@@ -64,7 +64,8 @@ class Crafted:
 
     `success` (N,) bool: the defense misclassifies the returned image under one draw of its noise
     (role `attack`). `iterations`, `forward` and `backward` (N,) int64 count the iterations and
-    passes spent on each image.
+    passes spent on each image; `spared` (N,) int64 are the forward passes that the attack left out
+    because it knew their result.
 
     The rest is what the attack was answered, which the scoring is held to: `fooled` (N,) bool is
     its own view of the returned image; `answers` (N,) int64 are the right answers to `ASKED` more
@@ -79,6 +80,7 @@ class Crafted:
     iterations: Tensor
     forward: Tensor
     backward: Tensor
+    spared: Tensor
     fooled: Tensor
     answers: Tensor
     margin: Tensor
@@ -125,6 +127,7 @@ def craft(
         iterations=outcome.iterations.cpu(),
         forward=target.passes.forward.cpu(),
         backward=target.passes.backward.cpu(),
+        spared=target.passes.spared.cpu(),
         fooled=(outcome.margin <= 0).cpu(),
         answers=answers,
         margin=margins,

@@ -29,6 +29,12 @@ LEAST_DLR, LEAST_TARGETED = 3, 4
 UNUSED_DRAW = 10 * STEPS * EOT
 
 
+class UnscaledSquare(Square):
+    """Square with patches that shrink by the number of the query alone, as inside AutoAttack."""
+
+    rescaled: ClassVar[bool] = False
+
+
 class AutoAttack(Attack):
     """`standard`: APGD-CE, APGD-T, FAB-T, Square. `rand`: APGD-CE and APGD-DLR with EOT.
 
@@ -147,5 +153,5 @@ class AutoAttack(Attack):
             ce,
             targeted if classes >= LEAST_TARGETED else on_margin,
             FabT(kind="fab_t", steps=STEPS, targets=targets, restarts=1),
-            Square(kind="square", queries=QUERIES, eot=self.eot),
+            UnscaledSquare(kind="square", queries=QUERIES, eot=self.eot),
         )

@@ -21,7 +21,7 @@ from components.data.shards import read_manifest, read_shards, write_manifest, w
 # What else is known of every image, with the type that it is stored in.
 FACTS = {
     "success": pa.bool_(), "iterations": pa.int64(), "forward": pa.int64(), "backward": pa.int64(),
-    "fooled": pa.bool_(), "answers": pa.int64(), "margin": pa.float32(),
+    "spared": pa.int64(), "fooled": pa.bool_(), "answers": pa.int64(), "margin": pa.float32(),
 }  # fmt: skip
 
 

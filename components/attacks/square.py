@@ -1,15 +1,25 @@
 """Square (Andriushchenko et al. 2020): random search with square patches, without any gradient.
 
-In every iteration a random patch of each image is changed, and the change is kept if it lowers the
+In every query a random patch of each image is changed, and the change is kept if it lowers the
 margin. Under L-inf the patch gets one new colour (algorithm 2); under L2 the perturbation of two
 windows is moved into one of them (algorithm 3). Images are attacked in batches, but each has its
-own patches, from its own draws. The patch size follows the schedule of the authors' code: one
-halving more than in the paper, and iterations rescaled to 10,000, so that patches are small in the
-end whatever the number of queries. Where nothing beats the clean image, that is returned.
+own patches, from its own draws. Where nothing beats the clean image, that is returned.
+
+Start, patch sizes and steps are those of the authors' code (fra31/auto-attack), with one halving
+more than in the paper. Alone, the attack takes its default: the schedule of the patch sizes is
+stretched from 10,000 changes to their number, so that patches are small in the end whatever that
+is. Inside AutoAttack it is not stretched (`rescaled`). Where the two differ in the place of a
+window, we follow the paper: it may lie anywhere. In the code it never reaches the last row or
+column, which leaves many more small images right.
+
+Against a deterministic target no question is asked whose answer is known: under L-inf, the new
+colour may be the one that all pixels of a patch have already.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import groupby
 from typing import ClassVar, Literal
 
 import torch
@@ -29,66 +39,171 @@ from components.attacks.contract import (
 from components.data.draws import Draws
 from components.models.defense import Target
 
-# The fraction of the image that the first patch covers (the paper's p), and the iterations, of
-# 10,000, after which it is halved.
+# The fraction of the image that the first patch covers (the paper's p), and the numbers of the
+# changes, from 0, after which it is halved.
 AREA = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+# Noise is drawn, and fooled images are taken out of the batch, once in at most so many queries.
+BLOCK = 64
+
+# Maps the images held so far (N,C,H,W), and the number of a query in its block, to their rivals
+# (N,C,H,W) and to whether these are other images (N,) bool.
+Propose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Square(Attack):
-    """At most `queries` changes tried on each image, each at the cost of one forward pass.
+    """A start, and at most `queries` changes tried on each image, at one forward pass each.
 
-    Against a stochastic target margins are means over `eot` draws, and in each iteration the
-    current image is evaluated again under the same draws as its rival, so it costs two evaluations.
-    A margin kept from earlier draws would soon be the luckiest of many, and no rival would ever
-    beat it.
+    Against a stochastic target margins are means over `eot` draws, and with each change the current
+    image is evaluated again under the same draws as its rival, so it costs two evaluations. A
+    margin kept from earlier draws would soon be the luckiest of many, and no rival would ever beat
+    it. `rescaled` says whether the patch sizes depend on the number of queries.
     """
 
     early_stopping: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
+    rescaled: ClassVar[bool] = True
 
     kind: Literal["square"]
     queries: Positive
     eot: Positive
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
-        """One forward pass per query; under noise two, and two more to compare with the image."""
-        passes = 1 + (2 * (self.queries + 1) if stochastic else self.queries)
+        """One forward pass per change, one for the start and one for the clean image.
+
+        Under noise two per change, and two in the end. Passes that were spared count.
+        """
+        passes = 2 * (self.queries + 1) if stochastic else self.queries + 2
         return Cost(passes * self.draws(stochastic), 0)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the image of lowest margin: the first fooling one, or the last that was kept."""
-        linf = isinstance(threat, Linf)
-        start, change = (_stripes, _recolour) if linf else (_tiles, move_mass)
-        best, clean = images.clone(), nan_as_fooled(target.margins(images, labels, 0))
-        rows, spent = torch.arange(len(images), device=images.device), torch.zeros_like(labels)
-        current = clean.clone()
-        for query in range(self.queries):
-            rows = rows if target.stochastic else rows[current[rows] > 0]
+        if target.stochastic:
+            return self._under_noise(target, images, labels, threat, draws)
+        clean = nan_as_fooled(target.margins(images, labels, 0))
+        best, held, tried = images.contiguous().clone(), clean.clone(), torch.zeros_like(labels)
+        rows = (held > 0).nonzero().squeeze(1)
+        if len(rows):
+            best[rows] = _start(best[rows], threat, draws[rows])
+            held[rows] = nan_as_fooled(target[rows].margins(best[rows], labels[rows], 0))
+        for queries, side in schedule(self.queries, images, threat, self.rescaled):
+            rows = (held > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
-            x, origin, noise = best[rows], images[rows], draws[rows].redraw(query)
-            if query:
-                rival = change(x, origin, threat.eps, patch_area(query, self.queries), noise)
-            else:
-                rival = start(origin, threat.eps, noise)
-            rival = threat.project(rival, origin)
-            if target.stochastic:
-                new, old = _paired_margins(target[rows], rival, x, labels[rows], query + 1)
-            else:
-                margins = target[rows].margins(rival, labels[rows], query + 1)
-                new, old = nan_as_fooled(margins), current[rows]
-            better = (new < old) | (query == 0)
-            current[rows] = torch.where(better, new, old)
-            best[rows[better]] = rival[better]
-            spent[rows] += 1
-        if target.stochastic:
-            current, clean = _paired_margins(target, best, images, labels, self.queries + 1)
-        worse = current > clean
-        best[worse] = images[worse]
-        return Outcome(best, torch.minimum(current, clean).float(), spent)
+            propose = _changes(images[rows], threat, draws[rows], queries, side)
+            block = _Block(target[rows], best[rows], held[rows], labels[rows])
+            for k in range(len(queries)):
+                block.compare(*propose(block.x, k))
+            best[rows], held[rows] = block.x, block.held
+            tried[rows] += block.tried
+            target[rows].spare(block.tried - block.asked)
+        best = _either(held > clean, images, best)
+        return Outcome(best, torch.minimum(held, clean).float(), tried)
+
+    def _under_noise(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Attack a stochastic target, where every image stays to the end."""
+        x = _start(images, threat, draws)
+        for queries, side in schedule(self.queries, images, threat, self.rescaled):
+            propose = _changes(images, threat, draws, queries, side)
+            for k, query in enumerate(queries):
+                rival, _ = propose(x, k)
+                new, old = _paired_margins(target, rival, x, labels, query - 1)
+                x = _either(new < old, rival, x)
+        held, clean = _paired_margins(target, x, images, labels, self.queries)
+        x = _either(held > clean, images, x)
+        tried = torch.full_like(labels, self.queries)
+        return Outcome(x, torch.minimum(held, clean).float(), tried)
+
+
+def schedule(
+    queries: int, images: Tensor, threat: Linf | L2, rescaled: bool
+) -> Iterator[tuple[range, int]]:
+    """Yield blocks of at most `BLOCK` successive queries, from 1, and the side of their patches.
+
+    It depends on the size of the `images` (N,C,H,W); `rescaled` is as in `Square`.
+    """
+    height, width = images.shape[2:]
+
+    def side(query: int) -> int:
+        area = patch_area(query - 1, queries if rescaled else None)
+        return patch_side(area, height, width, threat)
+
+    for each, group in groupby(range(1, queries + 1), side):
+        same = list(group)
+        for first in range(same[0], same[-1] + 1, BLOCK):
+            yield range(first, min(first + BLOCK, same[-1] + 1)), each
+
+
+def patch_area(change: int, queries: int | None) -> float:
+    """Return the fraction of the image that a patch covers at `change`, counted from 0.
+
+    With `queries` the schedule is stretched from 10,000 changes to so many.
+    """
+    at = change if queries is None else int(change / queries * 10_000)
+    return AREA * 0.5 ** sum(at > halving for halving in HALVINGS)
+
+
+def patch_side(area: float, height: int, width: int, threat: Linf | L2) -> int:
+    """Return the side in pixels of a patch that covers about `area` of an image.
+
+    Under L2 it is odd, and at least 3. It is never longer than a side of the image.
+    """
+    side = round(math.sqrt(area * height * width))
+    side = max(side, 1) if isinstance(threat, Linf) else max(side, 3) | 1
+    return min(side, height, width)
+
+
+class _Block:
+    """Images `x` (N,C,H,W) of a deterministic target, and their margins `held` (N,), in one block.
+
+    `tried` and `asked` (N,) count the rivals of each, and those of them that were asked about. An
+    image that falls stays in the block and does not change any more.
+    """
+
+    def __init__(self, target: Target, x: Tensor, held: Tensor, labels: Tensor) -> None:
+        self.target, self.x, self.held, self.labels = target, x, held, labels
+        self.tried, self.asked = torch.zeros_like(labels), torch.zeros_like(labels)
+
+    def compare(self, rivals: Tensor, other: Tensor) -> None:
+        """Keep the `rivals` (N,C,H,W) of lower margin; `other` (N,) marks those that differ."""
+        standing = self.held > 0
+        margins = self._margins(rivals, standing, other)
+        better = (margins < self.held) & standing
+        self.x, self.held = _either(better, rivals, self.x), torch.where(better, margins, self.held)
+        self.tried += standing
+
+    def _margins(self, rivals: Tensor, standing: Tensor, other: Tensor) -> Tensor:
+        """Return the margins (N,) of `rivals`, and the held ones where there is nothing to ask."""
+        if not _picks_rows(rivals.device):
+            self.asked += standing
+            return nan_as_fooled(self.target.margins(rivals, self.labels, 0))
+        asked = standing & other
+        self.asked += asked
+        rows = asked.nonzero().squeeze(1)
+        if not len(rows):
+            return self.held
+        if len(rows) == len(rivals):
+            return nan_as_fooled(self.target.margins(rivals, self.labels, 0))
+        margins = self.target[rows].margins(rivals[rows], self.labels[rows], 0)
+        return self.held.index_copy(0, rows, nan_as_fooled(margins))
+
+
+def _picks_rows(device: torch.device) -> bool:
+    """Whether some rows of a batch may be picked in every query.
+
+    An accelerator would wait for the host each time, for a batch of another size.
+    """
+    return device.type == "cpu"
+
+
+def _either(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return images (N,C,H,W): those of `one` where `first` (N,) is true, else those of `other`."""
+    # It is exact, since the weights are 0 and 1, and several times faster than `where` on a CPU.
+    return torch.lerp(other, one, first.to(one.dtype)[:, None, None, None])
 
 
 def _paired_margins(
@@ -101,25 +216,47 @@ def _paired_margins(
     return first, second
 
 
-def patch_area(query: int, queries: int) -> float:
-    """Return the fraction of the image that a patch covers at `query` of `queries`."""
-    scaled = int(query / queries * 10_000)
-    return AREA * 0.5 ** sum(scaled > halving for halving in HALVINGS)
+def _start(origin: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
+    """Return the images (N,C,H,W) from which the search starts."""
+    if isinstance(threat, Linf):
+        return _stripes(*_bounds(origin, threat.eps), draws)
+    return _tiles(origin, threat.eps, draws)
 
 
-def _stripes(origin: Tensor, eps: float, draws: Draws) -> Tensor:
+def _changes(origin: Tensor, threat: Linf | L2, draws: Draws, queries: range, side: int) -> Propose:
+    """Return what proposes the changes of some `queries`, with patches of one `side`."""
+    if isinstance(threat, Linf):
+        return _recolour(*_bounds(origin, threat.eps), draws, queries, side)
+    return move_mass(origin, threat.eps, draws, queries, side)
+
+
+def _bounds(origin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest pixels (N,C,H,W) of the L-inf ball, within [0,1]."""
+    return (origin - eps).clamp_(0, 1), (origin + eps).clamp_(0, 1)
+
+
+def _stripes(low: Tensor, high: Tensor, draws: Draws) -> Tensor:
     """Return the start under L-inf: vertical stripes one pixel wide, at a corner of the ball."""
-    channels, _, width = origin.shape[1:]
-    return origin + eps * _signs(draws.uniform((channels, 1, width), "square"))
+    channels, _, width = low.shape[1:]
+    return torch.where(draws.uniform((channels, 1, width), "square") < 0.5, low, high)
 
 
-def _recolour(x: Tensor, origin: Tensor, eps: float, area: float, draws: Draws) -> Tensor:
-    """Give one square a new colour at a corner of the ball (algorithm 2)."""
-    channels, height, width = x.shape[1:]
-    side = min(max(round(math.sqrt(area * height * width)), 1), height, width)
-    u = draws.uniform((2 + channels,), "square")
-    inside, _, _ = _window(u[:, :2], side, x)
-    return torch.where(inside, origin + eps * _signs(u[:, 2:, None, None]), x)
+def _recolour(low: Tensor, high: Tensor, draws: Draws, queries: range, side: int) -> Propose:
+    """Propose a new colour, at a corner of the ball, for one square (algorithm 2)."""
+    channels, height, width = low.shape[1:]
+    u = draws.uniform_of(queries, (2 + channels,), "square")
+    windows = _Windows(u[..., :2], side, height, width)
+    down = u[..., 2:, None] < 0.5
+
+    def propose(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        at = windows.pixels(k, channels)
+        colour = torch.where(
+            down[:, k], low.flatten(2).gather(2, at), high.flatten(2).gather(2, at)
+        )
+        other = (colour != x.flatten(2).gather(2, at)).flatten(1).any(1)
+        return x.flatten(2).scatter(2, at, colour).view(x.shape), other
+
+    return propose
 
 
 def _tiles(origin: Tensor, eps: float, draws: Draws) -> Tensor:
@@ -137,47 +274,53 @@ def _tiles(origin: Tensor, eps: float, draws: Draws) -> Tensor:
     top, left = (height - rows * side) // 2, (width - columns * side) // 2
     below, right = height - rows * side - top, width - columns * side - left
     delta = F.pad(grid, (left, right, top, below))
-    return origin + eps * delta / _length(delta)
+    scale = eps / _positive(_length(delta))
+    return (origin + delta * scale[..., None]).clamp_(0, 1)
 
 
-def move_mass(x: Tensor, origin: Tensor, eps: float, area: float, draws: Draws) -> Tensor:
-    """Move the perturbation of one window into another, as `two_pyramids` (algorithm 3).
+def move_mass(origin: Tensor, eps: float, draws: Draws, queries: range, side: int) -> Propose:
+    """Propose to move the perturbation of one window into another, as `two_pyramids` (algorithm 3).
 
     What clipping to [0,1] left unused of the radius is added to it, and the result is scaled to the
     radius.
     """
-    channels, height, width = x.shape[1:]
-    side = min(max(round(math.sqrt(area * height * width)), 3) | 1, height, width)
-    u = draws.uniform((5 + channels,), "square")
-    first, row, column = _window(u[:, :2], side, x)
-    second, _, _ = _window(u[:, 2:4], side, x)
-    delta = x - origin
-    unused = (eps**2 - _length(delta) ** 2).clamp_min(0)
-    budget = (unused / channels + _channel_length(delta * (first | second)) ** 2).sqrt()
-    bump = two_pyramids(side).to(x)
-    turned = (u[:, 4] < 0.5).long()[:, None, None]
-    placed = torch.stack([bump, bump.T])[turned, row[:, :, None], column[:, None, :]][:, None]
-    inner = delta * first
-    mixed = (_signs(u[:, 5:, None, None]) * placed + inner / _channel_length(inner)) * first
-    moved = torch.where(
-        second & ~first, 0, torch.where(first, mixed / _channel_length(mixed) * budget, delta)
-    )
-    return origin + eps * moved / _length(moved)
+    channels, height, width = origin.shape[1:]
+    u = draws.uniform_of(queries, (5 + channels,), "square")
+    firsts = _Windows(u[..., :2], side, height, width)
+    seconds = _Windows(u[..., 2:4], side, height, width)
+    bump = two_pyramids(side).to(origin)
+    bumps, turned = torch.stack([bump, bump.T]).flatten(1), (u[..., 4] < 0.5).long()
+    signs = _signs(u[..., 5:, None])
+    other = torch.ones(len(origin), dtype=torch.bool, device=origin.device)
+
+    def propose(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        first, second = firsts.pixels(k, channels), seconds.pixels(k, channels)
+        delta = (x - origin).flatten(2)
+        rest = delta.scatter(2, first, 0).scatter_(2, second, 0)
+        unused = (eps**2 - _length(delta) ** 2).clamp_min(0)
+        budget = (unused / channels + _channel_length(delta - rest) ** 2).sqrt()
+        inner = delta.gather(2, first)
+        placed = signs[:, k] * bumps[turned[:, k], None]
+        mixed = torch.addcdiv(placed, inner, _positive(_channel_length(inner)))
+        moved = rest.scatter_(2, first, mixed / _positive(_channel_length(mixed)) * budget)
+        found = torch.addcdiv(origin.flatten(2), moved, _positive(_length(moved)), value=eps)
+        return found.clamp_(0, 1).view(x.shape), other
+
+    return propose
 
 
-def _window(u: Tensor, side: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put a square window of `side` into each image at a random position, by u (N,2) in [0,1).
+class _Windows:
+    """Square windows of one `side` at random positions in images, by u (N,k,2) in [0,1)."""
 
-    Return the mask (N,1,H,W), and the row (N,H) and column (N,W) inside the window of every row and
-    column of the image, clamped to the window's edge outside it.
-    """
-    within, positions = [], []
-    for axis, size in enumerate(x.shape[2:]):
-        first = (u[:, axis] * (size - side + 1)).long()
-        position = torch.arange(size, device=x.device) - first[:, None]
-        within.append((position >= 0) & (position < side))
-        positions.append(position.clamp(0, side - 1))
-    return (within[0][:, :, None] & within[1][:, None, :])[:, None], positions[0], positions[1]
+    def __init__(self, u: Tensor, side: int, height: int, width: int) -> None:
+        top, left = ((u[..., i] * (n - side + 1)).long() for i, n in enumerate((height, width)))
+        steps = torch.arange(side, device=u.device)
+        self.corners = (top * width + left)[..., None]
+        self.offsets = (steps[:, None] * width + steps).flatten()
+
+    def pixels(self, k: int, channels: int) -> Tensor:
+        """Return the pixels of window k (N, `channels`, side^2) as numbers in a flat channel."""
+        return (self.corners[:, k] + self.offsets)[:, None].expand(-1, channels, -1)
 
 
 @lru_cache
@@ -210,12 +353,17 @@ def _signs(u: Tensor) -> Tensor:
 
 
 def _length(delta: Tensor) -> Tensor:
-    """Return the L2 norm of each image (N,1,1,1)."""
+    """Return the L2 norm of each image (N,1,1)."""
     lengths: Tensor = delta.flatten(1).norm(dim=1)
-    return lengths.clamp_min(1e-12)[:, None, None, None]
+    return lengths[:, None, None]
 
 
 def _channel_length(delta: Tensor) -> Tensor:
-    """Return the L2 norm of each channel (N,C,1,1)."""
-    lengths: Tensor = delta.flatten(2).norm(dim=2)
-    return lengths.clamp_min(1e-12)[:, :, None, None]
+    """Return the L2 norm of each channel (N,C,1) of flat images or windows (N,C,P)."""
+    lengths: Tensor = delta.norm(dim=2, keepdim=True)
+    return lengths
+
+
+def _positive(length: Tensor) -> Tensor:
+    """Return lengths that can be divided by."""
+    return length.clamp_min(1e-12)

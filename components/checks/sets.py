@@ -21,6 +21,10 @@ KNIFE_EDGE = 1e-3
 EXCUSED, EXCUSED_IMAGES = 0.02, 2
 # The fraction of images, and the number of them, that rounding to 8 bits may fool further.
 ROUNDED, ROUNDED_IMAGES = 0.02, 3
+# Square's fresh colour is the one that a window has already with a probability of at most a half,
+# whatever came before. So of n questions an attack leaves out at most n / 2 + `CHANCE` sqrt(n), but
+# for a probability of 1e-13 (Hoeffding 1963).
+CHANCE = 4
 # The p-value under which two rates of right answers are different. It is small, because every set
 # of every random defense is compared.
 DIFFERENT = 1e-4
@@ -169,18 +173,23 @@ def effort(
     """Check 26: every image that withstood cost the passes that the attack's settings promise.
 
     Forward and backward passes of all its parts, with the real number of `classes`; `stochastic`
-    says whether the defense was, in the mode of the set. Against a random defense no attack stops,
-    so every image cost the whole. Else one that the attack took for fooled may have cost fewer:
-    `same_answer` holds what it saw to the scoring.
+    says whether the defense was, in the mode of the set. Forward passes that the attack left out
+    because it knew their result (`spared`) count, but hardly more than half may be left out.
+    Against a random defense no attack stops, so every image cost the whole. Else one that the
+    attack took for fooled may have cost fewer: `same_answer` holds what it saw to the scoring.
     """
     withstood = crafted.fooled.logical_not() | stochastic
     promised = attack.effort(classes, stochastic)
     forward, backward = crafted.forward[withstood], crafted.backward[withstood]
-    short = int(((forward < promised.forward) | (backward < promised.backward)).sum())
+    spared = crafted.spared[withstood]
+    counted = forward + spared
+    missing = (counted < promised.forward) | (backward < promised.backward)
+    short = int((missing | (spared > counted / 2 + CHANCE * counted.sqrt())).sum())
     detail = f"{int(withstood.sum())} images {'of a random defense' if stochastic else 'withstood'}"
     if len(forward):
         detail += (
             f" cost at least {int(forward.min())} forward and {int(backward.min())} backward passes"
+            f", and spared at most {int(spared.max())}"
         )
     return Finding(
         name=f"effort/{name}",

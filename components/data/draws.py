@@ -186,9 +186,33 @@ class Draws(Keyed):
         return NoiseStream(keys)
 
     def _keys_of(self, use: str) -> Tensor:
+        return _mix(_mix(self.ids * _signed(_GOLDEN)) ^ self._number_of(use))
+
+    def _number_of(self, use: str) -> int:
+        """Return what tells this draw apart from others for the same images, for one use."""
         name = zlib.crc32(f"{self.role}/{use}".encode())
         stream = (self.seed * 0x1_0000_0001 + name) * _GOLDEN + self.draw * 0xD1B54A32D192ED03
-        return _mix(_mix(self.ids * _signed(_GOLDEN)) ^ _signed(stream))
+        return _signed(stream)
+
+    def uniform_of(self, draws: range, shape: tuple[int, ...], use: str) -> Tensor:
+        """Return what `uniform` does at each of k `draws`, at once: (N, k, *shape)."""
+        numbers = [self.redraw(draw)._number_of(use) for draw in draws]
+        stream = torch.tensor(numbers, dtype=torch.int64, device=self.ids.device)
+        keys = _mix(_mix(self.ids * _signed(_GOLDEN))[:, None] ^ stream)
+        return _Hashed(keys.flatten()).uniform(shape, use).view(len(self), len(draws), *shape)
+
+
+class _Hashed(Keyed):
+    """Streams whose keys (N,) are hashed with the use already."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _keys_of(self, use: str) -> Tensor:
+        return self._keys
 
 
 def fresh(count: int, device: torch.device) -> NoiseStream:

@@ -170,11 +170,13 @@ def _straight_through(x: Tensor, purified: Tensor) -> Tensor:
 class Passes:
     """Forward and backward passes spent on each image (N,) int64.
 
+    `spared` (N,) int64 are the forward passes that an attack left out because it knew their result.
     A target and its row subsets share the counters.
     """
 
     forward: Tensor
     backward: Tensor
+    spared: Tensor
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,10 @@ class Target:
         with torch.no_grad():
             margins = [margin(self(x, draw), labels) for draw in self._draws_of(query)]
         return margins[0] if len(margins) == 1 else torch.stack(margins).mean(0)
+
+    def spare(self, count: Tensor) -> None:
+        """Count so many forward passes (N,) int64 as spared: their answers were known."""
+        self.passes.spared.index_add_(0, self.rows, count)
 
     def detector_score(self, x: Tensor, query: int) -> Tensor:
         """Return the purifier's detector score (N,), averaged over the EOT draws of `query`.
@@ -338,7 +344,7 @@ def bind(defense: Defense, mode: Mode, draws: Draws, eot: int) -> Target:
     """Bind a defense to a gradient mode and to noise, for an attack on `len(draws)` images."""
     zeros = torch.zeros(len(draws), dtype=torch.int64, device=draws.ids.device)
     rows = torch.arange(len(draws), device=draws.ids.device)
-    return Target(defense, mode, draws, eot, Passes(zeros, zeros.clone()), rows)
+    return Target(defense, mode, draws, eot, Passes(zeros, zeros.clone(), zeros.clone()), rows)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,8 +10,16 @@ from toy_networks import Function, Linear, Rounded
 from toys import BALL, LINF, THREATS, attack_model, fooled, grey_images, head, parse_attack
 
 from components.attacks import L2, Linf, craft, violations
+from components.attacks.autoattack import AutoAttack
 from components.attacks.gradient import Pgd
-from components.attacks.square import Square, move_mass, patch_area, pyramid, two_pyramids
+from components.attacks.square import (
+    Square,
+    move_mass,
+    patch_area,
+    pyramid,
+    schedule,
+    two_pyramids,
+)
 from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
@@ -33,21 +41,61 @@ def test_square_fools_more_images_than_noise(
     spent = square.iterations
     assert (spent[~square.success] == 150).all() and (spent <= 150).all()
     assert spent[square.success].float().mean() < 100
-    assert torch.equal(square.forward - spent, torch.ones_like(spent)), (
-        "one more pass than iterations, for the clean image"
+    right = Defense(classifier, None)(data.pixels()).argmax(1) == data.labels
+    assert torch.equal(square.forward + square.spared - spent, 1 + right.long()), (
+        "besides the changes, one pass for the clean image and one for the start"
     )
 
 
 def test_patches_shrink_as_in_the_authors_code() -> None:
-    """Query i of n counts as query 10,000 i / n; after 10, 50, 200, ... the area is halved."""
+    """Change i of n, from 0, counts as 10,000 i / n; after 10, 50, 200, ... the area is halved."""
     expected = {0: 1, 5: 1, 6: 2, 25: 2, 26: 4, 100: 4, 101: 8, 250: 8, 251: 16, 501: 32, 1001: 64}
     expected |= {2000: 64, 2001: 128, 3000: 128, 3001: 256, 4000: 256, 4001: 512, 4999: 512}
-    for query, divisor in expected.items():
-        assert patch_area(query, 5000) == 0.8 / divisor, query
-    assert [patch_area(query, 4) for query in range(4)] == [0.8 / d for d in (1, 64, 128, 256)]
+    for change, divisor in expected.items():
+        assert patch_area(change, 5000) == 0.8 / divisor, change
+    assert [patch_area(change, 4) for change in range(4)] == [0.8 / d for d in (1, 64, 128, 256)]
     model = Function(lambda x: x)
     library = torchattacks.Square(model, n_queries=777)
-    assert all(library.p_selection(query) == patch_area(query, 777) for query in range(777))
+    assert all(library.p_selection(change) == patch_area(change, 777) for change in range(777))
+
+
+def test_inside_autoattack_patches_shrink_by_the_query_alone() -> None:
+    *_, inside = AutoAttack(kind="autoattack", version="standard").ensemble(10)
+    assert isinstance(inside, Square) and not inside.rescaled and SQUARE.rescaled
+    last = {10: 1, 50: 2, 200: 4, 500: 8, 1000: 16, 2000: 32, 4000: 64, 6000: 128, 8000: 256}
+    for change, divisor in last.items():
+        assert patch_area(change, None) == 0.8 / divisor
+        assert patch_area(change + 1, None) == 0.4 / divisor
+    assert patch_area(0, None) == 0.8 and patch_area(10**6, None) == 0.8 / 512
+
+
+# The first change, from 0, of every side, computed by hand from the areas.
+SIDES: dict[tuple[str, int, bool], dict[int, int]] = {
+    ("linf", 28, False): {
+        0: 25, 11: 18, 51: 13, 201: 9, 501: 6, 1001: 4, 2001: 3, 4001: 2,
+    },
+    ("linf", 28, True): {
+        0: 25, 6: 18, 26: 13, 101: 9, 251: 6, 501: 4, 1001: 3, 2001: 2, 4001: 1,
+    },
+    ("linf", 32, False): {
+        0: 29, 11: 20, 51: 14, 201: 10, 501: 7, 1001: 5, 2001: 4, 4001: 3,
+    },
+    ("l2", 28, False): {0: 25, 11: 19, 51: 13, 201: 9, 501: 7, 1001: 5, 2001: 3},
+    ("l2", 28, True): {0: 25, 6: 19, 26: 13, 101: 9, 251: 7, 501: 5, 1001: 3},
+    ("l2", 32, False): {0: 29, 11: 21, 51: 15, 201: 11, 501: 7, 1001: 5, 4001: 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "size", "rescaled"), SIDES)
+def test_each_of_5000_changes_has_the_authors_patch(norm: str, size: int, rescaled: bool) -> None:
+    images, threat = torch.zeros(1, 3, size, size), LINF if norm == "linf" else BALL
+    blocks = list(schedule(5000, images, threat, rescaled))
+    assert [query for queries, _ in blocks for query in queries] == list(range(1, 5001))
+    assert max(len(queries) for queries, _ in blocks) == 64
+    sides = [side for queries, side in blocks for _ in queries]
+    first = {side: sides.index(side) for side in dict.fromkeys(sides)}
+    assert {change: side for side, change in first.items()} == SIDES[norm, size, rescaled]
+    assert sides == sorted(sides, reverse=True)
 
 
 def test_two_pyramids_are_the_eta_of_the_paper() -> None:
@@ -98,8 +146,8 @@ def test_move_mass_is_algorithm_3(shape: tuple[int, int, int]) -> None:
     delta = torch.randn(9, *shape, generator=generator)
     delta *= torch.linspace(0, 1, 9).view(-1, 1, 1, 1) * eps / delta.flatten(1).norm(dim=1).amax()
     side = 3 if shape[0] == 1 else 5
-    area = (side - 0.8) ** 2 / (height * width)  # an even side is made odd
-    found = move_mass(origin + delta, origin, eps, area, draws)
+    found, _ = move_mass(origin, eps, draws, range(4, 7), side)(origin + delta, 1)
+    draws = draws.redraw(5)
     for row, u in enumerate(draws.uniform((5 + channels,), "square").tolist()):
         old, new = delta[row], delta[row].clone()
         top, below = (int(v * (height - side + 1)) for v in (u[0], u[2]))
@@ -117,7 +165,7 @@ def test_move_mass_is_algorithm_3(shape: tuple[int, int, int]) -> None:
         )
         new[second] = 0
         new[first] = (available / mixed.flatten(1).norm(dim=1))[:, None, None] * mixed
-        expected = origin[row] + eps * new / new.norm()
+        expected = (origin[row] + eps * new / new.norm()).clamp(0, 1)
         assert torch.allclose(found[row], expected, atol=1e-5), row
 
 
@@ -186,8 +234,8 @@ def test_square_compares_images_under_equal_noise(threat: Linf | L2) -> None:
         attack = Square(kind="square", queries=50, eot=eot)
         crafted = attack_model(attack, Defense(model, Shifted()), data, threat)
         assert torch.equal(crafted.images, fixed.images)
-        assert (crafted.forward == eot * (1 + 2 * 50 + 2)).all()
-    assert (fixed.forward == 51).all()
+        assert (crafted.forward == eot * (2 * 50 + 2)).all() and not crafted.spared.any()
+    assert (fixed.forward + fixed.spared == 52).all()
 
 
 def test_square_is_as_strong_as_that_of_torchattacks(

@@ -54,6 +54,18 @@ def test_indexing_keeps_the_draw_and_redraw_keeps_the_images() -> None:
     assert draws.ids.tolist() == [IDS[5].item(), IDS[2].item()]
 
 
+@pytest.mark.parametrize("seed", [0, 2**40])
+@pytest.mark.parametrize("numbers", [range(7, 70), range(-2, 2), range(5, 5)])
+def test_many_draws_at_once_are_those_of_each(seed: int, numbers: range) -> None:
+    draws = Draws(seed, "attack", IDS[:100], 31)
+    each = [draws.redraw(number).uniform(SHAPE, "use") for number in numbers]
+    found = draws.uniform_of(numbers, SHAPE, "use")
+    assert found.shape == (100, len(numbers), *SHAPE)
+    assert torch.equal(found, torch.stack(each, 1) if each else found)
+    none = draws[torch.zeros(100, dtype=torch.bool)]
+    assert none.uniform_of(numbers, SHAPE, "use").shape == (0, len(numbers), *SHAPE)
+
+
 def variants() -> dict[str, Draws]:
     base = Draws(0, "attack", IDS)
     streams = {f"role {role}": Draws(0, role, IDS) for role in ROLES}

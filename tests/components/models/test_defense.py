@@ -158,6 +158,10 @@ def test_passes_are_counted_per_image(
     part.evaluate(x[[4]], labels[[4]], margin, 2)
     assert target.passes.forward.tolist() == [2 * eot] * 4 + [3 * eot] + [2 * eot]
     assert target.passes.backward.tolist() == [eot] * 4 + [2 * eot] + [eot]
+    assert not target.passes.spared.any()
+    target[rows].spare(torch.tensor([7, 2]))
+    assert target.passes.spared.tolist() == [0, 2, 0, 0, 7, 0]
+    assert target.passes.forward.tolist() == [2 * eot] * 4 + [3 * eot] + [2 * eot]
 
 
 def test_rows_of_a_target_keep_their_noise(classifier: Classifier, test_set: ImageSet) -> None:

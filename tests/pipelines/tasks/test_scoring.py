@@ -96,6 +96,7 @@ def made(
             ones,
             cost.forward * ones,
             cost.backward * ones,
+            0 * ones,
             ones.bool() & fooled,
             1 - ones,
             -ones.float(),
