@@ -5,7 +5,8 @@ Columns: `id`, `label`, `image` (fixed-size binary: float32, C x H x W), and the
 or stop fooling. The manifest says what was attacked, how, and with which attack.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from components.attacks import Crafted
 from components.data.image_set import Shape, fixed_size_column
-from components.data.shards import read_manifest, read_shards, write_manifest, write_shard
+from components.data.shards import (
+    read_manifest,
+    read_rows,
+    shard_rows,
+    write_manifest,
+    write_shard,
+)
 
 # What else is known of every image, with the type that it is stored in.
 FACTS = {
@@ -50,11 +57,15 @@ def write_crafted_manifest(folder: Path, shape: Shape, facts: Mapping[str, Any])
     write_manifest(folder, {"shape": list(shape), **facts})
 
 
-def read_crafted(folder: Path) -> Crafted:
-    """Return a set, verified against its manifest; raise DataError if a byte has changed."""
+def read_crafted(folder: Path, rows: range | None = None) -> Crafted:
+    """Return a set, or those of `rows` that it has, verified against its manifest.
+
+    Only shards that hold some of these rows are read. Raises DataError if a byte of them has
+    changed.
+    """
     channels, height, width = read_manifest(folder)["shape"]
     shape = (channels, height, width)
-    table = pa.concat_tables(read_shards(folder, schema(shape)))
+    table = read_rows(folder, schema(shape), rows)
     flat = fixed_size_column(table, "image", np.dtype(np.float32))
 
     def column(name: str) -> Tensor:
@@ -66,3 +77,15 @@ def read_crafted(folder: Path) -> Crafted:
         images=torch.from_numpy(flat.reshape(-1, *shape)),
         **{name: column(name) for name in FACTS},
     )
+
+
+def crafted_shards(folder: Path) -> Iterator[Crafted]:
+    """Yield a set shard by shard, each verified as by `read_crafted`."""
+    for rows in shard_rows(folder):
+        yield read_crafted(folder, rows)
+
+
+def joined(parts: Sequence[Crafted]) -> Crafted:
+    """Return several parts of one set as one."""
+    names = [field.name for field in fields(Crafted)]
+    return Crafted(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

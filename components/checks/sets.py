@@ -1,6 +1,6 @@
 """Checks of stored adversarial sets: their bytes, their provenance, and the effort behind them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,29 +28,38 @@ CHANCE = 4
 # The p-value under which two rates of right answers are different. It is small, because every set
 # of every random defense is compared.
 DIFFERENT = 1e-4
+# Some images of a set as they are stored: (N,C,H,W), their ids and labels, and the test images of
+# the same rows.
+Part = tuple[Tensor, Tensor, Tensor, ImageSet]
 
 
 def stored_set(
-    name: str, images: Tensor, ids: Tensor, labels: Tensor, data: ImageSet, threat: Linf | L2 | None
+    name: str, parts: Iterable[Part], count: int, threat: Linf | L2 | None
 ) -> list[Finding]:
-    """Checks 1, 2 and 7 on stored images (N,C,H,W): the ball, the range, every image once.
+    """Checks 1, 2 and 7 on a stored set: the ball, the range, every one of `count` images once.
 
-    For attacks without a ball `threat` is None, and only the range is checked.
+    It comes in parts, of which only one need be in memory. For attacks without a ball `threat` is
+    None, and only the range is checked.
     """
-    complete = torch.equal(ids, data.ids) and torch.equal(labels, data.labels)
+    stored, complete, broken = 0, True, list[str]()
+    for images, ids, labels, data in parts:
+        stored += len(ids)
+        complete &= torch.equal(ids, data.ids) and torch.equal(labels, data.labels)
+        if complete and not broken:
+            whole = Linf(norm="linf", eps_255=255.0)
+            broken = violations(images, data.pixels(), threat or whole)
+    complete &= stored == count
     findings = [
         Finding(
             name=f"accounting/{name}",
             level="block",
             passed=complete,
-            detail=f"{len(ids)} stored images against {len(data)} test images"
+            detail=f"{stored} stored images against {count} test images"
             + ("" if complete else ": not the same images in the same order"),
         )
     ]
     if complete:
-        whole = Linf(norm="linf", eps_255=255.0)
         ball = "inside the ball, " if threat else "without a ball: "
-        broken = violations(images, data.pixels(), threat or whole)
         findings.append(
             Finding(
                 name=f"threat_model/{name}",

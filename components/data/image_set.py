@@ -5,7 +5,6 @@ folder of Parquet shards (`components.data.shards`) with columns `id` (int64, un
 splits), `image` (fixed-size binary: uint8, C x H x W) and `label` (int64).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from components.data.shards import (
     DataError,
     read_manifest,
-    read_shards,
+    read_rows,
     shard_name,
     write_manifest,
     write_shard,
@@ -69,13 +68,12 @@ def write(folder: Path, data: ImageSet, rows_per_part: int) -> None:
     write_manifest(folder, {"shape": list(data.shape), "class_names": list(data.class_names)})
 
 
-def read(folder: Path) -> ImageSet:
-    """Return a split, verified against its manifest; raise DataError if a byte has changed."""
-    return _concatenate(read_by_shard(folder))
+def read(folder: Path, rows: range | None = None) -> ImageSet:
+    """Return a split, or those of `rows` that it has, verified against its manifest.
 
-
-def read_by_shard(folder: Path, only: int | None = None) -> list[ImageSet]:
-    """Return a split shard by shard, or `only` one shard: the unit of distributed work."""
+    Only shards that hold some of these rows are read (`shard_rows` has those of every shard).
+    Raises DataError if a byte of them has changed, and for a split without images.
+    """
     manifest = read_manifest(folder)
     try:
         channels, height, width = manifest["shape"]
@@ -83,13 +81,12 @@ def read_by_shard(folder: Path, only: int | None = None) -> list[ImageSet]:
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{folder}/manifest.json does not give shape and class_names") from None
     shape = (channels, height, width)
-    shards = [_images(table, shape, names) for table in read_shards(folder, schema(shape), only)]
-    if not shards:
+    data = _images(read_rows(folder, schema(shape), rows), shape, names)
+    if rows is None and not len(data):
         raise DataError(f"{folder} contains no images")
-    for shard in shards:
-        if shard.labels.min() < 0 or shard.labels.max() >= len(names):
-            raise DataError(f"{folder} has labels outside 0..{len(names) - 1}")
-    return shards
+    if len(data) and (data.labels.min() < 0 or data.labels.max() >= len(names)):
+        raise DataError(f"{folder} has labels outside 0..{len(names) - 1}")
+    return data
 
 
 def stratified(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.bool_]:
@@ -135,8 +132,6 @@ def _images(table: pa.Table, shape: Shape, class_names: tuple[str, ...]) -> Imag
 
 def fixed_size_column(table: pa.Table, name: str, dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
     """Return a fixed-size binary column as an array (rows, values) of its own memory."""
-    column = table[name].combine_chunks()
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     width = table.schema.field(name).type.byte_width
     arrays = [
         np.frombuffer(
@@ -145,15 +140,9 @@ def fixed_size_column(table: pa.Table, name: str, dtype: "np.dtype[Any]") -> npt
             count=len(chunk) * width,
             offset=chunk.offset * width,
         )
-        for chunk in chunks
+        for chunk in table[name].chunks
+        if len(chunk)
     ]
-    return np.concatenate(arrays).reshape(table.num_rows, width).view(dtype)
-
-
-def _concatenate(shards: Sequence[ImageSet]) -> ImageSet:
-    return ImageSet(
-        torch.cat([shard.images for shard in shards]),
-        torch.cat([shard.labels for shard in shards]),
-        torch.cat([shard.ids for shard in shards]),
-        shards[0].class_names,
+    return (
+        np.concatenate([np.empty(0, np.uint8), *arrays]).reshape(table.num_rows, width).view(dtype)
     )

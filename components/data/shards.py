@@ -97,10 +97,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(folder: Path, schema: pa.Schema, only: int | None = None) -> list[pa.Table]:
-    """Return the shards of a folder in order, or `only` one, verified by manifest and schema.
+def shard_rows(folder: Path) -> list[range]:
+    """Return the rows of every shard, counted over the whole folder; no shard is read."""
+    rows, start = [], 0
+    for file in read_manifest(folder)["files"]:
+        rows.append(range(start, start + int(file["rows"])))
+        start = rows[-1].stop
+    return rows
 
-    Raises DataError for a shard that is missing, extra, altered or of another schema.
+
+def read_rows(folder: Path, schema: pa.Schema, rows: range | None = None) -> pa.Table:
+    """Return all rows of a folder, or those of `rows` that there are, verified by manifest.
+
+    Only shards that hold some of these rows are read, but each is verified whole. Raises DataError
+    for one that is missing, extra, altered, of another length or another schema.
     """
     manifest = read_manifest(folder)
     listed = [str(file["path"]) for file in manifest["files"]]
@@ -108,8 +118,19 @@ def read_shards(folder: Path, schema: pa.Schema, only: int | None = None) -> lis
     if sorted(listed) != found:
         different = sorted(set(listed) ^ set(found))
         raise DataError(f"{folder} and its manifest disagree about {', '.join(different)}")
-    files = manifest["files"] if only is None else [manifest["files"][only]]
-    return [_read_shard(folder / file["path"], file["sha256"], schema) for file in files]
+    tables = [schema.empty_table()]
+    for file, there in zip(manifest["files"], shard_rows(folder), strict=True):
+        wanted = (
+            there
+            if rows is None
+            else range(max(rows.start, there.start), min(rows.stop, there.stop))
+        )
+        if wanted:
+            table = _read_shard(folder / file["path"], file["sha256"], schema)
+            if len(table) != len(there):
+                raise DataError(f"{folder} and its manifest disagree about {file['path']}")
+            tables.append(table.slice(wanted.start - there.start, len(wanted)))
+    return pa.concat_tables(tables)
 
 
 def _read_shard(path: Path, digest: str, schema: pa.Schema) -> pa.Table:

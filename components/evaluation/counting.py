@@ -20,7 +20,7 @@ from torch import Tensor
 
 from components.attacks import Crafted
 from components.data.draws import Role
-from components.models.accuracy import Counts, count_correct
+from components.models.accuracy import Counts, Values, count_and_detect, count_correct
 from components.models.defense import Defense
 from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
@@ -102,11 +102,30 @@ def count_score(
     return Score(draws, chosen * draws // select_draws, scored)
 
 
+def count_with_detector(
+    defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
+    select_draws: int, score_draws: int, batch: int,
+) -> tuple[Score, Values | None]:  # fmt: skip
+    """Count as `count_score`, and return the detector scores (N,) of the images purified for it.
+
+    None for a random defense, whose detector has noise of its own, and without a purifier.
+    """
+    if defense.stochastic or defense.purifier is None:
+        score = count_score(
+            defense, images, labels, ids, seed, role, select_draws, score_draws, batch
+        )
+        return score, None
+    right, values = count_and_detect(defense, images, labels, batch)
+    return Score(1, right, right), values
+
+
 def count_sets(
     defense: Defense, sets: Mapping[str, Tensor], positions: Tensor, labels: Tensor, ids: Tensor,
     seed: int, select_draws: int, score_draws: int, batch: int,
-) -> dict[str, Score]:  # fmt: skip
+) -> tuple[dict[str, Score], dict[str, Values]]:  # fmt: skip
     """Count right answers on adversarial sets of the same images, (N,C,H,W) by name.
+
+    Also returns the detector scores of the sets, where `count_with_detector` has them.
 
     The sets take turns: each round asks about every image once, in another set from image to image,
     by their `positions` (N,) in the data. So every set is the first for some of the images. A
@@ -114,16 +133,20 @@ def count_sets(
     than the attack was answered (`same_answer`). An honest defense answers alike in any order.
     """
     names, counted = list(sets), np.zeros((2, len(sets), len(ids)), dtype=np.int64)
+    detected = np.zeros((len(sets), len(ids)))
     draws = score_draws if defense.stochastic else 1
-    rows = np.arange(len(ids))
+    rows, values = np.arange(len(ids)), None
     for turn in range(len(names)):
         which = ((positions + turn) % len(names)).numpy()
         mixed = torch.stack([sets[names[index]][row] for row, index in enumerate(which)])
-        score = count_score(
+        score, values = count_with_detector(
             defense, mixed, labels, ids, seed, "score", select_draws, score_draws, batch
         )
         counted[:, which, rows] = score.select, score.score
-    return {name: Score(draws, *counted[:, index]) for index, name in enumerate(names)}
+        if values is not None:
+            detected[which, rows] = values
+    scores = {name: Score(draws, *counted[:, index]) for index, name in enumerate(names)}
+    return scores, {} if values is None else dict(zip(names, detected, strict=True))
 
 
 def per_class(

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from components.data.draws import Draws, Role
 from components.evaluation.counting import CLEAN, Score
+from components.models.accuracy import Values
 from components.models.defense import Defense
 from components.models.precision import full_precision
 from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
 
-# One detector score per image (N,).
-Values = npt.NDArray[np.float64]
 # Fractions of clean images that may be rejected: those of the tables, of `roc` and of the curve.
 RATES = {"1": 0.01, "5": 0.05}
 ROC = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -56,12 +55,13 @@ class DetectorScores:
 @full_precision()
 def detector_scores(
     defense: Defense, sets: Mapping[str, Tensor], ids: Tensor, val: Tensor, val_ids: Tensor,
-    seed: int, batch: int,
+    seed: int, batch: int, known: Mapping[str, Values],
 ) -> DetectorScores | None:  # fmt: skip
     """Return the scores of sets of images (N,C,H,W) and of clean validation images (M,C,H,W).
 
-    M may be 0. A bare classifier has no scores: it gives None. In full float32
-    (`full_precision`).
+    `known` are scores by set that a deterministic defense gave when its answers were counted
+    (`count_with_detector`): these sets are not purified again. M may be 0. A bare classifier has no
+    scores: it gives None. In full float32 (`full_precision`).
     """
     if defense.purifier is None:
         return None
@@ -69,7 +69,10 @@ def detector_scores(
     def values(x: Tensor, x_ids: Tensor, role: Role) -> Values:
         return _detector_score(defense, x, x_ids, seed, role, batch)
 
-    score = {name: values(x, ids, "score") for name, x in sets.items()}
+    assert not (known and defense.stochastic)
+    score = {
+        name: known[name] if name in known else values(x, ids, "score") for name, x in sets.items()
+    }
     select = score
     if defense.stochastic:
         select = {name: values(x, ids, "select") for name, x in sets.items()}

@@ -13,6 +13,8 @@ from components.models.defense import Defense
 from components.models.precision import full_precision
 
 Counts = npt.NDArray[np.int64]
+# One detector score per image (N,).
+Values = npt.NDArray[np.float64]
 
 
 @full_precision()
@@ -34,7 +36,33 @@ def count_correct(
             x, y = images[rows].to(device), labels[rows].to(device)
             noise = Draws(seed, role, ids[rows].to(device))
             for draw in range(draws if defense.stochastic else 1):
-                logits = defense(x, noise.redraw(draw))
-                right = (logits.argmax(1) == y) & logits.isfinite().all(1)
-                total[rows] += right.cpu()
+                total[rows] += _right(defense(x, noise.redraw(draw)), y).cpu()
     return (total if defense.stochastic else total * draws).numpy()
+
+
+@full_precision()
+def count_and_detect(
+    defense: Defense, images: Tensor, labels: Tensor, batch: int
+) -> tuple[Counts, Values]:
+    """Return right answers (N,) of a deterministic defense, and its detector scores (N,).
+
+    Every image is purified once: its answer and its score are about the same purified image. Under
+    noise they must not be (`evaluation.detection`), so this raises ValueError for a random defense.
+    """
+    if defense.stochastic:
+        raise ValueError("answers and detector scores of a random defense are under other noise")
+    device = next(defense.classifier.parameters()).device
+    right, scores = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images)).double()
+    with torch.no_grad():
+        for start in range(0, len(images), batch):
+            rows = slice(start, start + batch)
+            x = images[rows].to(device)
+            purified = defense.purify(x)
+            right[rows] = _right(defense.classifier(purified), labels[rows].to(device)).long().cpu()
+            scores[rows] = defense.detector_score(x, None, purified).double().cpu()
+    return right.numpy(), scores.numpy()
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Say which logits (N,K) are right answers; those that are not finite are wrong."""
+    return (logits.argmax(1) == labels) & logits.isfinite().all(1)

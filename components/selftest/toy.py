@@ -188,4 +188,4 @@ def purifying(function: Function, random: bool = False) -> Case:
 def stored(toy: Toy, images: Tensor) -> list[Finding]:
     """Check `images` (N,C,H,W) as a set that was read back from disk."""
     data = toy.under_attack()
-    return stored_set("full/pgd", images, data.ids, data.labels, data, THREAT)
+    return stored_set("full/pgd", [(images, data.ids, data.labels, data)], len(data), THREAT)

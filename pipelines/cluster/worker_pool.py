@@ -8,6 +8,7 @@ that a node is gone, or they wait for the lost worker until there is room to res
 others are idle.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,7 +54,9 @@ def map_shards(
     if not workers.workers and not jobs.job():
         results = []
         for arguments in calls:
-            results.append(call(function, arguments))
+            # The copy lies elsewhere than between large blocks that the call has freed, which the
+            # next call could then not use again.
+            results.append(copy.deepcopy(call(function, arguments)))
             done(len(results), len(calls))
         return results
     with session.hold(workers), capacity.watch_capacity(workers, 1, say) as watch:

@@ -111,7 +111,8 @@ def write_report(
     models: Sequence[Model],
 ) -> None:  # fmt: skip
     """Write the report on `entries`, what was counted of each, and the `models` behind them."""
-    test = image_set.read(plan.test)
+    # For its shape and classes: no other image is needed.
+    test = image_set.read(plan.test, range(1))
     scored = [
         _shown(entry, metrics.defenses[entry.name], result, plan)
         for entry, result in zip(entries, results, strict=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from pydantic import TypeAdapter
 
 from components.attacks.ladder import MODES, REPLAYED, SURROGATE
 from components.data import image_set
-from components.data.shards import DataError, write_shard
+from components.data.shards import DataError, shard_rows, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
 from components.selftest import Result as Planted
@@ -28,9 +27,9 @@ from pipelines.reporting.registration import image_of, registrations
 from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
 from pipelines.tasks import metrics, speed
-from pipelines.tasks.entries import Entry, Plan, probes_of
+from pipelines.tasks.entries import CheckedSet, Entry, Plan, check_set, probes_of
 from pipelines.tasks.metrics import EntryRole, Metrics
-from pipelines.tasks.scoring import Result, merge, score_sets, score_shard
+from pipelines.tasks.scoring import Result, merge, recount, score_sets, score_shard
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import compared, summary, threat_model
 from pipelines.tracking.registry import Registration
@@ -153,23 +152,51 @@ def _plan(
 def count_all(
     entries: Sequence[Entry], plan: Plan, context: Context
 ) -> tuple[list[Result], dict[str, float]]:
-    """Count every entry on every shard of the test set, and time the defenses."""
-    shards = len(image_set.read_by_shard(plan.test))
-    tasks = [
-        {"entry": entry, "plan": plan, "shard": shard}
-        for entry in entries
-        for shard in range(shards)
-    ]
+    """Check all sets, count every entry on every shard of the test set, and time the defenses."""
+    shards = len(shard_rows(plan.test))
     subjects = {entry.name: entry.subject for entry in entries if entry.role == "defense"}
+    classifiers = list({entry.subject.classifier: None for entry in entries})
     with context.session():
+        checked = _check_sets(entries, plan, context)
+        sound = {
+            name: {of: one.digest for of, one in sets.items() if one.sound}
+            for name, sets in checked.items()
+        }
+        tasks = [
+            {"entry": entry, "plan": plan, "sound": sound, "shard": shard}
+            for entry in entries
+            for shard in range(shards)
+        ]
         # No worker asks about a clean image before the sets of all entries are scored.
         first = context.map(score_sets, tasks)
         after = [{**task, "counted": one} for task, one in zip(tasks, first, strict=True)]
         results = context.map(score_shard, after)
+        recounted = context.map(
+            recount, [{"classifier": folder, "plan": plan} for folder in classifiers]
+        )
         # One task times all of them in turn: side by side they would slow each other down.
         (seconds,) = context.map(time_all, [{"subjects": subjects, "test": plan.test}])
-    starts = range(0, len(results), shards)
-    return [merge(results[start : start + shards]) for start in starts], seconds
+    accuracy = dict(zip(classifiers, recounted, strict=True))
+    whole = []
+    for index, entry in enumerate(entries):
+        one = merge(results[index * shards : (index + 1) * shards])
+        about = [finding for each in checked[entry.name].values() for finding in each.findings]
+        findings = [*about, accuracy[entry.subject.classifier], *one.findings]
+        whole.append(replace(one, findings=findings))
+    return whole, seconds
+
+
+def _check_sets(
+    entries: Sequence[Entry], plan: Plan, context: Context
+) -> dict[str, dict[str, CheckedSet]]:
+    """Check every set of the entries and of the baselines that are tried on them, each once."""
+    every = [*entries, *(one for one in plan.baselines if one not in entries)]
+    pairs = [(entry, name) for entry in every for name in entry.sets]
+    tasks = [{"entry": entry, "name": name, "plan": plan} for entry, name in pairs]
+    found: dict[str, dict[str, CheckedSet]] = {entry.name: {} for entry in every}
+    for (entry, name), one in zip(pairs, context.map(check_set, tasks), strict=True):
+        found[entry.name][name] = one
+    return found
 
 
 def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:
@@ -211,8 +238,7 @@ def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[En
 
 def time_all(subjects: Mapping[str, Subject], test: Path, device: str) -> dict[str, float]:
     """Return the seconds that every trained defense takes for an image; runs in a worker."""
-    images = image_set.read(test)
-    some = images[torch.arange(min(TIMED, len(images)))]
+    some = image_set.read(test, range(TIMED))
     return {
         name: speed.seconds_per_image(subject.defense(device), some.pixels(), some.ids)
         for name, subject in subjects.items()

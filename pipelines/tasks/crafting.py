@@ -19,7 +19,7 @@ import torch
 from components.attacks import L2, Attack, Linf, craft
 from components.attacks.sets import write_crafted, write_crafted_manifest
 from components.data import image_set, shards
-from components.data.shards import shard_name
+from components.data.shards import read_manifest, shard_name, shard_rows
 from components.models.defense import Mode
 from pipelines.layout import CRAFTED
 from pipelines.runner.context import Context
@@ -61,10 +61,10 @@ def craft_all(specs: Sequence[SetSpec], context: Context) -> None:
     code = code_digests(sys.modules[__name__])
     facts = [spec.facts() for spec in specs]
     kept = [CRAFTED / _key(one, code) for one in facts]
-    images = image_set.read_by_shard(specs[0].images)
+    shape, count = read_manifest(specs[0].images)["shape"], len(shard_rows(specs[0].images))
     tasks: list[dict[str, Any]] = [
         {"spec": spec, "shard": shard, "path": (folder / shard_name(shard)).absolute()}
-        for shard in range(len(images))
+        for shard in range(count)
         for spec, folder in zip(specs, kept, strict=True)
     ]
     there = job_files.available([task["path"] for task in tasks])
@@ -72,16 +72,16 @@ def craft_all(specs: Sequence[SetSpec], context: Context) -> None:
     context.map(craft_shard, missing)
     for spec, folder, fact in zip(specs, kept, facts, strict=True):
         spec.out.mkdir(parents=True, exist_ok=True)
-        for shard in range(len(images)):
+        for shard in range(count):
             job_files.download(folder.absolute() / shard_name(shard))
             shutil.copyfile(folder / shard_name(shard), spec.out / shard_name(shard))
-        write_crafted_manifest(spec.out, images[0].shape, fact)
+        write_crafted_manifest(spec.out, shape, fact)
 
 
 def craft_shard(spec: SetSpec, shard: int, path: Path, device: str) -> None:
     """Craft one shard of one set; runs in a worker."""
     torch.set_num_threads(1)
-    (images,) = image_set.read_by_shard(spec.images, shard)
+    images = image_set.read(spec.images, shard_rows(spec.images)[shard])
     crafted = craft(
         spec.attack, spec.subject.defense(device), spec.mode, images, spec.threat, spec.seed,
         spec.batch,

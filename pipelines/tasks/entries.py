@@ -1,23 +1,25 @@
 """What is scored: entries, their stored sets and probes, as they are read from disk and checked.
 
-Only sets that pass their checks are counted. `tasks.scoring` counts them.
+Every set is checked once and whole, but no more than one shard of it is in memory. Only sets that
+pass are counted: `tasks.scoring` reads the rows that it counts of these.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from components.attacks import L2, Attack, Crafted, Linf
 from components.attacks.ladder import REPLAYED
-from components.attacks.sets import read_crafted
-from components.checks.sets import agreement, effort, stored_probes, stored_set
-from components.data import shards
+from components.attacks.sets import crafted_shards, joined, read_crafted
+from components.checks.sets import Part, agreement, effort, stored_probes, stored_set
+from components.data import image_set, shards
 from components.data.image_set import ImageSet
-from components.data.shards import read_manifest
+from components.data.shards import DataError, read_manifest, shard_rows
 from components.models.defense import STAND_INS, Mode
 from components.probes import Finding, Stored, required
 from pipelines.config.sections import Checks, Scoring
@@ -94,45 +96,77 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     return [*stored.findings, *stored_probes([*names, "state_unchanged"], found, facts)]
 
 
-def read_sets(
-    entry: Entry, plan: Plan, images: ImageSet
-) -> tuple[dict[str, Crafted], list[Finding]]:
-    """Read and check all sets of an entry; return those that may be counted, and all findings."""
-    sound = {}
-    findings: list[Finding] = []
-    for name, folder in entry.sets.items():
-        crafted = read_crafted(folder)
-        threat = plan.threat if plan.bounded(name) else None
-        checks = stored_set(name, crafted.images, crafted.ids, crafted.labels, images, threat)
-        checks.append(_provenance(name, folder, entry, plan))
-        random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
-        classes = len(images.class_names)
-        findings += [*checks, effort(name, plan.attack(name), crafted, classes, random)]
-        if all(finding.passed for finding in checks):
-            sound[name] = crafted
-    return sound, findings
+@dataclass(frozen=True)
+class CheckedSet:
+    """What was found about one stored set, whether it may be counted, and the digest it had."""
+
+    findings: list[Finding]
+    sound: bool
+    digest: str
+
+
+# The digests of the sets that may be counted, by entry and set.
+Sound = Mapping[str, Mapping[str, str]]
+
+
+def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
+    """Read and check one set of an entry, shard by shard; runs in a worker.
+
+    No model is asked anything. Raises DataError if a byte of the set or the images has changed.
+    """
+    torch.set_num_threads(1)
+    folder, test = entry.sets[name], read_manifest(plan.test)
+    digest, costs = shards.fingerprint(folder), list[Crafted]()
+
+    def parts() -> Iterator[Part]:
+        for rows, one in zip(shard_rows(folder), crafted_shards(folder), strict=True):
+            yield one.images, one.ids, one.labels, image_set.read(plan.test, rows)
+            costs.append(replace(one, images=torch.empty(len(one.ids), 0)))
+
+    threat = plan.threat if plan.bounded(name) else None
+    checks = stored_set(name, parts(), int(test["rows"]), threat)
+    checks.append(_provenance(name, folder, entry, plan))
+    random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
+    classes = len(test["class_names"])
+    spent = effort(name, plan.attack(name), joined(costs), classes, random)
+    return CheckedSet([*checks, spent], all(finding.passed for finding in checks), digest)
+
+
+def read_sound(entry: Entry, sound: Sound, images: ImageSet, rows: range) -> dict[str, Crafted]:
+    """Return the examples of some test images, which are those in `rows`, in all `sound` sets.
+
+    Raises DataError for a set that is not the one that was checked.
+    """
+    found = {}
+    for name, digest in sound[entry.name].items():
+        found[name] = read_crafted(entry.sets[name], rows)
+        same = shards.fingerprint(entry.sets[name]) == digest
+        if not same or not torch.equal(found[name].ids, images.ids):
+            raise DataError(f"{entry.sets[name]} has changed since it was checked")
+    return found
 
 
 def worst_of_baselines(
-    entry: Entry, plan: Plan, images: ImageSet, rows: Tensor
+    entry: Entry, plan: Plan, sound: Sound, images: ImageSet, rows: range
 ) -> dict[str, Tensor]:
-    """Return the worst examples of `other_baselines` for some rows: (N,C,H,W) by baseline.
+    """Return the worst examples of `other_baselines` for some test images: (N,C,H,W) by baseline.
 
     That is for each image the one of lowest margin in all sets of the baseline that were crafted
-    inside the ball and pass their checks. A baseline without any is left out.
+    inside the ball and are sound. A baseline without any is left out. The images are those in
+    `rows`.
     """
     found = {}
     for baseline in other_baselines(entry, plan):
         white = baseline.white_box_rungs()
         bounded = {
-            name: folder
-            for name, folder in baseline.sets.items()
+            name: digest
+            for name, digest in sound[baseline.name].items()
             if rung_of(name) in white and plan.bounded(name)
         }
-        sound, _ = read_sets(replace(baseline, sets=bounded), plan, images)
-        if sound:
-            stored = Stored(list(sound.values()), secret="", answers=0)
-            found[baseline.name] = stored.worst(images.ids[rows])
+        if bounded:
+            read = read_sound(baseline, {baseline.name: bounded}, images, rows)
+            stored = Stored(list(read.values()), secret="", answers=0)
+            found[baseline.name] = stored.worst(images.ids)
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 
 from components.attacks import Attack
 from components.attacks.ladder import REPLAYED
-from components.attacks.sets import read_crafted
+from components.attacks.sets import crafted_shards, joined
 from components.data import image_set, shards
 from components.models.defense import STAND_INS, Mode
 from components.models.identity import state_digest
@@ -87,17 +87,22 @@ def _attacks(own: Mapping[str, Path], params: CraftingView) -> dict[str, Attack]
 def _stored(
     out: Path, subject: Subject, ladder: Ladder, params: CraftingView, ids: torch.Tensor
 ) -> Stored:
-    """Return what the attacks on a subject left behind; of the images, those to be probed."""
+    """Return what the attacks on a subject left behind; of the images, those to be probed.
+
+    The sets are read shard by shard: they may be larger than the memory.
+    """
     own = _own(out, ladder)
     known = [subject.digest(), *(shards.fingerprint(folder) for folder in own.values())]
     secret = hashlib.sha256("/".join(known).encode()).hexdigest()
-    rows = spread(ids, secret, params.seed, params.checks.images)
+    probed = ids[spread(ids, secret, params.seed, params.checks.images)]
     sets, answers = [], 0.0
     for name, attack in _attacks(own, params).items():
-        crafted = read_crafted(own[name])
-        answers += float(crafted.forward.sum() + (GRADIENT - 1) * crafted.backward.sum())
+        parts = []
+        for crafted in crafted_shards(own[name]):
+            answers += float(crafted.forward.sum() + (GRADIENT - 1) * crafted.backward.sum())
+            parts.append(crafted.pick(torch.isin(crafted.ids, probed)))
         if attack.bounded:
-            sets.append(crafted.pick(rows))
+            sets.append(joined(parts))
     return Stored(sets, secret, answers)
 
 

@@ -2,7 +2,8 @@
 
 A worker process makes many of these calls, for several shards and entries. What a defense remembers
 of its questions, in itself or in its modules, must not help it: `score_sets` is called for all
-entries before `score_shard`, which is the first to ask about clean images.
+entries before `score_shard`, which is the first to ask about clean images, and `recount` comes
+last. Each reads its own rows alone, of sets that were checked before (`tasks.entries`).
 
 `tasks.summary` turns these counts into scores and judges them.
 """
@@ -18,22 +19,28 @@ from torch import Tensor
 
 from components.attacks import L2, SLACK
 from components.attacks.ladder import REPLAYED
-from components.attacks.sets import read_crafted
 from components.checks.sets import Answers, in_levels
 from components.data import image_set
 from components.data.draws import Role
 from components.data.image_set import ImageSet
-from components.data.shards import read_manifest
-from components.evaluation.counting import CLEAN, Effort, Score, count_score, count_sets, worst
+from components.data.shards import shard_rows
+from components.evaluation.counting import (
+    CLEAN,
+    Effort,
+    Score,
+    count_sets,
+    count_with_detector,
+    worst,
+)
 from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
-from components.models.accuracy import Counts, count_correct
+from components.models.accuracy import Counts, Values, count_correct
 from components.models.checkpoints import load, read_card
 from components.models.defense import Defense
 from components.models.identity import state_digest
 from components.probes import Finding
 from components.probes.models import recorded_accuracy, unchanged
-from pipelines.tasks.entries import Entry, Plan, read_sets, worst_of_baselines
+from pipelines.tasks.entries import Entry, Plan, Sound, read_sound, worst_of_baselines
 from pipelines.tasks.metrics import rung_of
 from pipelines.tasks.panels import Panel, render
 
@@ -42,13 +49,13 @@ from pipelines.tasks.panels import Panel, render
 class Attacked:
     """What was counted before any clean image: `scores` by rung/attack of the sets that count.
 
-    `transferred` are the scores of `worst_of_baselines`. `findings` are about all sets, `state` is
-    whether the scoring changed the defense.
+    `transferred` are the scores of `worst_of_baselines`. `detected` are the detector scores of the
+    sets, where they come with the answers. `state` is whether the scoring changed the defense.
     """
 
     scores: Mapping[str, Score]
     transferred: Mapping[str, Score]
-    findings: list[Finding]
+    detected: Mapping[str, Values]
     state: Finding
 
 
@@ -83,8 +90,8 @@ class Result:
         return within_threat(self.scores, self.inside)
 
 
-def score_sets(entry: Entry, plan: Plan, shard: int, device: str) -> Attacked:
-    """Score one shard of the sets of an entry, and check the sets whole; runs in a worker.
+def score_sets(entry: Entry, plan: Plan, sound: Sound, shard: int, device: str) -> Attacked:
+    """Score one shard of the sound sets of an entry; runs in a worker.
 
     The defense is newly loaded: the sets are the first that it is asked about. The worst examples
     of other baselines take turns with them.
@@ -92,25 +99,25 @@ def score_sets(entry: Entry, plan: Plan, shard: int, device: str) -> Attacked:
     torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
-    images = image_set.read(plan.test)
-    rows = _rows(plan.test, shard)
-    crafted, findings = read_sets(entry, plan, images)
-    own = {name: one.images[rows] for name, one in crafted.items()}
-    del crafted
-    others = worst_of_baselines(entry, plan, images, rows)
+    rows = shard_rows(plan.test)[shard]
+    images = image_set.read(plan.test, rows)
+    own = {name: one.images for name, one in read_sound(entry, sound, images, rows).items()}
+    others = worst_of_baselines(entry, plan, sound, images, rows)
     # Names of sets have a slash, and names of baselines have none.
-    scores = count_sets(
-        defense, {**own, **others}, rows, images.labels[rows], images.ids[rows], plan.seed,
+    scores, detected = count_sets(
+        defense, {**own, **others}, torch.tensor(rows), images.labels, images.ids, plan.seed,
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
     state = unchanged(before, state_digest(defense), defense.training)
     return Attacked(
-        {name: scores[name] for name in own}, {name: scores[name] for name in others}, findings,
-        state,
+        {name: scores[name] for name in own}, {name: scores[name] for name in others},
+        {name: detected[name] for name in own if detected}, state,
     )  # fmt: skip
 
 
-def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device: str) -> Result:
+def score_shard(
+    entry: Entry, plan: Plan, sound: Sound, shard: int, counted: Attacked, device: str
+) -> Result:
     """Score one entry on one shard of the test set, after its sets; runs in a worker.
 
     The defense is loaded anew, and is asked about clean images first.
@@ -118,12 +125,13 @@ def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device:
     torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
-    rows = _rows(plan.test, shard)
-    some = image_set.read(plan.test)[rows]
+    parts = shard_rows(plan.test)
+    some = image_set.read(plan.test, parts[shard])
     pixels = some.pixels()
-    mine = {name: read_crafted(entry.sets[name]).pick(rows) for name in counted.scores}
+    mine = read_sound(entry, sound, some, parts[shard])
     sets = {CLEAN: pixels, **{name: one.images for name, one in mine.items()}}
-    scores = {CLEAN: _clean(defense, some, plan), **counted.scores}
+    clean, detected = _clean(defense, some, plan)
+    scores = {CLEAN: clean, **counted.scores}
     reach = {name: plan.threat.distance(x, pixels).numpy() for name, x in sets.items()}
     inside = {name: far <= plan.threat.eps + SLACK for name, far in reach.items()}
     l2 = L2(norm="l2", eps_l2=1.0)
@@ -141,16 +149,12 @@ def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device:
         _once(other, attacked, some, plan, "score"),
     )
     rounded = _once(defense, in_levels(last, pixels, plan.threat), some, plan, "score")
-    val = _subset(image_set.read(plan.val), shard, len(read_manifest(plan.test)["files"]))
+    val = image_set.read(plan.val, _share(plan.val, shard, len(parts)))
+    known = {} if detected is None else {CLEAN: detected, **counted.detected}
     detector = detector_scores(
-        defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch
+        defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch, known
     )
     state = unchanged(before, state_digest(defense), defense.training)
-    findings = [
-        *counted.findings,
-        _recorded_accuracy(entry, plan),
-        state if counted.state.passed else counted.state,
-    ]
     panels = _panels(defense, some, sets, scores[CLEAN], plan) if shard == 0 else {}
     spent = {
         name: Effort.of(one)
@@ -162,10 +166,23 @@ def score_shard(entry: Entry, plan: Plan, shard: int, counted: Attacked, device:
         for name, one in mine.items()
         if rung_of(name) not in REPLAYED
     }
+    findings = [state if counted.state.passed else counted.state]
     return Result(
         scores, inside, distance, findings, unseen, rounded, detector, panels, spent, answers,
         counted.transferred,
     )  # fmt: skip
+
+
+def recount(classifier: Path, plan: Plan, device: str) -> Finding:
+    """Check that a bare classifier is as accurate as it was when trained; runs in a worker."""
+    torch.set_num_threads(1)
+    then: dict[str, int] = read_card(classifier).provenance["validation"]
+    val = image_set.read(plan.val)
+    bare = Defense(load(classifier, device), None).freeze()
+    now = count_correct(
+        bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
+    ).sum()
+    return recorded_accuracy(int(now), then["correct"], then["n"])
 
 
 def merge(results: Sequence[Result]) -> Result:
@@ -221,18 +238,13 @@ def _joined(scores: Sequence[Score]) -> Score:
     return Score(scores[0].draws, select, np.concatenate([score.score for score in scores]))
 
 
-def _rows(folder: Path, shard: int) -> Tensor:
-    """Return the positions of a shard within its whole set."""
-    sizes = [int(file["rows"]) for file in read_manifest(folder)["files"]]
-    return torch.arange(sum(sizes[:shard]), sum(sizes[: shard + 1]))
+def _share(folder: Path, shard: int, shards: int) -> range:
+    """Return the rows of a folder that a shard takes: each takes others, and all are taken.
 
-
-def _subset(images: ImageSet, shard: int, shards: int) -> ImageSet:
-    """Return every `shards`-th image, from position `shard` on: each shard takes other images.
-
-    Some get none if there are more shards than images.
+    Some get none if there are more shards than rows.
     """
-    return images[torch.arange(len(images))[shard::shards]]
+    count = shard_rows(folder)[-1].stop
+    return range(shard * count // shards, (shard + 1) * count // shards)
 
 
 def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:
@@ -256,8 +268,8 @@ def _panels(
     return render(defense, images[rows], crafted, plan.seed, plan.batch)
 
 
-def _clean(defense: Defense, images: ImageSet, plan: Plan) -> Score:
-    return count_score(
+def _clean(defense: Defense, images: ImageSet, plan: Plan) -> tuple[Score, Values | None]:
+    return count_with_detector(
         defense, images.pixels(), images.labels, images.ids, plan.seed, "clean",
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
@@ -270,13 +282,3 @@ def _once(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, role: Role)
         defense, x, images.labels, images.ids, plan.seed, role, draws, plan.batch
     )
     return Score(draws, counted, counted)
-
-
-def _recorded_accuracy(entry: Entry, plan: Plan) -> Finding:
-    then: dict[str, int] = read_card(entry.subject.classifier).provenance["validation"]
-    val = image_set.read(plan.val)
-    bare = Defense(load(entry.subject.classifier), None).freeze()
-    now = count_correct(
-        bare, val.pixels(), val.labels, val.ids, plan.seed, "clean", 1, plan.batch
-    ).sum()
-    return recorded_accuracy(int(now), then["correct"], then["n"])

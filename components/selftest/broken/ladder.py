@@ -206,7 +206,8 @@ def _of_sets(attacked: Attacked) -> Iterator[Finding]:
     for name, crafted in attacked.own.items():
         mode, _, kind = name.partition("/")
         score = attacked.scores[name]
-        yield from stored_set(name, crafted.images, data.ids, data.labels, data, THREAT)
+        part = (crafted.images, data.ids, data.labels, data)
+        yield from stored_set(name, [part], len(data), THREAT)
         yield effort(
             name, attacked.plans[mode][kind], crafted, len(data.class_names), defense.stochastic
         )

@@ -17,7 +17,8 @@ from components.probes import Finding
 
 def check_stored_set(data: ImageSet, images: Tensor, **changes: Any) -> list[Finding]:
     facts = {"ids": data.ids, "labels": data.labels, "threat": LINF, **changes}
-    return sets.stored_set("full/pgd", images, facts["ids"], facts["labels"], data, facts["threat"])
+    part = (images, facts["ids"], facts["labels"], data)
+    return sets.stored_set("full/pgd", [part], len(data), facts["threat"])
 
 
 def attacked(data: ImageSet, factor: float = 1.0) -> Tensor:

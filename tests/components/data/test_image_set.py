@@ -30,13 +30,52 @@ def test_read_returns_what_was_written(folder: Path) -> None:
     assert torch.equal(read.images, written.images) and read.images.dtype == torch.uint8
     assert torch.equal(read.labels, written.labels) and torch.equal(read.ids, written.ids)
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
-    by_shard = image_set.read_by_shard(folder)
-    assert [len(shard) for shard in by_shard] == [10, 10, 5]
-    (second,) = image_set.read_by_shard(folder, 1)
-    assert torch.equal(second.ids, by_shard[1].ids) and torch.equal(
-        second.images, by_shard[1].images
-    )
     assert read.pixels().max() <= 1
+    assert shards.shard_rows(folder) == [range(10), range(10, 20), range(20, 25)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        range(10, 20),
+        range(3, 4),
+        range(8, 23),
+        range(25),
+        range(20, 99),
+        range(7, 7),
+        range(30, 40),
+    ],
+)
+def test_some_rows_are_those_of_the_whole(folder: Path, rows: range) -> None:
+    some, whole = image_set.read(folder, rows), small_set()
+    expected = whole[torch.tensor([row for row in rows if row < len(whole)], dtype=torch.int64)]
+    for name in ("images", "labels", "ids"):
+        assert torch.equal(getattr(some, name), getattr(expected, name))
+    assert some.class_names == whole.class_names and some.images.dtype == torch.uint8
+    assert some.shape == whole.shape
+
+
+def test_only_shards_with_some_of_the_rows_are_read_and_verified(folder: Path) -> None:
+    (folder / shards.shard_name(1)).write_bytes(b"damaged")
+    assert len(image_set.read(folder, range(10))) == len(image_set.read(folder, range(20, 25))) * 2
+    for rows in (range(9, 11), range(19, 20), None):
+        with pytest.raises(DataError, match=r"part-00001\.parquet was altered"):
+            image_set.read(folder, rows)
+
+
+def test_a_manifest_with_other_lengths_is_refused(folder: Path) -> None:
+    """Rows are found by these lengths: with wrong ones, an image would stand for another."""
+    manifest = shards.read_manifest(folder)
+    manifest["files"][0]["rows"], manifest["files"][1]["rows"] = 9, 11
+    shards.write_json(folder / shards.MANIFEST, manifest)
+    with pytest.raises(DataError, match=r"disagree about part-00001\.parquet"):
+        image_set.read(folder, range(10, 20))
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    image_set.write(tmp_path / "none", small_set()[torch.arange(0)], rows_per_part=10)
+    with pytest.raises(DataError, match="contains no images"):
+        image_set.read(tmp_path / "none")
 
 
 def test_equal_images_give_equal_bytes(folder: Path, tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ def test_an_honest_defense_answers_alike_in_any_order(
     defense = Defense(classifier, purifier and purifier.build(test_set.shape)).freeze()
     clean, labels, ids = test_set.pixels(), test_set.labels, test_set.ids
     moved = {f"{k}": (clean + 0.1 * k * (clean - 0.5)).clamp(0, 1) for k in (-4, 1, 3)}
-    found = count_sets(defense, moved, torch.arange(len(ids)), labels, ids, 3, 4, 6, 50)
+    found, _ = count_sets(defense, moved, torch.arange(len(ids)), labels, ids, 3, 4, 6, 50)
     assert list(found) == list(moved)
     for name, x in moved.items():
         alone = count_score(defense, x, labels, ids, 3, "score", 4, 6, 50)
@@ -391,4 +391,4 @@ def test_an_honest_defense_answers_alike_in_any_order(
 
 def test_where_there_are_no_sets_nothing_is_counted() -> None:
     nothing, rows = dict[str, Tensor](), torch.arange(2)
-    assert count_sets(Defense(Threshold(), None), nothing, rows, rows, rows, 0, 1, 1, 5) == {}
+    assert count_sets(Defense(Threshold(), None), nothing, rows, rows, rows, 0, 1, 1, 5) == ({}, {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components.data.draws import NoiseStream
-from components.evaluation.counting import Score
+from components.evaluation.counting import Score, count_score, count_sets, count_with_detector
 from components.evaluation.detection import (
     DetectorScores,
     auc,
@@ -21,6 +21,7 @@ from components.evaluation.detection import (
     threshold,
     withstood,
 )
+from components.models.accuracy import count_and_detect
 from components.models.defense import Defense
 from components.models.purifiers.contract import Purifier
 
@@ -137,7 +138,9 @@ def test_detector_scores_of_defenses_with_and_without_a_detector() -> None:
     sets = {"clean": x, "full/pgd": (x + 0.3).clamp(0, 1)}
 
     def scores_of(purifier: Purifier | None, batch: int) -> DetectorScores | None:
-        return detector_scores(Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch)
+        return detector_scores(
+            Defense(classifier, purifier), sets, ids, x[:3], ids[:3], 0, batch, {}
+        )
 
     whole = scores_of(Halve(), 5)
     assert whole is not None
@@ -152,8 +155,76 @@ def test_detector_scores_of_defenses_with_and_without_a_detector() -> None:
     assert whole.select is whole.score
     noisy = scores_of(Shifted(), 5)
     assert noisy is not None and not np.allclose(noisy.select["clean"], noisy.score["clean"])
+    known = {"clean": whole.score["clean"] + 1}
+    defense = Defense(classifier, Halve())
+    given = detector_scores(defense, sets, ids, x[:3], ids[:3], 0, 5, known)
+    assert given is not None and given.score["clean"] is given.select["clean"] is known["clean"]
+    assert np.array_equal(given.score["full/pgd"], whole.score["full/pgd"])
     both = merge([whole, whole])
     assert both is not None and len(both.validation) == 6 and len(both.control["clean"]) == 10
+
+
+class Listening(Halve):
+    """Keeps what it purifies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Tensor] = []
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        self.asked.append(x)
+        return super().purify(x, stream)
+
+
+def test_an_image_is_purified_once_for_its_answer_and_its_detector_score() -> None:
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
+    x, ids, labels = torch.rand(7, 1, 2, 2), torch.arange(7), torch.arange(7) % 2
+    sets = {"full/a": x, "full/b": (x + 0.3).clamp(0, 1), "full/c": x.flip(3)}
+    defense = Defense(classifier, Listening()).freeze()
+    scores, detected = count_sets(defense, sets, ids, labels, ids, 0, 2, 2, 3)
+    clean, value = count_with_detector(defense, 1 - x, labels, ids, 0, "clean", 2, 2, 3)
+    assert isinstance(defense.purifier, Listening) and value is not None
+    assert len(torch.cat(defense.purifier.asked)) == 4 * len(x)
+    every = {"clean": 1 - x, **sets}
+    apart = detector_scores(Defense(classifier, Halve()), every, ids, x[:0], ids[:0], 0, 3, {})
+    assert apart is not None and list(detected) == list(sets)
+    for name, one in {"clean": value, **detected}.items():
+        np.testing.assert_allclose(one, apart.score[name], rtol=1e-6)
+    for name, one in {"clean": clean, **scores}.items():
+        other = count_score(
+            Defense(classifier, Halve()), every[name], labels, ids, 0, "score", 2, 2, 7
+        )
+        assert one.draws == other.draws and np.array_equal(one.score, other.score)
+        assert np.array_equal(one.select, other.select)
+
+
+@pytest.mark.parametrize("purifier", [None, Shifted()])
+def test_without_a_deterministic_purifier_no_detector_score_comes_with_an_answer(
+    purifier: Purifier | None,
+) -> None:
+    """The noise of a detector is never that of an answer."""
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
+    x, ids, labels = torch.rand(7, 1, 2, 2), torch.arange(7), torch.arange(7) % 2
+    defense = Defense(classifier, purifier).freeze()
+    scores, detected = count_sets(defense, {"full/a": x}, ids, labels, ids, 0, 2, 4, 3)
+    score, value = count_with_detector(defense, x, labels, ids, 0, "score", 2, 4, 3)
+    assert detected == {} and value is None
+    assert np.array_equal(scores["full/a"].score, score.score)
+    if defense.stochastic:
+        with pytest.raises(ValueError, match="random defense"):
+            count_and_detect(defense, x, labels, 3)
+
+
+def test_an_answer_that_is_no_number_is_wrong_beside_a_detector_score() -> None:
+    class Broken(Halve):
+        def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+            return torch.where(x > 0.5, torch.nan, x)
+
+    x = torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).requires_grad_(False)
+    labels = classifier(x).argmax(1)
+    right, values = count_and_detect(Defense(classifier, Broken()).freeze(), x, labels, 5)
+    assert right.tolist() == [1, 0] and values[0] == 0 and np.isnan(values[1])
 
 
 def test_the_control_is_the_squared_distance_from_black_and_white() -> None:

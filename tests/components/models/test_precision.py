@@ -13,7 +13,7 @@ from toys import LINF, head, parse_attack
 from components.attacks import craft
 from components.data.image_set import ImageSet
 from components.evaluation.detection import detector_scores
-from components.models.accuracy import count_correct
+from components.models.accuracy import count_and_detect, count_correct
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.precision import full_precision
@@ -126,7 +126,7 @@ def results(defense: Defense, data: ImageSet) -> list[Any]:
     attack = parse_attack("pgd", steps=3, eot=1)
     crafted = craft(attack, defense, "full", data, LINF, 0, 8)
     findings = probe(defense, ["full"], data, LINF, 0, 8, 1, 8, None, None, thorough=False)
-    detector = detector_scores(defense, {"clean": pixels}, ids, pixels, ids, 0, 8)
+    detector = detector_scores(defense, {"clean": pixels}, ids, pixels, ids, 0, 8, {})
     panels = render(defense, data, {"pgd": crafted.images}, 0, 8)
     return [
         counts.tolist(), crafted.images.tolist(), findings,
@@ -143,12 +143,15 @@ def test_whatever_is_on_outside_a_defense_is_called_in_full_float32(
     defense = Defense(Witness(classifier, seen), WitnessPurifier(seen)).freeze()
     calls: dict[str, Callable[[], Any]] = {
         "count_correct": lambda: count_correct(defense, pixels, labels, ids, 0, "score", 1, 8),
+        "count_and_detect": lambda: count_and_detect(
+            Defense(Witness(classifier, seen), None), pixels, labels, 8
+        ),
         "craft": lambda: craft(parse_attack("fgsm"), defense, "full", data, LINF, 0, 8),
         "probe": lambda: probe(
             defense, ["full"], data, LINF, 0, 8, 1, 8, None, None, thorough=False
         ),
         "detector_scores": lambda: detector_scores(
-            defense, {"clean": pixels}, ids, pixels, ids, 0, 8
+            defense, {"clean": pixels}, ids, pixels, ids, 0, 8, {}
         ),
         "panels": lambda: render(defense, data, {"pgd": pixels}, 0, 8),
         "speed": lambda: seconds_per_image(defense, pixels, ids),

@@ -1,135 +1,41 @@
 """Scoring in parts: no result depends on how many parts the test set has."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
+from small_scoring import (
+    PGD,
+    RUNGS,
+    SHAPE,
+    THREAT,
+    VALIDATION,
+    N,
+    made,
+    rewrite,
+    scored_together,
+    sound_sets,
+)
 from torch import Tensor
 
-from components.attacks import Crafted, Linf, craft
-from components.attacks.contract import Cost
-from components.attacks.gradient import Pgd
+from components.attacks import Linf, craft
 from components.attacks.sets import read_crafted, write_crafted, write_crafted_manifest
 from components.checks.sets import in_levels, same_answer
 from components.config import Config
 from components.data import image_set, shards
 from components.data.draws import NoiseStream
-from components.data.image_set import ImageSet
 from components.data.shards import shard_name
 from components.evaluation.detection import detection
-from components.models.accuracy import count_correct
-from components.models.checkpoints import ModelCard, build, save
-from components.models.defense import Defense
 from components.models.purifiers import Purifier
 from components.models.purifiers.controls import GaussianNoise, Identity, Threshold
-from pipelines.config.sections import Checks, Scoring
-from pipelines.runner.context import Context
-from pipelines.stages.evaluate import count_all
-from pipelines.tasks.entries import Entry, Plan, other_baselines
+from pipelines.tasks.entries import Entry, Plan, check_set, other_baselines
 from pipelines.tasks.scoring import Result, score_sets
 from pipelines.tasks.subject import Subject
 from pipelines.tasks.summary import summary
-
-N, VALIDATION, SHAPE, NAMES = 12, 3, (1, 8, 8), ("a", "b")
-THREAT = Linf(norm="linf", eps_255=51.0)
-PGD = Pgd(
-    kind="pgd", steps=1, step=1.0, restarts=1, random_start=False, early_stop=False, eot=1
-)  # fmt: skip
-RUNGS = ("full/pgd", "bpda/pgd")
-
-
-def images_of(count: int, first: int) -> ImageSet:
-    """Return images of noise; the first one is black, and a threshold does not change it."""
-    levels = torch.randint(256, (count, *SHAPE), dtype=torch.uint8)
-    levels[0] = 0
-    return ImageSet(levels, torch.arange(count) % 2, torch.arange(first, first + count), NAMES)
-
-
-def save_classifier(folder: Path, val: ImageSet) -> None:
-    """Save a classifier of random weights, which knows no favourite, with its true accuracy."""
-    card = ModelCard(
-        format=1, family="classifier", model={"kind": "small_cnn", "width": 2},
-        shape=list(SHAPE), class_names=list(NAMES), provenance={},
-    )  # fmt: skip
-    model = build(card).eval().requires_grad_(False)
-    model.network[-1].bias -= model(val.pixels()).mean(0)
-    right = count_correct(
-        Defense(model, None).freeze(), val.pixels(), val.labels, val.ids, 0, "clean", 1, 5
-    )
-    facts = {"validation": {"correct": int(right.sum()), "n": len(val)}}
-    save(folder, model, card.model_copy(update={"provenance": facts}))
-
-
-def made(
-    root: Path, control: Config, rows: int, rungs: Sequence[str] = RUNGS, fooled: bool = True,
-    cost: Cost | None = None, right: bool = False,
-) -> tuple[Entry, Plan]:  # fmt: skip
-    """Make a control to be scored; by default its sets cost what their attack promises.
-
-    `right` labels the test images as the classifier does.
-    """
-    torch.manual_seed(0)
-    val, test = images_of(VALIDATION, 100), images_of(N, 0)
-    image_set.write(root / "val", val, VALIDATION)
-    save_classifier(root / "model", val)
-    if right:
-        labels = Subject(root / "model").defense()(test.pixels()).argmax(1)
-        test = ImageSet(test.images, labels, test.ids, NAMES)
-    image_set.write(root / "test", test, rows)
-    subject = Subject(root / "model", control=control)
-    clean, ones = test.pixels(), torch.ones(N, dtype=torch.int64)
-    cost = cost or PGD.effort(len(test.class_names), subject.stochastic())
-    for name in rungs:
-        moved = THREAT.project(clean + 0.2 * torch.randn_like(clean), clean)
-        moved[0] = clean[0]
-        crafted = Crafted(
-            test.ids,
-            test.labels,
-            moved,
-            ones.bool() & fooled,
-            ones,
-            cost.forward * ones,
-            cost.backward * ones,
-            0 * ones,
-            ones.bool() & fooled,
-            1 - ones,
-            -ones.float(),
-        )
-        write_crafted(root / name / shard_name(0), crafted)
-        facts: dict[str, Any] = {
-            **subject.facts(), "data": shards.fingerprint(root / "test"), "seed": 0,
-            "mode": name.partition("/")[0], "attack": PGD.model_dump(mode="json"),
-            "threat": THREAT.model_dump(mode="json"),
-        }  # fmt: skip
-        write_crafted_manifest(root / name, SHAPE, facts)
-    plan = Plan(
-        threat=THREAT, attacks={"pgd": PGD}, seed=0, batch=5, val=root / "val",
-        checks=Checks(images=32, thorough=False),
-        scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
-        unseen=root / "model", surrogate=None,
-    )  # fmt: skip
-    sets = {name: root / name for name in rungs}
-    return Entry("control", "control", subject, root / "checks.json", sets), plan
-
-
-class Alone:
-    """A context whose process does all tasks, one by one."""
-
-    session = nullcontext
-
-    def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
-        return [function(**task, device="cpu") for task in tasks]
-
-
-def scored_together(entries: Sequence[Entry], plan: Plan) -> list[Result]:
-    """Score entries as the stage does where one process scores them all."""
-    return count_all(entries, plan, cast(Context, Alone()))[0]
 
 
 def scored(root: Path, control: Config, rows: int) -> Result:
@@ -179,7 +85,7 @@ def test_the_draws_of_a_random_defense_are_counted_where_attacks_average_over_th
     noise = GaussianNoise(kind="gaussian_noise", sigma=0.2)
     fixed = PGD.effort(10, stochastic=False)
     entry, plan = made(tmp_path, noise, N, rungs, fooled=False, cost=fixed)
-    findings = score_sets(entry, plan, 0, "cpu").findings
+    findings = [f for name in rungs for f in check_set(entry, name, plan, "cpu").findings]
     short = [f.name for f in findings if f.name.startswith("effort") and not f.passed]
     assert short == ["effort/full/pgd"]
 
@@ -214,11 +120,7 @@ def crafted_in_another_process(entry: Entry, plan: Plan) -> None:
     images = image_set.read(plan.test)
     found = craft(PGD, entry.subject.defense(), "full", images, THREAT, 0, 5)
     Remembering.asked.clear()
-    write_crafted(entry.sets[RUNGS[0]] / shard_name(0), found)
-    manifest = shards.read_manifest(entry.sets[RUNGS[0]])
-    write_crafted_manifest(
-        entry.sets[RUNGS[0]], SHAPE, {k: v for k, v in manifest.items() if k != "files"}
-    )
+    rewrite(entry.sets[RUNGS[0]], found)
 
 
 @pytest.mark.parametrize("rows", [N, 4])
@@ -290,7 +192,9 @@ def test_only_sound_sets_of_another_classifier_are_tried(tmp_path: Path) -> None
     entry, plan = made(tmp_path, Identity(kind="identity"), N, right=True)
 
     def tried(baseline: Entry) -> list[str]:
-        found = score_sets(entry, replace(plan, baselines=[baseline]), 0, "cpu")
+        tried_on = replace(plan, baselines=[baseline])
+        sound = sound_sets([entry, baseline], tried_on)
+        found = score_sets(entry, tried_on, sound, 0, "cpu")
         assert set(found.scores) == set(RUNGS)
         return list(found.transferred)
 
@@ -309,9 +213,5 @@ def test_only_sound_sets_of_another_classifier_are_tried(tmp_path: Path) -> None
     larger = attacked_baseline(tmp_path, plan, other)
     moved = read_crafted(larger.sets[RUNGS[0]])
     outside = replace(moved, images=(moved.images + 0.3).clamp(0, 1))
-    write_crafted(larger.sets[RUNGS[0]] / shard_name(0), outside)
-    facts = shards.read_manifest(larger.sets[RUNGS[0]])
-    write_crafted_manifest(
-        larger.sets[RUNGS[0]], SHAPE, {k: v for k, v in facts.items() if k != "files"}
-    )
+    rewrite(larger.sets[RUNGS[0]], outside)
     assert tried(larger) == []

@@ -175,6 +175,7 @@ def test_detector_score_of_an_image_does_not_depend_on_its_batch(name: str) -> N
     alone = purifier.detector_score(x[rows], stream[rows])
     assert torch.allclose(alone, scores[rows], rtol=1e-3, atol=1e-5)
     assert purifier.detector_score(x).shape == (IMAGES,), "without a stream"
+    assert torch.equal(purifier.detector_score(x, stream, purifier(x, stream)), scores)
 
 
 @EVERY
