@@ -86,6 +86,23 @@ def test_the_sign_test_is_exact_however_small_p_is(lower: int, higher: int, size
     assert p == pytest.approx(size, rel=0.01, abs=0)
 
 
+def test_the_sign_test_equals_the_sum_over_all_outcomes() -> None:
+    """Term by term against the plain sum, for every way to split up to forty images."""
+    for n in range(41):
+        for lower in range(n + 1):
+            plain = Fraction(sum(comb(n, k) for k in range(lower, n + 1)), 2**n)
+            assert more_fooled(*pair(lower, n - lower)) == float(plain)
+
+
+def test_half_of_ten_thousand_images_are_as_likely_as_symmetry_says() -> None:
+    """An odd number splits into two equal halves; of an even one, the middle is counted twice."""
+    assert more_fooled(*pair(5001, 5000)) == 0.5
+    middle = Fraction(comb(10_000, 5000), 2**10_000)
+    assert more_fooled(*pair(5000, 5000)) == float(Fraction(1, 2) + middle / 2)
+    both = more_fooled(*pair(5100, 4900)) + more_fooled(*pair(4901, 5099))
+    assert both == pytest.approx(1, rel=1e-15)
+
+
 @pytest.mark.parametrize("lower", [0, 4900, 5000, 5100, 10_000])
 def test_the_sign_test_of_ten_thousand_differing_images_takes_under_a_tenth_of_a_second(
     lower: int,
