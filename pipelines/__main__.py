@@ -1,6 +1,5 @@
 """The command `limpid NAME ...`, or `python -m pipelines NAME ...`: every stage and command."""
 
-import ast
 import importlib
 import signal
 import sys
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from pipelines import layout
 from pipelines.errors import near
-from pipelines.runner import watcher
+from pipelines.runner import command_line, watcher
 
-# torch takes seconds to import: only the stage or command that runs may import it.
+# torch takes seconds to import: only the stage or command that runs may import it, and only after
+# its command line was understood.
 HERE = Path(__file__).parent
 HELP = ("help", "-h", "--help")
 GROUPS = {
@@ -67,36 +67,34 @@ def _run(name: str, words: Sequence[str]) -> int:
     # argparse takes the name of the program from here.
     sys.argv = [f"limpid {name}", *words]
     try:
-        run = _imported(f"pipelines.{groups[name]}.{name}")
+        run = _imported(groups[name], name, words)
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
     except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("components", "pipelines"):
+        if _own(error):
             raise
-        missing = isinstance(error, ModuleNotFoundError)
-        problem = f"lacks the package {package}" if missing else f"fails to import: {error}"
-        return _refuse(
-            f"{sys.executable} {problem}; activate the environment Limpid is installed in, for "
-            "example by `. .venv/bin/activate`"
-        )
+        return _refuse_import(error)
     try:
-        return run(words)
+        return run()
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, ImportError) and not _own(error):
+            return _refuse_import(error)
         from pipelines.runner.exit_codes import report
 
         return report(error)
 
 
-def _imported(module_name: str) -> Callable[[Sequence[str]], int]:
-    """Import a stage or command; return the function that runs it."""
-    module = importlib.import_module(module_name)
-    if hasattr(module, "run"):
+def _imported(group: str, name: str, words: Sequence[str]) -> Callable[[], int]:
+    """Import a stage or command; return what runs it with the words of its command line."""
+    module_name = f"pipelines.{group}.{name}"
+    if group == "stages" and command_line.options_of(name) is not None:
+        given = command_line.parse(name, words)
+        importlib.import_module(module_name)
         from pipelines.runner import stage
 
-        return partial(stage.main, module_name)
-    command: Callable[[Sequence[str]], int] = module.main
-    return command
+        return partial(stage.main, module_name, given)
+    command: Callable[[Sequence[str]], int] = importlib.import_module(module_name).main
+    return partial(command, words)
 
 
 def _overview() -> str:
@@ -105,9 +103,7 @@ def _overview() -> str:
     for group, title in GROUPS.items():
         lines += ["", f"{title}:"]
         for name in names(group):
-            source = (HERE / group / f"{name}.py").read_text(encoding="utf-8")
-            summary = (ast.get_docstring(ast.parse(source), clean=False) or "").partition("\n")[0]
-            lines.append(f"  {name:<21}{summary}")
+            lines.append(f"  {name:<21}{command_line.summary(group, name)}")
     return "\n".join(lines)
 
 
@@ -118,6 +114,21 @@ def _version() -> str:
         return metadata.version("limpid")
     except metadata.PackageNotFoundError:
         return "of this folder (not installed)"
+
+
+def _own(error: ImportError) -> bool:
+    """Say whether it is code of this project that cannot be imported."""
+    return (error.name or "").partition(".")[0] in ("components", "pipelines")
+
+
+def _refuse_import(error: ImportError) -> int:
+    package = (error.name or "").partition(".")[0]
+    missing = isinstance(error, ModuleNotFoundError)
+    problem = f"lacks the package {package}" if missing else f"fails to import: {error}"
+    return _refuse(
+        f"{sys.executable} {problem}; activate the environment Limpid is installed in, for "
+        "example by `. .venv/bin/activate`"
+    )
 
 
 def _refuse(sentence: str, code: int = 4) -> int:

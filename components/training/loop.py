@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from components.config import Config
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
+from components.training import Diverged
 from components.training.contract import Batch, Objective
 
 # Takes the network after an epoch, and the index of the epoch; returns what to log of it.
@@ -54,10 +55,6 @@ class Epoch:
     index: int
     metrics: dict[str, float]
     state: dict[str, Any]
-
-
-class Diverged(ArithmeticError):
-    """The loss is no longer a number."""
 
 
 def fit(

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from components.data.image_set import ImageSet
 from components.data.shards import DataError, write_json
 from components.models.checkpoints import ModelCard, latest_state, pack_state, save, save_state
+from components.training import Diverged
 from components.training.contract import Objective
-from components.training.loop import Diverged, Training, Validate, fit
+from components.training.loop import Training, Validate, fit
 from pipelines.cluster import capacity, session, worker_pool
 from pipelines.cluster.worker_pool import MAX_FAILURES, WorkerPool, given_up
 from pipelines.config.resources import TrainingWorkers

@@ -25,8 +25,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.data.shards import write_bytes
-from components.sources import DATASETS
-from pipelines.config.schema import Params, explain
 from pipelines.config.search_space import flatten, put
 from pipelines.config.yaml_files import edit_yaml, read_yaml, write_yaml
 from pipelines.errors import ConfigError
@@ -75,6 +73,9 @@ def adopt(text: str, file: Path) -> str:
 
     Raises ConfigError for keys that do not exist, and where the result is not valid.
     """
+    # Imports torch.
+    from pipelines.config.schema import Params, explain
+
     values = dict(flatten(read_yaml(file)))
     try:
         Params.model_validate(put(read_yaml(PARAMS), values))
@@ -87,6 +88,9 @@ def adopt(text: str, file: Path) -> str:
 
 def compose(profile: str, overrides: list[str]) -> str:
     """Return the YAML text of a profile with overrides; ConfigError where it is not valid."""
+    # Imports torch.
+    from pipelines.config.schema import Params, explain
+
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if profile not in known:
         raise ConfigError(f"there is no profile {profile}; there are {', '.join(known)}")
@@ -117,6 +121,9 @@ def merge(
     base: Mapping[str, Any], over: Mapping[str, Any], replaced: Collection[str] = (), path: str = ""
 ) -> dict[str, Any]:
     """Return `base` with `over` laid on it; the sections in `replaced` come from `over` alone."""
+    # Imports torch.
+    from components.sources import DATASETS
+
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

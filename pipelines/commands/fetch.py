@@ -12,18 +12,19 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster import submission
 from pipelines.cluster.job_events import Listener, MetricLogger, Progress
 from pipelines.cluster.session import CARRIED
-from pipelines.config import schema
 from pipelines.errors import ConfigError, Failed
-from pipelines.runner import stage
-from pipelines.runner.call import StageCall, parse
+from pipelines.runner import command_line
 from pipelines.storage import jobs, locks
 from pipelines.storage.jobs import JobFolder
 from pipelines.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from pipelines.runner.call import StageCall
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _call(label: str) -> StageCall:
+def _call(label: str) -> "StageCall":
     """Return the call of a stage by its name in DVC, as its command in dvc.yaml resolves."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+
+    # Imports torch.
+    from pipelines.config import schema
+    from pipelines.runner.call import StageCall
 
     try:
         found = list(Repo(".").stage.collect(label))
@@ -56,13 +61,13 @@ def _call(label: str) -> StageCall:
         raise ConfigError(f"name one stage, and not {label}: {names or 'there is none'}")
     # exec pipelines/limpid NAME --option value ...
     _, _, name, *words = shlex.split(found[0].cmd)
-    module = importlib.import_module(f"pipelines.stages.{name}")
-    if not hasattr(module, "run"):
+    if command_line.options_of(name) is None:
         raise ConfigError(f"{name} runs on this machine alone")
-    return StageCall.of(module, parse(module, words), schema.load())
+    module = importlib.import_module(f"pipelines.stages.{name}")
+    return StageCall.of(module, command_line.parse(name, words), schema.load())
 
 
-def _send(call: StageCall) -> None:
+def _send(call: "StageCall") -> None:
     """Upload the inputs that are here, and print the command that submits the stage."""
     store = jobs.store()
     for path in call.deps.values():
@@ -82,8 +87,10 @@ def _send(call: StageCall) -> None:
     print(f"{submit} -- {shlex.join(words)}")
 
 
-def _fetch(call: StageCall) -> None:
+def _fetch(call: "StageCall") -> None:
     """Download the outputs of the job that has published them, and log its run."""
+    from pipelines.runner import stage
+
     name = jobs.published(next(iter(call.outs.values()))).job
     result = JobFolder(jobs.store(), name).result()
     if result is None:

@@ -19,10 +19,8 @@ from rich import box
 from rich.table import Table
 
 from components.data.shards import DataError
-from pipelines.config.schema import Params, load
 from pipelines.errors import ConfigError, Failed
 from pipelines.layout import METRICS, MODELS, PARAMS
-from pipelines.reporting.registration import registrations, require_unchanged
 from pipelines.runner.console import show
 from pipelines.tasks import metrics
 from pipelines.tracking import registry
@@ -53,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.reason = (options.reason or "").strip()
     if options.defense and options.by:
         raise ConfigError(f"give {options.defense} or --by {options.by}, not both")
-    params = load()
-    name = options.model or f"limpid-{params.data.kind}"
+    # Imports torch.
+    from pipelines.config.schema import load
+
+    name = options.model or f"limpid-{load().data.kind}"
     if options.sync:
-        _sync(params)
+        _sync()
     try:
         client = registry.connect()
         found = registry.versions(client, name)
@@ -153,8 +153,12 @@ def _chosen(found: Sequence[Version], options: Any) -> Version:
     return max(named, key=lambda version: (version.evaluated, version.number))
 
 
-def _sync(params: Params) -> None:
+def _sync() -> None:
     """Register what was evaluated in this folder."""
+    from pipelines.config.schema import load
+    from pipelines.reporting.registration import registrations, require_unchanged
+
+    params = load()
     try:
         scored = metrics.read_unedited(METRICS)
         require_unchanged(params.defenses, MODELS)

@@ -1,4 +1,4 @@
-"""The trained networks behind the scores: what they were made from, and their training curves."""
+"""What is scored, and the trained networks behind it: what they were made from, how they learnt."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from components.data.shards import DataError
 from components.models.checkpoints import ModelCard, fingerprint, read_card
+from pipelines.reporting.wording import settings
 from pipelines.tasks.entries import Entry, Plan
+from pipelines.tasks.subject import Subject
 
 SHORT = 12
 
@@ -56,6 +58,18 @@ def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Mode
             model = found[folder.name] = _model(folder, known)
             waiting += [known[mark] for mark in _made_from(model.card).values() if mark in known]
     yield from sorted(found.values(), key=lambda model: (model.card.family, model.name))
+
+
+def describe_subject(subject: Subject) -> str:
+    """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
+    if subject.control is not None:
+        return settings(subject.control.model_dump(mode="json"))
+    if subject.purifier is None:
+        return f"bare classifier {subject.classifier.name}"
+    if subject.inference is None:
+        return f"purifier {subject.purifier.name}"
+    used = settings(subject.inference.model_dump(mode="json"))
+    return f"purifier {subject.purifier.name} used as {used}"
 
 
 def _made_from(card: ModelCard) -> dict[str, str]:

@@ -15,10 +15,10 @@ from pipelines.config import dvc_lock
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
 from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT
+from pipelines.reporting.networks import describe_subject
 from pipelines.reporting.wording import (
     MEANINGS,
     ROBUST,
-    describe_subject,
     describe_threat,
     illusion,
     not_beaten,

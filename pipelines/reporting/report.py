@@ -29,12 +29,11 @@ from pipelines.reporting.charts import (
     over_rejected,
 )
 from pipelines.reporting.claims import claims, compared_baseline, conclusion
-from pipelines.reporting.networks import Model
+from pipelines.reporting.networks import Model, describe_subject
 from pipelines.reporting.wording import (
     MEANINGS,
     ROLES,
     describe_radius,
-    describe_subject,
     describe_threat,
     illusion,
     interval,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from pipelines.tasks.metrics import EntryRole, Estimate, Scored, Standing, ThreatModel, rung_of
-from pipelines.tasks.subject import Subject
 
 ROBUST = "robust accuracy (worst of all attacks)"
 ROLES: tuple[EntryRole, ...] = get_args(EntryRole)
@@ -173,15 +172,3 @@ def no_better(name: str, found: Scored) -> str:
     if 2 * as_well <= len(sets):
         return ""
     return f"{name} on {as_well} of {len(sets)} sets"
-
-
-def describe_subject(subject: Subject) -> str:
-    """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
-    if subject.control is not None:
-        return settings(subject.control.model_dump(mode="json"))
-    if subject.purifier is None:
-        return f"bare classifier {subject.classifier.name}"
-    if subject.inference is None:
-        return f"purifier {subject.purifier.name}"
-    used = settings(subject.inference.model_dump(mode="json"))
-    return f"purifier {subject.purifier.name} used as {used}"

@@ -1,14 +1,9 @@
-"""One call of a stage: the words of its command line as options, parameters and paths.
+"""One call of a stage: its options, as its command line gave them, and all parameters.
 
-A stage module has a function `run(params, context, *, dep: Path, ..., out: Path) -> metrics`. Its
-signature is its command line: every keyword-only parameter is an option (`out_train` is
-`--out-train`), `name: str` is the instance of a stage that dvc.yaml repeats, and the paths default
-to `pipelines/layout.py`. Options that begin with `out` are written, the other paths are read.
+Options that begin with `out` are written, the other paths are read (`runner/command_line.py`).
 """
 
-import argparse
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,33 +20,6 @@ from pipelines.storage import jobs
 from pipelines.storage.jobs import Spec
 from pipelines.storage.object_store import Listing
 from pipelines.tracking.registry import Registration
-
-
-def parse(module: Any, words: Sequence[str]) -> dict[str, str]:
-    """Return the options of a stage from the words of its command line, defaults filled in.
-
-    The instance may come first, without `--name`. Wrong words end the process with 2.
-    """
-    stage, paths = stage_of(module), layout.STAGES[stage_of(module)]
-    names = [
-        name
-        for name, parameter in inspect.signature(module.run).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    if "name" in names and words and not words[0].startswith("-"):
-        words = ["--name", *words]
-    summary = (module.__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog=f"limpid {stage}", description=summary)
-    for name in names:
-        path = paths.get(name)
-        # Without a name, the view lists the names there are.
-        required = path is None and name != "name"
-        about = f"by default {path}" if path else None
-        parser.add_argument(f"--{name.replace('_', '-')}", required=required, help=about)
-    given = {k: v for k, v in vars(parser.parse_args(words)).items() if v is not None}
-    defaults = {k: path.format(name=given.get("name", "")) for k, path in paths.items()}
-    options = {**defaults, **given}
-    return {name: options[name] for name in names if name in options}
 
 
 def stage_of(module: Any) -> str:

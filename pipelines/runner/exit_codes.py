@@ -9,7 +9,7 @@ import traceback
 from typing import NoReturn
 
 from components.data.shards import DataError
-from components.training.loop import Diverged
+from components.training import Diverged
 from pipelines import PARENT
 from pipelines.errors import ConfigError, Failed, Interrupted
 from pipelines.layout import LAST_ERROR

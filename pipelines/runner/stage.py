@@ -1,4 +1,4 @@
-"""Runs one stage from its command line, here or on a cluster.
+"""Runs one stage with the options of its command line, here or on a cluster.
 
 The result of a stage has a key, a digest of all it depends on. The key names the work in progress,
 so the same command goes on where another was interrupted, and the job on a cluster. Outputs move
@@ -18,7 +18,7 @@ from pipelines.cluster import submission
 from pipelines.cluster.job_events import Listener, MetricLogger, Progress
 from pipelines.config import schema
 from pipelines.runner import job
-from pipelines.runner.call import StageCall, parse
+from pipelines.runner.call import StageCall
 from pipelines.runner.console import ConsoleProgress
 from pipelines.runner.context import Context
 from pipelines.runner.exit_codes import interruptible, leave, report
@@ -33,11 +33,10 @@ from pipelines.tracking.tracker import Tracker
 Produce = Callable[[Mapping[str, Path], Progress, MetricLogger], Mapping[str, Any]]
 
 
-def main(module_name: str, words: Sequence[str]) -> NoReturn:
-    """Run a stage with the words of its command line; end the process with its exit code."""
+def main(module_name: str, given: Mapping[str, str]) -> NoReturn:
+    """Run a stage with the options of its command line; end the process with its exit code."""
     # Imported by name, so that Ray's workers can import the functions that the stage sends them.
     module = importlib.import_module(module_name)
-    given = parse(module, words)
     interruptible()
     try:
         code = _run(StageCall.of(module, given, schema.load()))

@@ -10,19 +10,20 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components import selftest
 from components.data.shards import write_json
-from components.selftest import Result, Toy
 from pipelines import layout
 from pipelines.errors import Failed
 from pipelines.runner.console import ConsoleProgress
+
+if TYPE_CHECKING:
+    from components.selftest import Result, Toy
 
 # Cases of `--all` that run side by side, at most.
 PROCESSES = 4
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--all", action="store_true", help="also the honest cases that take minutes"
     )
     options = parser.parse_args(argv)
+    # They take seconds to import.
+    import torch
+
+    from components import selftest
+
     out: Path = options.out
     honest = selftest.honest_cases(options.all)
     torch.set_num_threads(1)
@@ -55,30 +61,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _side_by_side() -> Iterator[Result]:
+def _side_by_side() -> "Iterator[Result]":
     """Run every case, in a process for each core; each trains what the cases need for itself."""
+    from components import selftest
+
     names = [*selftest.LIES, *selftest.honest_cases(every=True)]
     processes = min(os.cpu_count() or 1, PROCESSES)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _toy) as pool:
         yield from pool.map(_run_case, names)
 
 
-def _prepare() -> None:
-    """Prepare a process for cases."""
-    torch.set_num_threads(1)
-    _toy()
-
-
 @cache
-def _toy() -> Toy:
+def _toy() -> "Toy":
+    """Train what the cases need, in a process of one thread."""
+    import torch
+
+    from components import selftest
+
+    torch.set_num_threads(1)
     return selftest.train_toy()
 
 
-def _run_case(name: str) -> Result:
+def _run_case(name: str) -> "Result":
+    from components import selftest
+
     return selftest.run_case(_toy(), name, every=True)
 
 
-def _table(results: Sequence[Result]) -> Table:
+def _table(results: "Sequence[Result]") -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for title in ("planted", "must raise", "raised", ""):
         table.add_column(title, overflow="fold")

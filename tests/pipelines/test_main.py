@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import json
 import os
 import re
 import resource
@@ -13,14 +15,16 @@ from pathlib import Path
 
 import project
 import pytest
+from fake_evaluation import FakeEvaluation
 
 from components.data.shards import DataError
-from components.training.loop import Diverged
+from components.training import Diverged
 from pipelines import layout
 from pipelines.__main__ import main, names
 from pipelines.commands import scores
 from pipelines.errors import ConfigError, Failed
-from pipelines.runner.call import parse
+from pipelines.runner.command_line import options_of, parse
+from pipelines.tasks import metrics
 
 ROOT = project.ROOT
 EVERY = [(group, name) for group in ("stages", "commands") for name in names(group)]
@@ -31,6 +35,23 @@ import sys
 from pipelines.__main__ import main
 assert main([]) == 0
 print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+# What no help, `limpid scores` or `limpid doctor` may import: each takes a large part of a second,
+# and torch takes several.
+SLOW = ("torch", "ray", "mlflow", "dvc", "pandas", "sklearn", "torchattacks", "optuna")
+LIGHT = """
+import json, sys
+from pipelines.__main__ import main
+imported = {}
+commands, slow = map(json.loads, sys.argv[1:])
+for words in commands:
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    found = [name for name in slow if name in sys.modules]
+    imported[" ".join(words)] = [code, found]
+print(json.dumps(imported), file=sys.stderr)
 """
 
 
@@ -85,6 +106,40 @@ def test_the_overview_is_quick_and_imports_nothing_heavy() -> None:
     assert not set(done.stderr.split()) & set(HEAVY)
 
 
+def imported_by(*commands: Sequence[str], folder: Path = ROOT) -> dict[str, tuple[int, list[str]]]:
+    """Run some commands one after the other, in one new process; return their codes and imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, json.dumps(commands), json.dumps(SLOW)],
+        cwd=folder, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    found: dict[str, tuple[int, list[str]]] = json.loads(done.stderr.splitlines()[-1])
+    return found
+
+
+def test_no_help_imports_what_is_slow() -> None:
+    """A stage that has not the words it needs is refused as fast."""
+    found = imported_by(*([name, "--help"] for _, name in EVERY), ["generate_baseline", "koo"])
+    assert len(found) == len(EVERY) + 1
+    assert found.pop("generate_baseline koo") == [2, []]
+    assert found == {f"{name} --help": [0, []] for _, name in EVERY}
+
+
+def test_scores_doctor_and_what_they_refuse_import_nothing_slow(tmp_path: Path) -> None:
+    metrics.write(tmp_path / "reports/metrics.json", FakeEvaluation(tmp_path / "made").metrics)
+    found = imported_by(["scores"], ["scores", "--metrics", "none"], ["doctor"], folder=tmp_path)
+    assert found == {"scores": [0, []], "scores --metrics none": [2, []], "doctor": [0, []]}
+
+
+@pytest.mark.parametrize("name", names("stages"))
+def test_the_options_that_are_read_are_those_of_the_signature(name: str) -> None:
+    module = importlib.import_module(f"pipelines.stages.{name}")
+    run = getattr(module, "run", None)
+    keywords = inspect.signature(run).parameters.values() if run else []
+    expected = [one.name for one in keywords if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert options_of(name) == (expected if run else None)
+
+
 def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert main(["--version"]) == 0
@@ -119,7 +174,6 @@ def test_the_code_of_another_checkout_is_not_run_in_a_folder_with_its_own(
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_the_options_of_a_stage_default_to_the_table_of_paths(name: str) -> None:
-    module = importlib.import_module(f"pipelines.stages.{name}")
     table = {option: path.format(name="koo") for option, path in layout.STAGES[name].items()}
     extra = {
         "distill_purifier": ["--adversarial-teacher=models/a", "--normal-teacher=models/b"],
@@ -128,12 +182,12 @@ def test_the_options_of_a_stage_default_to_the_table_of_paths(name: str) -> None
         "generate_adversarial": ["--purifier=models/a"],
     }.get(name, [])
     instance = ["koo"] if "{name}" in "".join(layout.STAGES[name].values()) else []
-    options = parse(module, [*instance, *extra])
+    options = parse(name, [*instance, *extra])
     assert {option: options[option] for option in table} == table
     assert options.get("name") == (instance[0] if instance else None)
     # A path that is given stays as it is, whatever it is called.
     (option, *_) = table
-    given = parse(module, [*instance, *extra, f"--{option.replace('_', '-')}=a/{{name}}"])
+    given = parse(name, [*instance, *extra, f"--{option.replace('_', '-')}=a/{{name}}"])
     assert given == {**options, option: "a/{name}"}
 
 

@@ -26,10 +26,11 @@ from components.models.checkpoints import (
 from components.models.classifiers import SmallCnn
 from components.models.identity import state_digest
 from components.models.purifiers import PurifierConfig
+from components.training import Diverged
 from components.training.classification import AdversarialClassification, Classification
 from components.training.contract import Batch, Frozen, InLoop, Metrics, Objective
 from components.training.koo import NormalTeacher
-from components.training.loop import Diverged, Training, fit
+from components.training.loop import Training, fit
 
 NOISY = {
     "kind": "random_transform",

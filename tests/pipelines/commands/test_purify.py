@@ -18,7 +18,7 @@ from toys import write_model
 
 from components.models.checkpoints import load
 from pipelines.__main__ import main
-from pipelines.commands.purify import GAP, SIDE_BY_SIDE
+from pipelines.commands._cleaning import GAP, SIDE_BY_SIDE
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",

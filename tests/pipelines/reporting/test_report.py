@@ -15,7 +15,8 @@ from components.models.defense import STAND_INS
 from components.models.purifiers.apudae import Apudae
 from components.probes.statistics import wilson
 from pipelines.reporting import report
-from pipelines.reporting.wording import BLIND, MEANINGS, describe_subject, settings
+from pipelines.reporting.networks import describe_subject
+from pipelines.reporting.wording import BLIND, MEANINGS, settings
 from pipelines.tasks.subject import Subject
 
 APUDAE = Apudae(

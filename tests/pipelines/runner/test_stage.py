@@ -16,7 +16,8 @@ from components.data.shards import MANIFEST, DataError, sha256
 from pipelines.cluster import submission
 from pipelines.config.schema import Params
 from pipelines.errors import ConfigError
-from pipelines.runner.call import StageCall, parse
+from pipelines.runner.call import StageCall
+from pipelines.runner.command_line import parse
 from pipelines.runner.job import require_versions
 from pipelines.runner.provenance import input_digest, listing_digest
 from pipelines.storage import jobs
@@ -103,7 +104,7 @@ def call(*words: str) -> StageCall:
     """Return the call of a stage with these words."""
     name, *options = words
     module = importlib.import_module(f"pipelines.stages.{name}")
-    return StageCall.of(module, parse(module, options), Params.model_validate(project.tiny()))
+    return StageCall.of(module, parse(name, options), Params.model_validate(project.tiny()))
 
 
 @pytest.mark.parametrize("path", ["/tmp/models", "../models"])
