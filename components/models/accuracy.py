@@ -29,15 +29,15 @@ def count_correct(
     full float32 (`full_precision`).
     """
     device = next(defense.classifier.parameters()).device
-    total = torch.zeros(len(ids), dtype=torch.int64)
+    total = torch.zeros(len(ids), dtype=torch.int64, device=device)
     with torch.no_grad():
         for start in range(0, len(ids), batch):
             rows = slice(start, start + batch)
             x, y = images[rows].to(device), labels[rows].to(device)
             noise = Draws(seed, role, ids[rows].to(device))
             for draw in range(draws if defense.stochastic else 1):
-                total[rows] += _right(defense(x, noise.redraw(draw)), y).cpu()
-    return (total if defense.stochastic else total * draws).numpy()
+                total[rows] += _right(defense(x, noise.redraw(draw)), y)
+    return (total if defense.stochastic else total * draws).cpu().numpy()
 
 
 @full_precision()
@@ -52,15 +52,16 @@ def count_and_detect(
     if defense.stochastic:
         raise ValueError("answers and detector scores of a random defense are under other noise")
     device = next(defense.classifier.parameters()).device
-    right, scores = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images)).double()
+    right = torch.zeros(len(images), dtype=torch.int64, device=device)
+    scores = torch.zeros(len(images), dtype=torch.float64, device=device)
     with torch.no_grad():
         for start in range(0, len(images), batch):
             rows = slice(start, start + batch)
             x = images[rows].to(device)
             purified = defense.purify(x)
-            right[rows] = _right(defense.classifier(purified), labels[rows].to(device)).long().cpu()
-            scores[rows] = defense.detector_score(x, None, purified).double().cpu()
-    return right.numpy(), scores.numpy()
+            right[rows] = _right(defense.classifier(purified), labels[rows].to(device)).long()
+            scores[rows] = defense.detector_score(x, None, purified).double()
+    return right.cpu().numpy(), scores.cpu().numpy()
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -177,7 +177,10 @@ def latest_state(
         try:
             digest = json.loads((path / MANIFEST).read_bytes())["sha256"]
             if sha256(path / "state.pt") == digest:
-                state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
+                # The device that wrote it may not be here.
+                state: dict[str, Any] = torch.load(
+                    path / "state.pt", map_location="cpu", weights_only=True
+                )
                 return state
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
             pass

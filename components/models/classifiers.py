@@ -9,7 +9,7 @@ paddings of DiffDefense (Silva et al. 2023); their sizes are fixed.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -167,6 +167,10 @@ class KeyedDropout(nn.Module):
         self.rate, self.use = rate, use
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("key", torch.randint(1 << 31, ()))
+
+    def _apply(self, *arguments: Any, **settings: Any) -> "KeyedDropout":
+        """Keep both buffers in main memory, where every call can read them without waiting."""
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` in eval mode, else `x` with features dropped and the rest scaled up."""

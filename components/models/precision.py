@@ -1,8 +1,11 @@
-"""Full float32: what every reported number is computed in, whatever its caller has switched on."""
+"""Full float32: what every reported number is computed in, whatever its caller has switched on.
+
+Only a training may compute in less, where its section says so (`Precision`).
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.backends import cuda
@@ -11,12 +14,15 @@ from torch.backends import cuda
 cudnn: Any = torch.backends.cudnn
 mkldnn: Any = torch.backends.mkldnn
 
+Precision = Literal["float32", "tf32", "bfloat16"]
+# The first NVIDIA GPUs that multiply in TF32 and bfloat16.
+AMPERE = (8, 0)
+
 # How float32 is multiplied on CUDA and on the CPU (mkldnn): "ieee", or with factors rounded to TF32
 # or bfloat16. The general settings come first: "none" stands for the value of a more general one.
 _GENERAL: Sequence[Any] = (torch.backends, cudnn, mkldnn)
-_SPECIAL: Sequence[Any] = (
-    cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn,
-)  # fmt: skip
+_CUDA: Sequence[Any] = (cuda.matmul, cudnn.conv, cudnn.rnn)
+_SPECIAL: Sequence[Any] = (*_CUDA, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
 
 
 @contextmanager
@@ -27,21 +33,54 @@ def full_precision() -> Iterator[None]:
     the network. The precision of products is a setting of the whole process, so two threads must
     not want different ones at the same time.
     """
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        (products, convolutions), newer = _older_settings(), []
-        for setting in (*_GENERAL, *_SPECIAL):
-            newer.append(setting.fp32_precision)
-            # From now on the more special settings show their own value.
-            _set(setting, "none")
-        _set_older(products and "highest", convolutions and False)
-        for setting in _SPECIAL:
-            _set(setting, "ieee")
-        try:
-            yield
-        finally:
-            _set_older(products, convolutions)
-            for setting, precision in zip((*_GENERAL, *_SPECIAL), newer, strict=True):
-                _set(setting, precision)
+    with (
+        torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+        float32_products(tf32=False),
+    ):  # fmt: skip
+        yield
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Multiply float32 in full or, with `tf32` on CUDA, with factors rounded to TF32.
+
+    At the end what was on before is restored. Autocast is left alone.
+    """
+    (products, convolutions), newer = _older_settings(), []
+    for setting in (*_GENERAL, *_SPECIAL):
+        newer.append(setting.fp32_precision)
+        # From now on the more special settings show their own value.
+        _set(setting, "none")
+    _set_older(products and ("high" if tf32 else "highest"), None if convolutions is None else tf32)
+    for setting in _SPECIAL:
+        _set(setting, "tf32" if tf32 and setting in _CUDA else "ieee")
+    try:
+        yield
+    finally:
+        _set_older(products, convolutions)
+        for setting, precision in zip((*_GENERAL, *_SPECIAL), newer, strict=True):
+            _set(setting, precision)
+
+
+def require_device(precision: Precision, device: torch.device) -> None:
+    """Raise ValueError where a device cannot train in this precision.
+
+    TF32 and bfloat16 need an NVIDIA GPU of compute capability 8.0. A CPU also computes in bfloat16,
+    if slowly where it has no units for it.
+    """
+    if precision == "float32" or (precision == "bfloat16" and device.type == "cpu"):
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"precision {precision} needs a GPU, and this training runs on the {device.type}: set "
+            "precision to float32 or bfloat16, or gpus in resources"
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < AMPERE:
+        raise ValueError(
+            f"precision {precision} needs a GPU of compute capability 8.0 or more, and this one "
+            f"has {found[0]}.{found[1]}: set precision to float32"
+        )
 
 
 def _set(setting: Any, precision: str) -> None:

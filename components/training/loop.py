@@ -10,20 +10,20 @@ batch among them: the global batch is the same for any number of workers.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.config import Config
-from components.data.draws import Draws
 from components.data.image_set import ImageSet
+from components.models.precision import Precision, float32_products, require_device
 from components.training import Diverged
-from components.training.contract import Batch, Objective
+from components.training.batches import Batches
+from components.training.contract import Metrics, Objective
 
 # Takes the network after an epoch, and the index of the epoch; returns what to log of it.
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
@@ -34,8 +34,12 @@ class Training(Config):
 
     `one_cycle` raises the rate linearly over the first 15 % of the steps, then lowers it along a
     cosine to zero; `constant` keeps it. `augmentation` moves x and x' alike. `adam_gan` is Adam
-    with the moments of Gulrajani et al. 2017 (0.5 and 0.9). With `precision` bfloat16 the loss,
-    including attacks in it, is computed in mixed precision (autocast); weights stay float32.
+    with the moments of Gulrajani et al. 2017 (0.5 and 0.9).
+
+    `precision` is that of the loss and its gradients, attacks in the loss included; weights stay
+    float32. `float32` is full; `tf32` rounds the factors of products on a GPU to TF32; `bfloat16`
+    is mixed precision (autocast). Validation, scoring and the attacks outside of a training are
+    always in full float32.
     """
 
     epochs: Annotated[int, Field(ge=1)]
@@ -45,7 +49,7 @@ class Training(Config):
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "one_cycle"]
     augmentation: Literal["none", "flip", "flip_crop"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,9 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train `model` in place and yield after every epoch; resume from `state` if it is given.
 
-    `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. Raises ValueError if
-    the batch is larger than the data or not divisible by the workers, Diverged if the loss is not
-    finite.
+    `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. The host reads values
+    from the device once an epoch. Raises ValueError if the batch is larger than the data or not
+    divisible by the workers, or the device lacks the precision; Diverged if the loss is not finite.
     """
     rank, world = _rank_and_world()
     if config.batch_size > len(data) or config.batch_size % world:
@@ -79,34 +83,21 @@ def fit(
             f"batch_size {config.batch_size} must be at most the {len(data)} training images "
             f"and a multiple of the {world} workers"
         )
-    optimiser = _optimiser(model, config)
+    device = next(model.parameters()).device
+    require_device(config.precision, device)
+    optimiser = _optimiser(model, config, fused=device.type == "cuda")
     start = 0
     if state is not None:
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        _resume(optimiser, state["optimiser"])
         start = int(state["epoch"]) + 1
-    steps = len(data) // config.batch_size
+    batches = Batches(
+        data, attacked, config.batch_size, config.augmentation, seed, device, rank, world
+    )
     for epoch in range(start, config.epochs):
         model.train()
-        metrics: list[dict[str, Tensor]] = []
-        order = _order(len(data), seed, epoch)
-        for step in range(steps):
-            # The remainder of an epoch is left out: BatchNorm cannot train on a batch of one.
-            rows = order[step * config.batch_size : (step + 1) * config.batch_size][rank::world]
-            progress = (epoch * steps + step + 1) / (config.epochs * steps)
-            batch, draws = _batch(data, attacked, rows, config, seed, epoch, model)
-            batch = replace(batch, step=epoch * steps + step)
-            for group in optimiser.param_groups:
-                group["lr"] = _rate(config, progress)
-            with torch.autocast(
-                batch.images.device.type, torch.bfloat16, config.precision != "float32"
-            ):
-                loss, seen = objective(model, batch, progress, draws)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            _average_gradients(model, world)
-            optimiser.step()
-            metrics.append({name: value.detach().float() for name, value in seen.items()})
+        with float32_products(tf32=config.precision == "tf32"):
+            metrics = _train(model, objective, optimiser, batches, epoch, config, world)
         _average_buffers(model, world)
         model.eval()
         means = _means(metrics, world)
@@ -119,20 +110,56 @@ def fit(
         )
 
 
+def _train(
+    model: nn.Module, objective: Objective, optimiser: torch.optim.Optimizer, batches: Batches,
+    epoch: int, config: Training, world: int,
+) -> list[Metrics]:  # fmt: skip
+    """Train for one epoch; return the metrics of every step, on the device.
+
+    Nothing here reads a value from the device: that would make the host wait for it in every step.
+    """
+    metrics: list[Metrics] = []
+    for batch, draws in batches.epoch(epoch):
+        progress = (batch.step + 1) / (config.epochs * len(batches))
+        for group in optimiser.param_groups:
+            group["lr"] = _rate(config, progress)
+        # For each step anew: autocast keeps rounded copies of the weights until its end.
+        with torch.autocast(
+            batches.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+        ):
+            loss, seen = objective(model, batch, progress, draws)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        _average_gradients(model, world)
+        optimiser.step()
+        metrics.append({name: value.detach().float() for name, value in seen.items()})
+    return metrics
+
+
 def _rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def _optimiser(model: nn.Module, config: Training) -> torch.optim.Optimizer:
+def _optimiser(model: nn.Module, config: Training, fused: bool) -> torch.optim.Optimizer:
+    """Return the optimiser; a fused one updates all weights by one kernel of the GPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = config.learning_rate, config.weight_decay
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused or None,
+    }  # fmt: skip
     if config.optimiser == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay, nesterov=True)
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
     kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
     betas = (0.5, 0.9) if config.optimiser == "adam_gan" else (0.9, 0.999)
-    return kind(parameters, rate, betas=betas, weight_decay=decay)
+    return kind(parameters, betas=betas, **settings)
+
+
+def _resume(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state that may come from another device: whether it is fused is a matter of this."""
+    fused = optimiser.defaults["fused"]
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimiser.load_state_dict({**state, "param_groups": groups})
 
 
 def _rate(config: Training, progress: float) -> float:
@@ -143,49 +170,6 @@ def _rate(config: Training, progress: float) -> float:
         return config.learning_rate * progress / warm_up
     cosine = math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
     return config.learning_rate * (1 + cosine) / 2
-
-
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
-    return torch.randperm(count, generator=generator)
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return seed * 1_000_003 + epoch
-
-
-def _batch(
-    data: ImageSet,
-    attacked: Tensor | None,
-    rows: Tensor,
-    config: Training,
-    seed: int,
-    epoch: int,
-    model: nn.Module,
-) -> tuple[Batch, Draws]:
-    device = next(model.parameters()).device
-    chosen = data[rows]
-    draws = Draws(_epoch_seed(seed, epoch), "train", chosen.ids.to(device))
-    images = chosen.pixels().to(device)
-    both = [images] if attacked is None else [images, attacked[rows].to(device)]
-    both = [_augment(x, config.augmentation, draws) for x in both]
-    return Batch(both[0], chosen.labels.to(device), both[1] if len(both) > 1 else None), draws
-
-
-def _augment(x: Tensor, kind: str, draws: Draws) -> Tensor:
-    """Flip and crop (padding 4) every image by its own draws: equal draws move x and x' alike."""
-    if kind == "none":
-        return x
-    flip = draws.uniform((1, 1, 1), "flip") < 0.5
-    x = torch.where(flip, x.flip(3), x)
-    if kind == "flip":
-        return x
-    padded = F.pad(x, (4, 4, 4, 4))
-    shift = (draws.uniform((2,), "crop") * 9).long()
-    down = shift[:, 0, None] + torch.arange(x.shape[2], device=x.device)
-    right = shift[:, 1, None] + torch.arange(x.shape[3], device=x.device)
-    rows = torch.arange(len(x), device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[rows, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _average_gradients(model: nn.Module, world: int) -> None:
@@ -209,7 +193,7 @@ def _average_buffers(model: nn.Module, world: int) -> None:
             buffer /= world
 
 
-def _means(metrics: list[dict[str, Tensor]], world: int) -> dict[str, float]:
+def _means(metrics: list[Metrics], world: int) -> dict[str, float]:
     names = list(metrics[0])
     means = torch.stack([torch.stack([m[name] for m in metrics]).mean() for name in names])
     if world > 1:

@@ -16,7 +16,7 @@ from components.evaluation.detection import detector_scores
 from components.models.accuracy import count_and_detect, count_correct
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
-from components.models.precision import full_precision
+from components.models.precision import float32_products, full_precision, require_device
 from components.probes import probe
 from pipelines.tasks.panels import render
 from pipelines.tasks.speed import seconds_per_image
@@ -38,7 +38,8 @@ def state() -> State:
     return autocast | {name: one.fp32_precision for name, one in PRODUCTS.items()}
 
 
-FULL = dict.fromkeys(DEVICES, False) | dict.fromkeys(PRODUCTS, "ieee")
+FULL_PRODUCTS = dict.fromkeys(PRODUCTS, "ieee")
+FULL = dict.fromkeys(DEVICES, False) | FULL_PRODUCTS
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,49 @@ def test_what_was_on_is_restored_after_an_error(lowered: Lowered) -> None:
         with full_precision(), full_precision():
             assert state() == FULL
         assert state() == before
+
+
+@LOWERED
+def test_tf32_is_switched_on_for_products_on_cuda_alone(lowered: Lowered) -> None:
+    cuda_products = [name for name in PRODUCTS if name.startswith("cud")]
+    with lowered():
+        before = state()
+        with float32_products(tf32=True):
+            products = {name: one.fp32_precision for name, one in PRODUCTS.items()}
+            assert products == {**FULL_PRODUCTS, **dict.fromkeys(cuda_products, "tf32")}
+            with full_precision():
+                assert state() == FULL
+            assert {name: one.fp32_precision for name, one in PRODUCTS.items()} == products
+        assert state() == before
+
+
+def test_torch_can_read_its_older_settings_while_tf32_is_on() -> None:
+    with float32_products(tf32=True):
+        assert torch.get_float32_matmul_precision() == "high"
+        assert cudnn.allow_tf32 and cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "capability", "refusal"),
+    [
+        ("tf32", "cpu", None, "precision tf32 needs a GPU, and this training runs on the cpu: set"),
+        ("tf32", "cuda", (7, 5), "compute capability 8.0 or more, and this one has 7.5: set"),
+        ("bfloat16", "cuda", (7, 0), "precision bfloat16 needs a GPU of compute capability 8.0"),
+        ("bfloat16", "cuda", (8, 0), None), ("tf32", "cuda", (9, 0), None),
+        ("bfloat16", "cpu", None, None), ("float32", "cuda", (5, 0), None),
+        ("float32", "cpu", None, None),
+    ],
+)  # fmt: skip
+def test_a_precision_that_a_device_lacks_is_refused(
+    precision: Any, device: str, capability: tuple[int, int] | None, refusal: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if refusal is None:
+        return require_device(precision, torch.device(device))
+    with pytest.raises(ValueError, match=refusal):
+        require_device(precision, torch.device(device))
 
 
 def test_settings_that_follow_a_general_one_follow_it_afterwards() -> None:

@@ -26,7 +26,7 @@ from components.models.checkpoints import (
 from components.models.classifiers import SmallCnn
 from components.models.identity import state_digest
 from components.models.purifiers import PurifierConfig
-from components.training import Diverged
+from components.training import Diverged, loop
 from components.training.classification import AdversarialClassification, Classification
 from components.training.contract import Batch, Frozen, InLoop, Metrics, Objective
 from components.training.koo import NormalTeacher
@@ -241,6 +241,46 @@ def test_the_loss_is_computed_in_the_configured_precision(
     )
     assert seen == {computed}
     assert model.weight.dtype == torch.float32 and isinstance(epoch.metrics["loss"], float)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_on_around_a_training_changes_no_bit_of_it(precision: str, few: ImageSet) -> None:
+    """And a training leaves it on, between epochs as well."""
+    config = changed(epochs=2, precision=precision)
+    expected = train("classifier", few, config)
+    model, objective = network_and_objective("classifier")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for _ in fit(model, objective, few, None, config, 0, nothing, None):
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert state_digest(model) == expected
+
+
+def test_tf32_is_on_in_the_steps_of_a_training_alone(
+    few: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    matmul: Any = torch.backends.cuda.matmul
+
+    def objective(
+        model: nn.Module, batch: Batch, progress: float, draws: Draws
+    ) -> tuple[Tensor, Metrics]:
+        seen.add(matmul.fp32_precision)
+        loss = model.get_parameter("weight").sum()
+        return loss, {"loss": loss}
+
+    def validate(model: nn.Module, epoch: int) -> dict[str, float]:
+        seen.add(f"validated in {torch.get_float32_matmul_precision()}")
+        return {}
+
+    config = changed(epochs=1, precision="tf32")
+    with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
+        next(fit(Scalar(), objective, few, None, config, 0, nothing, None))
+    monkeypatch.setattr(loop, "require_device", lambda precision, device: None)
+    next(fit(Scalar(), objective, few, None, config, 0, validate, None))
+    assert seen == {"tf32", "validated in highest"}
 
 
 # Divergence and invalid settings

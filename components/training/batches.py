@@ -1,0 +1,126 @@
+"""The batches of a training, made on the device that trains: no step waits for the host.
+
+Images cross to the device as bytes, and become float32 there. The set crosses once where it fits
+into a part of the free memory of the device, else batch by batch through pinned memory. Order and
+augmentation are drawn once an epoch, keyed by seed, epoch and image id.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
+from components.training.contract import Batch
+
+# The part of a GPU's free memory that a tensor of the training set may take: weights, activations
+# and other workers on the same GPU need the rest.
+RESIDENT = 1 / 8
+PADDING = 4
+
+
+class Batches:
+    """Every image once an epoch in a new order; the remainder of an epoch is left out.
+
+    (BatchNorm cannot train on a batch of one.) `attacked` (N,C,H,W) float32 is x' of the pool, in
+    the order of `data`. Of each batch of `size` images, worker `rank` gets every `world`-th.
+    `augmentation` (none, flip, flip_crop) moves x and x' alike.
+    """
+
+    def __init__(
+        self, data: ImageSet, attacked: Tensor | None, size: int, augmentation: str, seed: int,
+        device: torch.device, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.size, self.augmentation, self.seed = size, augmentation, seed
+        self.device, self.rank, self.world = device, rank, world
+        self.ids, self.labels = data.ids.to(device), data.labels.to(device)
+        self.images = Rows(data.images, device)
+        self.attacked = None if attacked is None else Rows(attacked, device)
+        # A tensor: by a number, a GPU divides as it multiplies by the reciprocal, and rounds
+        # twice. Pixels are to be those of the CPU to the bit.
+        self.white = torch.tensor(255.0).to(device)
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Batch, Draws]]:
+        """Yield the batches of an epoch, numbered from 0, each with the keyed noise of its images.
+
+        Noise is of role `train`, and new in every epoch.
+        """
+        key = self.seed * 1_000_003 + epoch
+        order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(key))
+        there = order.to(self.device)
+        ids, labels = self.ids.index_select(0, there), self.labels.index_select(0, there)
+        draws = Draws(key, "train", ids)
+        moves = _moves(self.augmentation, draws)
+        for step in range(len(self)):
+            rows = slice(step * self.size + self.rank, (step + 1) * self.size, self.world)
+            images = [self.images.take(order[rows], there[rows]).float() / self.white]
+            if self.attacked is not None:
+                images.append(self.attacked.take(order[rows], there[rows]))
+            images = _move(images, [move[rows] for move in moves])
+            attacked = images[1] if len(images) > 1 else None
+            batch = Batch(images[0], labels[rows], attacked, epoch * len(self) + step)
+            yield batch, replace(draws, ids=ids[rows])
+
+
+class Rows:
+    """A tensor (N,...) in main memory, whose rows are gathered onto a device."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self.device, self.resident = device, fits(tensor, device)
+        self.tensor = tensor.to(device) if self.resident else tensor
+
+    def take(self, rows: Tensor, there: Tensor) -> Tensor:
+        """Return rows on the device: `rows` (B,) int64 numbers them, `there` is its copy there.
+
+        The copy of a batch is not waited for. Torch gives its pinned memory to no other batch
+        before it has arrived.
+        """
+        if self.resident:
+            return self.tensor.index_select(0, there)
+        pinned = self.device.type == "cuda"
+        shape = (len(rows), *self.tensor.shape[1:])
+        chosen = torch.empty(shape, dtype=self.tensor.dtype, pin_memory=pinned)
+        torch.index_select(self.tensor, 0, rows, out=chosen)
+        return chosen.to(self.device, non_blocking=True)
+
+
+def fits(tensor: Tensor, device: torch.device) -> bool:
+    """Say whether a tensor takes at most `RESIDENT` of the free memory of a GPU."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return tensor.numel() * tensor.element_size() <= RESIDENT * free
+
+
+def _moves(kind: str, draws: Draws) -> list[Tensor]:
+    """Draw how every image moves: flipped or not (N,1,1,1), and its crop (N,2) of the padded."""
+    moves = []
+    if kind != "none":
+        moves.append(draws.uniform((1, 1, 1), "flip") < 0.5)
+    if kind == "flip_crop":
+        moves.append((draws.uniform((2,), "crop") * (2 * PADDING + 1)).long())
+    return moves
+
+
+def _move(images: list[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:
+    """Return images (N,C,H,W) after these moves."""
+    if not moves:
+        return images
+    flip, *crop = moves
+    images = [torch.where(flip, x.flip(3), x) for x in images]
+    return [_crop(x, crop[0]) for x in images] if crop else images
+
+
+def _crop(x: Tensor, shift: Tensor) -> Tensor:
+    """Return crops of `x` (N,C,H,W), padded with black, from row and column `shift` (N,2) on."""
+    padded = F.pad(x, (PADDING,) * 4)
+    down = shift[:, 0, None] + torch.arange(x.shape[2], device=x.device)
+    right = shift[:, 1, None] + torch.arange(x.shape[3], device=x.device)
+    rows = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[rows, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
