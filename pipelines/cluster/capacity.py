@@ -82,18 +82,23 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def gpus_of(nodes: Collection[Mapping[str, float]]) -> int:
+    """Return how many whole GPUs nodes with these resources have."""
+    return int(sum(node.get("GPU", 0) for node in nodes))
+
+
 def _lacking(workers: Workers, count: int, nodes: Collection[Mapping[str, float]]) -> str:
     """Describe why the nodes cannot hold so many workers at once; return "" where they can."""
     room = sum(
         min(
             int(node.get("CPU", 0) // workers.cpus),
-            int(node.get("GPU", 0) / workers.gpus) if workers.gpus else count,
+            int(node.get("GPU", 0) / workers.gpus_each) if workers.gpus_each else count,
         )
         for node in nodes
     )
     if room >= count:
         return ""
-    each = f"{workers.cpus} CPU" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
+    each = f"{workers.cpus} CPU" + (f" and {workers.gpus_each:g} GPU" if workers.gpus_each else "")
     has = ", ".join(f"{node.get('CPU', 0):g} CPU {node.get('GPU', 0):g} GPU" for node in nodes)
     return f"{count} x {each} needed, and there are {len(nodes)} nodes ({has or 'nothing'})"
 

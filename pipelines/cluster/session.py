@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster.capacity import AUTOSCALES, WAIT, nodes, require_room
+from pipelines.cluster.capacity import AUTOSCALES, WAIT, gpus_of, nodes, require_room
 from pipelines.config.resources import TrainingWorkers, Workers
 from pipelines.errors import ConfigError
 from pipelines.storage import jobs
@@ -44,6 +44,8 @@ def hold(*wanted: Workers) -> Iterator[None]:
     which has a session already. Raises ConfigError where this machine or cluster can never hold
     the workers.
     """
+    if not (held() or jobs.job()):
+        require_gpus(*wanted)
     if held() or not (jobs.job() or any(workers.most for workers in wanted)):
         yield
         return
@@ -79,6 +81,27 @@ def held() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
+def gpus() -> int:
+    """Return how many GPUs this machine has or, in a job, the living nodes of its cluster."""
+    if jobs.job():
+        with hold():
+            return gpus_of(nodes())
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def require_gpus(*wanted: Workers) -> None:
+    """Raise ConfigError where this machine has too few GPUs for the workers."""
+    for workers in wanted:
+        least = max(workers.least, 1)
+        if workers.gpus_each and least * workers.gpus_each > (found := gpus()):
+            raise ConfigError(
+                f"resources in params.yaml ask for {least} workers with {workers.gpus_each:g} GPU "
+                f"each, and this machine has {found}; gpus: 0 works on the CPU, and auto on either"
+            )
+
+
 def _join() -> None:
     """Join the cluster that runs this job."""
     import ray
@@ -98,14 +121,6 @@ def _embed(wanted: tuple[Workers, ...]) -> None:
     # cluster, or write a new one, readable for others, to the user's home.
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ["RAY_AUTH_TOKEN"] = _token()
-    gpus = torch.cuda.device_count()
-    for workers in wanted:
-        least = max(workers.least, 1)
-        if least * workers.gpus > gpus:
-            raise ConfigError(
-                f"resources in params.yaml ask for {least} workers with {workers.gpus:g} GPU "
-                f"each, and this machine has {gpus}; gpus: 0 works on the CPU"
-            )
     _start_reaper()
     # Ray Train and Tune run a coordinator, which takes a CPU of its own and only waits.
     coordinators = any(isinstance(workers, TrainingWorkers) for workers in wanted)
@@ -113,7 +128,10 @@ def _embed(wanted: tuple[Workers, ...]) -> None:
         address="local",
         # The machine may have fewer CPUs: then the workers take turns.
         num_cpus=sum(workers.most * workers.cpus for workers in wanted) + coordinators,
-        num_gpus=min(math.ceil(sum(workers.most * workers.gpus for workers in wanted)), gpus),
+        num_gpus=min(
+            math.ceil(sum(workers.most * workers.gpus_each for workers in wanted)),
+            torch.cuda.device_count(),
+        ),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

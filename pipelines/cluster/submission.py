@@ -149,7 +149,8 @@ def _require_room(address: str, resources: Resources) -> None:
     except (RayStateApiException, OSError) as error:
         raise ConnectionError(f"the cluster at {address}: {_first(error)}") from None
     alive = [node.resources_total for node in nodes if node.state == "ALIVE"]
-    capacity.require_room([resources.train, resources.shards], alive)
+    there = resources.on(lambda: capacity.gpus_of(alive))
+    capacity.require_room([there.train, there.shards], alive)
 
 
 def _latest_attempt(client: Any, name: str) -> tuple[int, bool]:

@@ -163,14 +163,14 @@ def _train_with_ray(run: _Run, send: Callable[[Event], None]) -> None:
 
     workers = run.workers
     storage = f"{os.environ[jobs.STORAGE]}/ray" if jobs.job() else str(run.resume / "ray")
-    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus_each} if workers.gpus_each else {})}
     fixed = workers.least == workers.most
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": run, "send": send},
         scaling_config=ScalingConfig(
             num_workers=workers.most if fixed else (workers.least, workers.most),
-            use_gpu=workers.gpus > 0,
+            use_gpu=workers.gpus_each > 0,
             resources_per_worker=resources,
         ),
         run_config=RunConfig(

@@ -52,6 +52,7 @@ def map_shards(
     if not calls:
         return []
     if not workers.workers and not jobs.job():
+        session.require_gpus(workers)
         results = []
         for arguments in calls:
             # The copy lies elsewhere than between large blocks that the call has freed, which the
@@ -117,7 +118,7 @@ class WorkerPool:
         self.size = max(workers.most, 1)
         self.actor = ray.remote(
             num_cpus=workers.cpus,
-            num_gpus=workers.gpus,
+            num_gpus=workers.gpus_each,
             scheduling_strategy="SPREAD" if jobs.job() else "DEFAULT",
         )(Worker)
         self.idle: list[Any] = []

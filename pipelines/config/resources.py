@@ -1,31 +1,61 @@
 """How many workers a stage may use, and the CPUs and GPUs of each."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from components.config import Config
 from pipelines.errors import near
 
 Count = Annotated[int, Field(ge=1)]
+AUTO = "auto"
+
+
+def _gpus(value: Any) -> Any:
+    """Give the mistakes of either kind one sentence."""
+    if value != AUTO and (isinstance(value, bool | str) or not value >= 0):
+        raise ValueError("should be a number of GPUs that is not negative, or auto")
+    return value
+
+
+Gpus = Annotated[float | Literal["auto"], BeforeValidator(_gpus)]
 
 
 class Workers(Config):
     """A number of workers that run at the same time, each with its own CPUs and GPUs.
 
-    `gpus` may be a fraction. 0 workers means no Ray: the tasks run one after another in the
-    process of the stage, and in a job one after another on a node of the cluster.
+    `gpus` may be a fraction, or `auto`: what is there. 0 workers means no Ray: the tasks run one
+    after another in the process of the stage, and in a job one after another on a node of the
+    cluster.
     """
 
     workers: Annotated[int, Field(ge=0)]
     cpus: Count
-    gpus: Annotated[float, Field(ge=0)]
+    gpus: Gpus
 
     @property
     def device(self) -> str:
         """The device of the tensors; Ray makes only its own GPU visible to each worker."""
-        return "cuda" if self.gpus else "cpu"
+        return "cuda" if self.gpus_each else "cpu"
+
+    @property
+    def gpus_each(self) -> float:
+        """The GPUs of each worker, known once `on` has replaced `auto`."""
+        assert self.gpus != AUTO, "auto was not replaced"
+        return float(self.gpus)
+
+    def on(self, gpus: int) -> Self:
+        """Return these workers where there are so many GPUs: `auto` is replaced by a number."""
+        return self.model_copy(update={"gpus": self._each(gpus)}) if self.gpus == AUTO else self
+
+    def _each(self, gpus: int) -> float:
+        """Return one GPU or, where workers have to share them, the part of one."""
+        together = math.ceil(max(self.most, 1) / gpus) if gpus else math.inf
+        # Ray counts in parts of 10,000; rounded down, so that all fit.
+        return math.floor(10_000 / together) / 10_000
 
     @property
     def least(self) -> int:
@@ -55,6 +85,10 @@ class TrainingWorkers(Workers):
     def most(self) -> int:
         """The largest number of workers that is used."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def _each(self, gpus: int) -> float:
+        """Return one GPU, where there is any: those of one training cannot share one (NCCL)."""
+        return 1.0 if gpus else 0.0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -95,6 +129,17 @@ class Resources(Config):
         own = self.stages.get(stage) or self.stages.get(stage.partition("@")[0], Override())
         changes = {name: workers for name, workers in own if workers is not None}
         return self.model_copy(update={**changes, "stages": {}})
+
+    def on(self, gpus: Callable[[], int]) -> "Resources":
+        """Return them with numbers for `auto`; `gpus` is asked how many GPUs there are, if need be.
+
+        Those of `stages` are left alone: take the resources of a stage first (`of`).
+        """
+        own = {name: workers for name, workers in self if isinstance(workers, Workers)}
+        if all(workers.gpus != AUTO for workers in own.values()):
+            return self
+        found = gpus()
+        return self.model_copy(update={name: workers.on(found) for name, workers in own.items()})
 
     @model_validator(mode="after")
     def _stages(self) -> Self:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from pipelines.cluster import submission
+from pipelines.cluster import session, submission
 from pipelines.cluster.job_events import Emitter
 from pipelines.config.resources import Resources
 from pipelines.errors import ConfigError
@@ -91,7 +91,7 @@ def _run(spec: Spec, emitter: Emitter) -> Result:
     os.chdir(jobs.home())
     module = importlib.import_module(f"pipelines.stages.{spec.stage}")
     view = get_type_hints(module.run)["params"].model_validate_json(json.dumps(spec.view))
-    resources = Resources.model_validate_json(json.dumps(spec.resources))
+    resources = Resources.model_validate_json(json.dumps(spec.resources)).on(session.gpus)
     options: dict[str, Any] = {
         name: value if name == "name" else Path(value) for name, value in spec.options.items()
     }

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipelines.cluster import submission
+from pipelines.cluster import session, submission
 from pipelines.cluster.job_events import Listener, MetricLogger, Progress
 from pipelines.config import schema
 from pipelines.runner import job
@@ -67,7 +67,8 @@ def _run_here(
     progress: Progress,
     metrics: MetricLogger,
 ) -> Mapping[str, Any]:
-    context = Context(progress, metrics, call.resources, call.work(key), timings.record)
+    resources = call.resources.on(session.gpus)
+    context = Context(progress, metrics, resources, call.work(key), timings.record)
     results: Mapping[str, Any] = call.module.run(call.view, context, **{**call.options, **outs})
     return results
 

@@ -101,8 +101,8 @@ def _search(setup: StudySetup, context: Context) -> list[Trial]:
     training = train.model_copy(update={"workers": own.workers * train.most})
     trainable = tune.with_parameters(_trial, setup=setup, work=str(context.work.absolute()))
     needed = {"CPU": WAITING_CPUS if train.most else own.cpus}
-    if own.gpus:
-        needed["GPU"] = own.gpus
+    if own.gpus_each:
+        needed["GPU"] = own.gpus_each
     trainable = tune.with_resources(trainable, needed)
     monitor = SearchMonitor(setup.study, context, lambda: _read_trials(path))
     with session.hold(own, training), monitor:
