@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test slow faults lint ui audit lock clean
+.PHONY: demo test slow faults gpu lint ui audit lock clean
 
 demo: $(VENV)/.installed
 	@dvc repro; status=$$?; limpid scores && exit $$status
@@ -22,6 +22,12 @@ slow: $(VENV)/.installed
 # Provokes every fault for real, and runs the whole line on two nodes; at most an hour.
 faults: $(VENV)/.installed
 	pytest -m faults
+
+# On a machine with a GPU: the tests that need one, and timings; at most eight minutes. It installs
+# nothing: a torch with CUDA has to be there.
+OUT ?= .limpid/gpu
+gpu:
+	python3 benchmarks/gpu.py --out $(OUT)
 
 lint: $(VENV)/.installed
 	ruff format --check .

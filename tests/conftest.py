@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import project
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +28,21 @@ TRAINED = 1300
 # Names a project made by `project.copy_to` in which `dvc repro` has run with the present code: work
 # on a test of the line need not wait for the line each time.
 LINE_ELSEWHERE = "LIMPID_TEST_LINE"
+# Set to anything: tests that need a GPU run on the CPU, to show that they would run.
+REHEARSAL = "LIMPID_GPU_REHEARSAL"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a GPU where there is none."""
+    wanted = item.get_closest_marker("gpu") and REHEARSAL not in os.environ
+    if wanted and not torch.cuda.is_available():
+        pytest.skip(f"torch sees no CUDA device; {REHEARSAL}=1 runs the test on the CPU")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The device of a test that is marked `gpu`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +169,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def _reproduce(home: Path) -> None:
+    import project  # Here, because what it needs is not on every machine with a GPU.
+
     code, printed = project.run(
         project.copy_to(home / "project"), "dvc", "repro", **project.SECRETS
     )
