@@ -24,6 +24,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
@@ -125,7 +126,7 @@ def marked_tests(setting: Setting, figures: Figures) -> None:
     report.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "gpu"),
-        f"--junitxml={report}", "-p", "no:cacheprovider",
+        f"--junitxml={report}", "-o", "junit_family=legacy", "-p", "no:cacheprovider",
     ]  # fmt: skip
     if setting.small:
         command += ["-k", "draws or batches or averaged"]
@@ -204,26 +205,16 @@ def training(setting: Setting, figures: Figures) -> None:
 def processes(setting: Setting, figures: Figures) -> None:
     """Compare one process that crafts with two on the same GPU."""
     try:
-        from pipelines.tasks.crafting import SetSpec
-        from pipelines.tasks.subject import Subject
+        importlib.import_module("pipelines.tasks.crafting")
     except ModuleNotFoundError as error:
         figures["left out"] = f"the pipeline needs {error.name}"
         return
-    shards, n = 4, 4 if setting.small else 250
-    data, folder = setting.images(shards * n, seed=6), setting.out / "processes"
-    image_set.write(folder / "images", data, n)
-    card = ModelCard(
-        format=1, family="classifier", provenance={}, shape=list(setting.shape),
-        model=setting.model.model_dump(), class_names=list(data.class_names),
-    )  # fmt: skip
-    save(folder / "model", setting.network, card)
-    spec = SetSpec(
-        Subject(folder / "model"), "full", pgd(early_stop=True), folder / "images",
-        setting.threat, 0, n, folder / "out",
-    )  # fmt: skip
-    figures |= {"n": len(data), "shards": shards}
-    for name, parts in (("one", [[0, 1, 2, 3]]), ("two", [[0, 1], [2, 3]])):
-        figures[name] = side_by_side(spec, parts, setting.device.type)
+    n = 4 if setting.small else 250
+    figures |= {"n": 4 * n, "shards": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        spec = set_to_craft(setting, Path(folder), n)
+        for name, parts in (("one", [[0, 1, 2, 3]]), ("two", [[0, 1], [2, 3]])):
+            figures[name] = side_by_side(spec, parts, setting.device.type)
     gain = figures["one"]["seconds"] / figures["two"]["seconds"]
     figures["two processes are faster by"] = round(gain, 2)
 
@@ -367,6 +358,24 @@ def bare_training(setting: Setting, data: ImageSet, size: int) -> Iterator[float
                 optimiser.step()
                 total += loss.detach()
         yield float(total)
+
+
+def set_to_craft(setting: Setting, folder: Path, n: int) -> Any:
+    """Write four shards of `n` images and the network; return the set to craft on them."""
+    from pipelines.tasks.crafting import SetSpec
+    from pipelines.tasks.subject import Subject
+
+    data = setting.images(4 * n, seed=6)
+    image_set.write(folder / "images", data, n)
+    card = ModelCard(
+        format=1, family="classifier", provenance={}, shape=list(setting.shape),
+        model=setting.model.model_dump(), class_names=list(data.class_names),
+    )  # fmt: skip
+    save(folder / "model", setting.network, card)
+    return SetSpec(
+        Subject(folder / "model"), "full", pgd(), folder / "images", setting.threat, 0, n,
+        folder / "out",
+    )  # fmt: skip
 
 
 def side_by_side(spec: Any, parts: list[list[int]], device: str) -> Figures:

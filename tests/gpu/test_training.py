@@ -52,7 +52,7 @@ def train(
     return model.to(CPU), epochs
 
 
-def apart(one: nn.Module, other: nn.Module) -> float:
+def difference(one: nn.Module, other: nn.Module) -> float:
     """Return the largest difference of two networks' weights."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
@@ -97,8 +97,8 @@ def test_a_few_steps_of_fit_end_close_to_those_of_the_cpu(
     (one, metrics), (other, others) = (
         train(train_images, device, config, objective) for device in (CPU, gpu)
     )
-    record_property("sgd, 8 steps: largest difference of a weight", apart(one, other))
-    assert apart(one, other) < 1e-3 and apart(one, untrained()) > 1e-2
+    record_property("sgd, 8 steps: largest difference of a weight", difference(one, other))
+    assert difference(one, other) < 1e-3 and difference(one, untrained()) > 1e-2
     assert others[0] == pytest.approx(metrics[0], abs=1e-2)
 
 
@@ -184,7 +184,7 @@ def test_a_training_with_one_worker_is_that_without(
     one, metrics = train(train_images, gpu, config)
     with group_of_one(gpu, tmp_path):
         other, others = train(train_images, gpu, config)
-    assert apart(one, other) < 1e-4 and others[0] == pytest.approx(metrics[0], abs=1e-3)
+    assert difference(one, other) < 1e-4 and others[0] == pytest.approx(metrics[0], abs=1e-3)
 
 
 def test_gradients_buffers_and_metrics_are_averaged_over_the_group(

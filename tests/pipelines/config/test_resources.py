@@ -1,16 +1,24 @@
 """`gpus: auto` becomes what is there, before anything is started with it."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from project import ROOT
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.cluster import capacity, session
+from pipelines.cluster.job_events import Emitter
 from pipelines.config import schema
 from pipelines.config.resources import Resources, TrainingWorkers, TrialWorkers, Workers
+from pipelines.config.views import View
 from pipelines.errors import ConfigError
+from pipelines.runner import job, stage
+from pipelines.runner.context import Context
 from pipelines.storage import jobs
+from pipelines.storage.jobs import Spec
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
@@ -20,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
 
 def resources(gpus: Any = "auto", **workers: Any) -> Resources:
     """Return the resources of params.yaml with these GPUs, and some numbers of workers."""
-    value = schema.load().resources.model_dump()
+    value = schema.load(ROOT / "params.yaml").resources.model_dump()
     for name in ("train", "shards", "trials"):
         value[name] |= {"gpus": gpus, "workers": workers.get(name, value[name]["workers"])}
     return Resources.model_validate({**value, "stages": {}})
@@ -74,6 +82,52 @@ def test_auto_in_a_job_is_what_the_cluster_has(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4}, {"CPU": 4, "GPU": 2}, {"GPU": 1}])
     found = resources(train=1, shards=6, trials=1).on(session.gpus)
     assert (found.train.gpus, found.shards.gpus) == (1.0, 0.5)
+
+
+class Nothing(View):
+    """Parameters of a stage that sees none."""
+
+
+class Spy:
+    """A stage that notes what it may use."""
+
+    def __init__(self) -> None:
+        self.seen: list[Resources] = []
+
+        def run(params: Nothing, context: Context) -> dict[str, float]:
+            self.seen.append(context.resources)
+            return {}
+
+        self.run = run
+
+
+def test_a_stage_that_runs_here_gets_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 1)
+    spy = Spy()
+    call: Any = SimpleNamespace(
+        resources=resources(shards=4), module=spy, view=Nothing(), options={},
+        work=lambda key: tmp_path,
+    )  # fmt: skip
+    stage._run_here(call, "key", {}, Emitter(), Emitter())
+    assert [one.shards.gpus for one in spy.seen] == [0.25]
+
+
+def test_a_stage_in_a_job_gets_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "require_versions", lambda theirs: None)
+    monkeypatch.setattr(job.job_files, "download_inputs", lambda: None)
+    monkeypatch.setattr(job.jobs, "home", lambda: tmp_path)
+    monkeypatch.setattr(job.importlib, "import_module", lambda name: spy)
+    monkeypatch.setattr(job.session, "gpus", lambda: 2)
+    spec = Spec(
+        stage="spy", options={}, deps={}, view={}, versions={}, work="work",
+        resources=resources(shards=4).model_dump(mode="json"),
+    )  # fmt: skip
+    job._run(spec, Emitter())
+    assert [one.shards.gpus for one in spy.seen] == [0.5]
 
 
 def test_auto_and_numbers_survive_the_way_to_a_job() -> None:
