@@ -35,7 +35,7 @@ def test_the_run_is_rehearsed_on_a_cpu(bare: dict[str, str], tmp_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert {"device", "torch", "date", "small"} < set(found)
+    assert {"device", "torch", "date", "sizes"} < set(found)
     boxes = found["boxes"]
     assert list(boxes) == ["tests", "pgd", "training", "processes", "autoattack"]
     assert not any({"cut", "failed", "left out"} & set(figures) for figures in boxes.values())
