@@ -2,7 +2,9 @@
 of diverse parameter-free attacks"): several attacks, each on the images that none before it fooled.
 
 The name stands for the published ensemble and nothing less, so its only setting is the version:
-`standard` for deterministic defenses, `rand` for stochastic ones, as in the authors' code.
+`standard` for deterministic defenses, `rand` for stochastic ones, as in the authors' code. Where
+their code does less than the papers of its parts (`AuthorsFabT`, `AuthorsSquare`), so does this,
+so that its numbers stand beside published ones. Alone, these attacks follow their papers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +31,20 @@ LEAST_DLR, LEAST_TARGETED = 3, 4
 UNUSED_DRAW = 10 * STEPS * EOT
 
 
-class UnscaledSquare(Square):
-    """Square with patches that shrink by the number of the query alone, as inside AutoAttack."""
+class AuthorsFabT(FabT):
+    """FAB-T as in the authors' AutoAttack, whose code leaves out the final search of the paper."""
+
+    final_search: ClassVar[bool] = False
+
+
+class AuthorsSquare(Square):
+    """Square as in the authors' AutoAttack.
+
+    Patches shrink by the number of the query alone, and never reach the last row or column.
+    """
 
     rescaled: ClassVar[bool] = False
+    to_the_edge: ClassVar[bool] = False
 
 
 class AutoAttack(Attack):
@@ -152,6 +164,6 @@ class AutoAttack(Attack):
         return (
             ce,
             targeted if classes >= LEAST_TARGETED else on_margin,
-            FabT(kind="fab_t", steps=STEPS, targets=targets, restarts=1),
-            UnscaledSquare(kind="square", queries=QUERIES, eot=self.eot),
+            AuthorsFabT(kind="fab_t", steps=STEPS, targets=targets, restarts=1),
+            AuthorsSquare(kind="square", queries=QUERIES, eot=self.eot),
         )

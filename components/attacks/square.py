@@ -8,9 +8,9 @@ own patches, from its own draws. Where nothing beats the clean image, that is re
 Start, patch sizes and steps are those of the authors' code (fra31/auto-attack), with one halving
 more than in the paper. Alone, the attack takes its default: the schedule of the patch sizes is
 stretched from 10,000 changes to their number, so that patches are small in the end whatever that
-is. Inside AutoAttack it is not stretched (`rescaled`). Where the two differ in the place of a
-window, we follow the paper: it may lie anywhere. In the code it never reaches the last row or
-column, which leaves many more small images right.
+is. Inside AutoAttack it is not stretched (`rescaled`). Where code and paper differ in the place of
+a window, we follow the paper: it may lie anywhere. In the code it never reaches the last row or
+column (`to_the_edge`), which leaves many more small images right; inside AutoAttack so do we.
 
 Against a deterministic target no question is asked whose answer is known: under L-inf, the new
 colour may be the one that all pixels of a patch have already.
@@ -57,12 +57,14 @@ class Square(Attack):
     Against a stochastic target margins are means over `eot` draws, and with each change the current
     image is evaluated again under the same draws as its rival, so it costs two evaluations. A
     margin kept from earlier draws would soon be the luckiest of many, and no rival would ever beat
-    it. `rescaled` says whether the patch sizes depend on the number of queries.
+    it. `rescaled` says whether the patch sizes depend on the number of queries, `to_the_edge`
+    whether patches may reach the last row and column.
     """
 
     early_stopping: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
     rescaled: ClassVar[bool] = True
+    to_the_edge: ClassVar[bool] = True
 
     kind: Literal["square"]
     queries: Positive
@@ -92,7 +94,7 @@ class Square(Attack):
             rows = (held > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
-            propose = _changes(images[rows], threat, draws[rows], queries, side)
+            propose = self._changes(images[rows], threat, draws[rows], queries, side)
             block = _Block(target[rows], best[rows], held[rows], labels[rows])
             for k in range(len(queries)):
                 block.compare(*propose(block.x, k))
@@ -108,7 +110,7 @@ class Square(Attack):
         """Attack a stochastic target, where every image stays to the end."""
         x = _start(images, threat, draws)
         for queries, side in schedule(self.queries, images, threat, self.rescaled):
-            propose = _changes(images, threat, draws, queries, side)
+            propose = self._changes(images, threat, draws, queries, side)
             for k, query in enumerate(queries):
                 rival, _ = propose(x, k)
                 new, old = _paired_margins(target, rival, x, labels, query - 1)
@@ -117,6 +119,15 @@ class Square(Attack):
         x = _either(held > clean, images, x)
         tried = torch.full_like(labels, self.queries)
         return Outcome(x, torch.minimum(held, clean).float(), tried)
+
+    def _changes(
+        self, origin: Tensor, threat: Linf | L2, draws: Draws, queries: range, side: int
+    ) -> Propose:
+        """Return what proposes the changes of some `queries`, with patches of one `side`."""
+        if isinstance(threat, Linf):
+            low, high = _bounds(origin, threat.eps)
+            return _recolour(low, high, draws, queries, side, self.to_the_edge)
+        return move_mass(origin, threat.eps, draws, queries, side, self.to_the_edge)
 
 
 def schedule(
@@ -223,13 +234,6 @@ def _start(origin: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
     return _tiles(origin, threat.eps, draws)
 
 
-def _changes(origin: Tensor, threat: Linf | L2, draws: Draws, queries: range, side: int) -> Propose:
-    """Return what proposes the changes of some `queries`, with patches of one `side`."""
-    if isinstance(threat, Linf):
-        return _recolour(*_bounds(origin, threat.eps), draws, queries, side)
-    return move_mass(origin, threat.eps, draws, queries, side)
-
-
 def _bounds(origin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest pixels (N,C,H,W) of the L-inf ball, within [0,1]."""
     return (origin - eps).clamp_(0, 1), (origin + eps).clamp_(0, 1)
@@ -241,11 +245,13 @@ def _stripes(low: Tensor, high: Tensor, draws: Draws) -> Tensor:
     return torch.where(draws.uniform((channels, 1, width), "square") < 0.5, low, high)
 
 
-def _recolour(low: Tensor, high: Tensor, draws: Draws, queries: range, side: int) -> Propose:
+def _recolour(
+    low: Tensor, high: Tensor, draws: Draws, queries: range, side: int, to_the_edge: bool
+) -> Propose:
     """Propose a new colour, at a corner of the ball, for one square (algorithm 2)."""
     channels, height, width = low.shape[1:]
     u = draws.uniform_of(queries, (2 + channels,), "square")
-    windows = _Windows(u[..., :2], side, height, width)
+    windows = _Windows(u[..., :2], side, height, width, to_the_edge)
     down = u[..., 2:, None] < 0.5
 
     def propose(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -278,7 +284,9 @@ def _tiles(origin: Tensor, eps: float, draws: Draws) -> Tensor:
     return (origin + delta * scale[..., None]).clamp_(0, 1)
 
 
-def move_mass(origin: Tensor, eps: float, draws: Draws, queries: range, side: int) -> Propose:
+def move_mass(
+    origin: Tensor, eps: float, draws: Draws, queries: range, side: int, to_the_edge: bool
+) -> Propose:
     """Propose to move the perturbation of one window into another, as `two_pyramids` (algorithm 3).
 
     What clipping to [0,1] left unused of the radius is added to it, and the result is scaled to the
@@ -286,8 +294,8 @@ def move_mass(origin: Tensor, eps: float, draws: Draws, queries: range, side: in
     """
     channels, height, width = origin.shape[1:]
     u = draws.uniform_of(queries, (5 + channels,), "square")
-    firsts = _Windows(u[..., :2], side, height, width)
-    seconds = _Windows(u[..., 2:4], side, height, width)
+    firsts = _Windows(u[..., :2], side, height, width, to_the_edge)
+    seconds = _Windows(u[..., 2:4], side, height, width, to_the_edge)
     bump = two_pyramids(side).to(origin)
     bumps, turned = torch.stack([bump, bump.T]).flatten(1), (u[..., 4] < 0.5).long()
     signs = _signs(u[..., 5:, None])
@@ -310,10 +318,14 @@ def move_mass(origin: Tensor, eps: float, draws: Draws, queries: range, side: in
 
 
 class _Windows:
-    """Square windows of one `side` at random positions in images, by u (N,k,2) in [0,1)."""
+    """Square windows of one `side` at random positions in images, by u (N,k,2) in [0,1).
 
-    def __init__(self, u: Tensor, side: int, height: int, width: int) -> None:
-        top, left = ((u[..., i] * (n - side + 1)).long() for i, n in enumerate((height, width)))
+    Unless `to_the_edge`, the positions at the last row and column are left out.
+    """
+
+    def __init__(self, u: Tensor, side: int, height: int, width: int, to_the_edge: bool) -> None:
+        places = (n - side + to_the_edge for n in (height, width))
+        top, left = ((u[..., i] * count).long() for i, count in enumerate(places))
         steps = torch.arange(side, device=u.device)
         self.corners = (top * width + left)[..., None]
         self.offsets = (steps[:, None] * width + steps).flatten()

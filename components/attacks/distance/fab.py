@@ -40,11 +40,13 @@ PAST = 0.1
 class FabT(Attack):
     """FAB towards each of the `targets` most likely other classes, `restarts` runs of `steps`.
 
-    The first run starts at the image, further ones at random. Raises ValueError for a stochastic
+    The first run starts at the image, further ones at random. `final_search`: each run ends
+    with the paper's search on the way to its nearest crossing. Raises ValueError for a stochastic
     defense and for more than K - 1 `targets`.
     """
 
     early_stopping: ClassVar[bool] = True
+    final_search: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
 
     kind: Literal["fab_t"]
@@ -88,7 +90,8 @@ class FabT(Attack):
                 )
             for copies, of, index in search.copies(self.targets):
                 crossing = _run_fab(copies, starts[index, of], ranked[of, index], self.steps)
-                _final_search(copies, crossing, clean[of])
+                if self.final_search:
+                    _final_search(copies, crossing, clean[of])
         return search.outcome()
 
 

@@ -10,7 +10,7 @@ from toy_networks import Function, Linear, Rounded
 from toys import BALL, LINF, THREATS, attack_model, fooled, grey_images, head, parse_attack
 
 from components.attacks import L2, Linf, craft, violations
-from components.attacks.autoattack import AutoAttack
+from components.attacks.autoattack import AuthorsSquare, AutoAttack
 from components.attacks.gradient import Pgd
 from components.attacks.square import (
     Square,
@@ -98,6 +98,23 @@ def test_each_of_5000_changes_has_the_authors_patch(norm: str, size: int, rescal
     assert sides == sorted(sides, reverse=True)
 
 
+@THREATS
+@pytest.mark.parametrize("kind", [Square, AuthorsSquare])
+def test_patches_reach_the_last_row_and_column_but_inside_autoattack(
+    kind: type[Square], threat: Linf | L2
+) -> None:
+    images = torch.full((40, 1, 12, 12), 0.5)
+    changed = torch.zeros(12, 12, dtype=torch.bool)
+    propose = kind(kind="square", queries=9, eot=1)._changes(
+        images, threat, Draws(0, "attack", torch.arange(40)), range(1, 51), 3
+    )
+    for k in range(50):
+        changed |= (propose(images, k)[0] != images).any(0)[0]
+    assert changed[:-1, :-1].all()
+    edge = torch.cat([changed[-1], changed[:, -1]])
+    assert edge.all() if kind is Square else not edge.any()
+
+
 def test_two_pyramids_are_the_eta_of_the_paper() -> None:
     """Sums of 1/j^2 towards the middle, in two halves of opposite sign, each of length one."""
     ring, top = 1 / 4 + 1 / 9, 1 + 1 / 4 + 1 / 9
@@ -146,7 +163,7 @@ def test_move_mass_is_algorithm_3(shape: tuple[int, int, int]) -> None:
     delta = torch.randn(9, *shape, generator=generator)
     delta *= torch.linspace(0, 1, 9).view(-1, 1, 1, 1) * eps / delta.flatten(1).norm(dim=1).amax()
     side = 3 if shape[0] == 1 else 5
-    found, _ = move_mass(origin, eps, draws, range(4, 7), side)(origin + delta, 1)
+    found, _ = move_mass(origin, eps, draws, range(4, 7), side, True)(origin + delta, 1)
     draws = draws.redraw(5)
     for row, u in enumerate(draws.uniform((5 + channels,), "square").tolist()):
         old, new = delta[row], delta[row].clone()

@@ -10,7 +10,7 @@ from toys import LINF
 
 from components.attacks import L2, Linf
 from components.attacks import square as square_module
-from components.attacks.autoattack import UnscaledSquare
+from components.attacks.autoattack import AuthorsSquare
 from components.attacks.contract import Outcome
 from components.attacks.square import Square, patch_area, patch_side, two_pyramids
 from components.data.draws import Draws
@@ -28,7 +28,7 @@ EVERY = pytest.mark.parametrize(
         )
         for colours in SHAPES
         for threat in (LINF, BALL)
-        for kind in (Square, UnscaledSquare)
+        for kind in (Square, AuthorsSquare)
     ],
 )  # fmt: skip
 
@@ -159,9 +159,9 @@ class Plain:
         delta[first] = filled
         return self.scaled(delta)
 
-    @staticmethod
-    def window(u: Tensor, side: int, height: int, width: int) -> tuple[slice, slice, slice]:
-        top, left = (int(u[k] * (size - side + 1)) for k, size in enumerate((height, width)))
+    def window(self, u: Tensor, side: int, height: int, width: int) -> tuple[slice, slice, slice]:
+        last = 1 if self.attack.to_the_edge else 0
+        top, left = (int(u[k] * (size - side + last)) for k, size in enumerate((height, width)))
         return slice(None), slice(top, top + side), slice(left, left + side)
 
 

@@ -13,6 +13,7 @@ from toy_networks import Linear, Noisy
 from toys import LINF, THREATS, compare_with_authors, distances, linear_task, parse_attack, resized
 
 from components.attacks import L2, Linf, craft
+from components.attacks.autoattack import AuthorsFabT
 from components.attacks.distance import fab
 from components.attacks.distance.fab import FabT, to_plane
 from components.attacks.search import Search
@@ -153,14 +154,19 @@ class OnePixel(ImageSet):
 
 
 def final_pixel(
-    lead: Callable[[Tensor], Tensor], eps: float, like: Linf | L2, **changes: int
+    lead: Callable[[Tensor], Tensor],
+    eps: float,
+    like: Linf | L2,
+    kind: type[FabT] = FabT,
+    **changes: int,
 ) -> tuple[float, bool, int]:
     """Run FAB; return the final pixel, whether it fools, and the number of steps."""
     data = OnePixel(
         torch.zeros(1, 1, 1, 1).byte(), torch.zeros(1).long(), torch.arange(1), ("a", "b")
     )
     defense = Defense(Pixel(lead), None).freeze()
-    found = craft(fab_t(**changes), defense, "full", data, resized(like, eps), 0, 1)
+    attack = kind.model_validate(fab_t(**changes).model_dump())
+    found = craft(attack, defense, "full", data, resized(like, eps), 0, 1)
     return found.images.item(), bool(found.success.item()), int(found.iterations.item())
 
 
@@ -199,6 +205,7 @@ def test_the_final_search_interpolates_three_times_and_goes_past_the_boundary(
     for eps, found in zip((0.206, 0.204, 0.202), expected, strict=True):
         assert final_pixel(bent, eps, threat, steps=1) == pytest.approx((found, True, 1), abs=1e-6)
     assert not final_pixel(bent, 0.2015, threat, steps=1)[1]
+    assert not final_pixel(bent, 0.206, threat, AuthorsFabT, steps=1)[1]
 
 
 @THREATS
