@@ -308,10 +308,10 @@ def targeted_dlr(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
 
     z_k is the k-th largest logit. Croce and Hein 2020, equation 7.
     """
-    ordered = logits.sort(dim=1, descending=True).values
+    first, _, third, fourth = logits.topk(4).values.unbind(1)
     true = logits.gather(1, labels[:, None]).squeeze(1)
     other = logits.gather(1, classes[:, None]).squeeze(1)
-    return (other - true) / _or_one(ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2)
+    return (other - true) / _or_one(first - (third + fourth) / 2)
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -321,8 +321,8 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.shape[1] < 3:
         raise ValueError(f"apgd_dlr needs 3 classes, but the classifier has {logits.shape[1]}")
-    ordered = logits.sort(dim=1, descending=True).values
-    return -margin(logits, labels) / _or_one(ordered[:, 0] - ordered[:, 2])
+    first, _, third = logits.topk(3).values.unbind(1)
+    return -margin(logits, labels) / _or_one(first - third)
 
 
 def _or_one(spread: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Linf(Config):
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
         """Take a step of length `step` in steepest ascent for this norm: along the sign."""
-        return x + step * gradient.sign()
+        return _moved(x, gradient.sign(), step)
 
     def start(self, origin: Tensor, draws: Draws, use: str) -> Tensor:
         """Return a random image of the ball: uniform noise in every pixel."""
@@ -84,12 +84,12 @@ class L2(Config):
         Clipping only shortens the perturbation, so the result lies in both.
         """
         delta = x - origin
-        norm = _length(delta).clamp_min(1e-12)
-        return (origin + delta * (self.eps / norm).clamp(max=1)).clamp(0, 1)
+        radii = (_length(delta) / self.eps).clamp_min(1)
+        return origin.addcdiv(delta, radii).clamp_(0, 1)
 
     def ascend(self, x: Tensor, gradient: Tensor, step: Tensor | float) -> Tensor:
         """Take a step of length `step` along the gradient, however small or large that is."""
-        return x + step * normalised(gradient)
+        return _moved(x, normalised(gradient), step)
 
     def start(self, origin: Tensor, draws: Draws, use: str) -> Tensor:
         """Return a random image of the ball: a Gaussian direction, a uniform radius."""
@@ -217,9 +217,15 @@ def normalised(gradient: Tensor) -> Tensor:
     """
     gradient = gradient.nan_to_num(0)
     largest = gradient.flatten(1).abs().amax(1)[:, None, None, None]
-    scaled = gradient / torch.where(largest > 0, largest, 1)
+    finite = torch.finfo(gradient.dtype)
+    scaled = gradient / largest.clamp_min(finite.tiny * finite.eps)
     # The largest entry is 1 now, so only a zero gradient is shorter than 1.
     return scaled / _length(scaled).clamp_min(1)
+
+
+def _moved(x: Tensor, way: Tensor, step: Tensor | float) -> Tensor:
+    """Return `x` + `step` * `way` in one operation."""
+    return x.addcmul(way, step) if isinstance(step, Tensor) else x.add(way, alpha=step)
 
 
 def _length(delta: Tensor) -> Tensor:

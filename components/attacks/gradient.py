@@ -9,11 +9,12 @@ in multiples of the radius.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from components.attacks.contract import (
     L2,
@@ -248,6 +249,27 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     cross-entropy weighs a draw by 1 - p, which ignores those that are right with confidence. In
     float64, since differences of small logits vanish beside the log of the number of classes.
     """
-    logits = logits.double()
-    true = logits.gather(1, labels[:, None]).squeeze(1)
-    return logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1) - true
+    odds: Tensor = _LogOdds.apply(logits, labels[:, None])  # type: ignore[no-untyped-call]
+    return odds
+
+
+class _LogOdds(torch.autograd.Function):
+    """The log odds with their derivative by hand: half of the operations of automatic ones.
+
+    The derivative is the softmax over the other classes, and -1 at the true one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, true: Tensor) -> Tensor:
+        wide = logits.double()
+        others = wide.scatter(1, true, -torch.inf)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(others, true)
+        return others.logsumexp(1) - wide.gather(1, true).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        others, true = ctx.saved_tensors
+        slope = others.softmax(1).scatter_(1, true, -1).mul_(gradients[0][:, None])
+        return slope.to(ctx.dtype), None

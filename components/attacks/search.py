@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from components.attacks.contract import L2, Cost, Linf, Outcome, Projection, nan_as_fooled
 from components.models.defense import Evaluation, Loss, Target, margin
@@ -16,7 +17,7 @@ FINALISTS = 4
 FINAL_DRAWS = (2, 16)
 # Copies of images that run side by side hold at most so many values, or as many as the batch does.
 ROOM = 1 << 20
-# On an accelerator fooled rows are dropped at every so many calls: each drop waits for the device.
+# On an accelerator fooled rows are dropped at every so many calls.
 DROPS = 8
 
 
@@ -36,14 +37,12 @@ class Search:
 
     rows: Tensor
     origin: Tensor
-    # Of the active rows: the best image and its margin, labels, the target, the projection. `_done`
-    # are rows that are fooled and still active: what they find is not kept.
+    # Of the active rows: the best image and its margin, labels, the target, the projection.
     _image: Tensor
     _low: Tensor
     _true: Tensor
     _asked: Target
     _ball: Projection | None
-    _done: Tensor | None
     # Evaluations and calls of `drop_fooled` since these rows became active.
     _steps: int
     _calls: int
@@ -124,13 +123,10 @@ class Search:
         an accelerator most calls drop nothing, and what was fooled is attacked a little longer, for
         nothing.
         """
-        if not self.early_stop:
+        self._calls += 1
+        if not self.early_stop or self._calls % _drops_every(self.images.device):
             return list(tensors)
         fooled = self._low <= 0
-        self._calls += 1
-        if self.images.device.type != "cpu" and self._calls % DROPS:
-            self._done = fooled
-            return list(tensors)
         if not bool(fooled.any()):
             return list(tensors)
         if self._groups is not None:
@@ -177,9 +173,9 @@ class Search:
         x, margin = x.detach(), nan_as_fooled(margin.float())
         if self.finalists:
             self.finalists.enter(self.rows, x, margin)
-        better = margin < self._low
-        if self._done is not None:
-            better &= ~self._done
+        # Nothing is below the limit of a row that is done.
+        limit = F.threshold(self._low, 0, -torch.inf) if self.early_stop else self._low
+        better = margin < limit
         self._image = torch.where(better[:, None, None, None], x, self._image)
         self._low = torch.where(better, margin, self._low)
 
@@ -187,7 +183,7 @@ class Search:
         """Make these rows the active ones, and gather what belongs to them."""
         self.rows, self.origin, self._true = rows, self.images[rows], self.labels[rows]
         self._image, self._low = self._best[rows], self._margin[rows]
-        self._asked, self._ball, self._done = self.target[rows], None, None
+        self._asked, self._ball = self.target[rows], None
         self._steps = self._calls = 0
 
     def _store(self) -> None:
@@ -218,6 +214,11 @@ class Search:
         self._iterations[rows] += runs._iterations.view(len(rows), count).sum(1)
         self.queries = max(self.queries, runs.queries)
         self._activate(self.rows)
+
+
+def _drops_every(device: torch.device) -> int:
+    """Return at every how many calls fooled rows are dropped: an accelerator waits each time."""
+    return 1 if device.type == "cpu" else DROPS
 
 
 def final_draws(queries: int, eot: int) -> int:

@@ -204,7 +204,7 @@ class Target:
     ) -> None:
         self.defense, self.mode, self.draws = defense, mode, draws
         self.eot = eot if self.stochastic else 1
-        self.passes, self.rows = passes, rows
+        self.passes, self.rows, self._once = passes, rows, torch.ones_like(rows)
 
     @property
     def stochastic(self) -> bool:
@@ -221,7 +221,7 @@ class Target:
 
         `bare` leaves out the purifier.
         """
-        self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        self.passes.forward.index_add_(0, self.rows, self._once)
         logits: Tensor
         draws = self._redraw(draw)
         if bare:
@@ -296,7 +296,7 @@ class Target:
             logits = self(point, draw, bare)
             value = loss(logits, labels)
         gradient = _input_gradient(value, point)
-        self.passes.backward.index_add_(0, self.rows, torch.ones_like(self.rows))
+        self.passes.backward.index_add_(0, self.rows, self._once)
         return Evaluation(value.detach(), margin(logits.detach(), labels), gradient)
 
     def jacobian(
@@ -318,9 +318,7 @@ class Target:
             gaps.append(gap.detach())
             each = [_input_gradient(one, point, retain=True) for one in gap.unbind(1)]
             gradients.append(torch.stack(each, 1))
-            self.passes.backward.index_add_(
-                0, self.rows, torch.full_like(self.rows, classes.shape[1])
-            )
+            self.passes.backward.index_add_(0, self.rows, self._once, alpha=classes.shape[1])
         return (
             torch.stack(margins).mean(0),
             torch.stack(gaps).mean(0),
@@ -329,7 +327,7 @@ class Target:
 
     def _detector_score(self, x: Tensor, draw: int) -> Tensor:
         if self.defense.purifier is not None:
-            self.passes.forward.index_add_(0, self.rows, torch.ones_like(self.rows))
+            self.passes.forward.index_add_(0, self.rows, self._once)
         return self.defense.detector_score(x, self._redraw(draw))
 
     def _draws_of(self, query: int) -> range:
@@ -359,5 +357,6 @@ def _input_gradient(value: Tensor, point: Tensor, retain: bool = False) -> Tenso
     # notice it.
     if not value.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(value.sum(), point, retain_graph=retain, allow_unused=True)
+    each = torch.ones_like(value)
+    (gradient,) = torch.autograd.grad(value, point, each, retain_graph=retain, allow_unused=True)
     return torch.zeros_like(point) if gradient is None else gradient

@@ -221,7 +221,7 @@ def _final_search(search: Search, crossing: _Crossing, clean: Tensor) -> None:
     for _ in range(REFINEMENTS):
         fraction = (above / (above - below)).nan_to_num(0.5)
         fraction += PAST * (1 - fraction)
-        x = torch.lerp(near, far, fraction[:, None, None, None]).clamp(0, 1)
+        x = torch.lerp(near, far, fraction.to(near.dtype)[:, None, None, None]).clamp(0, 1)
         margin = search.query(x).float()
         crossed = ~(margin > 0)
         inner = crossed[:, None, None, None]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import THREATS
+from toys import LINF, THREATS, parse_attack
 
 from components.attacks import L2, Attack, Linf
+from components.attacks import search as search_module
 from components.attacks import square as square_module
-from components.attacks.square import Square
 from components.data.draws import Draws
 from components.models.defense import Defense, bind
 
@@ -118,18 +118,32 @@ def count_operations(
     return PerStep(sum(names.values()), syncs / more, {k: v for k, v in names.items() if v > 0.01})
 
 
-def square(queries: int) -> Attack:
-    return Square(kind="square", queries=queries, eot=1)
+# What every attack may start in a step, under L-inf and L2, and the numbers of steps to compare.
+# APGD reconsiders its step lengths now and then: the difference holds many checkpoints.
+MOST = {
+    "pgd": ({"step": 0.25, "restarts": 1}, "steps", (16, 48), 25, 40),
+    "apgd_ce": ({"restarts": 1}, "steps", (100, 200), 45, 55),
+    "apgd_t": ({"targets": 3}, "steps", (100, 200), 60, 80),
+    "square": ({}, "queries", (150, 400), 50, 50),
+}
 
 
 @pytest.mark.parametrize("on", ["a CPU", "an accelerator"])
+@pytest.mark.parametrize("name", MOST)
 @THREATS
-def test_square_starts_few_operations_and_seldom_waits(
-    threat: Linf | L2, on: str, monkeypatch: pytest.MonkeyPatch
+def test_a_step_starts_few_operations_and_seldom_waits(
+    threat: Linf | L2, name: str, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator it waits once in a block of queries, on a CPU once in a query."""
-    monkeypatch.setattr(square_module, "_picks_rows", lambda device: on == "a CPU")
-    step = count_operations(square, (150, 400), threat)
-    print(step)
-    assert step.operations <= 50, step.names
-    assert step.syncs <= (1.02 if on == "a CPU" else 0.02)
+    """On an accelerator it waits once in eight steps or a block of queries, on a CPU in each."""
+    accelerated = on == "an accelerator"
+    if accelerated:
+        monkeypatch.setattr(square_module, "_picks_rows", lambda device: False)
+        monkeypatch.setattr(search_module, "_drops_every", lambda device: search_module.DROPS)
+    settings, steps, counts, linf, l2 = MOST[name]
+    step = count_operations(
+        lambda count: parse_attack(name, **settings, **{steps: count}), counts, threat
+    )
+    # Three operations ask whether an image fell.
+    most = (linf if threat is LINF else l2) + 3 * (not accelerated)
+    assert step.operations <= most, step.names
+    assert step.syncs <= (0.14 if accelerated else 1.02)

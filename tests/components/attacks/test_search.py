@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from toy_networks import Noisy
-from toys import LINF, head
+from toy_networks import Function, Noisy
+from toys import LINF, THREATS, head, parse_attack
 
+from components.attacks import L2, Linf
+from components.attacks import search as search_module
 from components.attacks.search import Search, strongest
 from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
@@ -70,3 +72,36 @@ def test_the_strongest_image_is_classified_correctly_under_the_fewest_draws() ->
     best, margins = strongest(cast(Target, Scripted()), candidates, labels, range(4))
     assert best.flatten().tolist() == [0, 1, 0, 1]
     assert margins.tolist() == [1.5, 0.0, -torch.inf, 0.0]
+
+
+@THREATS
+@pytest.mark.parametrize("name", ["pgd", "apgd_ce", "apgd_t", "fab_t"])
+def test_an_accelerator_drops_fooled_images_late_and_finds_the_same(
+    name: str, threat: Linf | L2, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it asks about a fooled image until then is for nothing, and not kept.
+
+    In float64, so that the rounding of batches of any size is nothing. Of the copies of an image,
+    several may be fooled by then.
+    """
+    data = head(test_set, 40)
+    generator = torch.Generator().manual_seed(3)
+    first, last = (
+        torch.randn(*sides, generator=generator).double()
+        for sides in ((data.pixels()[0].numel(), 16), (16, 5))
+    )
+    defense = Defense(Function(lambda x: (x.flatten(1) @ first / 8).tanh() @ last), None).freeze()
+    images, draws = data.pixels().double(), Draws(0, "attack", data.ids)
+    labels = defense(images).argmax(1)
+    small, found, asked = threat.scaled(0.2), [], []
+    for every in (1, 8):
+        monkeypatch.setattr(search_module, "_drops_every", lambda device, every=every: every)
+        target = bind(defense, "full", draws, 1)
+        found.append(parse_attack(name).run(target, images, labels, small, draws))
+        asked.append(int(target.passes.forward.sum()))
+    fell = found[0].margin <= 0
+    assert 3 < fell.sum() < 37, "all alike: nothing is seen"
+    assert torch.equal(found[1].margin <= 0, fell)
+    same = ~fell if name.endswith("_t") else torch.ones_like(fell)
+    assert torch.allclose(found[1].images[same], found[0].images[same], rtol=0, atol=1e-9)
+    assert asked[1] > asked[0]
