@@ -38,6 +38,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "cw_l2": {
         "c": 1.0, "searches": 2, "steps": 10, "learning_rate": 0.1, "confidence": 0.0, "eot": 2,
     },
+    "a3": {},
     "apgd_ce": {"steps": 8, "restarts": 2, "eot": 2},
     "apgd_t": {"steps": 8, "targets": 2, "eot": 2},
     "apgd_dlr": {"steps": 8, "restarts": 2, "eot": 2},

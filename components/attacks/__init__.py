@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from components.attacks.a3 import A3
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdMargin, ApgdT
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import L2, Attack, Linf, Threat
@@ -34,7 +35,7 @@ from components.models.precision import full_precision
 # `components/checks/scores.py`.
 AttackConfig = Annotated[
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
-    | ApgdCe | ApgdDlr | ApgdMargin | ApgdT | FabT | AutoAttack | Square | Flip
+    | ApgdCe | ApgdDlr | ApgdMargin | ApgdT | FabT | AutoAttack | A3 | Square | Flip
     | DetectorAware,
     Field(discriminator="kind"),
 ]  # fmt: skip

@@ -137,16 +137,14 @@ class Search:
         return [tensor[stay] for tensor in tensors]
 
     def copies(self, count: int) -> Iterator[tuple["Search", Tensor, Tensor]]:
-        """Yield searches of `count` copies of each row that is not fooled yet, for as many aims.
+        """Yield searches of `count` copies of each active row, for as many aims.
 
         With each come the rows (n,) that its images are copies of, and which copy each is (n,).
         What it found is recorded here before the next one. Against a stochastic target, where no
-        row is ever done, the copies run one after the other, as restarts of this search.
+        row is ever done, the copies run one after the other, in this search.
         """
-        self.restart()
         if not self.early_stop:
             for index in range(count):
-                self.restart()
                 yield self, self.rows, torch.full_like(self.rows, index)
             return
         room = max(ROOM // max(self.images[:1].numel(), 1), len(self.images))

@@ -88,6 +88,7 @@ class FabT(Attack):
                 starts = torch.stack(
                     [_random_start(images, threat, draws.redraw(run)) for run in runs]
                 )
+            search.restart()
             for copies, of, index in search.copies(self.targets):
                 crossing = _run_fab(copies, starts[index, of], ranked[of, index], self.steps)
                 if self.final_search:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from toy_networks import Noisy
 from toys import ATTACK_VARIANTS, ATTACKS, LINF, head, parse_attack
 
-from components.attacks import Attack, Crafted, Linf, autoattack, craft
+from components.attacks import Attack, Crafted, Linf, a3, autoattack, craft
 from components.attacks.autoattack import AutoAttack
 from components.attacks.contract import Cost
 from components.checks.sets import effort
@@ -21,7 +21,7 @@ WIDE = Linf(norm="linf", eps_255=64.0)
 STANDARD = AutoAttack(kind="autoattack", version="standard")
 RAND = AutoAttack(kind="autoattack", version="rand")
 # They are not for random defenses.
-FIXED = ("fab_t", "autoattack", "mi_fgsm")
+FIXED = ("a3", "fab_t", "autoattack", "mi_fgsm")
 
 
 class Stubborn(nn.Module):
@@ -38,7 +38,8 @@ class Stubborn(nn.Module):
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten AutoAttack."""
+    """Shorten AutoAttack, and A3 after its opening."""
+    monkeypatch.setattr(a3, "BY_MARGIN", (a3.Round(0.5, 3, 8), a3.Round(0.2, 3, 8, 4)))
     monkeypatch.setattr(autoattack, "STEPS", 10)
     monkeypatch.setattr(autoattack, "QUERIES", 60)
 
@@ -74,6 +75,9 @@ def test_images_that_withstand_cost_what_the_attack_promises(
     if name == "flip":
         # An image may have no pixel that a flip could take to the other side.
         assert promised == Cost(attack.draws(noisy), 0)
+    elif name == "a3":
+        # The hardest image of a part is given up after the opening; the others cost more.
+        assert len(spent) > 1 and min(spent) == (promised.forward, promised.backward)
     elif attack.kind == "detector_aware" and noisy:
         # The passes of the detector come on top.
         assert spent == {(2 * promised.forward, promised.backward)}
