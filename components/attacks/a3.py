@@ -60,7 +60,7 @@ LEADING = 0.05
 # Where less than this fraction of the images stands, all of them go on, with fewer restarts in a
 # round. The authors do so below 0.1, with ten restarts more instead, which costs more than
 # AutoAttack.
-FEW, FEW_RESTARTS = 0.2, 10
+FEW, FEW_RESTARTS = 0.2, 20
 
 
 class A3(Attack):

@@ -57,7 +57,7 @@ def test_steps_fall_along_a_cosine_from_a_radius() -> None:
         (Round(0.03, 7, 67, 50), 100, 256, 3, 50),
         (Round(0.03, 7, 67, 50), 60, 256, 2, 45),  # 1.8 images 50 times
         (Round(0.03, 7, 67, 50), 1, 1, 1, 2),  # 0.03 images 50 times
-        (Round(0.03, 7, 67, 50), 51, 256, 51, 10),  # fewer than a fifth: all of them
+        (Round(0.03, 7, 67, 50), 51, 256, 51, 20),  # fewer than a fifth: all of them
         (Round(0.3, 7, 47), 51, 256, 51, 1),
         (Round(0.3, 7, 47), 52, 256, 16, 1),
     ],
@@ -118,6 +118,7 @@ def test_copies_of_an_image_stop_when_one_is_fooled(monkeypatch: pytest.MonkeyPa
 
     grey = torch.full((10, 1, 4, 4), 128, dtype=torch.uint8)
     data = ImageSet(grey, torch.zeros(10).long(), torch.arange(10), ("a", "b"))
+    monkeypatch.setattr(a3, "LEADING", NEVER)
     monkeypatch.setattr(a3, "OPENING", (Round(1, 0, 1),) * 3)
     monkeypatch.setattr(a3, "BY_MARGIN", (Round(0.1, 0, 8),))
     monkeypatch.setattr(
