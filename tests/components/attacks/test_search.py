@@ -1,4 +1,4 @@
-"""Against a random defense the search returns the strongest image, not the luckiest."""
+"""The search keeps the best image of a row, its copies included; under noise, not the luckiest."""
 
 from typing import cast
 
@@ -105,3 +105,30 @@ def test_an_accelerator_drops_fooled_images_late_and_finds_the_same(
     same = ~fell if name.endswith("_t") else torch.ones_like(fell)
     assert torch.allclose(found[1].images[same], found[0].images[same], rtol=0, atol=1e-9)
     assert asked[1] > asked[0]
+
+
+def test_copies_are_of_the_active_rows_and_end_with_the_first_that_is_fooled() -> None:
+    """Five images; copies of rows 3 and 1; the second copy of row 3 fools the model."""
+
+    class Brightness(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.pad(0.75 - x.flatten(1).mean(1, keepdim=True), (0, 1))
+
+    images = torch.full((5, 1, 2, 2), 0.5)
+    draws = Draws(0, "attack", torch.arange(5))
+    target = bind(Defense(Brightness(), None).freeze(), "full", draws, 1)
+    search = Search(target, images, torch.zeros(5, dtype=torch.int64), LINF, True)
+    search.select(torch.tensor([3, 1]))
+    for runs, of, index in search.copies(3):
+        assert of.tolist() == [3, 3, 3, 1, 1, 1] and index.tolist() == [0, 1, 2, 0, 1, 2]
+        pixels = torch.tensor([0.6, 0.8, 0.7, 0.55, 0.6, 0.7])[:, None, None, None]
+        found = runs.evaluate(pixels.expand(6, 1, 2, 2), lambda logits, labels: logits[:, 0])
+        (kept,) = runs.drop_fooled(found.margin)
+        assert kept.tolist() == pytest.approx([0.2, 0.15, 0.05])
+        assert runs.rows.tolist() == [3, 4, 5]
+    assert search.rows.tolist() == [3, 1]
+    assert search.margin.tolist() == pytest.approx([0.25, 0.05, 0.25, -0.05, 0.25])
+    # All copies of a row are counted, and rows that were not selected are left alone.
+    assert search.outcome().iterations.tolist() == [0, 3, 0, 3, 0]
+    search.restart()
+    assert search.rows.tolist() == [0, 1, 2, 4]
