@@ -79,15 +79,19 @@ class A3(Attack):
         gradients = sum(each.lead + each.steps for each in OPENING)
         return search_cost(gradients, len(OPENING), 1, stochastic) + Cost(1, 0)
 
-    def run(
-        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
-    ) -> Outcome:
-        """Return the iterate of lowest margin."""
-        if target.stochastic:
+    def require_fit(self, stochastic: bool) -> None:
+        """Raise ValueError for a stochastic target."""
+        if stochastic:
             raise ValueError(
                 "a3 is not for stochastic defenses, whose single answers rank no images: "
                 "use apgd_ce and apgd_dlr with eot, or autoattack with version: rand"
             )
+
+    def run(
+        self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
+    ) -> Outcome:
+        """Return the iterate of lowest margin."""
+        self.require_fit(target.stochastic)
         search = Search(target, images, labels, threat, early_stop=True)
         _Restarts(search, draws).run()
         return search.outcome()

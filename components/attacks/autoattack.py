@@ -73,6 +73,14 @@ class AutoAttack(Attack):
         parts = [attack.effort(classes, stochastic) for attack in self.ensemble(classes)]
         return sum(parts, Cost(choice, 0))
 
+    def require_fit(self, stochastic: bool) -> None:
+        """Raise ValueError unless the version is the one for such a target."""
+        if stochastic != (self.version == "rand"):
+            kind, other = ("stochastic", "rand") if stochastic else ("deterministic", "standard")
+            raise ValueError(
+                f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
+            )
+
     def strong(self) -> bool:
         """Always."""
         return True
@@ -105,13 +113,7 @@ class AutoAttack(Attack):
         The images that are left after an attack fill new batches for the next one. With `rand`
         every attack runs on every image, and there is one outcome.
         """
-        if target.stochastic != (self.version == "rand"):
-            kind, other = (
-                ("stochastic", "rand") if target.stochastic else ("deterministic", "standard")
-            )
-            raise ValueError(
-                f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
-            )
+        self.require_fit(target.stochastic)
         if not len(images):
             return
         ensemble = self.ensemble(target.classes(images))

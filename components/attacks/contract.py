@@ -177,6 +177,9 @@ class Attack(Config):
         """Say whether, on a deterministic defense, the attack leaves an image once it is fooled."""
         return self.early_stopping and bool(getattr(self, "early_stop", True))
 
+    def require_fit(self, stochastic: bool) -> None:
+        """Raise ValueError if the attack is not for such a target (`Target.stochastic`)."""
+
     def strong(self) -> bool:
         """Say whether a claim of robustness may rest on this attack, with others beside it.
 

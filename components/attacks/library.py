@@ -56,10 +56,16 @@ class MiFgsm(Attack):
         """One gradient per step, and one query of the image before and after."""
         return Cost(self.steps + 2, self.steps)
 
+    def require_fit(self, stochastic: bool) -> None:
+        """Raise ValueError for a stochastic target."""
+        if stochastic:
+            raise ValueError("mi_fgsm cannot bind noise to images: not for stochastic defenses")
+
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the last iterate; the clean image where it is misclassified already."""
+        self.require_fit(target.stochastic)
         if not isinstance(threat, Linf):
             raise ValueError("mi_fgsm steps along the sign: for linf threats only, not l2")
         # Imported here because it takes a second, which only those who use it should pay.
@@ -68,21 +74,18 @@ class MiFgsm(Attack):
         eps, length = threat.eps, self.step * threat.eps
         return run_torchattack(
             lambda model: torchattacks.MIFGSM(model, eps, length, self.steps, self.decay),
-            self.kind, self.steps, target, images, labels, threat,
+            self.steps, target, images, labels, threat,
         )  # fmt: skip
 
 
 def run_torchattack(
-    make: Callable[[nn.Module], Any], kind: str, steps: int, target: Target, images: Tensor,
+    make: Callable[[nn.Module], Any], steps: int, target: Target, images: Tensor,
     labels: Tensor, threat: Linf | L2,
 ) -> Outcome:  # fmt: skip
     """Run the attack that `make` builds for a module, on the images that are classified correctly.
 
-    `steps` is the number of iterations that are reported for them. Raises ValueError for a
-    stochastic target.
+    `steps` is the number of iterations that are reported for them. Not for stochastic targets.
     """
-    if target.stochastic:
-        raise ValueError(f"{kind} cannot bind noise to images: not for stochastic defenses")
     found, margin = images.clone(), nan_as_fooled(target.margins(images, labels, 0))
     rows = (margin > 0).nonzero().flatten()
     spent = torch.zeros_like(labels).index_fill_(0, rows, steps)

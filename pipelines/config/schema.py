@@ -12,10 +12,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from components.attacks import AttackConfig, Threat
+from components.attacks import Attack, AttackConfig, Threat
 from components.evaluation.ladder import MODES, REPLAYED, SURROGATE
 from components.models.defense import STAND_INS
-from components.models.purifiers import PurifierConfig
+from components.models.purifiers import PurifierConfig, stochastic
 from components.sources import DataConfig
 from pipelines.config.resources import Count, Resources
 from pipelines.config.search_space import get
@@ -25,6 +25,7 @@ from pipelines.config.sections import (
     Classifier,
     Control,
     Defended,
+    Ladder,
     Name,
     Pool,
     Published,
@@ -194,6 +195,10 @@ def _check_scored(params: Params) -> None:
                 _require(f"ladder of {name}: transfer", SURROGATE, params.baselines)
             for attack in attacks:
                 _require(f"ladder of {name}", attack, params.attacks)
+        random = name in params.defenses and params.stochastic(name)
+        if isinstance(scored, Control):
+            random = stochastic(scored.purifier, None)
+        require_fit(f"ladder of {name}", scored.ladder, params.attacks, random)
 
 
 def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> None:
@@ -264,6 +269,23 @@ def _check_study_ladder(where: str, study: Study, params: Params) -> None:
             _require(f"{where}.ladder", attack, params.attacks)
             if not params.attacks[attack].bounded:
                 raise ValueError(f"{where}.ladder: {attack} does not stay inside the threat")
+    require_fit(f"{where}.ladder", study.ladder, params.attacks, params.stochastic(study.defense))
+
+
+def require_fit(
+    where: str, ladder: Ladder, attacks: Mapping[str, Attack], stochastic: bool
+) -> None:
+    """Raise ValueError where an attack of a ladder is not for the defense.
+
+    `stochastic` says whether the defense draws noise. Where sets are replayed they were crafted
+    against a bare classifier, which draws none.
+    """
+    for mode, names in ladder.items():
+        for name in names:
+            try:
+                attacks[name].require_fit(stochastic and mode not in (*REPLAYED, "fixed_noise"))
+            except ValueError as error:
+                raise ValueError(f"{where} names {name} on the rung {mode}: {error}") from None
 
 
 def _require(where: str, name: str, names: Mapping[str, Any]) -> None:

@@ -11,7 +11,12 @@ from pydantic import Field, model_validator
 from components.attacks import AttackConfig
 from components.config import Config
 from components.models.classifiers import ClassifierConfig
-from components.models.purifiers import ControlConfig, InferenceConfig, PurifierConfig
+from components.models.purifiers import (
+    ControlConfig,
+    InferenceConfig,
+    PurifierConfig,
+    stochastic,
+)
 from components.training.atop import Atop
 from components.training.koo import Distillation
 from components.training.loop import Training
@@ -165,6 +170,11 @@ class Trained(Config):
             return self.model_of(self.atop[name].base)
         sections: dict[str, Purifier | Student] = {**self.purifiers, **self.students}
         return sections[name].model
+
+    def stochastic(self, defense: str) -> bool:
+        """Say whether a defense draws noise."""
+        one = self.defenses[defense]
+        return stochastic(self.model_of(one.model), one.inference)
 
     def section_of(self, name: str) -> str:
         """Return the key of the section that holds a network."""

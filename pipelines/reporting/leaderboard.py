@@ -1,7 +1,8 @@
 """The trials of a search: their ranking with intervals, and what is shown while it runs.
 
-Accuracies are of validation images, and they choose the best of many trials: its real accuracy is
-measured on the test images by `dvc repro`, after its values were adopted.
+Accuracies are of validation images, and they choose the best of many trials. Robust accuracy under
+a short ladder is an upper bound, and is called one. What the best trial is worth is measured on the
+test images by `dvc repro`, after its values were adopted.
 """
 
 import sys
@@ -18,8 +19,10 @@ from components.checks.verdicts import unbeaten
 from pipelines.config.search_space import Value
 from pipelines.config.sections import Study
 from pipelines.runner.context import Context
+from pipelines.tasks.trial import ROBUST
 
-FIGURES = ("robust", "robust_low", "robust_high", "clean", "seconds_per_image")
+LOW, HIGH = f"{ROBUST}_low", f"{ROBUST}_high"
+FIGURES = (ROBUST, LOW, HIGH, "clean", "seconds_per_image")
 Report = Mapping[str, Any]
 
 
@@ -57,7 +60,7 @@ def rank(trials: Sequence[Trial], study: Study) -> list[Trial]:
     def order(trial: Trial) -> tuple[float, ...]:
         return (
             trial.right is None, -trial.epoch if trial.right is None else 0,
-            -trial.figures["robust"], -trial.figures["clean"],
+            -trial.figures[ROBUST], -trial.figures["clean"],
         )  # fmt: skip
 
     ranked = sorted(trials, key=order)
@@ -80,7 +83,7 @@ def table(ranked: Sequence[Trial], study: Study) -> Table:
     shown.add_column("trial", no_wrap=True)
     for key in study.space:
         shown.add_column(key.split(".")[-1], justify="right")
-    for title in ("clean", "robust, 95 %", "ms/image", "epochs", ""):
+    for title in ("clean", "robust (upper bound), 95 %", "ms/image", "epochs", ""):
         shown.add_column(title, justify="right", no_wrap=True)
     for trial in ranked:
         best = trial.front if study.goal == "pareto" else trial.tied
@@ -103,9 +106,8 @@ def line(trial: Trial, study: Study) -> str:
     values = ", ".join(f"{key.split('.')[-1]} {_short(trial.values[key])}" for key in study.space)
     clean, robust, milliseconds = _numbers(trial)
     time = f", {milliseconds} ms per image" if milliseconds else ""
-    return (
-        f"trial {trial.name}: {values}: clean {clean}, robust {robust}{time} (epoch {trial.epoch})"
-    )
+    found = f"clean {clean}, robust at most {robust}{time}"
+    return f"trial {trial.name}: {values}: {found} (epoch {trial.epoch})"
 
 
 class SearchMonitor:
@@ -162,15 +164,15 @@ def _front(trial: Trial, trials: Sequence[Trial]) -> bool:
 
 def _gains(trial: Trial) -> Any:
     figures = trial.figures
-    return np.array([figures["robust"], figures["clean"], -figures["seconds_per_image"]])
+    return np.array([figures[ROBUST], figures["clean"], -figures["seconds_per_image"]])
 
 
 def _numbers(trial: Trial) -> tuple[str, str, str]:
     """Return clean accuracy, robust accuracy with its interval, and ms per image, as text."""
     figures = trial.figures
-    robust = f"{100 * figures['robust']:.1f}"
-    if "robust_low" in figures:
-        robust += f" ({100 * figures['robust_low']:.1f}-{100 * figures['robust_high']:.1f})"
+    robust = f"{100 * figures[ROBUST]:.1f}"
+    if LOW in figures:
+        robust += f" ({100 * figures[LOW]:.1f}-{100 * figures[HIGH]:.1f})"
     seconds = figures.get("seconds_per_image")
     time = "" if seconds is None else f"{1000 * seconds:.3g}"
     return f"{100 * figures['clean']:.1f}", robust, time

@@ -26,11 +26,11 @@ from pipelines.reporting.leaderboard import Report, SearchMonitor, Trial
 from pipelines.runner.console import show
 from pipelines.runner.context import Context
 from pipelines.storage import job_files, jobs
-from pipelines.tasks.trial import StudySetup, run_trial
+from pipelines.tasks.trial import ROBUST, StudySetup, run_trial
 
 # The sections that a trial may change.
 SECTIONS = ("purifiers", "students", "atop", "defenses")
-GOALS = {"robust": "max", "clean": "max", "seconds_per_image": "min"}
+GOALS = {ROBUST: "max", "clean": "max", "seconds_per_image": "min"}
 # The CPUs of a trial that only waits for its training workers.
 WAITING_CPUS = 0.01
 STUDY = "study"
@@ -148,7 +148,7 @@ def _tuner(setup: StudySetup, trainable: Any, folder: str) -> Any:
 
     study = setup.study
     alone = study.goal == "robust"
-    metric: Any = "robust" if alone else list(GOALS)
+    metric: Any = ROBUST if alone else list(GOALS)
     mode: Any = "max" if alone else list(GOALS.values())
     present = {key: get(setup.document, key) for key in study.space}
     inside = all(domain.contains(present[key]) for key, domain in study.space.items())
@@ -159,7 +159,7 @@ def _tuner(setup: StudySetup, trainable: Any, folder: str) -> Any:
     )  # fmt: skip
     epochs = setup.epochs(setup.sections({}))
     scheduler = ASHAScheduler(
-        time_attr="epoch", metric="robust", mode="max", max_t=max(epochs, study.grace + 1),
+        time_attr="epoch", metric=ROBUST, mode="max", max_t=max(epochs, study.grace + 1),
         grace_period=study.grace, reduction_factor=study.reduction,
     )  # fmt: skip
     return tune.Tuner(

@@ -62,6 +62,11 @@ class FabT(Attack):
         steps = self.targets * self.restarts * self.steps
         return search_cost(steps, steps, 1, False) + Cost(1, 0)
 
+    def require_fit(self, stochastic: bool) -> None:
+        """Raise ValueError for a stochastic target."""
+        if stochastic:
+            raise ValueError("fab_t needs a fixed decision boundary: not for stochastic defenses")
+
     def strong(self) -> bool:
         """At least ten steps; the attack chooses their length itself."""
         return self.steps >= LEAST_STEPS
@@ -70,8 +75,7 @@ class FabT(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the image of lowest margin inside the threat."""
-        if target.stochastic:
-            raise ValueError("fab_t needs a fixed decision boundary: not for stochastic defenses")
+        self.require_fit(target.stochastic)
         search = BoundedSearch(target, images, labels, threat, early_stop=True)
         with torch.no_grad():
             logits = target(images, 0)

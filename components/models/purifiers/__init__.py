@@ -45,4 +45,19 @@ InferenceConfig = Annotated[
     Apudae | DiffDefense | DiffPure | DefenseGan, Field(discriminator="kind")
 ]
 
-__all__ = ["ControlConfig", "Inference", "InferenceConfig", "Purifier", "PurifierConfig"]
+
+def stochastic(model: PurifierConfig, inference: InferenceConfig | None) -> bool:
+    """Say whether a purifier draws noise (`Purifier.stochastic`), from its sections alone."""
+    if inference is not None:
+        return inference.stochastic()
+    return isinstance(model, RandomTransform | GaussianNoise | UntrainedDiffusion)
+
+
+__all__ = [
+    "ControlConfig",
+    "Inference",
+    "InferenceConfig",
+    "Purifier",
+    "PurifierConfig",
+    "stochastic",
+]

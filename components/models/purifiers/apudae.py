@@ -75,6 +75,10 @@ class Apudae(Inference):
         """Offer one pass of the denoiser; for Adam, which masks its gradient, two more."""
         return ("direct",) if self.optimiser == "sgd" else ("direct", "plain", "detached")
 
+    def stochastic(self) -> bool:
+        """Say whether noise or a transform is drawn."""
+        return self.noise_255 > 0 or self.transform is not None
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network that is not a denoiser."""
         if not isinstance(network, DenoisingAutoencoder):
@@ -86,7 +90,7 @@ class _Apudae(Purifier):
     def __init__(self, config: Apudae, denoiser: DenoisingAutoencoder) -> None:
         super().__init__()
         self.config, self.denoiser = config, denoiser
-        self.stochastic = config.noise_255 > 0 or config.transform is not None
+        self.stochastic = config.stochastic()
         self.stand_ins = config.stand_ins()
 
     def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:

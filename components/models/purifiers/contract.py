@@ -101,6 +101,10 @@ class Inference(Config):
         """Return the stand-ins that the purifier will have."""
         return ()
 
+    def stochastic(self) -> bool:
+        """Say whether the purifier will draw noise."""
+        return False
+
     def require_fit(self, model: Config) -> None:
         """Raise ValueError if this inference cannot use the network that `model` describes."""
         kind = str(getattr(model, "kind", "control"))

@@ -134,6 +134,10 @@ class DefenseGan(Inference):
         """Offer a descent of fewer iterations from one start."""
         return ("short",)
 
+    def stochastic(self) -> bool:
+        """Say that it starts from noise."""
+        return True
+
     def wrap(self, network: nn.Module) -> Purifier:
         """Return the purifier; raise ValueError for a network that is not a gan."""
         if not isinstance(network, GenerativePair):

@@ -90,7 +90,7 @@ def test_side_effects_of_torchattacks_stay_outside(
     draws = Draws(0, "attack", data.ids)
     target = bind(Defense(model, None).eval(), "full", draws, 1)
     stream = torch.get_rng_state()
-    outcome = run_torchattack(Careless, "careless", 1, target, data.pixels(), data.labels, LINF)
+    outcome = run_torchattack(Careless, 1, target, data.pixels(), data.labels, LINF)
     assert torch.equal(torch.get_rng_state(), stream)
     assert not any(module.training for module in model.modules())
     assert not any(p.grad is not None or not p.requires_grad for p in model.parameters())

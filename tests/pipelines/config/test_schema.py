@@ -217,6 +217,10 @@ def test_a_view_without_or_of_an_unknown_instance_lists_the_instances(
         ({"tuning.studies.student.ladder": {"classifier": ["pgd"]}}, "sees through the purifier"),
         ({"tuning.studies.student.ladder": {"full": ["pgd"], "transfer": ["pgd"]}}, "transfer"),
         (
+            {"tuning.studies.atop.ladder": {"full": ["a3"]}},
+            r"studies\.atop\.ladder names a3 on the rung full: a3 is not for stochastic defenses",
+        ),
+        (
             {"tuning.studies.student.space": {"classifiers.standard.model.width": "DOMAIN"}},
             "plays no part in student_adaptive",
         ),

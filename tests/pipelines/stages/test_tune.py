@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines.config.search_space import get
+from pipelines.tasks.trial import ROBUST
 
 STUDENT = "students.student_adaptive"
 
@@ -80,15 +81,13 @@ def test_a_killed_search_continues_and_its_best_values_are_adopted(
     assert len(trials) == count
     names = {t["name"] for t in trials}
     assert all(any(name in path for name in names) for path in done), "a search of its own"
-    assert "tied for best" in printed
+    assert "tied for best" in printed and "robust (upper bound), 95 %" in printed
     assert {path.name for path in out.iterdir()} == {"best.yaml", "trials.json"}
     now = {f"{STUDENT}.objective.beta": 0.5, f"{STUDENT}.objective.gamma": 0.5}
     assert any(now.items() <= t["values"].items() for t in trials), (
         "the present values were not tried"
     )
-    assert trials[0]["figures"]["robust"] == max(
-        t["figures"]["robust"] for t in trials if t["right"]
-    )
+    assert trials[0]["figures"][ROBUST] == max(t["figures"][ROBUST] for t in trials if t["right"])
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("limpid-digits").experiment_id
     runs = client.search_runs([experiment])
@@ -97,7 +96,7 @@ def test_a_killed_search_continues_and_its_best_values_are_adopted(
     for trial in trials:
         run = nested[trial["name"]].data
         assert run.params == {key: str(value) for key, value in trial["values"].items()}
-        assert run.metrics["robust"] == pytest.approx(trial["figures"]["robust"])
+        assert run.metrics[ROBUST] == pytest.approx(trial["figures"][ROBUST])
     code, printed = project.run(
         folder,
         sys.executable,

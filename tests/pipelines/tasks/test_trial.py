@@ -57,6 +57,17 @@ def test_a_value_that_is_not_valid_is_named() -> None:
         study_setup("atop").sections({"purifiers.masked.model.transform.missing": 1.5})
 
 
+def test_a_value_that_makes_the_defense_too_random_for_the_ladder_is_refused() -> None:
+    noise = "defenses.apudae.inference.noise_255"
+    setup = study_setup("student", **{noise: {"kind": "uniform", "low": 0, "high": 8}})
+    study = setup.study.model_copy(update={"defense": "apudae"})
+    setup = StudySetup(**{**vars(setup), "study": study})
+    assert study.ladder == {"full": ["a3"]}
+    setup.sections({noise: 0.0})
+    with pytest.raises(ConfigError, match=r"noise_255 = 8\.0 is not valid: its ladder names a3 on"):
+        setup.sections({noise: 8.0})
+
+
 def test_rungs_grow_by_the_factor_and_exclude_the_last_epoch() -> None:
     study = params().tuning.studies["student"]
     study = study.model_copy(update={"grace": 2, "reduction": 3})

@@ -73,6 +73,10 @@ class DiffDefense(Inference):
         """Offer a descent of fewer iterations."""
         return ("short",)
 
+    def stochastic(self) -> bool:
+        """Say that it starts from noise."""
+        return True
+
     def require_fit(self, model: Config) -> None:
         """Raise ValueError if `model` is not a ddpm or was trained on fewer than `steps` steps."""
         super().require_fit(model)

@@ -51,6 +51,10 @@ class DiffPure(Inference):
         """Offer a process of fewer steps."""
         return ("short",)
 
+    def stochastic(self) -> bool:
+        """Say that it starts from noise."""
+        return True
+
     def require_fit(self, model: Config) -> None:
         """Raise ValueError if `model` is not a ddpm or was not trained up to `t_star`."""
         super().require_fit(model)

@@ -9,7 +9,13 @@ from pydantic import TypeAdapter
 from toys import grey_levels, keyed, strided_pointwise
 
 from components.data.draws import Draws, NoiseStream
-from components.models.purifiers import ControlConfig, InferenceConfig, Purifier, PurifierConfig
+from components.models.purifiers import (
+    ControlConfig,
+    InferenceConfig,
+    Purifier,
+    PurifierConfig,
+    stochastic,
+)
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
@@ -210,6 +216,17 @@ def test_output_is_random_only_if_declared_stochastic(name: str) -> None:
     for other in (draws.redraw(1), reseeded, other_role):
         moved = (purifier(x, other.stream()) != one).flatten(1).any(1)
         assert moved.all() if purifier.stochastic else not moved.any()
+
+
+@EVERY
+def test_the_sections_say_whether_a_purifier_draws_noise(name: str) -> None:
+    network, inference = {**WRAPPED, **WRAPPED_VARIANTS}.get(name) or (
+        {**SAMPLES, **VARIANTS}[name],
+        None,
+    )
+    model = TypeAdapter(PurifierConfig).validate_python(network)
+    how = TypeAdapter(InferenceConfig | None).validate_python(inference)
+    assert stochastic(model, how) == build_purifier(name).stochastic
 
 
 @EVERY
