@@ -81,6 +81,11 @@ class AutoAttack(Attack):
                 f"autoattack {self.version} is not for {kind} defenses: use version: {other}"
             )
 
+    def label(self, name: str, classes: int) -> str:
+        """Say where the ensemble is not the published one: too few classes for a DLR loss."""
+        few = any(isinstance(attack, ApgdMargin) for attack in self.ensemble(classes))
+        return f"{name} (K<{LEAST_TARGETED})" if few else name
+
     def strong(self) -> bool:
         """Always."""
         return True

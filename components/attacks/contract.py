@@ -177,6 +177,10 @@ class Attack(Config):
         """Say whether, on a deterministic defense, the attack leaves an image once it is fooled."""
         return self.early_stopping and bool(getattr(self, "early_stop", True))
 
+    def label(self, name: str, classes: int) -> str:
+        """Return what tables call this attack, named `name`, where there are so many classes."""
+        return name
+
     def require_fit(self, stochastic: bool) -> None:
         """Raise ValueError if the attack is not for such a target (`Target.stochastic`)."""
 

@@ -32,7 +32,6 @@ from pipelines.tasks.metrics import (
     Metrics,
     Scored,
     ThreatModel,
-    attack_of,
     rung_of,
 )
 from pipelines.tasks.subject import Subject
@@ -145,8 +144,8 @@ def folder_md5(folder: Path) -> str:
 def _ladder(found: Scored) -> dict[str, list[str]]:
     """Return the attacks that were counted, by rung."""
     ladder: dict[str, list[str]] = {}
-    for name in found.attacks:
-        ladder.setdefault(rung_of(name), []).append(attack_of(name))
+    for name, score in found.attacks.items():
+        ladder.setdefault(rung_of(name), []).append(score.label)
     return ladder
 
 

@@ -130,6 +130,7 @@ def write_report(
         reference=next((each for each in scored if each.name == baseline), None),
         shape=test.shape,
         classes=len(test.class_names),
+        labels={n: one.label for each in scored for n, one in each.scores.attacks.items()},
         scored=scored,
         columns=[m for m in MODES if m in SHOWN or any(each.ladder[m] for each in scored)],
         hue_count=HUES,

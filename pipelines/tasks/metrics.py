@@ -25,7 +25,7 @@ from components.data.shards import DataError, write_json
 from pipelines.config import dvc_lock
 from pipelines.layout import DVC_LOCK
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 EntryRole = Literal["baseline", "defense", "control"]
 # As in `components.checks.verdicts`: readers of the metrics need not load what computes them.
 Standing = Literal[
@@ -50,12 +50,13 @@ class Headline(Estimate):
 
 
 class AttackScore(Estimate):
-    """The accuracy on one stored set.
+    """The accuracy on one stored set, and what tables call its attack (`label`).
 
     `bounded`: the attack stays in the ball by itself; `inside`: the fraction of its images there;
     `median_l2`: the median L2 distance to the clean images, in pixels of [0,1].
     """
 
+    label: str
     bounded: bool
     inside: float
     median_l2: float
@@ -292,7 +293,7 @@ class PublishedFigures(Config):
 class Metrics(Config):
     """All that is in reports/metrics.json; `defenses` holds baselines and controls, too."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     seed: int
     selftest: Selftest
     threat_model: ThreatModel

@@ -45,7 +45,7 @@ from components.probes.statistics import summarise, wilson
 from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
 from pipelines.tasks.entries import Entry, Plan, other_baselines
-from pipelines.tasks.metrics import Estimate, Scored, rung_of
+from pipelines.tasks.metrics import Estimate, Scored, attack_of, rung_of
 from pipelines.tasks.scoring import Result
 from pipelines.tasks.subject import Subject
 
@@ -88,7 +88,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
         rungs={mode: _estimate(score.accuracy()) for mode, score in rungs.items()},
         void_rungs=[mode for mode in MODES if mode in void],
         white_box=None if white_box is None else _estimate(white_box),
-        attacks=_attacks(result, plan),
+        attacks=_attacks(result, plan, len(images.class_names)),
         detection=metrics.Detection.model_validate(detector) if detector else None,
         retries=metrics.Retries(
             worst_of_10=_estimate(worst_of(carried, TRIES)),
@@ -200,10 +200,11 @@ def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Accuracies | None:
     return worst(sets, list(sets))[1].accuracy() if len(sets) > 1 else None
 
 
-def _attacks(result: Result, plan: Plan) -> dict[str, metrics.AttackScore]:
+def _attacks(result: Result, plan: Plan, classes: int) -> dict[str, metrics.AttackScore]:
     return {
         name: metrics.AttackScore(
             **dict(_estimate(score.accuracy())),
+            label=plan.attack(name).label(attack_of(name), classes),
             bounded=plan.bounded(name),
             median_l2=float(np.median(result.distance[name])),
             inside=float(result.inside[name].mean()),

@@ -67,6 +67,8 @@ def test_autoattack_is_the_published_ensemble() -> None:
     assert few == [["apgd_ce", "apgd_margin", "fab_t", "square"]] * 2
     kinds = [[attack.kind for attack in RAND.ensemble(classes)] for classes in (2, 3)]
     assert kinds == [["apgd_ce", "apgd_margin"], ["apgd_ce", "apgd_dlr"]]
+    labels = [attack.label("mine", k) for attack in (STANDARD, RAND) for k in (2, 3, 4)]
+    assert labels == ["mine (K<4)", "mine (K<4)", "mine", "mine (K<4)", "mine", "mine"]
     assert (STANDARD.eot, RAND.eot) == (1, 20)
     with pytest.raises(ValueError, match="Extra inputs"):
         AutoAttack(kind="autoattack", version="standard", steps=10)  # type: ignore[call-arg]

@@ -496,7 +496,9 @@ def test_nothing_is_registered_by_a_damaged_lock(
 
 
 def test_the_ladder_that_is_registered_is_what_was_counted(store: Path) -> None:
-    score = AttackScore(accuracy=0.96, low=0, high=1, n=50, bounded=True, inside=1, median_l2=0.5)
+    score = AttackScore(
+        accuracy=0.96, low=0, high=1, n=50, label="pgd", bounded=True, inside=1, median_l2=0.5
+    )
     found = evaluated(load())
     atop = found.defenses["atop"].model_copy(update={"attacks": {"full/pgd": score}})
     found = found.model_copy(update={"defenses": {**found.defenses, "atop": atop}})

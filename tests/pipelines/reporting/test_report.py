@@ -104,6 +104,15 @@ def test_illusions_are_described_in_a_sentence(evaluation: FakeEvaluation, page:
     assert set(MODES) - {"full", "fixed_noise", *STAND_INS} == set(BLIND)
 
 
+def test_an_attack_is_called_by_its_label(evaluation: FakeEvaluation) -> None:
+    found = evaluation.values()
+    attacks = found["defenses"]["student_adaptive"]["attacks"]
+    before = section(evaluation.html(), "attacks")
+    attacks["full/pgd"]["label"] = "pgd (K<4)"
+    after = section(evaluation.html(found), "attacks")
+    assert "full gradient, pgd (K&lt;4)" in after and "(K&lt;4)" not in before
+
+
 def test_an_upper_bound_is_struck_through(evaluation: FakeEvaluation) -> None:
     html = evaluation.html()
     (struck,) = re.findall(r'<s class="n">(.*?)</s>.*upper bound, check failed', html)

@@ -20,7 +20,7 @@ from pipelines.tasks.summary import threat_model
 
 # The keys of every version, by the type they belong to.
 KEYS: dict[int, dict[str, str]] = {
-    2: {
+    3: {
         "Metrics": "schema_version seed selftest threat_model published defenses",
         "Selftest": "cases caught",
         "LinfThreat": "norm eps_255 n select_draws score_draws",
@@ -31,7 +31,7 @@ KEYS: dict[int, dict[str, str]] = {
         "radius_curve checks certificate written_for not_better_than verdict",
         "Estimate": "accuracy low high n",
         "Headline": "accuracy low high n upper_bound",
-        "AttackScore": "accuracy low high n bounded inside median_l2",
+        "AttackScore": "accuracy low high n label bounded inside median_l2",
         "RadiusPoint": "accuracy low high n radius",
         "IllusoryRung": "rung seen left",
         "Rival": "difference p",
@@ -138,7 +138,7 @@ def test_a_threat_in_l2_keeps_its_radius() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 2; `dvc repro`"),
+        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 3; `dvc repro`"),
         ({"schema_version": None}, "has no schema version, and this Limpid"),
         ({"seed": "0"}, "is damaged (seed: "),
         ({"surprise": 1}, "is damaged (surprise: "),
