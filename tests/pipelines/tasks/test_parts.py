@@ -23,7 +23,8 @@ from small_scoring import (
 from torch import Tensor
 from toys import failed
 
-from components.attacks import Crafted
+from components.attacks import Crafted, craft
+from components.attacks.a3 import A3
 from components.attacks.sets import read_crafted
 from components.config import Config
 from components.data import image_set, shards
@@ -234,3 +235,30 @@ def test_the_driver_of_crafting_reads_no_image(
     assert shard_rows(tmp_path / "two") == [range(5), range(5, 10), range(10, N)]
     made_of = [shards.fingerprint(tmp_path / name) for name in ("one", "two")]
     assert made_of[0] == made_of[1]
+
+
+class Reversed(Alone):
+    """The same, the last task first, as another cluster might do them."""
+
+    def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return super().map(function, tasks[::-1])[::-1]
+
+
+def test_an_attack_that_ranks_images_ranks_those_of_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part is a batch of a shard: both are parameters, and no worker sees another part."""
+    entry, plan = made(tmp_path, IDENTITY, 5, right=True)
+    monkeypatch.chdir(tmp_path)
+    attack, ball = A3(kind="a3"), THREAT.scaled(0.1)
+    spec = SetSpec(entry.subject, "full", attack, plan.test, ball, 0, 3, tmp_path / "one")
+    craft_all([spec], cast(Context, Reversed()))
+    found, defense = read_crafted(tmp_path / "one"), entry.subject.defense()
+    data, parts = image_set.read(plan.test), [range(3), range(3, 5), range(5, 8), range(8, 10)]
+    for part in (*parts, range(10, N)):
+        rows = torch.tensor(part)
+        alone = craft(attack, defense, "full", data[rows], ball, 0, 3)
+        assert torch.equal(found.images[rows], alone.images)
+        assert torch.equal(found.backward[rows], alone.backward)
+    whole = craft(attack, defense, "full", data, ball, 0, N)
+    assert not torch.equal(found.backward, whole.backward), "the part made no difference"

@@ -7,6 +7,7 @@ import pytest
 from fake_evaluation import PGD, FakeEvaluation
 
 from components.attacks import Attack
+from components.attacks.a3 import A3
 from components.attacks.apgd import ApgdDlr
 from components.attacks.gradient import Pgd
 from components.probes import Finding
@@ -15,6 +16,8 @@ from pipelines.tasks.summary import summary
 
 CROSS_ENTROPY = Pgd(**PGD.model_dump())
 DLR = ApgdDlr(kind="apgd_dlr", steps=10, restarts=1, eot=1)
+# What it leaves is an upper bound, whatever it climbs.
+QUICK = A3(kind="a3")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_a_flat_loss_voids_a_rung_of_the_cross_entropy_alone(fake: FakeEvaluatio
     assert void.void_rungs == ["full"] and "full_rung" in void.checks.blocking_failed
 
 
-@pytest.mark.parametrize("attack", [CROSS_ENTROPY, DLR])
+@pytest.mark.parametrize("attack", [CROSS_ENTROPY, DLR, QUICK])
 def test_one_family_of_losses_carries_no_claim(fake: FakeEvaluation, attack: Attack) -> None:
     assert "strong_attack" not in scored(fake, "student_adaptive").checks.blocking_failed
     alone = scored(fake, "student_adaptive", (), attack)
