@@ -66,7 +66,7 @@ class Crafted:
     `success` (N,) bool: the defense misclassifies the returned image under one draw of its noise
     (role `attack`). `iterations`, `forward` and `backward` (N,) int64 count the iterations and
     passes spent on each image; `spared` (N,) int64 are the forward passes that the attack left out
-    because it knew their result.
+    because it knew their result, less those that it took for nothing.
 
     The rest is what the attack was answered, which the scoring is held to: `fooled` (N,) bool is
     its own view of the returned image; `answers` (N,) int64 are the right answers to `ASKED` more

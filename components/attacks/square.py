@@ -106,7 +106,7 @@ class Square(Attack):
             block.run(propose, len(queries))
             best[rows], held[rows], waited[rows] = block.x, block.held, block.waited
             tried[rows] += block.tried
-            target[rows].spare(block.spared)
+            target[rows].spare(block.tried - block.asked)
         best = _either(held > clean, images, best)
         return Outcome(best, torch.minimum(held, clean).float(), tried)
 
@@ -176,15 +176,15 @@ def patch_side(area: float, height: int, width: int, threat: Linf | L2) -> int:
 class _Block:
     """Images `x` (N,C,H,W) of a deterministic target, and their margins `held` (N,), in one block.
 
-    Of each image, `tried` (N,) changes have been decided on, and `spared` (N,) of them were not
-    asked about; the last `waited` (N,) were not kept. An image that falls does not change any more.
+    Of each image, `tried` (N,) changes have been decided on, the last `waited` (N,) of which were
+    not kept, and `asked` (N,) were asked about. An image that falls does not change any more.
     """
 
     def __init__(
         self, target: Target, x: Tensor, held: Tensor, labels: Tensor, waited: Tensor
     ) -> None:
         self.target, self.x, self.held, self.labels = target, x, held, labels
-        self.tried, self.spared = torch.zeros_like(labels), torch.zeros_like(labels)
+        self.tried, self.asked = torch.zeros_like(labels), torch.zeros_like(labels)
         self.waited, self.every = waited, torch.arange(len(x), device=x.device)
 
     def run(self, propose: Propose, count: int) -> None:
@@ -207,31 +207,27 @@ class _Block:
         step = torch.arange(total, device=rows.device) - begin[rows]
         rivals, other = propose(self.x, rows, self.tried[rows] + step)
         margins = self.held.new_full((len(self.held), AHEAD), torch.inf)
-        asked = other if _picks_rows(rows.device) else None
-        margins[rows, step] = self._margins(rivals, rows, asked)
+        margins[rows, step] = self._margins(rivals, rows, other)
         better = margins < self.held[:, None]
         kept, first = better.any(1), better.int().argmax(1)
         decided = torch.where(kept, first + 1, ahead)
-        if asked is not None:
-            self.spared.index_add_(0, rows, ((step < decided[rows]) & ~asked).long())
         self.tried += decided
         self.waited = torch.where(kept, 0, self.waited + decided)
         self.x = _either(kept, rivals[(begin + first).clamp_max(total - 1)], self.x)
         self.held = torch.where(kept, margins[self.every, first], self.held)
 
-    def _margins(self, rivals: Tensor, rows: Tensor, asked: Tensor | None) -> Tensor:
-        """Return the margins (M,) of the `rivals` that are `asked` about, and infinity elsewhere.
-
-        Without `asked`, all are.
-        """
-        if asked is None or bool(asked.all()):
-            return nan_as_fooled(self.target[rows].margins(rivals, self.labels[rows], 0))
-        margins, some = self.held.new_full(rows.shape, torch.inf), asked.nonzero().squeeze(1)
+    def _margins(self, rivals: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+        """Return the margins (M,) of `rivals`, and infinity where there is nothing to ask."""
+        if not _picks_rows(rows.device) or bool(other.all()):
+            return self._ask(rivals, rows)
+        margins, some = self.held.new_full(rows.shape, torch.inf), other.nonzero().squeeze(1)
         if len(some):
-            mine = rows[some]
-            found = self.target[mine].margins(rivals[some], self.labels[mine], 0)
-            margins[some] = nan_as_fooled(found)
+            margins[some] = self._ask(rivals[some], rows[some])
         return margins
+
+    def _ask(self, rivals: Tensor, rows: Tensor) -> Tensor:
+        self.asked.index_add_(0, rows, torch.ones_like(rows))
+        return nan_as_fooled(self.target[rows].margins(rivals, self.labels[rows], 0))
 
 
 def _picks_rows(device: torch.device) -> bool:

@@ -170,7 +170,8 @@ def _straight_through(x: Tensor, purified: Tensor) -> Tensor:
 class Passes:
     """Forward and backward passes spent on each image (N,) int64.
 
-    `spared` (N,) int64 are the forward passes that an attack left out because it knew their result.
+    `spared` (N,) int64 are the forward passes that an attack left out because it knew their result,
+    less those that it took for nothing.
     A target and its row subsets share the counters.
     """
 
