@@ -217,14 +217,16 @@ class Run:
     robust: int
 
 
-def measure(name: str, attack: Attacker, data: ImageSet, classifier: nn.Module) -> Run:
+def measure(
+    name: str, attack: Attacker, data: ImageSet, classifier: nn.Module, threat: Linf = THREAT
+) -> Run:
     """Run an attack once; raise AssertionError if an image leaves the threat."""
     before = _memory("VmRSS", reset_peak=True)
     wall, cpu = time.perf_counter(), time.process_time()
     images = attack(data)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     memory = _memory("VmHWM", reset_peak=False) - before
-    broken = violations(images, data.pixels(), THREAT)
+    broken = violations(images, data.pixels(), threat)
     assert not broken, f"{name} left the threat: {broken}"
     return Run(cpu, wall, memory, _right(classifier, images, data.labels))
 
