@@ -1,23 +1,18 @@
 """Fixtures that many tests share: a small trained classifier, test data, the finished line."""
 
 import fcntl
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from toy_networks import ParityModel
 
 from components.attacks import Linf
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier, SmallCnn
-from components.models.defense import Defense
 from components.sources.digits import Digits
 from components.training.classification import Classification
 from components.training.contract import Frozen
@@ -113,22 +108,10 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def parity(test_data: Path) -> Path:
-    """What the authors' AutoAttack did to a fixed small model."""
-    if not (test_data / "parity" / "outcomes.json").is_file():
-        pytest.skip(f"{test_data} has no parity/outcomes.json")
+    """The folder of a small model of MNIST and its images; see `authors`."""
+    if not (test_data / "parity" / "model_and_images.safetensors").is_file():
+        pytest.skip(f"{test_data} has no parity/model_and_images.safetensors")
     return test_data / "parity"
-
-
-@pytest.fixture(scope="session")
-def recorded(parity: Path) -> tuple[Defense, ImageSet, dict[str, Any]]:
-    """The recorded model, its images, and by threat and attack what the authors' code did to it."""
-    tensors = load_file(parity / "model_and_images.safetensors")
-    images, labels = tensors.pop("images"), tensors.pop("labels").long()
-    model = ParityModel()
-    model.load_state_dict(tensors)
-    data = ImageSet(images, labels, torch.arange(len(labels)), tuple("0123456789"))
-    outcomes: dict[str, Any] = json.loads((parity / "outcomes.json").read_text())["threat"]
-    return Defense(model, None).freeze(), data, outcomes
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Small sections, data, attacks and helpers that several test files share."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,28 +230,6 @@ def run_on_target(
     target = bind(defense.freeze(), "full", draws, getattr(attack, "eot", 1))
     pixels = data.pixels() if images is None else images
     return target, attack.run(target, pixels, data.labels, LINF, draws)
-
-
-def compare_with_authors(
-    attack: Attack, names: Sequence[str], threat: Linf | L2,
-    recorded: tuple[Defense, ImageSet, dict[str, Any]],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return which images withstood `attack`, and which withstood all the authors' `names`.
-
-    Compared are all images that any of the authors' attacks fooled, and a few of the others.
-    """
-    defense, data, outcomes = recorded
-    theirs = {
-        name: torch.tensor(outcome["robust"]).bool()
-        for name, outcome in outcomes["Linf" if threat is LINF else "L2"].items()
-        if isinstance(outcome, dict)
-    }
-    withstood = torch.stack(list(theirs.values())).all(0)
-    rows = torch.cat([(~withstood).nonzero()[:, 0], withstood.nonzero()[::40, 0]])
-    assert 60 < len(rows) < 80
-    close = resized(threat, 0.2 if threat is LINF else 1.5)
-    crafted = craft(attack, defense, "full", data[rows], close, 0, len(rows))
-    return ~crafted.success, torch.stack([theirs[name][rows] for name in names]).all(0)
 
 
 # Files
