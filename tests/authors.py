@@ -36,13 +36,14 @@ class Subject:
     defense: Defense
     data: ImageSet
 
+    def threat(self, norm: str) -> Linf | L2:
+        """Return the ball of the recorded radius."""
+        eps = RADII[self.name][norm]
+        return Linf(norm="linf", eps_255=255 * eps) if norm == "Linf" else L2(norm="l2", eps_l2=eps)
+
     def right(self, part: str, norm: str, seed: int) -> Tensor:
         """Return which images (N,) our `part` leaves right, one of `PARTS`."""
-        eps = RADII[self.name][norm]
-        threat = (
-            Linf(norm="linf", eps_255=255 * eps) if norm == "Linf" else L2(norm="l2", eps_l2=eps)
-        )
-        count = len(self.data)
+        threat, count = self.threat(norm), len(self.data)
         return ~craft(ours(part), self.defense, "full", self.data, threat, seed, count).success
 
 
