@@ -5,9 +5,9 @@
     python benchmarks/a3.py masked              networks on digits whose gradient hides
 
 DIR holds train.parquet and test.parquet. All networks are trained here, shortly, by PGD or FGSM. A
-backward pass counts as two passes. For the last group the checks are named that block, among those
-that meet the defense (`probe`): a network is hidden from A3 if A3 leaves more than AutoAttack by
-over half a point, and none blocks.
+backward pass counts as two passes. The last column names the checks that block, among those that
+meet the defense (`probe`): A3 is deceived unnoticed if it leaves more than AutoAttack by over half
+a point, and none blocks.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def main() -> None:
         quick, slow = attacked(net, QUICK), attacked(net, SLOW)
         left = [int((~found.success).sum()) for found in (quick, slow)]
         cost = [passes(found) for found in (quick, slow)]
-        checks = blocking(net, quick) if options.group == "masked" else "-"
+        checks = blocking(net, quick)
         print(
             f"| {net.name} | {net.threat.norm} {net.threat.eps:.4g} | {len(net.test)} | {left[0]} "
             f"| {left[1]} | {cost[0]} | {cost[1]} | {cost[1] / cost[0]:.1f} | {checks} |",
