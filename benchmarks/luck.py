@@ -15,9 +15,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from components.attacks import Attack, Linf, contract
+from components.attacks import Attack, Linf
 from components.attacks.apgd import ApgdCe
+from components.attacks.contract import Outcome
 from components.attacks.gradient import Pgd
+from components.attacks.search import Search
 from components.data import image_set
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
@@ -46,9 +48,9 @@ def attacks() -> dict[str, Attack]:
 def found_by(attack: Attack, defense: Defense, images: ImageSet, seed: int) -> dict[str, Tensor]:
     """Run one search; return its luckiest images, its last ones, and those it returns."""
     kept: dict[str, Tensor] = {}
-    outcome_of = contract.Search.outcome
+    outcome_of = Search.outcome
 
-    def recorded(search: contract.Search) -> contract.Outcome:
+    def recorded(search: Search) -> Outcome:
         assert search.finalists is not None, "the defense is not random"
         kept["luckiest"] = search.best.clone()
         kept["last"] = search.finalists.last.clone()
@@ -56,7 +58,7 @@ def found_by(attack: Attack, defense: Defense, images: ImageSet, seed: int) -> d
 
     draws = Draws(seed, "attack", images.ids)
     target = bind(defense, "full", draws, getattr(attack, "eot", 1))
-    with patch.object(contract.Search, "outcome", recorded):
+    with patch.object(Search, "outcome", recorded):
         outcome = attack.run(target, images.pixels(), images.labels, THREAT, draws)
     return {**kept, "returned": outcome.images}
 

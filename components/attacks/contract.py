@@ -1,4 +1,4 @@
-"""What attacks share: threat models and the base class `Attack`.
+"""What attacks share: threat models, the rungs of the ladder, and the base class `Attack`.
 
 An attack is a section of the parameters that, given a target, images and labels, returns one image
 for each. It minimises the margin of the true class (true logit less the largest other logit; not
@@ -18,9 +18,18 @@ from torch import Tensor
 
 from components.config import Config
 from components.data.draws import Draws
-from components.models.defense import Target
+from components.models.defense import STAND_INS, Target
 
 Positive = Annotated[int, Field(ge=1)]
+# The rungs of the ladder, from what an attacker knows least of a defense to most:
+# `transfer` and `classifier` replay images that were crafted against a bare classifier; on the
+# others the attack runs against the defense in that gradient mode. Their order decides ties: of
+# attacks that are equally strong on an image, the one on the earlier rung is credited with it.
+MODES = ("transfer", "classifier", "bpda", *STAND_INS, "full", "fixed_noise")
+# The baseline whose adversarial sets a rung replays: on `transfer` the surrogate, which the
+# attacker trained; on `classifier` (grey box) the classifier behind the purifier.
+REPLAYED = {"transfer": "surrogate", "classifier": "none"}
+SURROGATE = REPLAYED["transfer"]
 # Maps images (N,C,H,W) to the nearest ones of a ball (L-inf), or to ones inside it (L2).
 Projection = Callable[[Tensor], Tensor]
 

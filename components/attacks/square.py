@@ -6,11 +6,10 @@ windows is moved into one of them (algorithm 3). Images are attacked in batches,
 own patches, from its own draws. Where nothing beats the clean image, that is returned.
 
 Start, patch sizes and steps are those of the authors' code (fra31/auto-attack), with one halving
-more than in the paper. Alone, the attack takes its default: the schedule of the patch sizes is
-stretched from 10,000 changes to their number, so that patches are small in the end whatever that
-is. Inside AutoAttack it is not stretched (`rescaled`). Where code and paper differ in the place of
-a window, we follow the paper: it may lie anywhere. In the code it never reaches the last row or
-column (`to_the_edge`), which leaves many more small images right; inside AutoAttack so do we.
+more than in the paper. Alone, patches shrink over the number of queries, as by that code's default,
+and may lie anywhere, as in the paper. Inside AutoAttack they shrink after fixed numbers of queries
+(`rescaled`) and never reach the last row or column (`to_the_edge`), again as in the code; this
+leaves many more small images right.
 
 Against a deterministic target no question is asked whose answer is known: under L-inf, the new
 colour may be the one that all pixels of a patch have already. And most changes are not kept, so
@@ -62,9 +61,7 @@ class Square(Attack):
 
     Against a stochastic target margins are means over `eot` draws, and with each change the current
     image is evaluated again under the same draws as its rival, so it costs two evaluations. A
-    margin kept from earlier draws would soon be the luckiest of many, and no rival would ever beat
-    it. `rescaled` says whether the patch sizes depend on the number of queries, `to_the_edge`
-    whether patches may reach the last row and column.
+    margin kept from earlier draws would soon be the luckiest of many, and no rival would beat it.
     """
 
     early_stopping: ClassVar[bool] = True
@@ -77,10 +74,7 @@ class Square(Attack):
     eot: Positive
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
-        """One forward pass per change, one for the start and one for the clean image.
-
-        Under noise two per change, and two in the end. Passes that were spared count.
-        """
+        """One pass per change, start and clean image, under noise two; spared ones count."""
         passes = 2 * (self.queries + 1) if stochastic else self.queries + 2
         return Cost(passes * self.draws(stochastic), 0)
 
@@ -131,8 +125,8 @@ class Square(Attack):
         self, origin: Tensor, threat: Linf | L2, draws: Draws, queries: range, side: int
     ) -> Propose:
         """Return what proposes the changes of some `queries`, with patches of one `side`."""
-        propose = _recolour if isinstance(threat, Linf) else move_mass
-        return propose(origin, threat.eps, draws, queries, side, self.to_the_edge)
+        make = _recolour if isinstance(threat, Linf) else move_mass
+        return make(origin, threat.eps, draws, queries, side, self.to_the_edge)
 
 
 def schedule(
@@ -253,9 +247,8 @@ def _paired_margins(
 
 def _start(origin: Tensor, threat: Linf | L2, draws: Draws) -> Tensor:
     """Return the images (N,C,H,W) from which the search starts."""
-    if isinstance(threat, Linf):
-        return _stripes(origin, threat.eps, draws)
-    return _tiles(origin, threat.eps, draws)
+    make = _stripes if isinstance(threat, Linf) else _tiles
+    return make(origin, threat.eps, draws)
 
 
 def _stripes(origin: Tensor, eps: float, draws: Draws) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from components.attacks import Attack, AttackConfig, Threat
-from components.evaluation.ladder import MODES, REPLAYED, SURROGATE
+from components.attacks.contract import MODES, REPLAYED, SURROGATE
 from components.models.defense import STAND_INS
 from components.models.purifiers import PurifierConfig, stochastic
 from components.sources import DataConfig

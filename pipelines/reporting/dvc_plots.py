@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.attacks.contract import MODES
 from components.data.shards import write_bytes, write_json
 from components.evaluation.counting import Effort
-from components.evaluation.ladder import MODES
 from components.models.defense import STAND_INS
 from pipelines.reporting.networks import Model
 from pipelines.reporting.report import template

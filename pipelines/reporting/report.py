@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from components.attacks.contract import MODES
 from components.data import image_set
 from components.data.shards import write_bytes
 from components.evaluation.counting import Effort
 from components.evaluation.detection import CURVE, RATES
-from components.evaluation.ladder import MODES
 from components.models.defense import STAND_INS
 from pipelines.reporting.charts import (
     HUES,

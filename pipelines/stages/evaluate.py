@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from components.attacks.contract import MODES, REPLAYED, SURROGATE
 from components.data import image_set
 from components.data.shards import DataError, shard_rows, write_shard
 from components.evaluation.counting import CLEAN
-from components.evaluation.ladder import MODES, REPLAYED, SURROGATE
 from components.probes.models import leakage
 from components.selftest import Result as Planted
 from components.selftest import lacking

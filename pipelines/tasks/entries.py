@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, Attack, Crafted, Linf
+from components.attacks.contract import REPLAYED
 from components.attacks.sets import crafted_shards, joined, read_crafted
 from components.checks.sets import Part, agreement, effort, stored_probes, stored_set
 from components.data import image_set, shards
 from components.data.image_set import ImageSet
 from components.data.shards import DataError, read_manifest, shard_rows
-from components.evaluation.ladder import REPLAYED
 from components.models.defense import STAND_INS, Mode
 from components.probes import Finding, Stored, required
 from pipelines.config.sections import Checks, Scoring

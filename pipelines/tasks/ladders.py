@@ -8,9 +8,9 @@ from typing import cast
 import torch
 
 from components.attacks import Attack
+from components.attacks.contract import REPLAYED
 from components.attacks.sets import crafted_shards, joined
 from components.data import image_set, shards
-from components.evaluation.ladder import REPLAYED
 from components.models.defense import STAND_INS, Mode
 from components.models.identity import state_digest
 from components.probes import Finding, Stored, probe, spread

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from components import probes
 from components.attacks import L2, Attack, Linf
+from components.attacks.contract import REPLAYED
 from components.config import Config
 from components.data import shards
 from components.data.shards import write_json
-from components.evaluation.ladder import REPLAYED
 from components.models.identity import sources, stripped
 from components.probes import Finding
 from pipelines.config.sections import Checks

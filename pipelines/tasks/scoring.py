@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, SLACK
+from components.attacks.contract import REPLAYED
 from components.checks.sets import Answers, in_levels
 from components.data import image_set
 from components.data.draws import Role
@@ -33,7 +34,6 @@ from components.evaluation.counting import (
 )
 from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
-from components.evaluation.ladder import REPLAYED
 from components.models.accuracy import Counts, Values, count_correct
 from components.models.checkpoints import load, read_card
 from components.models.defense import Defense

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.attacks import L2, Attack, Linf
+from components.attacks.contract import MODES, REPLAYED
 from components.checks.scores import (
     draws_enough,
     full_is_strongest,
@@ -36,7 +37,6 @@ from components.evaluation.counting import (
     worst_of_all,
 )
 from components.evaluation.detection import detection
-from components.evaluation.ladder import MODES, REPLAYED
 from components.models.checkpoints import read_card
 from components.models.defense import STAND_INS
 from components.probes import Finding

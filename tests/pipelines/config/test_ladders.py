@@ -7,8 +7,8 @@ from project import ROOT
 from ruamel.yaml import YAML
 
 from components.attacks import Attack
+from components.attacks.contract import REPLAYED
 from components.checks.scores import strong_enough, without_gradients
-from components.evaluation.ladder import REPLAYED
 from components.models.purifiers import Purifier
 from pipelines.commands import configure
 from pipelines.config.schema import Params

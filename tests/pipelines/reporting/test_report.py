@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from fake_evaluation import CLASSES, EVIL, PROBES, RIGHT, FakeEvaluation, N, fail_checks
 
+from components.attacks.contract import MODES
 from components.evaluation.detection import CURVE
-from components.evaluation.ladder import MODES
 from components.models.checkpoints import fingerprint
 from components.models.defense import STAND_INS
 from components.models.purifiers.apudae import Apudae
