@@ -126,13 +126,18 @@ def _one_classifier(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Put the file with most tests of the line first and its other files last.
+    """Put the file with most tests of the line first, and its other files in the middle.
 
-    One worker then makes the line while the others run what does not need it.
+    One worker then makes the line while the others run what does not need it. At the end come small
+    files, so that all workers end at about the same time.
     """
     waiting = Counter(item.path for item in items if "reproduced" in item.fixturenames)
     first = waiting.most_common(1)[0][0] if waiting else None
-    items.sort(key=lambda item: (item.path != first, item.path in waiting))
+    place: dict[Path, float] = {}
+    for index, item in enumerate(items):
+        late = len(items) / 2 if item.path in waiting else index
+        place.setdefault(item.path, -1 if item.path == first else late)
+    items.sort(key=lambda item: place[item.path])
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
