@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "components" / "attacks" / "recorded"
 RADII: dict[str, dict[str, float]] = {
     "digits8": {"Linf": 0.2, "L2": 0.8},
     "parity": {"Linf": 0.2, "L2": 1.5},
-    "cifar32": {"Linf": 8 / 255},
+    "cifar32": {"Linf": 8 / 255, "L2": 0.5},
 }
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square", "standard")
 
