@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from components.attacks import L2, Linf
 from components.attacks.autoattack import AutoAttack as Ensemble
 from components.data.draws import Draws, NoiseStream
+from components.models.accuracy import count_correct
 from components.models.defense import Defense, bind, fold_batch_norm
 from components.models.precision import full_precision
 from components.models.purifiers.contract import Purifier
@@ -66,19 +67,11 @@ class AutoAttack:
                 left, seconds = float((~fooled).float().mean()), time.monotonic() - began
                 print(f"{left:7.2%} right after {name} ({seconds:.1f} s)", flush=True)
         if self.verbose:
-            right = self._right(best, labels, draws, bs)
-            print(f"robust accuracy (worst of all attacks): {right:.2%} of {len(x)} images")
+            # Of the model itself: attacks ran on a folded copy.
+            right = count_correct(self.defense, best, labels, draws.ids, self.seed, "attack", 1, bs)
+            share = right.sum() / max(len(x), 1)
+            print(f"robust accuracy (worst of all attacks): {share:.2%} of {len(x)} images")
         return best.to(x.device)
-
-    def _right(self, images: Tensor, labels: Tensor, draws: Draws, batch: int) -> float:
-        """Return the accuracy of the model itself: attacks ran on a folded copy."""
-        right = 0
-        for rows in torch.arange(len(images), device=self.device).split(batch):  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                logits = self.defense(images[rows], draws[rows])
-            sound = logits.isfinite().all(1)
-            right += int(((logits.argmax(1) == labels[rows]) & sound).sum())
-        return right / max(len(images), 1)
 
 
 class _NoiseInside(Purifier):

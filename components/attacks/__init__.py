@@ -27,6 +27,7 @@ from components.attacks.square import Square
 from components.attacks.stadv import StAdv
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
+from components.models.accuracy import is_right
 from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
 from components.models.precision import full_precision
 
@@ -116,8 +117,7 @@ def craft(
     for rows in torch.arange(len(data), device=device).split(batch):  # type: ignore[no-untyped-call]
         with torch.no_grad():
             logits = defense(images[rows], draws[rows])
-        # Logits that are not finite classify nothing.
-        right = (logits.argmax(1) == labels[rows]) & logits.isfinite().all(1)
+        right = is_right(logits, labels[rows])
         batches.append((~right, *_ask(folded, mode, images[rows], labels[rows], draws[rows])))
     success, answers, margins = (torch.cat(column).cpu() for column in zip(*batches, strict=True))
     return Crafted(
@@ -154,8 +154,7 @@ def _ask(
                 logits = target[some](images[some].requires_grad_(), -1 - draw).detach()
             found = margin(logits, labels[some]) / logits.norm(dim=1).clamp_min(1e-30)
             # A tie counts for the label where it is the first, as in the scoring.
-            sound = logits.isfinite().all(1)
-            right[some] += (logits.argmax(1) == labels[some]) & sound
+            right[some] += is_right(logits, labels[some])
             margins[some] += found.nan_to_num(0, 0, 0).float() / asked
     return right, margins
 

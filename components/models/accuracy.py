@@ -36,7 +36,7 @@ def count_correct(
             x, y = images[rows].to(device), labels[rows].to(device)
             noise = Draws(seed, role, ids[rows].to(device))
             for draw in range(draws if defense.stochastic else 1):
-                total[rows] += _right(defense(x, noise.redraw(draw)), y)
+                total[rows] += is_right(defense(x, noise.redraw(draw)), y)
     return (total if defense.stochastic else total * draws).cpu().numpy()
 
 
@@ -59,11 +59,11 @@ def count_and_detect(
             rows = slice(start, start + batch)
             x = images[rows].to(device)
             purified = defense.purify(x)
-            right[rows] = _right(defense.classifier(purified), labels[rows].to(device)).long()
+            right[rows] = is_right(defense.classifier(purified), labels[rows].to(device)).long()
             scores[rows] = defense.detector_score(x, None, purified).double()
     return right.cpu().numpy(), scores.cpu().numpy()
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Say which logits (N,K) are right answers; those that are not finite are wrong."""
     return (logits.argmax(1) == labels) & logits.isfinite().all(1)
