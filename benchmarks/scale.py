@@ -154,14 +154,14 @@ def make(root: Path, shape: Shape, n: int) -> None:
         Entry(name, role, subject, root / "checks.json", {
             f"full/{attack}": linked(root / "noise", root / name / attack, subject, root / "test")
             for attack in names
-        })
+        }, {f"full/{attack}": PGD for attack in names})
         for name, role, subject, names in (
             ("robust", "baseline", Subject(other), NAMES[:1]),
             ("defense", "defense", defended, NAMES),
         )
     )  # fmt: skip
     plan = Plan(
-        threat=THREAT, attacks=dict.fromkeys(NAMES, PGD), seed=0, batch=250,
+        threat=THREAT, seed=0, batch=250,
         scoring=Scoring(select_draws=2, score_draws=2, shown=2),
         checks=Checks(images=32, thorough=False), val=root / "val", test=root / "test",
         unseen=unseen, surrogate=None, baselines=[baseline],

@@ -24,6 +24,8 @@ REJECTS = Path("reports/rejects.csv")
 
 TRAIN, VAL, TEST = "data/train", "data/val", "data/test"
 STANDARD, POOL, MODEL, SETS = "models/standard", "pool", "models/{name}", "adversarial/{name}"
+LADDERS = "ladders"
+CRAFTING = {"ladder": f"{LADDERS}/{{name}}.json", "val": VAL, "test": TEST, "out": SETS}
 LEARNING = {"train": TRAIN, "val": VAL, "classifier": STANDARD, "pool": POOL, "out": MODEL}
 
 # The options of every stage, in the order of dvc.yaml.
@@ -34,18 +36,17 @@ STAGES: dict[str, dict[str, str]] = {
     "train_purifier": LEARNING,
     "distill_purifier": LEARNING,
     "finetune_atop": LEARNING,
-    "generate_baseline": {"val": VAL, "test": TEST, "out": SETS},
-    "generate_adversarial": {"val": VAL, "test": TEST, "classifier": STANDARD, "out": SETS},
-    "generate_controls": {
-        "val": VAL, "test": TEST, "classifier": STANDARD, "out": "adversarial/controls",
-    },
+    "resolve_ladders": {"out": LADDERS},
+    "generate_baseline": CRAFTING,
+    "generate_adversarial": CRAFTING,
+    "generate_controls": CRAFTING,
     "selftest": {"out": "reports/selftest.json"},
     "tune": {
         "train": TRAIN, "val": VAL, "models": str(MODELS), "pool": POOL,
         "out": "reports/tuning/{name}",
     },
     "evaluate": {
-        "train": TRAIN, "val": VAL, "test": TEST, "models": str(MODELS),
+        "train": TRAIN, "val": VAL, "test": TEST, "models": str(MODELS), "ladders": LADDERS,
         "adversarial": "adversarial", "selftest": "reports/selftest.json",
         "out_metrics": str(METRICS), "out_headlines": "reports/headlines",
         "out_scores": "reports/scores.parquet", "out_plots": "reports/plots",

@@ -38,6 +38,7 @@ from pipelines.tasks.metrics import (
     Scored,
     Selftest,
     UnseenClassifier,
+    attack_of,
 )
 from pipelines.tasks.panels import render
 from pipelines.tasks.scoring import Result
@@ -60,6 +61,7 @@ PGD = _Both(
 )  # fmt: skip
 CW = CwL2(kind="cw_l2", c=1.0, searches=1, steps=2, learning_rate=0.1, confidence=0.0, eot=1)
 SQUARE = Square(kind="square", queries=100, eot=1)
+ATTACKS = {"pgd": PGD, "cw": CW, "square": SQUARE}
 # How many of the images are right, by mode/attack, for every scored defense.
 RIGHT = {
     "none": {"full/pgd": 0},
@@ -104,7 +106,6 @@ class FakeEvaluation:
         image_set.write(root / "test", self.test, 5)
         self.plan = Plan(
             threat=THREAT,
-            attacks={"pgd": PGD, "cw": CW, "square": SQUARE},
             scoring=Scoring(select_draws=32, score_draws=32, shown=3),
             checks=sections.Checks(images=32, thorough=False),
             seed=0,
@@ -176,7 +177,10 @@ class FakeEvaluation:
         for attack in RIGHT[name]:
             self._set(folder / attack)
         sets = {attack: folder / attack for attack in RIGHT[name]}
-        return Entry(name, ROLES.get(name, "defense"), subject, folder / "checks.json", sets)
+        attacks = {attack: ATTACKS[attack_of(attack)] for attack in sets}
+        return Entry(
+            name, ROLES.get(name, "defense"), subject, folder / "checks.json", sets, attacks
+        )
 
     def _set(self, folder: Path) -> None:
         clean = self.test.pixels()
@@ -227,8 +231,9 @@ class FakeEvaluation:
         efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
         rounded = score(N if entry.name == EVIL else 6)
         return Result(
-            scored, inside, distance, findings, unseen, rounded, detector, panels, efforts, {}, {}
-        )
+            scored, inside, {}, distance, findings, unseen, rounded, detector, panels, efforts,
+            {}, {},
+        )  # fmt: skip
 
 
 def _detector(name: str, sets: list[str]) -> DetectorScores | None:
@@ -259,6 +264,7 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
         "void_rungs": [],
         "white_box": None,
         "attacks": {},
+        "elsewhere": {},
         "detection": None,
         "retries": Retries(
             worst_of_10=one, majority_of_10=one, clean_worst_of_10=one, clean_majority_of_10=one

@@ -105,6 +105,7 @@ def tiny() -> dict:
         "eot": 1,
     }  # fmt: skip
     params["defenses"]["apudae"] = {
+        "classifier": "standard",
         "model": "denoiser",
         "inference": {
             "kind": "apudae", "steps": 3, "rate": 0.02, "optimiser": "adam", "scaled": False,
@@ -116,6 +117,7 @@ def tiny() -> dict:
         },
     }  # fmt: skip
     params["defenses"]["diffpure"] = {
+        "classifier": "standard",
         "model": "ddpm",
         "inference": {"kind": "diffpure", "t_star": 2, "sampler": "ddpm", "substeps": 2},
         "ladder": {
@@ -149,7 +151,9 @@ def toy() -> dict:
     full = {"full": ["pgd", "apgd_ce", "apgd_dlr"]}
     params["baselines"] = {"none": {"classifier": "standard", "ladder": full}}
     ladder = {"classifier": ["pgd", "apgd_ce"], "bpda": ["pgd"], **full}
-    params["defenses"] = {"koo": {"model": "adversarial_teacher", "ladder": ladder}}
+    params["defenses"] = {
+        "koo": {"classifier": "standard", "model": "adversarial_teacher", "ladder": ladder}
+    }
     return params
 
 

@@ -98,13 +98,14 @@ def made(
         }  # fmt: skip
         write_crafted_manifest(root / name, SHAPE, facts)
     plan = Plan(
-        threat=THREAT, attacks={"pgd": PGD}, seed=0, batch=5, val=root / "val",
+        threat=THREAT, seed=0, batch=5, val=root / "val",
         checks=Checks(images=32, thorough=False),
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), test=root / "test",
         unseen=root / "model", surrogate=None,
     )  # fmt: skip
     sets = {name: root / name for name in rungs}
-    return Entry("control", "control", subject, root / "checks.json", sets), plan
+    attacks = dict.fromkeys(sets, PGD)
+    return Entry("control", "control", subject, root / "checks.json", sets, attacks), plan
 
 
 class Alone:

@@ -31,7 +31,7 @@ THREATS = pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 ATTACKS: dict[str, dict[str, Any]] = {
     "noise": {"tries": 5},
     "fgsm": {"random_start": False, "step": 1.0, "eot": 2},
-    "bim": {"steps": 8, "step": 0.25, "eot": 2},
+    "bim": {"steps": 8, "step": 0.25, "early_stop": True, "eot": 2},
     "pgd": {
         "steps": 8, "step": 0.25, "restarts": 2, "random_start": True, "early_stop": True, "eot": 2,
     },

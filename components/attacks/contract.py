@@ -7,13 +7,13 @@ target an attack may stop working on an image once it is fooled; against a stoch
 may, since an image that fools under one draw of the noise may fail under the next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from components.config import Config
@@ -26,10 +26,12 @@ Positive = Annotated[int, Field(ge=1)]
 # others the attack runs against the defense in that gradient mode. Their order decides ties: of
 # attacks that are equally strong on an image, the one on the earlier rung is credited with it.
 MODES = ("transfer", "classifier", "bpda", *STAND_INS, "full", "fixed_noise")
-# The baseline whose adversarial sets a rung replays: on `transfer` the surrogate, which the
-# attacker trained; on `classifier` (grey box) the classifier behind the purifier.
-REPLAYED = {"transfer": "surrogate", "classifier": "none"}
-SURROGATE = REPLAYED["transfer"]
+# Rungs that replay the sets of a bare classifier: on `transfer` those of the baseline `SURROGATE`,
+# which the attacker trained; on `classifier` (grey box) those of the one behind the purifier.
+REPLAYED = ("transfer", "classifier")
+SURROGATE = "surrogate"
+# Kinds of attacks that know the detector in a purifier.
+WRITTEN_ATTACKS = ("detector_aware",)
 # Maps images (N,C,H,W) to the nearest ones of a ball (L-inf), or to ones inside it (L2).
 Projection = Callable[[Tensor], Tensor]
 
@@ -49,6 +51,11 @@ class Linf(Config):
         """Return the projection of images (N,C,H,W) onto the ball around `origin` and [0,1]."""
         low, high = (origin - self.eps).clamp_(min=0), (origin + self.eps).clamp_(max=1)
         return lambda x: x.clamp(low, high)
+
+    @property
+    def label(self) -> str:
+        """What tables call this ball."""
+        return f"linf {self.eps_255:g}/255"
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         """Project `x` (N,C,H,W) onto the ball around `origin` and [0,1]."""
@@ -82,6 +89,11 @@ class L2(Config):
     def eps(self) -> float:
         """The radius in [0,1] units."""
         return self.eps_l2
+
+    @property
+    def label(self) -> str:
+        """What tables call this ball."""
+        return f"l2 {self.eps_l2:g}"
 
     def ball(self, origin: Tensor) -> Projection:
         """Return `project` around `origin`."""
@@ -163,13 +175,44 @@ class Attack(Config):
     bound something else. `early_stopping`: by its design the attack stops working on an image once
     it is fooled; other attacks go on to lower the distance or the detector score, or to finish a
     fixed number of steps. `losses` are the families of what it climbs; an ensemble has several.
+
+    An attack with a `threat` of its own attacks in that ball; all others in the primary one.
     """
 
     bounded: ClassVar[bool] = True
     early_stopping: ClassVar[bool] = False
     losses: ClassVar[tuple[LossFamily, ...]] = ()
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
     kind: str
+    threat: Threat | None = None
+
+    @model_validator(mode="after")
+    def _takes_a_threat(self) -> Self:
+        if self.threat is not None and not self.bounded:
+            raise ValueError(
+                f"{self.kind} minimises a distance or has a bound of its own: no threat"
+            )
+        return self
+
+    def within(self, primary: Linf | L2) -> Linf | L2:
+        """Return the ball that the attack stays in: its own, or the primary one."""
+        return self.threat or primary
+
+    def region(self, primary: Linf | L2) -> str:
+        """Return the label of what the attack stays inside; "" where it minimises a distance."""
+        return self.within(primary).label if self.bounded else ""
+
+    def ends(self) -> Mapping[str, Self]:
+        """Return the attack by how it ends, "" or "_stop", as it runs on a bare classifier.
+
+        An iterated attack that may stop at the first success leaves two sets there: the last
+        iterate, which most papers replay against a purifier, and the first that fools, under the
+        suffix `_stop`. Any other attack ends in one way.
+        """
+        if not getattr(self, "early_stop", False):
+            return {"": self}
+        return {"": self.model_copy(update={"early_stop": False}), "_stop": self}
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
         """Return the least cost of an image that nothing fools.
@@ -192,6 +235,20 @@ class Attack(Config):
 
     def require_fit(self, stochastic: bool) -> None:
         """Raise ValueError if the attack is not for such a target (`Target.stochastic`)."""
+
+    def fits(self, stochastic: bool) -> bool:
+        """Say whether the attack is for such a target (`require_fit`)."""
+        try:
+            self.require_fit(stochastic)
+        except ValueError:
+            return False
+        return True
+
+    def require_norm(self, primary: Linf | L2) -> None:
+        """Raise ValueError if the attack is not for the norm of its threat."""
+        norm = self.within(primary).norm
+        if norm not in self.norms:
+            raise ValueError(f"{self.kind} is for {', '.join(self.norms)} threats only, not {norm}")
 
     def strong(self) -> bool:
         """Say whether a claim of robustness may rest on this attack, with others beside it.

@@ -40,6 +40,8 @@ class Flip(Attack):
 
     early_stopping: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("margin",)
+    # It moves each pixel by the radius.
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     kind: Literal["flip"]
     at: Annotated[float, Field(gt=0, lt=1)]
@@ -55,8 +57,7 @@ class Flip(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the image after the last flip that lowered its margin."""
-        if not isinstance(threat, Linf):
-            raise ValueError("flip moves each pixel by the radius: for linf threats only, not l2")
+        self.require_norm(threat)
         above = images > self.at
         far = threat.project(torch.where(above, images - threat.eps, images + threat.eps), images)
         free = ((far > self.at) != above).flatten(1)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +28,7 @@ from components.attacks.contract import (
 )
 from components.attacks.search import Search, search_cost
 from components.data.draws import Draws
-from components.models.defense import Target
+from components.models.defense import Target, margin
 
 Factor = Annotated[float, Field(gt=0)]
 # In radii: how far the steps of an attack must lead in all, and the longest that one may be.
@@ -60,9 +60,10 @@ class Pgd(Attack):
     """PGD: `steps` steps of `step` times the radius, each projected back onto the ball.
 
     With `early_stop` an image counts as fooled if any iterate fools: it is then left alone, and the
-    iterate of lowest margin is returned. Without it the last iterate is returned, as adversarial
-    training needs it. Against a stochastic target the strongest of several iterates is returned
-    either way (`Search`).
+    iterate of lowest margin is returned. Without it the last iterate is returned, of several
+    restarts the one of highest loss: as adversarial training needs it, and as the libraries behind
+    most papers on purifiers have it. Against a stochastic target the strongest of several iterates
+    is returned either way (`Search`).
     """
 
     early_stopping: ClassVar[bool] = True
@@ -76,18 +77,9 @@ class Pgd(Attack):
     early_stop: bool
     eot: Positive
 
-    @model_validator(mode="after")
-    def _one_run(self) -> "Pgd":
-        if not self.early_stop and self.restarts > 1:
-            raise ValueError("early_stop: false returns the last iterate of one run: restarts is 1")
-        return self
-
     def effort(self, classes: int, stochastic: bool) -> Cost:
         """One gradient per step and restart, one query of the last iterate of each."""
-        draws, steps = self.draws(stochastic), self.steps * self.restarts
-        if not self.early_stop and not stochastic:
-            return Cost(steps + 1, steps)
-        return search_cost(steps, self.restarts, draws, stochastic)
+        return _climbing_cost(self, self.steps, self.restarts, stochastic)
 
     def strong(self) -> bool:
         """Enough steps, which cross the ball and do not leap over it (`sound_steps`)."""
@@ -97,16 +89,41 @@ class Pgd(Attack):
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
         """Return the iterate of lowest margin, or the last one; see the class."""
-        if not self.early_stop and not target.stochastic:
-            start = threat.start(images, draws, "start") if self.random_start else images
-            last = ascend(target, start, images, labels, threat, self.steps, self.step)
-            margins = target.margins(last, labels, self.steps)
-            return Outcome(last, margins, torch.full_like(labels, self.steps))
         starts = (
             threat.start(images, draws.redraw(restart), "start") if self.random_start else images
             for restart in range(self.restarts)
         )
-        return _multi_start(target, starts, images, labels, threat, self.steps, self.step)
+        climb = _multi_start if self.early_stop or target.stochastic else _last_iterates
+        return climb(target, starts, images, labels, threat, self.steps, self.step)
+
+
+def _climbing_cost(attack: "Pgd | Bim", steps: int, restarts: int, stochastic: bool) -> Cost:
+    """Return the cost of so many restarts of so many steps each."""
+    if not attack.early_stop and not stochastic:
+        return Cost((steps + 1) * restarts, steps * restarts)
+    return search_cost(steps * restarts, restarts, attack.draws(stochastic), stochastic)
+
+
+def _last_iterates(
+    target: Target, starts: Iterable[Tensor], images: Tensor, labels: Tensor, threat: Linf | L2,
+    steps: int, step: float,
+) -> Outcome:  # fmt: skip
+    """Run PGD from each of `starts` to its end; return the last iterate of highest loss."""
+    best, margins = images, torch.full_like(labels, torch.inf, dtype=torch.float32)
+    highest = torch.full_like(margins, -torch.inf, dtype=torch.float64)
+    spent = torch.zeros_like(labels)
+    for start in starts:
+        last = ascend(target, start, images, labels, threat, steps, step)
+        with torch.no_grad():
+            logits = target(last, steps)
+        # The loss of NaN is NaN; such an image is fooled, so nothing is above it.
+        loss = log_odds(logits, labels).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        better = (loss > highest) | (spent == 0)
+        best = torch.where(better[:, None, None, None], last, best)
+        margins = torch.where(better, margin(logits, labels).float(), margins)
+        highest = torch.where(better, loss, highest)
+        spent = spent + steps
+    return Outcome(best, margins, spent)
 
 
 def _multi_start(
@@ -200,7 +217,7 @@ class RFgsm(Attack):
 
 
 class Bim(Attack):
-    """BIM: PGD from the image itself, with early stop."""
+    """BIM: PGD from the image itself; `early_stop` as in `Pgd`."""
 
     early_stopping: ClassVar[bool] = True
     losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
@@ -208,11 +225,12 @@ class Bim(Attack):
     kind: Literal["bim"]
     steps: Positive
     step: Factor
+    early_stop: bool
     eot: Positive
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
         """One gradient per step, and one query of the last iterate."""
-        return search_cost(self.steps, 1, self.draws(stochastic), stochastic)
+        return _climbing_cost(self, self.steps, 1, stochastic)
 
     def strong(self) -> bool:
         """Enough steps, which cross the ball and do not leap over it (`sound_steps`)."""
@@ -221,8 +239,9 @@ class Bim(Attack):
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the iterate of lowest margin."""
-        return _multi_start(target, [images], images, labels, threat, self.steps, self.step)
+        """Return the iterate of lowest margin, or the last one."""
+        climb = _multi_start if self.early_stop or target.stochastic else _last_iterates
+        return climb(target, [images], images, labels, threat, self.steps, self.step)
 
 
 def sound_steps(steps: int, step: float) -> bool:

@@ -46,6 +46,8 @@ class MiFgsm(Attack):
     """
 
     losses: ClassVar[tuple[LossFamily, ...]] = ("cross-entropy",)
+    # It steps along the sign.
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     kind: Literal["mi_fgsm"]
     steps: Positive
@@ -66,8 +68,7 @@ class MiFgsm(Attack):
     ) -> Outcome:
         """Return the last iterate; the clean image where it is misclassified already."""
         self.require_fit(target.stochastic)
-        if not isinstance(threat, Linf):
-            raise ValueError("mi_fgsm steps along the sign: for linf threats only, not l2")
+        self.require_norm(threat)
         # Imported here because it takes a second, which only those who use it should pay.
         import torchattacks
 

@@ -51,6 +51,10 @@ class StAdv(Attack):
     smoothness: Annotated[float, Field(ge=0)]
     eot: Positive
 
+    def region(self, primary: Linf | L2) -> str:
+        """Return the label of the flow's bound, in half widths of the image."""
+        return f"flow {self.bound:g}"
+
     def effort(self, classes: int, stochastic: bool) -> Cost:
         """One gradient per step, and one query of the last image."""
         return search_cost(self.steps, 1, self.draws(stochastic), stochastic)

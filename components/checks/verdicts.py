@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from components.attacks.contract import WRITTEN_ATTACKS
 from components.models.defense import STAND_INS
 from components.probes.contract import SIGNIFICANT, Accuracies
 from components.probes.statistics import holm, wilson
@@ -26,10 +27,9 @@ Standing = Literal[
 Z99 = 2.5758293035489004
 # The finest unit in which accuracies are compared: one part of so many.
 FINEST = 10_000
-# Rungs and attacks that are written for one defense: they differentiate what this defense needs,
-# hold its noise still, or know its detector.
+# Rungs that are written for one defense, as `WRITTEN_ATTACKS` are: they differentiate what this
+# defense needs, or hold its noise still.
 WRITTEN_RUNGS = (*STAND_INS, "fixed_noise")
-WRITTEN_ATTACKS = ("detector_aware",)
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,18 @@ def verdict(
     """Say how a defense stands beside the other entries.
 
     `lost` are the entries that it does not beat, `undefended` the bare classifier behind it,
-    `controls` the purifiers without training. `trained` maps classifiers with adversarial training
-    to (accuracies, bound); the most accurate is compared, of those that beat the undefended one:
-    training that changed nothing is no yardstick. `bound` says that a failed check makes an
-    accuracy an upper bound.
+    `controls` the purifiers without training in front of the same. `trained` maps classifiers with
+    adversarial training to (accuracies, bound); the most accurate is compared, of those that beat
+    the undefended one, and that one itself where it is among them: training that changed nothing
+    is no yardstick. `bound` says that a failed check makes an accuracy an upper bound.
     """
     hardened = {
         name: one
         for name, (one, _) in trained.items()
-        if undefended and all(higher(one, bare) < SIGNIFICANT for bare in undefended.values())
+        if undefended
+        and all(
+            name == behind or higher(one, bare) < SIGNIFICANT for behind, bare in undefended.items()
+        )
     }
     compared = _difference(right, hardened)
     broken = tuple(name for name in lost if name in undefended)

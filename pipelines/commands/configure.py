@@ -3,16 +3,20 @@
 `limpid configure mnist data.path=DIR attacks.pgd.steps=100` lays profiles/mnist.yaml and the
 overrides over profiles/digits.yaml, shows what changes and writes the complete result, which a
 person reads and commits. Of an overlay, `classifiers`, `purifiers`, `students`, `atop`, `attacks`,
-`baselines`, `defenses`, `controls`, `published`, `tuning` and any mapping whose `kind` changes
-replace those of the profile; everything else is merged. `data` with another `kind` keeps the keys
-that both kinds know: how the splits are cut. A data set other than the profile's loses the
+`baselines`, `defenses`, `controls`, `published`, `tuning` and any mapping whose `kind` or `norm`
+changes replace those of the profile; everything else is merged. `data` with another `kind` keeps
+the keys that both kinds know: how the splits are cut. A data set other than the profile's loses the
 published accuracies of that one; Parquet files and folders may hold any data set, and keep them.
 
 `limpid configure --from reports/tuning/NAME/best.yaml` puts what a search found into
 params.yaml, and leaves everything else there as it is written.
+
+`limpid configure --migrate` adds the keys to params.yaml that this version needs and an older one
+did not have, with the values that the older one took.
 """
 
 import argparse
+import copy
 import difflib
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -22,11 +26,12 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from components.data.shards import write_bytes
 from pipelines.config.search_space import flatten, put
-from pipelines.config.yaml_files import edit_yaml, read_yaml, write_yaml
+from pipelines.config.yaml_files import edit_yaml, read_yaml, round_trip, write_yaml
 from pipelines.errors import ConfigError
 from pipelines.layout import PARAMS, PROFILES
 
@@ -47,11 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--from", dest="found", type=Path, help="values to adopt, as a search found"
     )
+    parser.add_argument(
+        "--migrate", action="store_true", help="add the keys that an older params.yaml lacks"
+    )
     options = parser.parse_args(argv)
-    if bool(options.profile) == bool(options.found):
-        raise ConfigError("give a profile, or --from a file of values, and not both")
+    if sum(map(bool, (options.profile, options.found, options.migrate))) != 1:
+        raise ConfigError("give a profile, or --from a file of values, or --migrate, and only one")
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
-    if options.found:
+    if options.migrate:
+        text, origin = migrated(before), "up to date with this version"
+    elif options.found:
         text, origin = adopt(before, options.found), f"what it was, with {options.found}"
     else:
         text, origin = compose(options.profile, options.override), f"profile {options.profile}"
@@ -84,6 +94,30 @@ def adopt(text: str, file: Path) -> str:
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     return edit_yaml(text, values)
+
+
+def migrated(text: str) -> str:
+    """Return the YAML `text` of an older params.yaml with the keys that this version needs.
+
+    Everything else stays as a person wrote it. Raises ConfigError where there is nothing to read.
+    """
+    yaml = round_trip()
+    document = yaml.load(text)
+    if not isinstance(document, CommentedMap):
+        raise ConfigError(f"{PARAMS} must be a mapping of sections: there is nothing to migrate")
+    if "threat" in document and "training_threat" not in document:
+        place = list(document).index("threat") + 1
+        document.insert(place, "training_threat", copy.deepcopy(document["threat"]))
+    for section in ("defenses", "controls"):
+        for entry in (document.get(section) or {}).values():
+            if "classifier" not in entry:
+                entry.insert(0, "classifier", "standard")
+    for attack in (document.get("attacks") or {}).values():
+        if attack.get("kind") == "bim" and "early_stop" not in attack:
+            attack.insert(list(attack).index("eot"), "early_stop", True)
+    written = StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
 
 
 def compose(profile: str, overrides: list[str]) -> str:
@@ -130,7 +164,8 @@ def merge(
         merged[key] = value
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             whole = not path and key in replaced
-            if not whole and value.get("kind", old.get("kind")) == old.get("kind"):
+            same = all(value.get(tag, old.get(tag)) == old.get(tag) for tag in ("kind", "norm"))
+            if not whole and same:
                 merged[key] = merge(old, value, replaced, f"{path}{key}.")
             elif key == "data" and not path and value["kind"] in DATASETS:
                 fields = DATASETS[value["kind"]].model_fields

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from components.attacks import Attack, AttackConfig, Threat
-from components.attacks.contract import MODES, REPLAYED, SURROGATE
+from components.attacks import L2, Attack, AttackConfig, Linf, Threat
+from components.attacks.contract import MODES, REPLAYED, SURROGATE, WRITTEN_ATTACKS
 from components.models.defense import STAND_INS
 from components.models.purifiers import PurifierConfig, stochastic
 from components.sources import DataConfig
@@ -42,6 +42,8 @@ from pipelines.layout import PARAMS
 
 # Kinds of networks that need an objective of their own.
 OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan": "wgan_gp"}
+# Keys that files of older versions lack.
+ADDED = ("training_threat", "classifier", "early_stop")
 # Kinds of networks that map no image to an image.
 GENERATIVE = ("ddpm", "gan")
 
@@ -51,6 +53,7 @@ class Params(Trained):
 
     seed: Annotated[int, Field(ge=0)]
     threat: Threat
+    training_threat: Threat
     data: DataConfig
     rows_per_part: Count
     batch: Count
@@ -69,6 +72,11 @@ class Params(Trained):
     def scored(self) -> dict[str, Baseline | Defended | Control]:
         """Everything that is scored, by name."""
         return {**self.baselines, **self.defenses, **self.controls}
+
+    def bare(self, classifier: str) -> str | None:
+        """Return the baseline that scores a classifier alone; None where there is none."""
+        named = (name for name, one in self.baselines.items() if one.classifier == classifier)
+        return next(named, None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -99,7 +107,8 @@ def explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {where}{near(str(first['loc'][-1]), fields)}"
     if first["type"] == "missing":
-        return f"{where} is missing"
+        old = " (`limpid configure --migrate` adds it)" if first["loc"][-1] in ADDED else ""
+        return f"{where} is missing{old}"
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
     if first["type"] == "union_tag_invalid":
         message += near(str(first["ctx"]["tag"]), kinds)
@@ -148,9 +157,16 @@ def _check_names(params: Params) -> None:
     bare = params.baselines["none"].classifier
     if bare != "standard":
         raise ValueError(
-            f"baselines.none.classifier is {bare}, but defenses stand in front of standard: score "
-            "standard there, and other classifiers under other names"
+            f"baselines.none.classifier is {bare}, but purifiers are trained in front of standard: "
+            "score standard there, and other classifiers under other names"
         )
+    for name, attack in params.attacks.items():
+        for end in attack.ends():
+            if end and name + end in params.attacks:
+                raise ValueError(
+                    f"attacks.{name}{end} has the name under which {name} is stored where it stops "
+                    "at the first success: name it otherwise"
+                )
 
 
 def _check_trainings(params: Params) -> None:
@@ -182,8 +198,15 @@ def _require_objective(where: str, model: str, objective: str) -> None:
 
 def _check_scored(params: Params) -> None:
     """Refuse a baseline or defense without its network, and a ladder that cannot be climbed."""
+    for name, scored in params.scored.items():
+        _require(f"{name}.classifier", scored.classifier, params.classifiers)
     for name, baseline in params.baselines.items():
-        _require(f"baselines.{name}.classifier", baseline.classifier, params.classifiers)
+        first = params.bare(baseline.classifier)
+        if name != first:
+            raise ValueError(
+                f"baselines.{name} and baselines.{first} score the same classifier, "
+                f"{baseline.classifier}: keep one"
+            )
     purifiers = {**params.purifiers, **params.students, **params.atop}
     for name, defended in params.defenses.items():
         _require(f"defenses.{name}.model", defended.model, purifiers)
@@ -198,7 +221,44 @@ def _check_scored(params: Params) -> None:
         random = name in params.defenses and params.stochastic(name)
         if isinstance(scored, Control):
             random = stochastic(scored.purifier, None)
-        require_fit(f"ladder of {name}", scored.ladder, params.attacks, random)
+        require_fit(f"ladder of {name}", scored.ladder, params.attacks, random, params.threat)
+        if not isinstance(scored, Baseline):
+            _require_bare(name, scored, params)
+
+
+def _require_bare(name: str, scored: Defended | Control, params: Params) -> None:
+    """Refuse an entry without a row of its classifier alone, under the same kinds of attacks.
+
+    What the classifier withstands by itself is no merit of the purifier. Attacks for random
+    defenses and for detectors say nothing about a bare classifier.
+    """
+    bare = params.bare(scored.classifier)
+    if bare is None:
+        raise ValueError(
+            f"{name} stands in front of {scored.classifier}, which is not scored alone: add a "
+            f"baseline with classifier: {scored.classifier}"
+        )
+    kinds = {params.attacks[attack].kind for attack in _crafted(bare, params)}
+    for attack in scored.ladder.get("full", []):
+        one = params.attacks[attack]
+        if one.kind not in (*kinds, *WRITTEN_ATTACKS) and one.fits(False):
+            raise ValueError(
+                f"the ladder of {name} has {attack}, and no {one.kind} attacks its classifier "
+                f"alone: add {attack} to baselines.{bare}.ladder.full"
+            )
+    for mode, baseline in (("classifier", bare), ("transfer", SURROGATE)):
+        there = _crafted(baseline, params) if mode in scored.ladder else []
+        for attack in scored.ladder.get(mode, []):
+            if attack not in there:
+                raise ValueError(
+                    f"the rung {mode} of {name} replays {attack}, which baselines.{baseline} does "
+                    f"not craft: add {attack} to its ladder.full"
+                )
+
+
+def _crafted(baseline: str, params: Params) -> list[str]:
+    """Return the attacks that a baseline crafts on the rung that others replay."""
+    return params.baselines[baseline].ladder.get("full", [])
 
 
 def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> None:
@@ -269,13 +329,18 @@ def _check_study_ladder(where: str, study: Study, params: Params) -> None:
             _require(f"{where}.ladder", attack, params.attacks)
             if not params.attacks[attack].bounded:
                 raise ValueError(f"{where}.ladder: {attack} does not stay inside the threat")
-    require_fit(f"{where}.ladder", study.ladder, params.attacks, params.stochastic(study.defense))
+    random = params.stochastic(study.defense)
+    require_fit(f"{where}.ladder", study.ladder, params.attacks, random, params.threat)
 
 
 def require_fit(
-    where: str, ladder: Ladder, attacks: Mapping[str, Attack], stochastic: bool
+    where: str,
+    ladder: Ladder,
+    attacks: Mapping[str, Attack],
+    stochastic: bool,
+    threat: Linf | L2,
 ) -> None:
-    """Raise ValueError where an attack of a ladder is not for the defense.
+    """Raise ValueError where an attack of a ladder is not for the defense, or not for its threat.
 
     `stochastic` says whether the defense draws noise. Where sets are replayed they were crafted
     against a bare classifier, which draws none.
@@ -284,6 +349,7 @@ def require_fit(
         for name in names:
             try:
                 attacks[name].require_fit(stochastic and mode not in (*REPLAYED, "fixed_noise"))
+                attacks[name].require_norm(threat)
             except ValueError as error:
                 raise ValueError(f"{where} names {name} on the rung {mode}: {error}") from None
 

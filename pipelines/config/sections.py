@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from components.attacks import AttackConfig
+from components.attacks import AttackConfig, Threat
 from components.config import Config
 from components.models.classifiers import ClassifierConfig
 from components.models.purifiers import (
@@ -82,17 +82,19 @@ class Baseline(Config):
 class Defended(Config):
     """A trained network to score as a purifier, and which attacks run on which rung of the ladder.
 
-    A network that is a purifier by itself needs no `inference`.
+    It stands in front of `classifier`. A network that is a purifier by itself needs no `inference`.
     """
 
+    classifier: Name
     model: Name
     inference: InferenceConfig | None = None
     ladder: Ladder
 
 
 class Control(Config):
-    """A purifier without training, scored to see what a learned one adds."""
+    """A purifier without training, scored to see what a learned one adds to a `classifier`."""
 
+    classifier: Name
     purifier: ControlConfig
     ladder: Ladder
 
@@ -127,6 +129,24 @@ class Checks(Config):
 
     images: Annotated[int, Field(ge=32)]
     thorough: bool
+
+
+class Resolved(Config):
+    """One scored entry with all settings that its adversarial sets depend on, and no others.
+
+    `ladder` holds the attacks of every rung by the names of their sets; on rungs that replay sets,
+    `replayed` names the baselines whose sets these are. Attacks without a threat of their own stay
+    in `threat`.
+    """
+
+    classifier: Name
+    model: Name | None
+    inference: InferenceConfig | None
+    control: ControlConfig | None
+    ladder: dict[str, dict[Name, AttackConfig]]
+    replayed: dict[str, Name]
+    threat: Threat
+    checks: Checks
 
 
 class Study(Config):

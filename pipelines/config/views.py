@@ -6,10 +6,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, cast
 
-from components.attacks import AttackConfig, Threat
+from components.attacks import Threat
 from components.config import Config
 from pipelines.config.schema import Params
-from pipelines.config.sections import Checks, Name
 from pipelines.errors import ConfigError, near
 from pipelines.layout import PARAMS
 
@@ -51,18 +50,16 @@ def _known(key: str, name: str | None, entries: Mapping[str, Any]) -> str:
     return name
 
 
-class ThreatView(View):
+class SharedView(View):
     """What every stage sees that trains or attacks."""
 
     seed: int
     batch: int
-    threat: Threat
-    tracks = {"seed": "seed", "batch": "batch", "threat": "threat"}
+    tracks = {"seed": "seed", "batch": "batch"}
 
 
-class CraftingView(ThreatView):
-    """What every stage sees that crafts ladders: all attacks they may name, and the probes."""
+class TrainingView(SharedView):
+    """What every stage sees that trains: the threat of attacks in training, which is not scored."""
 
-    attacks: dict[Name, AttackConfig]
-    checks: Checks
-    tracks = {**ThreatView.tracks, "attacks": "attacks", "checks": "checks"}
+    training_threat: Threat
+    tracks = {**SharedView.tracks, "training_threat": "training_threat"}

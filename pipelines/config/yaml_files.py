@@ -37,14 +37,20 @@ def write_yaml(value: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
-    """Return YAML text with `values` at existing keys, and everything else as it is written."""
+def round_trip() -> YAML:
+    """Return a reader and writer of YAML that keeps comments, quotes and the style of lists."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
+    return yaml
+
+
+def edit_yaml(text: str, values: Mapping[str, Any]) -> str:
+    """Return YAML text with `values` at existing keys, and everything else as it is written."""
+    yaml = round_trip()
     document = yaml.load(text)
     for key, value in values.items():
         node = document

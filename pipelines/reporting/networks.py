@@ -5,7 +5,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from components.attacks import L2, Linf, Threat
 from components.data.shards import DataError
 from components.models.checkpoints import ModelCard, fingerprint, read_card
 from pipelines.reporting.wording import settings
@@ -61,15 +65,27 @@ def trained(models: Path, entries: Sequence[Entry], plan: Plan) -> Iterator[Mode
 
 
 def describe_subject(subject: Subject) -> str:
-    """Say what is scored: a bare classifier, a purifier and how it is used, or a control."""
+    """Say what is scored: a bare classifier, or a purifier or control and what it stands before."""
+    behind = f"{subject.classifier.name} ({describe_training(subject.classifier)})"
+    if subject.bare:
+        return f"bare classifier {behind}"
     if subject.control is not None:
-        return settings(subject.control.model_dump(mode="json"))
-    if subject.purifier is None:
-        return f"bare classifier {subject.classifier.name}"
-    if subject.inference is None:
-        return f"purifier {subject.purifier.name}"
-    used = settings(subject.inference.model_dump(mode="json"))
-    return f"purifier {subject.purifier.name} used as {used}"
+        used = settings(subject.control.model_dump(mode="json"))
+    elif subject.purifier is not None:
+        used = f"purifier {subject.purifier.name}"
+        if subject.inference is not None:
+            used += f" used as {settings(subject.inference.model_dump(mode='json'))}"
+    return f"{used}, in front of {behind}"
+
+
+def describe_training(classifier: Path) -> str:
+    """Say how a classifier was trained, from its card."""
+    made = read_card(classifier).provenance
+    objective: dict[str, Any] = made["objective"]
+    if objective["kind"] == "classification":
+        return "trained on clean images"
+    ball: Linf | L2 = TypeAdapter(Threat).validate_python(made["threat"])
+    return f"trained by {objective['kind'].replace('_', ' ')} within {ball.label}"
 
 
 def _made_from(card: ModelCard) -> dict[str, str]:

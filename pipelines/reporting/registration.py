@@ -14,7 +14,7 @@ from components.models.checkpoints import fingerprint, read_card
 from pipelines.config import dvc_lock
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
-from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT
+from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT, STANDARD
 from pipelines.reporting.networks import describe_subject
 from pipelines.reporting.wording import (
     MEANINGS,
@@ -43,13 +43,17 @@ def registrations(
 ) -> list[Registration]:
     """Describe every trained defense; the best that may be the champion is the candidate.
 
+    Defenses in front of other classifiers than the first are registered and never the candidate:
+    what a robust classifier withstands by itself is no merit of a purifier.
+
     Raises DataError where weights, settings or code are not those that were scored.
     """
     found = {name: metrics.defenses[name] for name in defenses}
     sound = {
         name: one
         for name, one in found.items()
-        if not one.checks.blocking_failed
+        if defenses[name].classifier == Path(STANDARD).name
+        and not one.checks.blocking_failed
         and one.verdict
         and one.verdict.standing not in NO_CHAMPION
     }
@@ -66,7 +70,7 @@ def _registration(
     name: str, defended: Defended, found: Scored, threat: ThreatModel, models: Path, dataset: str,
     best: bool,
 ) -> Registration:  # fmt: skip
-    folders = {"classifier": models / "standard", "purifier": models / defended.model}
+    folders = {"classifier": models / defended.classifier, "purifier": models / defended.model}
     inference = defended.inference.model_dump(mode="json") if defended.inference else None
     subject = Subject(folders["classifier"], folders["purifier"], inference=defended.inference)
     if subject.defense().digest != found.digest:
@@ -114,7 +118,8 @@ def require_unchanged(defenses: Mapping[str, Defended], models: Path) -> None:
 
     The digest of a defense does not cover what is beside its weights, such as names of classes.
     """
-    folders = [models / "standard", *(models / one.model for one in defenses.values())]
+    named = [name for one in defenses.values() for name in (one.classifier, one.model)]
+    folders = [models / name for name in dict.fromkeys(named)]
     for name, md5 in _locked(folders).items():
         if folder_md5(models / Path(name).name) != md5:
             raise DataError(f"{name} is not what {DVC_LOCK} lists: `dvc repro` makes it again")
@@ -153,7 +158,7 @@ def describe(name: str, subject: str, found: Scored, threat: ThreatModel) -> str
     """Say of one defense what it is worth, for readers who do not know the code."""
     head, clean = found.headline, found.clean
     sentences = [
-        f"**{name}**: {subject}, in front of a standard-trained classifier.",
+        f"**{name}**: {subject}.",
         f"{clean.accuracy:.1%} of {clean.n} clean test images are right; {ROBUST}: "
         f"{head.accuracy:.1%} (95 % interval {head.low:.1%} to {head.high:.1%}), the worst of "
         f"{len(found.attacks)} attacks chosen image by image. The attacker: "

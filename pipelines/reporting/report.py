@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from components.attacks.contract import MODES
+from components.attacks.contract import MODES, Attack
 from components.data import image_set
 from components.data.shards import write_bytes
 from components.evaluation.counting import Effort
@@ -144,17 +145,29 @@ def write_report(
         detectors=[each for each in scored if each.scores.detection],
         # One axis for all, so that they can be compared.
         widest=0.5 if all(curve.points[-1][0] <= 0.5 for curve in curves) else 1.0,
+        elsewhere=list(dict.fromkeys(name for each in scored for name in each.scores.elsewhere)),
         stand_ins=STAND_INS,
         roles={role: [each for each in scored if each.scores.role == role] for role in ROLES},
         best=best,
         shown_first=next((each for each in [best, *scored] if each and each.panels), None),
         meanings=MEANINGS,
         models=models,
-        attacks={name: attack.model_dump(mode="json") for name, attack in plan.attacks.items()},
+        attacks=_settings(entries),
         plan=plan,
         versions=f"torch {torch.__version__}, Python {platform.python_version()}",
     )
     write_bytes(out, html.encode())
+
+
+def _settings(entries: Sequence[Entry]) -> list[tuple[str, dict[str, Any]]]:
+    """Return every attack of any ladder as (name, settings), once for all that are alike."""
+    found: dict[tuple[str, Attack], None] = {}
+    for entry in entries:
+        found |= {(attack_of(name), attack): None for name, attack in entry.attacks.items()}
+    return [
+        (name, attack.model_dump(mode="json", exclude_none=True))
+        for name, attack in sorted(found, key=lambda one: one[0])
+    ]
 
 
 def template(name: str) -> Template:
@@ -265,7 +278,7 @@ def first_shown(entry: Entry, found: Scored, plan: Plan) -> str:
 
     def strength(name: str) -> tuple[bool, float, int]:
         alone = found.attacks[name].accuracy
-        return plan.bounded(name), -alone, found.carried_by.get(name, 0)
+        return plan.bounded(entry.attacks[name]), -alone, found.carried_by.get(name, 0)
 
     return max((name for name in entry.sets if name in found.attacks), key=strength, default="")
 

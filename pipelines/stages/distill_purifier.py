@@ -6,16 +6,16 @@ Reads data/{train,val}, the classifier, the pool and the teachers, writes models
 from pathlib import Path
 
 from pipelines.config.sections import Student
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
 from pipelines.tasks import training
 
 
-class StudentParams(ThreatView):
+class StudentParams(TrainingView):
     """One entry of `students`, and the threat it is trained against."""
 
     student: Student
-    tracks = {**ThreatView.tracks, "student": "students.{name}"}
+    tracks = {**TrainingView.tracks, "student": "students.{name}"}
 
 
 def run(

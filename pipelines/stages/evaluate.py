@@ -12,15 +12,24 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from components.attacks.contract import MODES, REPLAYED, SURROGATE
+from components.attacks import Threat
+from components.attacks.contract import SURROGATE
 from components.data import image_set
 from components.data.shards import DataError, shard_rows, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
 from components.selftest import Result as Planted
 from components.selftest import lacking
-from pipelines.config.sections import Baseline, Control, Defended, Ladder, Published, Scoring
-from pipelines.config.views import CraftingView
+from pipelines.config.sections import (
+    Baseline,
+    Checks,
+    Control,
+    Defended,
+    Published,
+    Resolved,
+    Scoring,
+)
+from pipelines.config.views import SharedView
 from pipelines.reporting.dvc_plots import write_headlines, write_plots
 from pipelines.reporting.networks import trained
 from pipelines.reporting.registration import image_of, registrations
@@ -28,6 +37,8 @@ from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
 from pipelines.tasks import metrics, speed
 from pipelines.tasks.entries import CheckedSet, Entry, Plan, check_set, probes_of
+from pipelines.tasks.ladders import read as read_ladder
+from pipelines.tasks.ladders import subject_of
 from pipelines.tasks.metrics import EntryRole, Metrics
 from pipelines.tasks.scoring import Result, merge, recount, score_sets, score_shard
 from pipelines.tasks.subject import Subject
@@ -38,17 +49,30 @@ from pipelines.tracking.registry import Registration
 TIMED = 16
 
 
-class EvaluateParams(CraftingView):
-    """Everything that is scored, and how."""
+class EvaluateParams(SharedView):
+    """Everything that is scored, and how; the settings of attacks stand in the ladders."""
 
+    threat: Threat
+    checks: Checks
     baselines: dict[str, Baseline]
     defenses: dict[str, Defended]
     controls: dict[str, Control]
     published: dict[str, Published]
     scoring: Scoring
     tracks = {
-        **CraftingView.tracks,
-        **{n: n for n in ("baselines", "defenses", "controls", "published", "scoring")},
+        **SharedView.tracks,
+        **{
+            n: n
+            for n in (
+                "threat",
+                "checks",
+                "baselines",
+                "defenses",
+                "controls",
+                "published",
+                "scoring",
+            )
+        },
     }
 
 
@@ -60,6 +84,7 @@ def run(
     val: Path,
     test: Path,
     models: Path,
+    ladders: Path,
     adversarial: Path,
     selftest: Path,
     out_metrics: Path,
@@ -73,7 +98,7 @@ def run(
     images = image_set.read(test)
     learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
 
-    entries = _entries(params, models.absolute(), adversarial.absolute())
+    entries = _entries(params, models.absolute(), ladders, adversarial.absolute())
     for entry in entries:
         entry.subject.require_fit(images)
     plan = _plan(params, entries, val.absolute(), test.absolute(), models.absolute())
@@ -136,7 +161,6 @@ def _plan(
     surrogate = params.baselines.get(SURROGATE)
     return Plan(
         threat=params.threat,
-        attacks=params.attacks,
         scoring=params.scoring,
         checks=params.checks,
         seed=params.seed,
@@ -199,41 +223,47 @@ def _check_sets(
     return found
 
 
-def _entries(params: EvaluateParams, models: Path, adversarial: Path) -> list[Entry]:
+def _entries(params: EvaluateParams, models: Path, ladders: Path, adversarial: Path) -> list[Entry]:
     """List what params.yaml scores: bare classifiers, defenses, controls."""
-    standard = models / "standard"
-
-    def entry(role: EntryRole, name: str, subject: Subject, folder: Path, ladder: Ladder) -> Entry:
-        sets = {
-            f"{mode}/{attack}": (
-                adversarial / REPLAYED[mode] / "full" if mode in REPLAYED else folder / mode
+    sections: dict[EntryRole, Mapping[str, Baseline | Defended | Control]] = {
+        "baseline": params.baselines, "defense": params.defenses, "control": params.controls
+    }  # fmt: skip
+    entries = []
+    for role, section in sections.items():
+        for name, one in section.items():
+            resolved = read_ladder(ladders / f"{name}.json")
+            _require_resolved(resolved, name, one, params)
+            folders = {mode: adversarial / of / "full" for mode, of in resolved.replayed.items()}
+            named = [(mode, attack) for mode, some in resolved.ladder.items() for attack in some]
+            entries.append(
+                Entry(
+                    name=name,
+                    role=role,
+                    subject=subject_of(resolved, models),
+                    probes=adversarial / name / "checks.json",
+                    sets={
+                        f"{mode}/{attack}": folders.get(mode, adversarial / name / mode) / attack
+                        for mode, attack in named
+                    },
+                    attacks={f"{m}/{attack}": resolved.ladder[m][attack] for m, attack in named},
+                )
             )
-            / attack
-            for mode in MODES
-            for attack in params.attacks
-            if attack in ladder.get(mode, [])
-        }
-        return Entry(name, role, subject, folder / "checks.json", sets)
+    return entries
 
-    baselines = [
-        entry("baseline", name, Subject(models / one.classifier), adversarial / name, one.ladder)
-        for name, one in params.baselines.items()
-    ]
-    defenses = [
-        entry(
-            "defense", name, Subject(standard, models / one.model, inference=one.inference),
-            adversarial / name, one.ladder,
+
+def _require_resolved(
+    resolved: Resolved, name: str, entry: Baseline | Defended | Control, params: EvaluateParams
+) -> None:
+    """Raise DataError where a ladder was resolved from other parameters than are evaluated."""
+    use = (entry.model, entry.inference) if isinstance(entry, Defended) else (None, None)
+    now = (entry.classifier, set(entry.ladder), params.threat, params.checks, use)
+    used = (resolved.model, resolved.inference)
+    then = (resolved.classifier, set(resolved.ladder), resolved.threat, resolved.checks, used)
+    if now != then:
+        raise DataError(
+            f"the ladder of {name} was resolved from other parameters: `limpid resolve_ladders` "
+            "resolves it again, and `dvc repro` all that follows"
         )
-        for name, one in params.defenses.items()
-    ]  # fmt: skip
-    controls = [
-        entry(
-            "control", name, Subject(standard, control=one.purifier),
-            adversarial / "controls" / name, one.ladder,
-        )
-        for name, one in params.controls.items()
-    ]  # fmt: skip
-    return [*baselines, *defenses, *controls]
 
 
 def time_all(subjects: Mapping[str, Subject], test: Path, device: str) -> dict[str, float]:

@@ -10,16 +10,16 @@ from pydantic import TypeAdapter
 from components.models.checkpoints import read_card
 from components.models.purifiers import PurifierConfig
 from pipelines.config.sections import Finetuned
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
 from pipelines.tasks import training
 
 
-class AtopParams(ThreatView):
+class AtopParams(TrainingView):
     """One entry of `atop`, and the threat it is trained against."""
 
     atop: Finetuned
-    tracks = {**ThreatView.tracks, "atop": "atop.{name}"}
+    tracks = {**TrainingView.tracks, "atop": "atop.{name}"}
 
 
 def run(

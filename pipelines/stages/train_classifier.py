@@ -6,16 +6,16 @@ Reads data/{train,val}, writes models/<classifier>.
 from pathlib import Path
 
 from pipelines.config.sections import Classifier
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
 from pipelines.tasks import training
 
 
-class ClassifierParams(ThreatView):
+class ClassifierParams(TrainingView):
     """One entry of `classifiers`, and the threat that adversarial training uses."""
 
     classifier: Classifier
-    tracks = {**ThreatView.tracks, "classifier": "classifiers.{name}"}
+    tracks = {**TrainingView.tracks, "classifier": "classifiers.{name}"}
 
 
 def run(

@@ -6,16 +6,16 @@ Reads data/{train,val}, the classifier and the pool, writes models/<purifier>.
 from pathlib import Path
 
 from pipelines.config.sections import Purifier
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
 from pipelines.tasks import training
 
 
-class PurifierParams(ThreatView):
+class PurifierParams(TrainingView):
     """One entry of `purifiers`, and the threat it is trained against."""
 
     purifier: Purifier
-    tracks = {**ThreatView.tracks, "purifier": "purifiers.{name}"}
+    tracks = {**TrainingView.tracks, "purifier": "purifiers.{name}"}
 
 
 def run(

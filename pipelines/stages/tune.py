@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.attacks import AttackConfig
+from components.attacks import AttackConfig, Threat
 from components.data.shards import write_bytes, write_json
 from pipelines.cluster import session
 from pipelines.config.resources import Resources
 from pipelines.config.search_space import Choice, Domain, Integer, LogUniform, Value, get, nest
 from pipelines.config.sections import Defended, Finetuned, Name, Purifier, Scoring, Student, Study
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.config.yaml_files import write_yaml
 from pipelines.reporting import leaderboard
 from pipelines.reporting.leaderboard import Report, SearchMonitor, Trial
@@ -37,7 +37,7 @@ STUDY = "study"
 SYNC_S = 15
 
 
-class TuneParams(ThreatView):
+class TuneParams(TrainingView):
     """One study, and the sections its trials may change."""
 
     study: Study
@@ -45,12 +45,13 @@ class TuneParams(ThreatView):
     students: dict[str, Student]
     atop: dict[str, Finetuned]
     defenses: dict[str, Defended]
+    threat: Threat
     attacks: dict[Name, AttackConfig]
     scoring: Scoring
     tracks = {
-        **ThreatView.tracks,
+        **TrainingView.tracks,
         "study": "tuning.studies.{name}",
-        **{name: name for name in (*SECTIONS, "attacks", "scoring")},
+        **{name: name for name in (*SECTIONS, "threat", "attacks", "scoring")},
     }
 
 
@@ -68,8 +69,8 @@ def run(
     """Run the trials of a study, rank them, and write what `configure --from` adopts."""
     document = params.model_dump(mode="json", by_alias=True, include=set(SECTIONS))
     setup = StudySetup(
-        params.study, document, params, params.attacks, params.scoring, _resources(context),
-        *(folder.absolute() for folder in (train, val, models, pool)),
+        params.study, document, params, params.threat, params.attacks, params.scoring,
+        _resources(context), *(folder.absolute() for folder in (train, val, models, pool)),
     )  # fmt: skip
     for key, domain in params.study.space.items():
         for bound in domain.bounds():

@@ -24,19 +24,23 @@ from components.models.defense import STAND_INS, Mode
 from components.probes import Finding, Stored, required
 from pipelines.config.sections import Checks, Scoring
 from pipelines.tasks import probing
-from pipelines.tasks.metrics import EntryRole, attack_of, rung_of
+from pipelines.tasks.metrics import EntryRole, rung_of
 from pipelines.tasks.subject import Subject
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One scored baseline, defense or control: its models, its probes, its sets by rung/attack."""
+    """One scored baseline, defense or control: its models and probes.
+
+    `sets` are the folders of its sets by rung/attack, `attacks` the attacks behind them.
+    """
 
     name: str
     role: EntryRole
     subject: Subject
     probes: Path
     sets: Mapping[str, Path]
+    attacks: Mapping[str, Attack]
 
     def white_box_rungs(self) -> tuple[str, ...]:
         """Return the rungs on which an attack sees through the purifier.
@@ -55,7 +59,6 @@ class Plan:
     """
 
     threat: Linf | L2
-    attacks: Mapping[str, Attack]
     scoring: Scoring
     checks: Checks
     seed: int
@@ -66,13 +69,9 @@ class Plan:
     surrogate: Path | None
     baselines: Sequence[Entry] = ()
 
-    def attack(self, name: str) -> Attack:
-        """Return the attack behind rung/attack."""
-        return self.attacks[attack_of(name)]
-
-    def bounded(self, name: str) -> bool:
-        """Whether the attack behind rung/attack stays inside the primary threat by itself."""
-        return self.attack(name).bounded
+    def bounded(self, attack: Attack) -> bool:
+        """Whether an attack stays inside the primary threat by itself."""
+        return attack.region(self.threat) == self.threat.label
 
 
 def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
@@ -81,9 +80,8 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     The modes are those in which it was attacked.
     """
     stored = probing.read(entry.probes)
-    attacks = {name: plan.attack(name) for name in entry.sets}
     now = probing.facts(
-        entry.subject, attacks, entry.sets, plan.threat, plan.checks, plan.seed, plan.batch,
+        entry.subject, entry.attacks, entry.sets, plan.threat, plan.checks, plan.seed, plan.batch,
         plan.val, plan.test,
     )  # fmt: skip
     rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
@@ -115,7 +113,7 @@ def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
     No model is asked anything. Raises DataError if a byte of the set or the images has changed.
     """
     torch.set_num_threads(1)
-    folder, test = entry.sets[name], read_manifest(plan.test)
+    folder, attack, test = entry.sets[name], entry.attacks[name], read_manifest(plan.test)
     digest, costs = shards.fingerprint(folder), list[Crafted]()
 
     def parts() -> Iterator[Part]:
@@ -123,12 +121,12 @@ def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
             yield one.images, one.ids, one.labels, image_set.read(plan.test, rows)
             costs.append(replace(one, images=torch.empty(len(one.ids), 0)))
 
-    threat = plan.threat if plan.bounded(name) else None
+    threat = attack.within(plan.threat) if attack.bounded else None
     checks = stored_set(name, parts(), int(test["rows"]), threat)
     checks.append(_provenance(name, folder, entry, plan))
     random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
     classes = len(test["class_names"])
-    spent = effort(name, plan.attack(name), joined(costs), classes, random)
+    spent = effort(name, attack, joined(costs), classes, random)
     return CheckedSet([*checks, spent], all(finding.passed for finding in checks), digest)
 
 
@@ -161,7 +159,7 @@ def worst_of_baselines(
         bounded = {
             name: digest
             for name, digest in sound[baseline.name].items()
-            if rung_of(name) in white and plan.bounded(name)
+            if rung_of(name) in white and plan.bounded(baseline.attacks[name])
         }
         if bounded:
             read = read_sound(baseline, {baseline.name: bounded}, images, rows)
@@ -184,17 +182,17 @@ def other_baselines(entry: Entry, plan: Plan) -> list[Entry]:
 def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
     facts = read_manifest(folder)
     now = entry.subject.facts()
-    mode = rung_of(name)
+    mode, attack = rung_of(name), entry.attacks[name]
     if mode in REPLAYED:
         bare = plan.surrogate if mode == "transfer" else entry.subject.classifier
         assert bare is not None, "params.yaml asks for transfer without a surrogate"
         now = Subject(bare).facts()
-    threat = plan.threat.model_dump(mode="json") if plan.bounded(name) else None
+    threat = attack.within(plan.threat).model_dump(mode="json") if attack.bounded else None
     expected = {
         **now,
         "data": shards.fingerprint(plan.test),
         "mode": "full" if mode in REPLAYED else mode,
-        "attack": plan.attack(name).model_dump(mode="json"),
+        "attack": attack.model_dump(mode="json"),
         "threat": threat,
         "seed": plan.seed,
     }

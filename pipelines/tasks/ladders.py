@@ -1,4 +1,4 @@
-"""The ladders of some defenses: all their adversarial sets, and the probes that need gradients."""
+"""The ladder of one entry: all its adversarial sets, and the probes that need gradients."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,114 +11,131 @@ from components.attacks import Attack
 from components.attacks.contract import REPLAYED
 from components.attacks.sets import crafted_shards, joined
 from components.data import image_set, shards
+from components.data.shards import DataError
 from components.models.defense import STAND_INS, Mode
 from components.models.identity import state_digest
 from components.probes import Finding, Stored, probe, spread
 from components.probes.bench import GRADIENT
 from components.probes.models import unchanged
-from pipelines.config.sections import Ladder
-from pipelines.config.views import CraftingView
+from pipelines.config.sections import Resolved
+from pipelines.config.views import SharedView
 from pipelines.runner.context import Context
 from pipelines.tasks import probing
 from pipelines.tasks.crafting import SetSpec, craft_all
 from pipelines.tasks.subject import Subject
 
 
-def generate(
-    subjects: Mapping[Path, tuple[Subject, Ladder]], params: CraftingView, val: Path, test: Path,
-    context: Context,
-) -> None:  # fmt: skip
-    """Craft the ladder of every subject into its folder, and write its probes there.
+def read(path: Path) -> Resolved:
+    """Return a ladder that `resolve_ladders` wrote; DataError where it is missing or damaged."""
+    try:
+        return Resolved.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        raise DataError(
+            f"{path} is missing or damaged: `limpid resolve_ladders` writes it"
+        ) from None
 
-    Raises ValueError where a model does not fit the images, or a purifier lacks a stand-in that its
-    ladder names.
+
+def generate(
+    ladder: Path, params: SharedView, val: Path, test: Path, classifier: Path,
+    purifier: Path | None, out: Path, context: Context,
+) -> None:  # fmt: skip
+    """Craft the sets of a ladder into `out`, and write the probes of its entry there.
+
+    Raises DataError where the ladder was resolved for other models, and ValueError where a model
+    does not fit the images or the purifier lacks a stand-in that the ladder names.
     """
+    entry = read(ladder)
+    given = (classifier.name, purifier.name if purifier else None)
+    if given != (entry.classifier, entry.model):
+        raise DataError(
+            f"{ladder} is about {entry.model or 'no purifier'} in front of {entry.classifier}, not "
+            f"about {given[1] or 'none'} in front of {given[0]}"
+        )
+    subject = subject_of(entry, classifier.absolute().parent)
+    subject.require_fit(image_set.read(test))
+    known = subject.stand_ins()
+    lacking = [mode for mode in entry.ladder if mode in STAND_INS and mode not in known]
+    if lacking:
+        raise ValueError(
+            f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
+            f"{', '.join(known) or 'none'}"
+        )
+    attacks = own_attacks(entry)
+    sets = {name: out / name for name in attacks}
     specs = [
         SetSpec(
-            subject, cast(Mode, folder.parent.name), params.attacks[folder.name], test.absolute(),
-            params.threat, params.seed, params.batch, folder,
+            subject, cast(Mode, name.partition("/")[0]), attack, test.absolute(),
+            attack.within(entry.threat), params.seed, params.batch, sets[name],
         )
-        for out, (subject, ladder) in subjects.items()
-        for folder in _own(out, ladder).values()
+        for name, attack in attacks.items()
     ]  # fmt: skip
-    images = image_set.read(test)
-    for out, (subject, ladder) in subjects.items():
-        subject.require_fit(images)
-        known = subject.stand_ins()
-        lacking = [mode for mode in ladder if mode in STAND_INS and mode not in known]
-        if lacking:
-            raise ValueError(
-                f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
-                f"{', '.join(known) or 'none'}"
-            )
     with context.session():
         craft_all(specs, context)
-        tasks = [
-            {
-                "subject": subject, "ladder": ladder, "test": test.absolute(), "params": params,
-                "val": val.absolute(), "stored": _stored(out, subject, ladder, params, images.ids),
-            }
-            for out, (subject, ladder) in subjects.items()
-        ]  # fmt: skip
-        found = context.map(probe_subject, tasks)
-    for (out, (subject, ladder)), findings in zip(subjects.items(), found, strict=True):
-        own = _own(out, ladder)
-        facts = probing.facts(
-            subject, _attacks(own, params), own, params.threat, params.checks, params.seed,
-            params.batch, val.absolute(), test.absolute(),
-        )  # fmt: skip
-        probing.write(out / "checks.json", facts, findings)
+        ids = image_set.read(test).ids
+        task = {
+            "subject": subject, "entry": entry, "test": test.absolute(), "val": val.absolute(),
+            "seed": params.seed, "batch": params.batch,
+            "stored": _stored(subject, entry, attacks, sets, ids, params.seed),
+        }  # fmt: skip
+        (findings,) = context.map(probe_subject, [task])
+    facts = probing.facts(
+        subject, attacks, sets, entry.threat, entry.checks, params.seed, params.batch,
+        val.absolute(), test.absolute(),
+    )  # fmt: skip
+    probing.write(out / "checks.json", facts, findings)
 
 
-def _own(out: Path, ladder: Ladder) -> dict[str, Path]:
-    """Return the folders of the sets that are crafted here, by rung/attack."""
+def subject_of(entry: Resolved, models: Path) -> Subject:
+    """Return the defense of an entry, its networks from the folder `models`."""
+    purifier = models / entry.model if entry.model else None
+    return Subject(models / entry.classifier, purifier, entry.control, entry.inference)
+
+
+def own_attacks(entry: Resolved) -> dict[str, Attack]:
+    """Return the attacks whose sets are crafted on the entry itself, by rung/attack."""
     return {
-        f"{mode}/{attack}": out / mode / attack
-        for mode, attacks in ladder.items()
+        f"{mode}/{name}": attack
+        for mode, attacks in entry.ladder.items()
         if mode not in REPLAYED
-        for attack in attacks
+        for name, attack in attacks.items()
     }
 
 
-def _attacks(own: Mapping[str, Path], params: CraftingView) -> dict[str, Attack]:
-    return {name: params.attacks[folder.name] for name, folder in own.items()}
-
-
 def _stored(
-    out: Path, subject: Subject, ladder: Ladder, params: CraftingView, ids: torch.Tensor
-) -> Stored:
+    subject: Subject, entry: Resolved, attacks: Mapping[str, Attack], sets: Mapping[str, Path],
+    ids: torch.Tensor, seed: int,
+) -> Stored:  # fmt: skip
     """Return what the attacks on a subject left behind; of the images, those to be probed.
 
     The sets are read shard by shard: they may be larger than the memory.
     """
-    own = _own(out, ladder)
-    known = [subject.digest(), *(shards.fingerprint(folder) for folder in own.values())]
+    known = [subject.digest(), *(shards.fingerprint(folder) for folder in sets.values())]
     secret = hashlib.sha256("/".join(known).encode()).hexdigest()
-    probed = ids[spread(ids, secret, params.seed, params.checks.images)]
-    sets, answers = [], 0.0
-    for name, attack in _attacks(own, params).items():
+    probed = ids[spread(ids, secret, seed, entry.checks.images)]
+    found, answers = [], 0.0
+    for name, attack in attacks.items():
         parts = []
-        for crafted in crafted_shards(own[name]):
+        for crafted in crafted_shards(sets[name]):
             answers += float(crafted.forward.sum() + (GRADIENT - 1) * crafted.backward.sum())
             parts.append(crafted.pick(torch.isin(crafted.ids, probed)))
-        if attack.bounded:
-            sets.append(joined(parts))
-    return Stored(sets, secret, answers)
+        if attack.bounded and attack.within(entry.threat) == entry.threat:
+            found.append(joined(parts))
+    return Stored(found, secret, answers)
 
 
 def probe_subject(
-    subject: Subject, ladder: Ladder, val: Path, test: Path, params: CraftingView,
+    subject: Subject, entry: Resolved, val: Path, test: Path, seed: int, batch: int,
     stored: Stored, device: str,
 ) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; runs in a worker."""
     torch.set_num_threads(1)
     defense = subject.defense(device)
     before = state_digest(defense)
-    full = ladder.get("full", [])
-    modes = [cast(Mode, mode) for mode in ladder if mode not in REPLAYED]
+    full = entry.ladder.get("full", {}).values()
+    modes = [cast(Mode, mode) for mode in entry.ladder if mode not in REPLAYED]
     findings = probe(
-        defense, modes, image_set.read(test), params.threat, params.seed, params.checks.images,
-        max((getattr(params.attacks[attack], "eot", 1) for attack in full), default=1),
-        params.batch, stored, image_set.read(val), params.checks.thorough,
+        defense, modes, image_set.read(test), entry.threat, seed, entry.checks.images,
+        max((getattr(attack, "eot", 1) for attack in full), default=1),
+        batch, stored, image_set.read(val), entry.checks.thorough,
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]

@@ -25,7 +25,7 @@ from components.data.shards import DataError, write_json
 from pipelines.config import dvc_lock
 from pipelines.layout import DVC_LOCK
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 EntryRole = Literal["baseline", "defense", "control"]
 # As in `components.checks.verdicts`: readers of the metrics need not load what computes them.
 Standing = Literal[
@@ -52,11 +52,13 @@ class Headline(Estimate):
 class AttackScore(Estimate):
     """The accuracy on one stored set, and what tables call its attack (`label`).
 
-    `bounded`: the attack stays in the ball by itself; `inside`: the fraction of its images there;
+    `region` is the threat that the attack stays inside by itself, "" where it minimises a distance;
+    `bounded`: that is the primary one; `inside`: the fraction of its images that lie in this ball;
     `median_l2`: the median L2 distance to the clean images, in pixels of [0,1].
     """
 
     label: str
+    region: str
     bounded: bool
     inside: float
     median_l2: float
@@ -191,14 +193,21 @@ class Checks(Config):
         return f"{count}: {', '.join(self.warnings)}" if self.warnings else count
 
 
+class Elsewhere(Config):
+    """What is left under a further threat: the worst of all sets inside it, also by rung."""
+
+    headline: Headline
+    rungs: dict[str, Estimate]
+
+
 class Scored(Config):
     """The scores of one baseline, defense or control.
 
     Dictionaries are keyed by rung (`rungs`), by set (`attacks`, `carried_by`, where "clean" counts
-    too) or by class. `void_rungs` had no usable gradient. `radius_curve` is empty without a probe.
-    `digest` identifies weights, settings and code that were scored; `written_for` are the attacks
-    that were written for this entry. Only defenses have `not_better_than` and `verdict`; no other
-    entry has these keys.
+    too), by class, or by the label of a further threat (`elsewhere`). `void_rungs` had no usable
+    gradient. `radius_curve` is empty without a probe. `digest` identifies weights, settings and
+    code that were scored; `written_for` are the attacks that were written for this entry. Only
+    defenses have `not_better_than` and `verdict`; no other entry has these keys.
     """
 
     role: EntryRole
@@ -212,6 +221,7 @@ class Scored(Config):
     void_rungs: list[str]
     white_box: Estimate | None
     attacks: dict[str, AttackScore]
+    elsewhere: dict[str, Elsewhere]
     detection: Detection | None
     retries: Retries
     unseen_classifier: UnseenClassifier
@@ -293,7 +303,7 @@ class PublishedFigures(Config):
 class Metrics(Config):
     """All that is in reports/metrics.json; `defenses` holds baselines and controls, too."""
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     seed: int
     selftest: Selftest
     threat_model: ThreatModel

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from components.attacks import L2, SLACK
+from components.attacks import L2, SLACK, Linf
 from components.attacks.contract import REPLAYED
 from components.checks.sets import Answers, in_levels
 from components.data import image_set
@@ -44,6 +44,9 @@ from pipelines.tasks.entries import Entry, Plan, Sound, read_sound, worst_of_bas
 from pipelines.tasks.metrics import rung_of
 from pipelines.tasks.panels import Panel, render
 
+# Which examples (N,) bool of every set lie inside a threat.
+Inside = Mapping[str, npt.NDArray[np.bool_]]
+
 
 @dataclass(frozen=True)
 class Attacked:
@@ -64,6 +67,7 @@ class Result:
     """What was counted of one entry.
 
     `scores` by rung/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
+    `elsewhere` says by the labels of further threats what `inside` says of the primary one;
     `unseen` are right answers (clean, under the worst examples) of a classifier that played no
     part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
     bits, among equal ones the last; `detector` are the detector scores, None where the purifier is
@@ -74,7 +78,8 @@ class Result:
     """
 
     scores: Mapping[str, Score]
-    inside: Mapping[str, npt.NDArray[np.bool_]]
+    inside: Inside
+    elsewhere: Mapping[str, Inside]
     distance: Mapping[str, npt.NDArray[np.float64]]
     findings: list[Finding]
     unseen: tuple[Score, Score]
@@ -85,9 +90,12 @@ class Result:
     answers: Mapping[str, Answers]
     transferred: Mapping[str, Score]
 
-    def within_threat(self) -> dict[str, Score]:
-        """Return the scores by the rule of the headline: an example outside the ball is clean."""
-        return within_threat(self.scores, self.inside)
+    def within_threat(self, label: str | None = None) -> dict[str, Score]:
+        """Return the scores by the rule of the headline: an example outside the ball is clean.
+
+        The ball is that of the primary threat, or of the one with this label.
+        """
+        return within_threat(self.scores, self.elsewhere[label] if label else self.inside)
 
 
 def score_sets(entry: Entry, plan: Plan, sound: Sound, shard: int, device: str) -> Attacked:
@@ -132,8 +140,7 @@ def score_shard(
     sets = {CLEAN: pixels, **{name: one.images for name, one in mine.items()}}
     clean, detected = _clean(defense, some, plan)
     scores = {CLEAN: clean, **counted.scores}
-    reach = {name: plan.threat.distance(x, pixels).numpy() for name, x in sets.items()}
-    inside = {name: far <= plan.threat.eps + SLACK for name, far in reach.items()}
+    inside, elsewhere = _inside(sets, pixels, plan.threat), _elsewhere(entry, sets, pixels, plan)
     l2 = L2(norm="l2", eps_l2=1.0)
     distance = {name: l2.distance(x, pixels).numpy() for name, x in sets.items()}
     chosen, _ = worst(within_threat(scores, inside), list(scores))
@@ -168,8 +175,8 @@ def score_shard(
     }
     findings = [state if counted.state.passed else counted.state]
     return Result(
-        scores, inside, distance, findings, unseen, rounded, detector, panels, spent, answers,
-        counted.transferred,
+        scores, inside, elsewhere, distance, findings, unseen, rounded, detector, panels, spent,
+        answers, counted.transferred,
     )  # fmt: skip
 
 
@@ -190,7 +197,10 @@ def merge(results: Sequence[Result]) -> Result:
     first = results[0]
     return Result(
         scores={name: _joined([one.scores[name] for one in results]) for name in first.scores},
-        inside={n: np.concatenate([one.inside[n] for one in results]) for n in first.inside},
+        inside=_whole([one.inside for one in results]),
+        elsewhere={
+            label: _whole([one.elsewhere[label] for one in results]) for label in first.elsewhere
+        },
         distance={n: np.concatenate([one.distance[n] for one in results]) for n in first.distance},
         findings=[
             next((f for f in same if not f.passed), same[0])
@@ -217,9 +227,7 @@ def merge(results: Sequence[Result]) -> Result:
     )
 
 
-def within_threat(
-    scores: Mapping[str, Score], inside: Mapping[str, npt.NDArray[np.bool_]]
-) -> dict[str, Score]:
+def within_threat(scores: Mapping[str, Score], inside: Inside) -> dict[str, Score]:
     """Return scores by the rule of the headline: outside the ball, an example counts as clean."""
     clean = scores[CLEAN]
 
@@ -231,6 +239,35 @@ def within_threat(
         return Score(score.draws, select, np.where(here, score.score, clean.score))
 
     return {name: masked(name, score) for name, score in scores.items()}
+
+
+def _inside(sets: Mapping[str, Tensor], pixels: Tensor, threat: Linf | L2) -> Inside:
+    reach = {name: threat.distance(x, pixels).numpy() for name, x in sets.items()}
+    return {name: far <= threat.eps + SLACK for name, far in reach.items()}
+
+
+def _elsewhere(
+    entry: Entry, sets: Mapping[str, Tensor], pixels: Tensor, plan: Plan
+) -> dict[str, Inside]:
+    """Return what lies inside the further threats that attacks of this entry have, by label.
+
+    In a ball that is measured; of a bound on something else only its own attacks know.
+    """
+    found: dict[str, Inside] = {}
+    for attack in entry.attacks.values():
+        label = attack.region(plan.threat)
+        if label in ("", plan.threat.label) or label in found:
+            continue
+        if attack.bounded:
+            found[label] = _inside(sets, pixels, attack.within(plan.threat))
+        else:
+            own = {n for n, one in entry.attacks.items() if one.region(plan.threat) == label}
+            found[label] = {n: np.full(len(pixels), n in (*own, CLEAN)) for n in sets}
+    return found
+
+
+def _whole(parts: Sequence[Inside]) -> Inside:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _joined(scores: Sequence[Score]) -> Score:
@@ -252,8 +289,8 @@ def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:
 
     Against a random defense no attack stops: one draw is no success.
     """
-    white_box = rung_of(name) in entry.white_box_rungs()
-    return white_box and plan.bounded(name) and plan.attack(name).stops_early()
+    white_box, attack = rung_of(name) in entry.white_box_rungs(), entry.attacks[name]
+    return white_box and plan.bounded(attack) and attack.stops_early()
 
 
 def _panels(

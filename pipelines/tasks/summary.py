@@ -47,7 +47,6 @@ from pipelines.tasks import metrics
 from pipelines.tasks.entries import Entry, Plan, other_baselines
 from pipelines.tasks.metrics import Estimate, Scored, attack_of, rung_of
 from pipelines.tasks.scoring import Result
-from pipelines.tasks.subject import Subject
 
 TRIES = 10
 CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
@@ -65,12 +64,13 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     """Sum up one entry on the test images; `compared` adds what takes the other entries."""
     counted = result.within_threat()
     chosen, carried = headline(result)
-    rungs = _rungs(counted)
+    rungs = _rungs(counted, _about(entry, result, plan, plan.threat.label))
     white_box = _white_box(entry, counted)
     weaker = [mode for mode in WEAKER if mode in rungs and mode not in entry.white_box_rungs()]
     seen = {mode: rungs[mode].accuracy() for mode in weaker}
     shown = illusions(seen, white_box) if white_box is not None else []
-    void = void_rungs(result.findings, _bounded_attacks(counted, plan))
+    within = _attacks_within(entry, counted, plan, plan.threat.label)
+    void = void_rungs(result.findings, within)
     judged = _judged(entry, result, rungs, counted, carried, plan, len(images.class_names), void)
     findings = [_recorded(finding) for finding in (*result.findings, *judged)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
@@ -88,7 +88,8 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
         rungs={mode: _estimate(score.accuracy()) for mode, score in rungs.items()},
         void_rungs=[mode for mode in MODES if mode in void],
         white_box=None if white_box is None else _estimate(white_box),
-        attacks=_attacks(result, plan, len(images.class_names)),
+        attacks=_attacks(entry, result, plan, len(images.class_names)),
+        elsewhere=_elsewhere(entry, result, plan, len(images.class_names), void, bool(failed)),
         detection=metrics.Detection.model_validate(detector) if detector else None,
         retries=metrics.Retries(
             worst_of_10=_estimate(worst_of(carried, TRIES)),
@@ -110,7 +111,9 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
             findings=findings,
         ),
         certificate={f.name: f.figures for f in findings if f.check in CERTIFICATE},
-        written_for=written_for({n: plan.attack(n).kind for n in result.scores if n != CLEAN}),
+        written_for=written_for(
+            {n: one.kind for n, one in entry.attacks.items() if n in result.scores}
+        ),
     )
 
 
@@ -119,7 +122,6 @@ def compared(
 ) -> dict[str, Scored]:
     """Return the scores, each defense with its verdict and the entries that it does not beat."""
     right = {e.name: headline(r)[1].accuracy() for e, r in zip(entries, results, strict=True)}
-    rivals = {entry.name: right[entry.name] for entry in entries if entry.role != "defense"}
     trained = {
         e.name: (right[e.name], scored[e.name].headline.upper_bound)
         for e in entries
@@ -128,18 +130,17 @@ def compared(
     found = dict(scored)
     for entry in entries:
         if entry.role == "defense":
+            # What stands in front of another classifier is no rival, but adversarial training is.
+            behind = [e for e in entries if e.subject.classifier == entry.subject.classifier]
+            rivals = {e.name: right[e.name] for e in behind if e.role != "defense"}
+            rivals |= {name: right[name] for name in trained}
             lost = unbeaten(right[entry.name], rivals)
-            behind = Subject(entry.subject.classifier)
             judged = verdict(
                 right[entry.name],
                 found[entry.name].headline.upper_bound,
                 lost,
-                {
-                    e.name: right[e.name]
-                    for e in entries
-                    if e.role == "baseline" and e.subject == behind
-                },
-                [e.name for e in entries if e.role == "control"],
+                {e.name: right[e.name] for e in behind if e.role == "baseline"},
+                [e.name for e in behind if e.role == "control"],
                 trained,
             )
             changes = {
@@ -180,14 +181,52 @@ def _estimate(accuracies: npt.NDArray[np.float64]) -> Estimate:
     return Estimate.model_validate(summarise(accuracies))
 
 
-def _rungs(counted: Mapping[str, Score]) -> dict[str, Score]:
-    """Return the scores under the worst attack of every rung that was run, in ladder order."""
-    rungs = {}
+def _rungs(counted: Mapping[str, Score], about: Collection[str]) -> dict[str, Score]:
+    """Return the scores under the worst attack of every rung, in ladder order.
+
+    All sets of a rung take part, but one of them has to be `about` the threat that is counted.
+    """
+    rungs, run = {}, {rung_of(name) for name in about}
     for mode in MODES:
-        sets = {n: s for n, s in counted.items() if n == CLEAN or rung_of(n) == mode}
-        if len(sets) > 1:
+        if mode in run:
+            sets = {n: s for n, s in counted.items() if n == CLEAN or rung_of(n) == mode}
             rungs[str(mode)] = worst(sets, list(sets))[1]
     return rungs
+
+
+def _about(entry: Entry, result: Result, plan: Plan, label: str) -> list[str]:
+    """Return the sets that are about a threat: those inside it, and those that minimise a distance.
+
+    What minimises a distance is about the primary threat, for want of a better one.
+    """
+    labels = (label, "") if label == plan.threat.label else (label,)
+    return [
+        n for n in result.scores if n != CLEAN and entry.attacks[n].region(plan.threat) in labels
+    ]
+
+
+def _elsewhere(
+    entry: Entry, result: Result, plan: Plan, classes: int, void: Collection[str], failed: bool
+) -> dict[str, metrics.Elsewhere]:
+    """Return what is left under each further threat that attacks of the entry have, by its label.
+
+    It is an upper bound unless the entry passed its checks and strong attacks had this threat.
+    """
+    found = {}
+    for label in result.elsewhere:
+        counted, about = result.within_threat(label), _about(entry, result, plan, label)
+        carried = worst_of_all(counted, list(counted))[1]
+        strong = strong_enough(
+            _attacks_within(entry, about, plan, label), entry.subject.stand_ins(),
+            entry.subject.differentiable(), classes, void,
+        )  # fmt: skip
+        found[label] = metrics.Elsewhere(
+            headline=metrics.Headline(
+                **dict(_estimate(carried.accuracy())), upper_bound=failed or not strong.passed
+            ),
+            rungs={mode: _estimate(s.accuracy()) for mode, s in _rungs(counted, about).items()},
+        )
+    return found
 
 
 def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Accuracies | None:
@@ -200,12 +239,15 @@ def _white_box(entry: Entry, counted: Mapping[str, Score]) -> Accuracies | None:
     return worst(sets, list(sets))[1].accuracy() if len(sets) > 1 else None
 
 
-def _attacks(result: Result, plan: Plan, classes: int) -> dict[str, metrics.AttackScore]:
+def _attacks(
+    entry: Entry, result: Result, plan: Plan, classes: int
+) -> dict[str, metrics.AttackScore]:
     return {
         name: metrics.AttackScore(
             **dict(_estimate(score.accuracy())),
-            label=plan.attack(name).label(attack_of(name), classes),
-            bounded=plan.bounded(name),
+            label=entry.attacks[name].label(attack_of(name), classes),
+            region=entry.attacks[name].region(plan.threat),
+            bounded=plan.bounded(entry.attacks[name]),
             median_l2=float(np.median(result.distance[name])),
             inside=float(result.inside[name].mean()),
         )
@@ -260,11 +302,11 @@ def _judged(
     void: Collection[str],
 ) -> list[Finding]:
     """Check the counts of an entry against each other."""
-    by_rung = _bounded_attacks(counted, plan)
+    by_rung = _attacks_within(entry, counted, plan, plan.threat.label)
     full = {
-        name: (plan.attack(name).kind, score.accuracy())
+        name: (entry.attacks[name].kind, score.accuracy())
         for name, score in counted.items()
-        if rung_of(name) == "full" and plan.bounded(name)
+        if rung_of(name) == "full" and plan.bounded(entry.attacks[name])
     }
     stochastic = entry.subject.stochastic()
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]
@@ -318,12 +360,14 @@ def _claim(
     return findings
 
 
-def _bounded_attacks(counted: Mapping[str, Score], plan: Plan) -> dict[str, list[Attack]]:
-    """Return the attacks of every rung that stay inside the threat by themselves."""
+def _attacks_within(
+    entry: Entry, counted: Collection[str], plan: Plan, label: str
+) -> dict[str, list[Attack]]:
+    """Return the attacks of every rung that stay inside the threat with this label."""
     attacks: dict[str, list[Attack]] = {}
-    for name in counted:
-        if name != CLEAN and plan.bounded(name):
-            attacks.setdefault(rung_of(name), []).append(plan.attack(name))
+    for name, attack in entry.attacks.items():
+        if name in counted and attack.region(plan.threat) == label:
+            attacks.setdefault(rung_of(name), []).append(attack)
     return attacks
 
 

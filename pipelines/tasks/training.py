@@ -35,7 +35,7 @@ from components.training.loop import Training
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.sections import Section
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
 
 
@@ -62,7 +62,7 @@ def train(
     family: Literal["classifier", "purifier"],
     model: Config,
     section: Section,
-    shared: ThreatView,
+    shared: TrainingView,
     context: Context,
     out: Path,
     *,
@@ -81,7 +81,7 @@ def recipe_of(
     family: Literal["classifier", "purifier"],
     model: Config,
     section: Section,
-    shared: ThreatView,
+    shared: TrainingView,
     *,
     teachers: Sequence[Path] = (),
     **folders: Path,
@@ -92,7 +92,7 @@ def recipe_of(
         model=model,
         objective=section.objective,
         training=section.training,
-        threat=shared.threat,
+        threat=shared.training_threat,
         seed=shared.seed,
         batch=shared.batch,
         teachers=tuple(teacher.absolute() for teacher in teachers),
@@ -164,6 +164,7 @@ def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCar
         class_names=list(train.class_names),
         provenance={
             "objective": recipe.objective.model_dump(mode="json", by_alias=True),
+            "threat": recipe.threat.model_dump(mode="json"),
             "training": recipe.training.model_dump(mode="json"),
             "seed": recipe.seed,
             "made_from": made_from,

@@ -27,7 +27,7 @@ from pipelines.config.resources import Resources
 from pipelines.config.schema import explain, require_fit
 from pipelines.config.search_space import Value, put
 from pipelines.config.sections import Scoring, Student, Study, Trained
-from pipelines.config.views import ThreatView
+from pipelines.config.views import TrainingView
 from pipelines.errors import ConfigError
 from pipelines.tasks import speed
 from pipelines.tasks.subject import Subject
@@ -51,7 +51,8 @@ class StudySetup:
 
     study: Study
     document: Mapping[str, Any]
-    shared: ThreatView
+    shared: TrainingView
+    threat: Linf | L2
     attacks: Mapping[str, Attack]
     scoring: Scoring
     resources: Resources
@@ -67,7 +68,7 @@ class StudySetup:
             sections = Trained.model_validate(put(self.document, values))
             # A value may make the defense random.
             random = sections.stochastic(self.study.defense)
-            require_fit("its ladder", self.study.ladder, self.attacks, random)
+            require_fit("its ladder", self.study.ladder, self.attacks, random, self.threat)
         except ValueError as error:
             reason = explain(error) if isinstance(error, ValidationError) else error
             raise ConfigError(f"a trial with {tried} is not valid: {reason}") from None
@@ -101,10 +102,11 @@ class StudySetup:
 
     def scorer(self, inference: Inference | None) -> "TrialScorer":
         """Return what scores the networks of this study, used with this inference."""
-        classifier = (self.models / "standard").absolute()
+        of = self.document["defenses"][self.study.defense]["classifier"]
+        classifier = (self.models / of).absolute()
         return TrialScorer(
             classifier, inference, self.val.absolute(), self.study, self.attacks, self.scoring,
-            self.shared.threat, self.shared.seed, self.shared.batch,
+            self.threat, self.shared.seed, self.shared.batch,
         )  # fmt: skip
 
 
@@ -138,8 +140,8 @@ class TrialScorer:
         for mode, attacks in self.study.ladder.items():
             for name in attacks:
                 crafted = craft(
-                    self.attacks[name], defense, cast(Mode, mode), images, self.threat, self.seed,
-                    self.batch,
+                    self.attacks[name], defense, cast(Mode, mode), images,
+                    self.attacks[name].within(self.threat), self.seed, self.batch,
                 )  # fmt: skip
                 sets[f"{mode}/{name}"] = crafted.images
         scores = {

@@ -365,7 +365,7 @@ def test_bpda_breaks_rounding_that_has_no_gradient(
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("pgd", {"early_stop": False, "restarts": 2}),
+        ("cw_l2", {"threat": {"norm": "l2", "eps_l2": 1.0}}),
         ("pgd", {"steps": 0}),
         ("pgd", {"step": 0.0}),
         ("pgd", {"alpha": 0.1}),
@@ -379,8 +379,3 @@ def test_bpda_breaks_rounding_that_has_no_gradient(
 def test_invalid_settings_are_refused(name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         parse_attack(name, **changes)
-
-
-def test_restarts_without_early_stop_are_refused_with_the_reason() -> None:
-    with pytest.raises(ValidationError, match="returns the last iterate of one run"):
-        parse_attack("pgd", early_stop=False, restarts=2)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from toy_networks import Linear
 from toys import (
     BALL,
@@ -22,6 +23,8 @@ from components.attacks import (
     craft,
 )
 from components.attacks.gradient import RFgsm
+from components.data.draws import Draws
+from components.data.image_set import ImageSet
 from components.models.defense import Defense
 
 # Closed form: a linear model is robust where margin > eps * dual norm of the difference of weights
@@ -79,3 +82,54 @@ def test_the_random_and_the_gradient_step_of_rand_fgsm_share_the_radius(
         assert torch.allclose(rest.norm(dim=1), torch.full((30,), alpha), atol=1e-5)
         assert abs(rest.mean()) < 0.02
     assert not torch.allclose(rest[0], rest[1], atol=1e-3)
+
+
+FIFTH = Linf(norm="linf", eps_255=51.0)
+
+
+class _Valley(nn.Module):
+    """Logits (m, 0) of one pixel x with m = 10 |x - 0.6| - 0.5: class 1 within 0.05 of 0.6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.tensor(0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = 10 * (x.flatten(1)[:, 0] - self.centre).abs() - 0.5
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+@pytest.mark.parametrize("name", ["pgd", "bim"])
+@pytest.mark.parametrize(("early_stop", "end", "fooled"), [(True, 0.08, 1), (False, 0.16, 0)])
+def test_without_early_stop_the_last_iterate_is_returned_whether_it_fools_or_not(
+    name: str, early_stop: bool, end: float, fooled: int
+) -> None:
+    """Two steps of 0.08 lead from 0.5 into the valley, and out of it."""
+    start = {"restarts": 1, "random_start": False} if name == "pgd" else {}
+    attack = parse_attack(name, steps=2, step=0.4, early_stop=early_stop, eot=1, **start)
+    crafted = attack_model(attack, _Valley(), one_pixel(3), FIFTH)
+    assert torch.allclose(crafted.images, torch.full((3, 1, 1, 1), 128 / 255 + end), atol=1e-6)
+    assert crafted.success.tolist() == [bool(fooled)] * 3
+
+
+def test_of_several_restarts_the_last_iterate_of_highest_loss_is_returned() -> None:
+    data, draws = one_pixel(40), Draws(0, "attack", torch.arange(40))
+    attack = parse_attack("pgd", steps=2, step=0.4, early_stop=False, restarts=3, eot=1)
+    ends = []
+    for restart in range(3):
+        x = FIFTH.start(data.pixels(), draws.redraw(restart), "start")
+        for _ in range(2):
+            x = (x + 0.08 * (0.6 - x).sign()).clamp(128 / 255 - 0.2, 128 / 255 + 0.2)
+        ends.append(x)
+    furthest = torch.stack([(x - 0.6).abs().flatten() for x in ends])
+    expected = torch.stack(ends).flatten(1).gather(0, furthest.argmin(0)[None])[0]
+    crafted = attack_model(attack, _Valley(), data, FIFTH)
+    assert torch.allclose(crafted.images.flatten(), expected, atol=1e-5)
+    assert (crafted.backward == 6).all() and (crafted.iterations == 6).all()
+    assert 0 < crafted.success.sum() < 40
+
+
+def one_pixel(count: int) -> ImageSet:
+    """Return grey images of one pixel at 128/255, all of class 0."""
+    images = torch.full((count, 1, 1, 1), 128, dtype=torch.uint8)
+    return ImageSet(images, torch.zeros(count, dtype=torch.int64), torch.arange(count), ("0", "1"))

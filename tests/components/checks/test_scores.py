@@ -208,7 +208,11 @@ def test_the_steps_of_pgd_are_neither_too_few_nor_too_short_nor_too_long(
     steps: int, step: float, sound: bool
 ) -> None:
     pgd = FAR.model_copy(update={"steps": steps, "step": step})
-    assert pgd.strong() == Bim(kind="bim", steps=steps, step=step, eot=1).strong() == sound
+    assert (
+        pgd.strong()
+        == Bim(kind="bim", steps=steps, step=step, early_stop=True, eot=1).strong()
+        == sound
+    )
 
 
 def test_every_attack_but_noise_says_what_it_climbs() -> None:
@@ -307,7 +311,10 @@ def test_noise_beats_a_gradient_attack_on_a_masked_defense_only(
     data = head(test_set, 200)
     defense = Defense(classifier, purifier).freeze()
     found = {}
-    for attack in (Noise(kind="noise", tries=30), Bim(kind="bim", steps=5, step=0.2, eot=1)):
+    for attack in (
+        Noise(kind="noise", tries=30),
+        Bim(kind="bim", steps=5, step=0.2, early_stop=True, eot=1),
+    ):
         crafted = craft(attack, defense, "full", data, wide, 0, 250)
         found[f"full/{attack.kind}"] = (attack.kind, (~crafted.success).double().numpy())
     assert beaten(found) == (["order_of_strength/full/noise"] if masked else [])

@@ -72,9 +72,9 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "a gan is trained by wgan_gp, not by normal_teacher",
         ),
         (
-            "{model: student_adaptive, ladder: *whole}",
-            "{model: student_adaptive, ladder: *whole, inference: {kind: defense_gan, "
-            "iterations: 5, restarts: 2, rate: 10}}",
+            "{classifier: standard, model: student_adaptive, ladder: *whole}",
+            "{classifier: standard, model: student_adaptive, ladder: *whole, inference: "
+            "{kind: defense_gan, iterations: 5, restarts: 2, rate: 10}}",
             "defense_gan needs a model of kind gan, not conv_autoencoder",
         ),
         (
@@ -87,11 +87,11 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         (
             "none:\n    classifier: standard",
             "none:\n    classifier: robust",
-            "baselines.none.classifier is robust, but defenses stand in front of standard",
+            "baselines.none.classifier is robust, but purifiers are trained in front of standard",
         ),
         (
-            "  bim: {kind: bim, steps: 20, step: 0.1, eot: 4}",
-            "  bim: {kind: bim, steps: 20, step: 0.1, eot: 4}\n"
+            "  bim: {kind: bim, steps: 20, step: 0.1, early_stop: true, eot: 4}",
+            "  bim: {kind: bim, steps: 20, step: 0.1, early_stop: true, eot: 4}\n"
             "  autoattack: {kind: noise, tries: 1}",
             "attacks.autoattack is of kind noise: name it otherwise",
         ),

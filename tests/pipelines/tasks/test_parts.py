@@ -207,17 +207,18 @@ def test_a_set_that_is_exchanged_after_its_check_is_refused(tmp_path: Path) -> N
 
 def test_what_is_kept_of_sets_to_probe_is_their_probed_images(tmp_path: Path) -> None:
     entry, plan = made(tmp_path, IDENTITY, N)
-    params = SimpleNamespace(
-        attacks=plan.attacks, seed=0, checks=plan.checks.model_copy(update={"images": 5})
+    resolved = cast(
+        Any,
+        SimpleNamespace(threat=plan.threat, checks=plan.checks.model_copy(update={"images": 5})),
     )
-    ids, ladder = image_set.read(plan.test).ids, {"full": ["pgd"]}
-    found = _stored(tmp_path, entry.subject, ladder, cast(Any, params), ids)
+    ids, attacks = image_set.read(plan.test).ids, {RUNGS[0]: PGD}
+    found = _stored(entry.subject, resolved, attacks, entry.sets, ids, 0)
     whole = read_crafted(entry.sets[RUNGS[0]])
     (kept,) = found.sets
     assert len(kept.ids) == 5 and found.answers == float((whole.forward + 2 * whole.backward).sum())
     assert torch.equal(kept.images, whole.pick(torch.isin(whole.ids, kept.ids)).images)
     rewrite(entry.sets[RUNGS[0]], whole, 5)
-    parted = _stored(tmp_path, entry.subject, ladder, cast(Any, params), ids)
+    parted = _stored(entry.subject, resolved, attacks, entry.sets, ids, 0)
     assert parted.answers == found.answers and len(parted.sets[0].ids) == 5
 
 

@@ -61,7 +61,7 @@ def probed(tmp_path: Path) -> Probed:
     subject = Subject(tmp_path / "model", control=GaussianNoise(kind="gaussian_noise", sigma=0.1))
     attacks: dict[str, Attack] = {"full/pgd": PGD, "classifier/pgd": PGD}
     plan = Plan(
-        threat=Linf(norm="linf", eps_255=51.0), attacks={"pgd": PGD}, seed=0, batch=5,
+        threat=Linf(norm="linf", eps_255=51.0), seed=0, batch=5,
         scoring=Scoring(select_draws=4, score_draws=4, shown=2), val=tmp_path / "test",
         checks=Checks(images=32, thorough=False), test=tmp_path / "test",
         unseen=tmp_path / "model", surrogate=None,
@@ -71,7 +71,7 @@ def probed(tmp_path: Path) -> Probed:
         # Any finished folder will do: what counts is the digest of its bytes.
         image_set.write(folder, test, 6)
     del sets["bpda/pgd"]
-    entry = Entry("control", "control", subject, tmp_path / "checks.json", sets)
+    entry = Entry("control", "control", subject, tmp_path / "checks.json", sets, attacks)
     facts = probing.facts(
         subject, attacks, sets, plan.threat, plan.checks, plan.seed, plan.batch, plan.val, plan.test
     )
@@ -130,10 +130,11 @@ def test_probes_of_something_else_block(probed: Probed, tmp_path: Path) -> None:
         "seed": replace(plan, seed=1),
         "fewer images": replace(plan, checks=Checks(images=33, thorough=False)),
         "test set": replace(plan, test=tmp_path / "other"),
-        "attack": replace(plan, attacks={"pgd": PGD.model_copy(update={"steps": 10})}),
     }
     for name, other in others.items():
         assert probed.failed(plan=other) == {"provenance/probes"}, name
+    longer = {**entry.attacks, "full/pgd": PGD.model_copy(update={"steps": 10})}
+    assert probed.failed(replace(entry, attacks=longer)) == {"provenance/probes"}
     sigma = GaussianNoise(kind="gaussian_noise", sigma=0.2)
     for changed in (
         replace(subject, control=sigma),

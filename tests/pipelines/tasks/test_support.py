@@ -32,10 +32,12 @@ def scored(
     row = [entry.name for entry in fake.entries].index(name)
     result = fake.results[row]
     findings = [Finding(name=one, level="warn", passed=False, detail="none") for one in failed]
+    entry = fake.entries[row]
+    attacks = {n: attack if n.endswith("/pgd") else one for n, one in entry.attacks.items()}
     return summary(
-        fake.entries[row],
+        replace(entry, attacks=attacks),
         replace(result, findings=[*result.findings, *findings]),
-        replace(fake.plan, attacks={**fake.plan.attacks, "pgd": attack}),
+        fake.plan,
         fake.test,
     )
 
