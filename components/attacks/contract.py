@@ -203,7 +203,7 @@ class Attack(Config):
         """Return the label of what the attack stays inside; "" where it minimises a distance."""
         return self.within(primary).label if self.bounded else ""
 
-    def ends(self) -> Mapping[str, Self]:
+    def endings(self) -> Mapping[str, Self]:
         """Return the attack by how it ends, "" or "_stop", as it runs on a bare classifier.
 
         An iterated attack that may stop at the first success leaves two sets there: the last

@@ -161,7 +161,7 @@ def _check_names(params: Params) -> None:
             "score standard there, and other classifiers under other names"
         )
     for name, attack in params.attacks.items():
-        for end in attack.ends():
+        for end in attack.endings():
             if end and name + end in params.attacks:
                 raise ValueError(
                     f"attacks.{name}{end} has the name under which {name} is stored where it stops "

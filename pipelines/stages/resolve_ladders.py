@@ -71,6 +71,6 @@ def _attacks(
         if name not in entry.ladder[mode]:
             continue
         if isinstance(entry, Baseline) or mode in REPLAYED:
-            yield from ((name + end, one) for end, one in attack.ends().items())
+            yield from ((name + end, one) for end, one in attack.endings().items())
         else:
             yield name, attack

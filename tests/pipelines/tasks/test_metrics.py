@@ -20,18 +20,19 @@ from pipelines.tasks.summary import threat_model
 
 # The keys of every version, by the type they belong to.
 KEYS: dict[int, dict[str, str]] = {
-    3: {
+    4: {
         "Metrics": "schema_version seed selftest threat_model published defenses",
         "Selftest": "cases caught",
         "LinfThreat": "norm eps_255 n select_draws score_draws",
         "L2Threat": "norm eps_l2 n select_draws score_draws",
         "PublishedFigures": "source accuracy",
         "Scored": "role digest stochastic clean headline per_class carried_by rungs void_rungs "
-        "white_box attacks detection retries unseen_classifier illusions illusory_rungs "
+        "white_box attacks elsewhere detection retries unseen_classifier illusions illusory_rungs "
         "radius_curve checks certificate written_for not_better_than verdict",
         "Estimate": "accuracy low high n",
         "Headline": "accuracy low high n upper_bound",
-        "AttackScore": "accuracy low high n label bounded inside median_l2",
+        "AttackScore": "accuracy low high n label region bounded inside median_l2",
+        "Elsewhere": "headline rungs",
         "RadiusPoint": "accuracy low high n radius",
         "IllusoryRung": "rung seen left",
         "Rival": "difference p",
