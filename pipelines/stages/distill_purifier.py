@@ -34,6 +34,7 @@ def run(
     """Distil the student called `name` from its two teachers."""
     section = params.student
     return training.train(
+        name,
         "purifier",
         section.model,
         section,

@@ -38,6 +38,7 @@ def run(
     section = params.atop
     model = TypeAdapter(PurifierConfig).validate_python(read_card(base).model)
     return training.train(
+        name,
         "purifier",
         model,
         section,

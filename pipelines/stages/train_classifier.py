@@ -24,6 +24,7 @@ def run(
     """Train the classifier called `name`."""
     section = params.classifier
     return training.train(
+        name,
         "classifier",
         section.model,
         section,

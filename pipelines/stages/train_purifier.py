@@ -32,6 +32,7 @@ def run(
     """Train the purifier called `name` in front of the frozen classifier."""
     section = params.purifier
     return training.train(
+        name,
         "purifier",
         section.model,
         section,

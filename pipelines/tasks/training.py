@@ -4,6 +4,7 @@ A `Recipe` says what to train on which folders. Inside each training worker, `bu
 folders and turns the recipe into a `trainer.TrainingTask`.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,10 @@ from pipelines.runner.context import Context
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: the network, its data folders, and the frozen networks it learns with."""
+    """One training: the network, its data folders, and the frozen networks it learns with.
+
+    `seed` is the network's own (`seed_of`).
+    """
 
     family: Literal["classifier", "purifier"]
     model: Config
@@ -59,6 +63,7 @@ class Recipe:
 
 
 def train(
+    name: str,
     family: Literal["classifier", "purifier"],
     model: Config,
     section: Section,
@@ -69,8 +74,8 @@ def train(
     teachers: Sequence[Path] = (),
     **folders: Path,
 ) -> dict[str, float]:
-    """Train one network into the folder `out`; `folders` are fields of `Recipe`."""
-    recipe = recipe_of(family, model, section, shared, teachers=teachers, **folders)
+    """Train the network called `name` into the folder `out`; `folders` are fields of `Recipe`."""
+    recipe = recipe_of(name, family, model, section, shared, teachers=teachers, **folders)
     return trainer.train(
         build_task, {"recipe": recipe}, out, context.work, context.resources.train,
         context.epoch(section.training.epochs), context.progress.say,
@@ -78,6 +83,7 @@ def train(
 
 
 def recipe_of(
+    name: str,
     family: Literal["classifier", "purifier"],
     model: Config,
     section: Section,
@@ -86,18 +92,32 @@ def recipe_of(
     teachers: Sequence[Path] = (),
     **folders: Path,
 ) -> Recipe:
-    """Return the recipe of one network, with absolute folders: workers run in other folders."""
+    """Return the recipe of the network called `name`.
+
+    Its folders are absolute: workers run in other folders.
+    """
     return Recipe(
         family=family,
         model=model,
         objective=section.objective,
         training=section.training,
         threat=shared.training_threat,
-        seed=shared.seed,
+        seed=seed_of(name, shared.seed),
         batch=shared.batch,
         teachers=tuple(teacher.absolute() for teacher in teachers),
         **{name: folder.absolute() for name, folder in folders.items()},
     )
+
+
+def seed_of(name: str, seed: int) -> int:
+    """Return the seed of the network called `name`, below 2**32, under the `seed` of params.yaml.
+
+    It seeds first weights, order of the images, augmentation and noise. Networks of one
+    architecture that shared a seed would be siblings: two teachers would agree by their start, and
+    an attack on a surrogate would be nearly one on the original.
+    """
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
 def build_task(recipe: Recipe, device: str) -> TrainingTask:

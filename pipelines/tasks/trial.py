@@ -253,6 +253,6 @@ def _recipe(setup: StudySetup, sections: Trained, name: str, folders: Mapping[st
     else:
         model = sections.model_of(name)
     return recipe_of(
-        "purifier", model, section, setup.shared, train=setup.train, val=setup.val,
+        name, "purifier", model, section, setup.shared, train=setup.train, val=setup.val,
         classifier=setup.models / "standard", pool=setup.pool, **extra,
     )  # fmt: skip
