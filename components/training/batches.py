@@ -20,6 +20,10 @@ from components.training.contract import Batch
 # and other workers on the same GPU need the rest.
 RESIDENT = 1 / 8
 PADDING = 4
+MOVED = (
+    "augmentation {} moves images, and the examples of the pool attack unmoved ones: set it to "
+    "none, or attack in the loop (adversary: {{kind: classifier, ...}})"
+)
 
 
 class Batches:
@@ -27,13 +31,18 @@ class Batches:
 
     (BatchNorm cannot train on a batch of one.) `attacked` (N,C,H,W) float32 is x' of the pool, in
     the order of `data`. Of each batch of `size` images, worker `rank` gets every `world`-th.
-    `augmentation` (none, flip, flip_crop) moves x and x' alike.
+
+    `augmentation` (none, flip, flip_crop) moves images. With `attacked` it raises ValueError: an
+    example that fools a classifier fools it less once it is flipped, so moved along with its image
+    x' would be weaker than the attack that made it.
     """
 
     def __init__(
         self, data: ImageSet, attacked: Tensor | None, size: int, augmentation: str, seed: int,
         device: torch.device, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
+        if attacked is not None and augmentation != "none":
+            raise ValueError(MOVED.format(augmentation))
         self.size, self.augmentation, self.seed = size, augmentation, seed
         self.device, self.rank, self.world = device, rank, world
         self.ids, self.labels = data.ids.to(device), data.labels.to(device)
@@ -59,12 +68,12 @@ class Batches:
         moves = _moves(self.augmentation, draws)
         for step in range(len(self)):
             rows = slice(step * self.size + self.rank, (step + 1) * self.size, self.world)
-            images = [self.images.take(order[rows], there[rows]).float() / self.white]
-            if self.attacked is not None:
-                images.append(self.attacked.take(order[rows], there[rows]))
+            images = self.images.take(order[rows], there[rows]).float() / self.white
             images = _move(images, [move[rows] for move in moves])
-            attacked = images[1] if len(images) > 1 else None
-            batch = Batch(images[0], labels[rows], attacked, epoch * len(self) + step)
+            attacked = None
+            if self.attacked is not None:
+                attacked = self.attacked.take(order[rows], there[rows])
+            batch = Batch(images, labels[rows], attacked, epoch * len(self) + step)
             yield batch, replace(draws, ids=ids[rows])
 
 
@@ -108,13 +117,13 @@ def _moves(kind: str, draws: Draws) -> list[Tensor]:
     return moves
 
 
-def _move(images: list[Tensor], moves: Sequence[Tensor]) -> list[Tensor]:
+def _move(images: Tensor, moves: Sequence[Tensor]) -> Tensor:
     """Return images (N,C,H,W) after these moves."""
     if not moves:
         return images
     flip, *crop = moves
-    images = [torch.where(flip, x.flip(3), x) for x in images]
-    return [_crop(x, crop[0]) for x in images] if crop else images
+    images = torch.where(flip, images.flip(3), images)
+    return _crop(images, crop[0]) if crop else images
 
 
 def _crop(x: Tensor, shift: Tensor) -> Tensor:

@@ -151,6 +151,11 @@ Adversary = Annotated[
 ]
 
 
+def takes_pool(objective: Config) -> bool:
+    """Say whether an objective section trains on x' of the adversarial pool."""
+    return isinstance(getattr(objective, "adversary", None), PoolAdversary)
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the fraction of logits (N,K) that are largest at their label, without gradient."""
     return (logits.detach().argmax(1) == labels).float().mean()

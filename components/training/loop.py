@@ -33,8 +33,9 @@ class Training(Config):
     """The settings of a training.
 
     `one_cycle` raises the rate linearly over the first 15 % of the steps, then lowers it along a
-    cosine to zero; `constant` keeps it. `augmentation` moves x and x' alike. `adam_gan` is Adam
-    with the moments of Gulrajani et al. 2017 (0.5 and 0.9).
+    cosine to zero; `constant` keeps it. An objective that takes x' from the pool allows no
+    `augmentation` (`Batches`). `adam_gan` is Adam with the moments of Gulrajani et al. 2017 (0.5
+    and 0.9).
 
     `precision` is that of the loss and its gradients, attacks in the loss included; weights stay
     float32. `float32` is full; `tf32` rounds the factors of products on a GPU to TF32; `bfloat16`
@@ -75,7 +76,8 @@ def fit(
 
     `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. The host reads values
     from the device once an epoch. Raises ValueError if the batch is larger than the data or not
-    divisible by the workers, or the device lacks the precision; Diverged if the loss is not finite.
+    divisible by the workers, if `attacked` meets an augmentation, or the device lacks the
+    precision; Diverged if the loss is not finite.
     """
     rank, world = _rank_and_world()
     if config.batch_size > len(data) or config.batch_size % world:

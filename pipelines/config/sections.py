@@ -18,6 +18,8 @@ from components.models.purifiers import (
     stochastic,
 )
 from components.training.atop import Atop
+from components.training.batches import MOVED
+from components.training.contract import takes_pool
 from components.training.koo import Distillation
 from components.training.loop import Training
 from components.training.objectives import ClassifierObjective, PurifierObjective
@@ -34,6 +36,13 @@ class Section(Config):
 
     objective: Any
     training: Training
+
+    @model_validator(mode="after")
+    def _pool_unmoved(self) -> Self:
+        augmentation = self.training.augmentation
+        if takes_pool(self.objective) and augmentation != "none":
+            raise ValueError(MOVED.format(augmentation))
+        return self
 
 
 class Classifier(Section):

@@ -31,7 +31,7 @@ from components.models.checkpoints import (
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, channels_last
 from components.models.purifiers import Purifier
-from components.training.contract import Frozen
+from components.training.contract import Frozen, takes_pool
 from components.training.loop import Training
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
@@ -163,7 +163,7 @@ def build_task(recipe: Recipe, device: str) -> TrainingTask:
         model=model,
         objective=objective,
         data=train,
-        attacked=_read_pool(recipe.pool, train),
+        attacked=_read_pool(recipe, train),
         training=recipe.training,
         seed=recipe.seed,
         validate=validate,
@@ -193,10 +193,11 @@ def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCar
     )
 
 
-def _read_pool(folder: Path | None, train: ImageSet) -> Tensor | None:
-    if folder is None:
+def _read_pool(recipe: Recipe, train: ImageSet) -> Tensor | None:
+    """Return x' of the pool, as large as all images in float32, where the objective takes it."""
+    if recipe.pool is None or not takes_pool(recipe.objective):
         return None
-    crafted = read_crafted(folder)
+    crafted = read_crafted(recipe.pool)
     if not torch.equal(crafted.ids, train.ids):
-        raise DataError(f"{folder} was not crafted on these training images")
+        raise DataError(f"{recipe.pool} was not crafted on these training images")
     return crafted.images

@@ -21,6 +21,7 @@ from training_toys import (
     bind,
     changed,
     nothing,
+    parse,
     untrained,
 )
 
@@ -31,7 +32,7 @@ from components.models.classifiers import DefenseGanA, KeyedDropout, SmallCnn
 from components.models.identity import state_digest
 from components.training import batches, loop
 from components.training.batches import Batches
-from components.training.contract import Batch, Frozen, Metrics, Objective
+from components.training.contract import Batch, Frozen, Metrics, Objective, takes_pool
 from components.training.loop import Training, fit
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -71,11 +72,19 @@ def objective(name: str, device: torch.device, changes: Mapping[str, Any]) -> Ob
     return bind(name, Frozen(classifier, teachers, LINF), **changes)
 
 
+def pool_of(name: str, data: ImageSet) -> Tensor | None:
+    """Return x' of a pool where this objective takes it."""
+    if not takes_pool(parse(name)):
+        return None
+    return LINF.start(data.pixels(), Draws(0, "attack", data.ids), "pool")
+
+
 # Against a plain loop
 
 
 def plain_loop(
-    model: nn.Module, objective: Objective, data: ImageSet, attacked: Tensor, config: Training,
+    model: nn.Module, objective: Objective, data: ImageSet, attacked: Tensor | None,
+    config: Training,
 ) -> list[float]:  # fmt: skip
     """Train as `fit` promises, with nothing but torch; return the mean loss of every epoch."""
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -94,8 +103,9 @@ def plain_loop(
         for step in range(steps):
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             draws = Draws(epoch, "train", data.ids[rows])
-            pair = [moved(x[rows], config.augmentation, draws) for x in (data.pixels(), attacked)]
-            batch = Batch(pair[0], data.labels[rows], pair[1], epoch * steps + step)
+            images = moved(data.pixels()[rows], config.augmentation, draws)
+            pool = None if attacked is None else attacked[rows]
+            batch = Batch(images, data.labels[rows], pool, epoch * steps + step)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss, metrics = objective(
                     model, batch, (batch.step + 1) / (steps * config.epochs), draws
@@ -133,13 +143,13 @@ def moved(x: Tensor, kind: str, draws: Draws) -> Tensor:
         ("classification", {"augmentation": "flip", "optimiser": "adam"}),
         ("classification", {"augmentation": "none", "precision": "bfloat16"}),
         ("adversarial_classification", {"augmentation": "none"}),
-        ("adversarial_teacher", {"augmentation": "flip_crop"}),
+        ("adversarial_teacher", {"augmentation": "none"}),
     ],
 )
 def test_fit_trains_the_weights_of_a_plain_loop_to_the_bit(
     name: str, changes: dict[str, Any], few: ImageSet
 ) -> None:
-    attacked = LINF.start(few.pixels(), Draws(0, "attack", few.ids), "pool")
+    attacked = pool_of(name, few)
     config = changed(epochs=2, schedule="constant", **changes)
     ours, plain = network(name), network(name)
     bound = objective(name, CPU, {})
@@ -198,7 +208,9 @@ def test_no_step_of_a_training_reads_a_value(
     """With the fused optimiser of a GPU: the one of a CPU keeps its counters in main memory."""
     made = loop._optimiser
     monkeypatch.setattr(loop, "_optimiser", lambda model, config, fused: made(model, config, True))
-    config = changed(epochs=1, batch_size=25, augmentation="flip_crop")
+    pool = pool_of(name, few)
+    moves = "flip_crop" if pool is None else "none"
+    config = changed(epochs=1, batch_size=25, augmentation=moves)
     model, bound = network(name), objective(name, CPU, {})
     trained, reads = [], Reads()
 
@@ -207,7 +219,7 @@ def test_no_step_of_a_training_reads_a_value(
         return bound(model, *others)
 
     with reads:
-        (epoch,) = fit(model, counted, few, few.pixels(), config, 0, nothing, None)
+        (epoch,) = fit(model, counted, few, pool, config, 0, nothing, None)
     assert len(trained) == 6 and reads.found == [] and "loss" in epoch.metrics
 
 
@@ -219,7 +231,9 @@ def test_every_objective_runs_on_a_device_that_nothing_can_be_read_from(
     model = network(name).to(META).train()
     bound = objective(name, META, changes)
     seen = 0
-    for batch, draws in Batches(few, few.pixels(), 50, "flip_crop", 0, META).epoch(0):
+    pool = pool_of(name, few) if not changes else None
+    moves = "flip_crop" if pool is None else "none"
+    for batch, draws in Batches(few, pool, 50, moves, 0, META).epoch(0):
         loss, metrics = bound(model, batch, 0.5, draws)
         loss.backward()  # type: ignore[no-untyped-call]
         assert {one.device for one in (loss, *metrics.values())} == {META}
@@ -250,24 +264,27 @@ def test_dropout_reads_its_counters_in_main_memory() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("pool", [True, False])
 def test_batches_are_the_same_wherever_the_set_lies(
-    world: int, few: ImageSet, monkeypatch: pytest.MonkeyPatch
+    pool: bool, world: int, few: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    attacked, moves = (few.pixels() / 2, "none") if pool else (None, "flip_crop")
+
     def made() -> list[tuple[Batch, Draws]]:
         return [
             pair
             for rank in range(world)
-            for pair in Batches(few, few.pixels() / 2, 30, "flip_crop", 3, CPU, rank, world).epoch(
-                1
-            )
+            for pair in Batches(few, attacked, 30, moves, 3, CPU, rank, world).epoch(1)
         ]
 
     resident = made()
     monkeypatch.setattr(batches, "fits", lambda tensor, device: False)
     for (one, draws), (other, others) in zip(resident, made(), strict=True):
-        assert one.attacked is not None and other.attacked is not None
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-        assert torch.equal(one.attacked, other.attacked) and torch.equal(draws.ids, others.ids)
+        assert torch.equal(draws.ids, others.ids)
+        assert (one.attacked is not None) == (other.attacked is not None) == pool
+        if one.attacked is not None and other.attacked is not None:
+            assert torch.equal(one.attacked, other.attacked)
         assert len(one.labels) == 30 // world and one.step == other.step
 
 

@@ -62,6 +62,11 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "transfer: [pgd]", "surrogate"),
         ("strided: [2]", "strided: [7]", "1..4"),
         (
+            "augmentation: none\n      precision: float32\n  normal_teacher",
+            "augmentation: flip\n      precision: float32\n  normal_teacher",
+            "purifiers: augmentation flip moves images, and the examples",
+        ),
+        (
             "{kind: normal_teacher}",
             "{kind: wgan_gp, critic_steps: 5}",
             "wgan_gp trains a gan, not a",
