@@ -20,6 +20,7 @@ from components.sources.digits import Digits
 from components.training.classification import AdversarialClassification, Classification
 from components.training.contract import Frozen, InLoop, Objective
 from components.training.loop import Training, fit
+from components.training.optimisers import Adam
 
 THREAT = Linf(norm="linf", eps_255=51)
 PROBED, TRAINED, BATCH = 48, 900, 48
@@ -98,7 +99,8 @@ def train(
 ) -> None:
     """Train `model` in place, and freeze it; `gan` takes the rate and moments of such a pair."""
     config = Training(
-        epochs=epochs, batch_size=50, optimiser="adam_gan" if gan else "adam",
+        epochs=epochs, batch_size=50,
+        optimiser=Adam(kind="adam", betas=[0.5, 0.9] if gan else [0.9, 0.999]),
         learning_rate=0.002 if gan else 0.01, weight_decay=0,
         schedule="constant" if gan else "one_cycle", augmentation="none", precision="float32",
     )  # fmt: skip

@@ -24,6 +24,7 @@ from components.models.precision import Precision, float32_products, require_dev
 from components.training import Diverged
 from components.training.batches import Batches
 from components.training.contract import Metrics, Objective
+from components.training.optimisers import Optimiser
 
 # Takes the network after an epoch, and the index of the epoch; returns what to log of it.
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
@@ -34,8 +35,7 @@ class Training(Config):
 
     `one_cycle` raises the rate linearly over the first 15 % of the steps, then lowers it along a
     cosine to zero; `constant` keeps it. An objective that takes x' from the pool allows no
-    `augmentation` (`Batches`). `adam_gan` is Adam with the moments of Gulrajani et al. 2017 (0.5
-    and 0.9).
+    `augmentation` (`Batches`).
 
     `precision` is that of the loss and its gradients, attacks in the loss included; weights stay
     float32. `float32` is full; `tf32` rounds the factors of products on a GPU to TF32; `bfloat16`
@@ -45,7 +45,7 @@ class Training(Config):
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)]
-    optimiser: Literal["adam", "adamw", "adam_gan", "sgd"]
+    optimiser: Optimiser
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "one_cycle"]
@@ -147,14 +147,9 @@ def _rank_and_world() -> tuple[int, int]:
 def _optimiser(model: nn.Module, config: Training, fused: bool) -> torch.optim.Optimizer:
     """Return the optimiser; a fused one updates all weights by one kernel of the GPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused or None,
-    }  # fmt: skip
-    if config.optimiser == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings)
-    kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
-    betas = (0.5, 0.9) if config.optimiser == "adam_gan" else (0.9, 0.999)
-    return kind(parameters, betas=betas, **settings)
+    return config.optimiser.build(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
+    )
 
 
 def _resume(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -87,14 +87,14 @@ def plain_loop(
     config: Training,
 ) -> list[float]:  # fmt: skip
     """Train as `fit` promises, with nothing but torch; return the mean loss of every epoch."""
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimiser == "sgd":
+    if config.optimiser.kind == "sgd":
         optimiser: Any = torch.optim.SGD(
             model.parameters(), momentum=0.9, nesterov=True, **settings
         )
     else:
-        optimiser = kinds[config.optimiser](model.parameters(), **settings)
+        optimiser = kinds[config.optimiser.kind](model.parameters(), **settings)
     steps, means = len(data) // config.batch_size, []
     for epoch in range(config.epochs):
         model.train()

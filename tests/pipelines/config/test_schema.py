@@ -57,6 +57,8 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("learning_rate: 0.003", "learning_rate: 3e-3x", "learning_rate"),
         ("batch_size: 64", "batch_size: 1", "batch_size"),
         ("depth: 8", "depth: 9", "6n+2"),
+        ("optimiser: adamw", "optimiser: adamm", "did you mean adam"),
+        ("optimiser: adamw", "optimiser: {kind: sgd, momentum: 0.9}", "nesterov is missing"),
         ("score_draws: 32", "score_draws: 48", "multiple of select_draws"),
         ("images: 128", "images: 8", "greater than or equal to 32"),
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "transfer: [pgd]", "surrogate"),
