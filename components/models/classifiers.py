@@ -2,8 +2,11 @@
 
 One section per kind; `build` makes the network. `ClassifierConfig` is their union: a new classifier
 is added there. The ResNets are those of He et al. 2016 for 32 x 32 images: `resnet` is the CIFAR
-form of depth 6n+2 (20, 56), `resnet18` the wide form with four stages. Deviation: where the shape
-changes, the shortcut of `resnet` is a 1 x 1 convolution; the paper's has no parameters.
+form of depth 6n+2 (20, 56), `resnet18`, `resnet34` and `resnet50` the wide form with four stages.
+Deviations: where the shape changes, the shortcut of `resnet` is a 1 x 1 convolution; the paper's
+has no parameters. The wide forms begin with a 3 x 3 convolution and do not pool; `resnet50` has its
+stride in the 3 x 3 convolution, as later implementations do. `wide_resnet` is that of Zagoruyko and
+Komodakis 2016, without dropout.
 `defense_gan_a` and `defense_gan_b` are the MNIST classifiers of Samangouei et al. 2018 with the
 paddings of DiffDefense (Silva et al. 2023); their sizes are fixed.
 """
@@ -27,20 +30,22 @@ class Classifier(nn.Module):
     """A network behind its own normalisation.
 
     `mean` and `std` (C,) are statistics of the training pixels. They are saved with the weights.
+    With `raw` pixels they stay 0 and 1.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, channels: int, classes: int) -> None:
+    def __init__(self, network: nn.Module, channels: int, classes: int, raw: bool = False) -> None:
         super().__init__()
-        self.network = network
-        self.classes = classes
+        self.network, self.classes, self.raw = network, classes, raw
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
     def normalise_by(self, pixels: Tensor) -> None:
-        """Set the normalisation from training pixels (N,C,H,W) in [0,1]."""
+        """Set the normalisation from training pixels (N,C,H,W) in [0,1], unless they are `raw`."""
+        if self.raw:
+            return
         self.mean.copy_(pixels.mean(dim=(0, 2, 3)))
         self.std.copy_(pixels.std(dim=(0, 2, 3)).clamp_min(1e-3))
 
@@ -50,7 +55,19 @@ class Classifier(nn.Module):
         return logits
 
 
-class SmallCnn(Config):
+class _Section(Config):
+    """What the sections of all kinds share.
+
+    `raw_pixels` gives the network pixels in [0,1]; where it is absent, they are normalised.
+    """
+
+    raw_pixels: bool = False
+
+    def _behind(self, network: nn.Module, shape: Shape, classes: int) -> Classifier:
+        return Classifier(network, shape[0], classes, self.raw_pixels)
+
+
+class SmallCnn(_Section):
     """Three 3 x 3 convolutions, two of them strided, and a linear layer: for digits and MNIST."""
 
     kind: Literal["small_cnn"]
@@ -66,10 +83,10 @@ class SmallCnn(Config):
             previous = width
         height, width = -(-shape[1] // 4), -(-shape[2] // 4)
         layers += [nn.Flatten(), nn.Linear(previous * height * width, classes)]
-        return Classifier(nn.Sequential(*layers), shape[0], classes)
+        return self._behind(nn.Sequential(*layers), shape, classes)
 
 
-class ResNet(Config):
+class ResNet(_Section):
     """The CIFAR ResNet of depth 6n+2: three stages of n blocks; widths 1, 2 and 4 times `width`."""
 
     kind: Literal["resnet"]
@@ -85,11 +102,11 @@ class ResNet(Config):
 
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
-        blocks = (self.depth - 2) // 6
-        return _residual(shape, classes, [self.width * f for f in (1, 2, 4)], blocks)
+        blocks = [(self.depth - 2) // 6] * 3
+        return self._behind(_residual(shape, classes, self.width, blocks, _Block), shape, classes)
 
 
-class ResNet18(Config):
+class ResNet18(_Section):
     """ResNet-18 with a 3 x 3 stem: four stages of two blocks; widths 1, 2, 4, 8 times `width`."""
 
     kind: Literal["resnet18"]
@@ -97,10 +114,58 @@ class ResNet18(Config):
 
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
-        return _residual(shape, classes, [self.width * f for f in (1, 2, 4, 8)], 2)
+        network = _residual(shape, classes, self.width, (2, 2, 2, 2), _Block)
+        return self._behind(network, shape, classes)
 
 
-class DefenseGanA(Config):
+class ResNet34(_Section):
+    """ResNet-34 with a 3 x 3 stem: four stages of 3, 4, 6 and 3 blocks; widths as in ResNet-18."""
+
+    kind: Literal["resnet34"]
+    width: Width
+
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network for images of `shape`."""
+        network = _residual(shape, classes, self.width, (3, 4, 6, 3), _Block)
+        return self._behind(network, shape, classes)
+
+
+class ResNet50(_Section):
+    """ResNet-50 with a 3 x 3 stem: the stages of ResNet-34, of bottlenecks four times as wide."""
+
+    kind: Literal["resnet50"]
+    width: Width
+
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network for images of `shape`."""
+        network = _residual(shape, classes, self.width, (3, 4, 6, 3), _Bottleneck)
+        return self._behind(network, shape, classes)
+
+
+class WideResNet(_Section):
+    """WRN-`depth`-`widen`: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 times `widen`."""
+
+    kind: Literal["wide_resnet"]
+    depth: int
+    widen: Width
+
+    @field_validator("depth")
+    @classmethod
+    def _depth(cls, depth: int) -> int:
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth {depth} is not 6n+4 (10, 16, 22, 28, 34, 40, 70, ...)")
+        return depth
+
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network for images of `shape`."""
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)]
+        blocks = [(self.depth - 4) // 6] * 3
+        channels = _stages(layers, 16, 16 * self.widen, blocks, _PreBlock)
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(), *_pooled(channels, classes)]
+        return self._behind(nn.Sequential(*layers), shape, classes)
+
+
+class DefenseGanA(_Section):
     """Defense-GAN's classifier A: two 5 x 5 convolutions of 64, strides 1 and 2, and 128 features.
 
     Nothing is padded, so on 28 x 28 images the last row and column of pixels have no effect.
@@ -121,10 +186,10 @@ class DefenseGanA(Config):
             KeyedDropout(0.5, "head"),
         )
         network = nn.Sequential(body, *head, nn.Linear(128, classes))
-        return Classifier(network, shape[0], classes)
+        return self._behind(network, shape, classes)
 
 
-class DefenseGanB(Config):
+class DefenseGanB(_Section):
     """Defense-GAN's classifier B: convolutions 8 x 8 of 64, 6 x 6 and 5 x 5 of 128, then linear.
 
     Only the last convolution is padded, so on 28 x 28 images the last two rows and columns of
@@ -141,13 +206,13 @@ class DefenseGanB(Config):
         )  # fmt: skip
         features = _feature_count(self.kind, body, shape, 26)
         head = (KeyedDropout(0.5, "head"), nn.Linear(features, classes))
-        return Classifier(
-            nn.Sequential(KeyedDropout(0.2, "pixels"), body, *head), shape[0], classes
-        )
+        network = nn.Sequential(KeyedDropout(0.2, "pixels"), body, *head)
+        return self._behind(network, shape, classes)
 
 
 ClassifierConfig = Annotated[
-    SmallCnn | ResNet | ResNet18 | DefenseGanA | DefenseGanB, Field(discriminator="kind")
+    SmallCnn | ResNet | ResNet18 | ResNet34 | ResNet50 | WideResNet | DefenseGanA | DefenseGanB,
+    Field(discriminator="kind"),
 ]
 
 
@@ -185,47 +250,103 @@ class KeyedDropout(nn.Module):
 
 
 class _Block(nn.Module):
-    """The residual block: two 3 x 3 convolutions and a shortcut.
+    """The residual block: two 3 x 3 convolutions of `width` and a shortcut.
 
     The shortcut picks every `stride`-th pixel, then convolves with stride 1, which is equal to a
     1 x 1 convolution with a stride. On CPUs with AVX-512, the weight gradient of that one writes
     outside of its memory where fewer than 16 channels are stored channels last (torch 2.13).
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    outputs_per_width = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
-        self.body = nn.Sequential(
-            *_conv_norm_relu(inputs, outputs, stride), *_conv_norm_relu(outputs, outputs, 1)[:-1]
-        )
+        self.stride, outputs = stride, self.outputs_per_width * width
+        self.body = self._convolutions(inputs, width, outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(*_conv_norm_relu(inputs, outputs, 1, 1)[:-1])
+
+    def _convolutions(self, inputs: int, width: int, outputs: int) -> nn.Sequential:
+        first, second = (inputs, width, self.stride), (width, outputs, 1)
+        return nn.Sequential(*_conv_norm_relu(*first), *_conv_norm_relu(*second)[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         picked = x[:, :, :: self.stride, :: self.stride]
         return F.relu(self.body(x) + self.shortcut(picked))
 
 
-def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+class _Bottleneck(_Block):
+    """The residual block of ResNet-50: 1 x 1, 3 x 3 and 1 x 1, with four times `width` outputs."""
+
+    outputs_per_width = 4
+
+    def _convolutions(self, inputs: int, width: int, outputs: int) -> nn.Sequential:
+        first, second = _conv_norm_relu(inputs, width, 1, 1), (width, width, self.stride)
+        last = _conv_norm_relu(width, outputs, 1, 1)[:-1]
+        return nn.Sequential(*first, *_conv_norm_relu(*second), *last)
+
+
+class _PreBlock(nn.Module):
+    """The block of Wide ResNets: BatchNorm and ReLU come before each of two 3 x 3 convolutions.
+
+    Where the shape changes, the shortcut is a 1 x 1 convolution of the first ReLU's output. It
+    picks pixels as in `_Block`.
+    """
+
+    outputs_per_width = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.norm = stride, nn.BatchNorm2d(inputs)
+        self.body = nn.Sequential(
+            *_conv_norm_relu(inputs, width, stride), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        )
+        changes = stride != 1 or inputs != width
+        self.shortcut = nn.Conv2d(inputs, width, 1, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm(x))
+        if self.shortcut is not None:
+            x = self.shortcut(active[:, :, :: self.stride, :: self.stride])
+        added: Tensor = self.body(active)
+        return added + x
+
+
+def _conv_norm_relu(inputs: int, outputs: int, stride: int, size: int = 3) -> list[nn.Module]:
     return [
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
     ]
 
 
-def _residual(shape: Shape, classes: int, widths: Sequence[int], blocks: int) -> Classifier:
-    layers = _conv_norm_relu(shape[0], widths[0], 1)
-    previous = widths[0]
-    for stage, width in enumerate(widths):
-        for block in range(blocks):
-            layers.append(_Block(previous, width, 2 if stage and not block else 1))
-            previous = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, classes)]
-    return Classifier(nn.Sequential(*layers), shape[0], classes)
+def _residual(
+    shape: Shape, classes: int, width: int, blocks: Sequence[int], block: type[_Block]
+) -> nn.Sequential:
+    layers = _conv_norm_relu(shape[0], width, 1)
+    channels = _stages(layers, width, width, blocks, block)
+    return nn.Sequential(*layers, *_pooled(channels, classes))
+
+
+def _stages(
+    layers: list[nn.Module], inputs: int, width: int, blocks: Sequence[int],
+    block: type[_Block | _PreBlock],
+) -> int:  # fmt: skip
+    """Append stages of so many `blocks` each, and return the channels of the last.
+
+    Each stage but the first has half the resolution and twice the width of the one before.
+    """
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            layers.append(block(inputs, width, 2 if stage and not index else 1))
+            inputs = block.outputs_per_width * width
+        width *= 2
+    return inputs
+
+
+def _pooled(channels: int, classes: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
 
 
 def _feature_count(kind: str, body: nn.Module, shape: Shape, smallest: int) -> int:

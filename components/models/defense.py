@@ -108,7 +108,7 @@ class Defense(nn.Module):
 
 
 def fold_batch_norm(defense: Defense) -> Defense:
-    """Return a copy in eval mode, channels last, with BatchNorms folded into their convolutions.
+    """Return a copy in eval mode, channels last, its BatchNorms folded into convolutions before.
 
     It is faster and equal up to rounding. Attacks use it; the adversarial examples that they find
     are scored on the defense itself.

@@ -46,6 +46,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small_cnn": ("classifier", {"kind": "small_cnn", "width": 4}),
     "resnet": ("classifier", {"kind": "resnet", "depth": 8, "width": 4}),
     "resnet18": ("classifier", {"kind": "resnet18", "width": 4}),
+    "resnet34": ("classifier", {"kind": "resnet34", "width": 2}),
+    "resnet50": ("classifier", {"kind": "resnet50", "width": 2}),
+    "wide_resnet": ("classifier", {"kind": "wide_resnet", "depth": 10, "widen": 1}),
     "conv_autoencoder": ("purifier", AUTOENCODER),
     "random_transform": (
         "purifier",
