@@ -37,7 +37,10 @@ DISTILLATION = {
     "kind": "distillation", "adversary": POOL, "beta": 0.5, "gamma": 0.5, "nt_input": "clean",
     "w_classification": 0.0,
 }  # fmt: skip
-ATOP = {"kind": "atop", "adversary": POOL, "lambda": 0.1, "target": "clean", "w_clean": 0.0}
+ATOP = {
+    "kind": "atop", "adversary": POOL, "lambda": 0.1, "loss": "mse", "target": "clean",
+    "w_clean": 0.0,
+}  # fmt: skip
 ROBUST = {"kind": "adversarial_classification", "attack": IN_LOOP, "w_clean": 0.5}
 # Every kind of objective: the union or class that parses it, and a section of it.
 SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -45,7 +48,7 @@ SECTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adversarial_classification": (ClassifierObjective, ROBUST),
     "normal_teacher": (PurifierObjective, {"kind": "normal_teacher"}),
     "adversarial_teacher": (PurifierObjective, TEACHER),
-    "reconstruction": (PurifierObjective, {"kind": "reconstruction"}),
+    "reconstruction": (PurifierObjective, {"kind": "reconstruction", "loss": "mse"}),
     "distillation": (Distillation, DISTILLATION),
     "atop": (Atop, ATOP),
     "denoising": (PurifierObjective, {"kind": "denoising", "sigma_max": 0.3}),

@@ -148,7 +148,7 @@ def _atop(toy: Toy) -> list[Finding]:
         "inner": AUTOENCODER.model_dump(),
     }
     tuned = Atop.model_validate({
-        "kind": "atop", "lambda": 0.1, "target": "clean", "w_clean": 0.1,
+        "kind": "atop", "lambda": 0.1, "loss": "mse", "target": "clean", "w_clean": 0.1,
         "adversary": {
             "kind": "defense", "steps": 1, "step": 1.25, "random_start": True, "ramp": 0.3,
         },

@@ -19,33 +19,45 @@ from components.training.contract import (
     Weight,
     accuracy,
 )
-from components.training.koo import NormalTeacher
+
+# L_org, over all pixels in [0,1]: the paper's autoencoder has the first, its GAN L1 of two outputs.
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+Loss = Literal["mse", "l1"]
 
 
 class Reconstruction(Config):
-    """Restore a clean image after the purifier's own random transform: MSE over all pixels.
+    """Restore a clean image after the purifier's own random transform.
 
-    AToP pre-trains with it, and it is the loss L_org that fine-tuning keeps for autoencoders.
+    AToP pre-trains with it, and it is the loss L_org that fine-tuning keeps.
     """
 
     kind: Literal["reconstruction"]
+    loss: Loss
 
     def bind(self, frozen: Frozen) -> Objective:
         """Return the objective for a purifier."""
-        return NormalTeacher(kind="normal_teacher").bind(frozen)
+
+        def objective(
+            model: nn.Module, batch: Batch, progress: float, draws: Draws
+        ) -> tuple[Tensor, Metrics]:
+            loss = LOSSES[self.loss](model(batch.images, draws.stream()), batch.images)
+            return loss, {"loss": loss}
+
+        return objective
 
 
 class Atop(Config):
     """AToP: L_org(g(t(x')), target) + lambda * CE(F(g(t(x'))), y), minimised over the purifier g.
 
-    The `max` in the paper's eq. 9 is the attacker's, over x'. L_org is MSE over all pixels, its
-    form for autoencoders. `target` is the clean image (as here and in the authors' log) or x' (as
-    in the paper). `w_clean` weighs the same cross-entropy on the clean image (0 in the paper).
+    The `max` in the paper's eq. 9 is the attacker's, over x'. `loss` is L_org. `target` is the
+    clean image (as here and in the authors' log) or x' (as in the paper). `w_clean` weighs the same
+    cross-entropy on the clean image (0 in the paper).
     """
 
     kind: Literal["atop"]
     adversary: Adversary
     weight: Annotated[float, Field(ge=0, alias="lambda")]
+    loss: Loss
     target: Literal["clean", "attacked"]
     w_clean: Weight
 
@@ -58,7 +70,8 @@ class Atop(Config):
         ) -> tuple[Tensor, Metrics]:
             attacked = self.adversary.examples(model, batch, frozen, progress, draws)
             purified = model(attacked, draws.redraw(LOSS_ATTACKED).stream())
-            original = F.mse_loss(purified, batch.images if self.target == "clean" else attacked)
+            target = batch.images if self.target == "clean" else attacked
+            original = LOSSES[self.loss](purified, target)
             logits = classifier(purified)
             ce = F.cross_entropy(logits, batch.labels)
             loss = original + self.weight * ce

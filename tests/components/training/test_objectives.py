@@ -123,7 +123,8 @@ def expected_distillation(section: dict[str, Any], parts: dict[str, Tensor]) -> 
 
 
 def expected_atop(section: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
-    original = parts["mse"] if section["target"] == "clean" else parts["mse_attacked"]
+    to = "" if section["target"] == "clean" else "_attacked"
+    original = parts[f"{section['loss']}{to}"]
     return original + section["lambda"] * parts["ce"] + section["w_clean"] * parts["ce_clean"]
 
 
@@ -136,6 +137,8 @@ FORMULAS = [
     ("distillation", expected_distillation, {"w_classification": 1.5}),
     ("atop", expected_atop, {}),
     ("atop", expected_atop, {"lambda": 0.4, "target": "attacked", "w_clean": 0.6}),
+    ("atop", expected_atop, {"loss": "l1"}),
+    ("atop", expected_atop, {"loss": "l1", "target": "attacked"}),
 ]
 
 
@@ -161,6 +164,8 @@ def test_the_loss_equals_its_formula(
     parts = {
         "mse": (purified - batch.images).square().mean(),
         "mse_attacked": (purified - batch.attacked).square().mean(),
+        "l1": (purified - batch.images).abs().mean(),
+        "l1_attacked": (purified - batch.attacked).abs().mean(),
         "true_purified": logits.softmax(1)[rows, batch.labels].log(),
         "true_attacked": behind.softmax(1)[rows, batch.labels].log(),
         "ce": -logits.softmax(1)[rows, batch.labels].log().mean(),
@@ -184,6 +189,9 @@ def test_plain_losses_equal_their_formulas(frozen: Frozen, train_set: ImageSet) 
         loss, _ = bind(name, frozen)(model, batch, 0.5, draws)
         repeated = F.mse_loss(untrained(NOISY)(batch.images, draws.stream()), batch.images)
         assert loss.item() == pytest.approx(repeated.item())
+    loss, _ = bind("reconstruction", frozen, loss="l1")(untrained(NOISY), batch, 0.5, draws)
+    restored = untrained(NOISY)(batch.images, draws.stream())
+    assert loss.item() == pytest.approx((restored - batch.images).abs().mean().item())
     model = deepcopy(frozen.classifier)
     assert model is not None
     loss, metrics = bind("classification", Frozen(None, (), LINF))(model, batch, 0.5, draws)
@@ -266,6 +274,7 @@ def test_the_classification_term_is_minimised(frozen: Frozen, train_set: ImageSe
     ("name", "changes"),
     [
         ("atop", {"lambda": -0.1}),
+        ("atop", {"loss": "l2"}),
         ("atop", {"weight": 0.1}),
         ("atop", {"adversary": {"kind": "pool", "steps": 3}}),
         ("atop", {"adversary": {"kind": "classifier", **IN_LOOP, "ramp": 1.5}}),
