@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,19 +37,36 @@ LONGEST_STEP = 0.5
 
 
 class Noise(Attack):
-    """The strongest of `tries` random images of the ball: the baseline every attack must beat."""
+    """The strongest of `tries` random images of the ball: the baseline every attack must beat.
+
+    An image that no try makes worse stays as it is. With `as_drawn` (absent: off) the one try is
+    returned whatever it does, which is the "Random" of APuDAE's Table 3: noise may help a purifier,
+    and there it does.
+    """
 
     kind: Literal["noise"]
     tries: Positive
+    as_drawn: bool = False
+
+    @model_validator(mode="after")
+    def _one_try(self) -> "Noise":
+        if self.as_drawn and self.tries > 1:
+            raise ValueError("as_drawn: true returns noise without a choice: tries is 1")
+        return self
 
     def effort(self, classes: int, stochastic: bool) -> Cost:
         """One query per try."""
+        if self.as_drawn:
+            return Cost(1, 0)
         return search_cost(0, self.tries, self.draws(stochastic), stochastic)
 
     def run(
         self, target: Target, images: Tensor, labels: Tensor, threat: Linf | L2, draws: Draws
     ) -> Outcome:
-        """Return the random image of lowest margin, or the clean one if none is lower."""
+        """Return the random image of lowest margin, or the clean one if none is; see the class."""
+        if self.as_drawn:
+            drawn = threat.start(images, draws.redraw(0), "noise")
+            return Outcome(drawn, target.margins(drawn, labels, 0), torch.zeros_like(labels))
         search = Search(target, images, labels, threat, early_stop=False)
         for attempt in range(self.tries):
             search.query(threat.start(images, draws.redraw(attempt), "noise"))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from toy_networks import Linear
 from toys import (
@@ -22,7 +23,7 @@ from components.attacks import (
     Linf,
     craft,
 )
-from components.attacks.gradient import RFgsm
+from components.attacks.gradient import Noise, RFgsm
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.defense import Defense
@@ -133,3 +134,30 @@ def one_pixel(count: int) -> ImageSet:
     """Return grey images of one pixel at 128/255, all of class 0."""
     images = torch.full((count, 1, 1, 1), 128, dtype=torch.uint8)
     return ImageSet(images, torch.zeros(count, dtype=torch.int64), torch.arange(count), ("0", "1"))
+
+
+@THREATS
+def test_noise_as_drawn_is_returned_whatever_it_does(threat: Linf | L2) -> None:
+    """Half of the labels are wrong, so noise heals about as often as it harms."""
+    data, wide = grey_images(400), threat.scaled(4)
+    weight = torch.randn(2, 36, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(400) % 2
+    data = ImageSet(data.images, labels, data.ids, data.class_names)
+    model = Linear(weight, -(weight @ torch.full((36,), 128 / 255)))
+    plain, drawn = (
+        attack_model(Noise(kind="noise", tries=1, as_drawn=as_drawn), model, data, wide)
+        for as_drawn in (False, True)
+    )
+    once = wide.start(data.pixels(), Draws(0, "attack", data.ids), "noise")
+    assert torch.equal(drawn.images, once)
+    wrong = model(data.pixels()).argmax(1) != labels
+    harmed = model(once).argmax(1) != labels
+    assert torch.equal(drawn.success, harmed) and torch.equal(plain.success, wrong | harmed)
+    healed = wrong & ~harmed
+    assert healed.sum() >= 10 and not (healed & drawn.success).any() and plain.success[healed].all()
+    assert set(drawn.forward.tolist()) == {1} and not drawn.backward.any()
+
+
+def test_noise_as_drawn_makes_no_choice() -> None:
+    with pytest.raises(ValidationError, match="tries is 1"):
+        parse_attack("noise", tries=2, as_drawn=True)
