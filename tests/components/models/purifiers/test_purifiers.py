@@ -69,6 +69,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder, global": {**AUTOENCODER, "residual": "global"},
     "autoencoder, odd and strided twice": {**AUTOENCODER, "blocks": 5, "strided": [1, 3]},
     "rt1": {"kind": "random_transform", "transform": RT1, "inner": AUTOENCODER},
+    "rt3 around a red_net with a mask channel": {
+        "kind": "random_transform",
+        "transform": {"kind": "rt3", "patch": 2, "masks": 4, "sigma": 0.1, "fill": 0.5},
+        "inner": {"kind": "red_net", "blocks": 4, "width": 4},
+        "mask_channel": True,
+    },
     "median 5": {"kind": "median", "size": 5},
     "bit_depth 8": {"kind": "bit_depth", "bits": 8},
     "untrained_diffusion, zero": {
