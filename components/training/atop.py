@@ -51,7 +51,8 @@ class Atop(Config):
 
     The `max` in the paper's eq. 9 is the attacker's, over x'. `loss` is L_org. `target` is the
     clean image (as here and in the authors' log) or x' (as in the paper). `w_clean` weighs the same
-    cross-entropy on the clean image (0 in the paper).
+    cross-entropy on the clean image (0 in the paper). With `adversary: {kind: none}` x' is x:
+    fine-tuning on clean images alone (Figure 4).
     """
 
     kind: Literal["atop"]
@@ -79,6 +80,6 @@ class Atop(Config):
                 clean = classifier(model(batch.images, draws.redraw(LOSS_CLEAN).stream()))
                 loss = loss + self.w_clean * F.cross_entropy(clean, batch.labels)
             metrics = {"loss": loss, "original": original, "ce": ce}
-            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
+            return loss, {**metrics, self.adversary.metric: accuracy(logits, batch.labels)}
 
         return objective

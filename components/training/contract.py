@@ -7,12 +7,13 @@ training, so that ramps need no state. `draws` is keyed noise of role `train`, n
 `adversary` says which model x' attacks. `pool` takes the stored examples, which were crafted once
 against the frozen classifier (Koo). `classifier` attacks the frozen classifier in the loop (AToP's
 FGSM). `defense` attacks purifier and classifier together in the loop, by the full gradient; only
-this one depends on the purifier.
+this one depends on the purifier. `none` attacks nothing: x' is the clean image, for ablations that
+train on clean images alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -46,14 +47,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen purifier to distil; one that is `normal` was trained on clean images alone."""
+
+    purifier: Purifier
+    normal: bool
+
+
+@dataclass(frozen=True)
 class Frozen:
     """The networks that an objective uses but never changes, and the threat it trains for.
 
-    `teachers` is (adversarial teacher, normal teacher) for distillation, else empty.
+    `teachers` are those of a distillation, else there are none.
     """
 
     classifier: nn.Module | None
-    teachers: Sequence[Purifier]
+    teachers: Sequence[Teacher]
     threat: Linf | L2
 
     def required_classifier(self) -> nn.Module:
@@ -77,6 +86,9 @@ class InLoop(Config):
 
     Its radius grows linearly to that of the threat over the first part `ramp` of the training.
     """
+
+    # How the accuracy under its x' is logged.
+    metric: ClassVar[str] = "accuracy_attacked"
 
     steps: Annotated[int, Field(ge=1)]
     step: Annotated[float, Field(gt=0)]
@@ -109,6 +121,8 @@ class InLoop(Config):
 class PoolAdversary(Config):
     """x' from the adversarial pool."""
 
+    metric: ClassVar[str] = "accuracy_attacked"
+
     kind: Literal["pool"]
 
     def examples(
@@ -117,6 +131,20 @@ class PoolAdversary(Config):
         """Return the stored x' of this batch (N,C,H,W)."""
         assert batch.attacked is not None, "the stage did not load the pool"
         return batch.attacked
+
+
+class NoAdversary(Config):
+    """No attack: x' is the clean image."""
+
+    metric: ClassVar[str] = "accuracy_clean"
+
+    kind: Literal["none"]
+
+    def examples(
+        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
+    ) -> Tensor:
+        """Return the clean images of this batch (N,C,H,W)."""
+        return batch.images
 
 
 class ClassifierAdversary(InLoop):
@@ -147,7 +175,8 @@ class DefenseAdversary(InLoop):
 
 
 Adversary = Annotated[
-    PoolAdversary | ClassifierAdversary | DefenseAdversary, Field(discriminator="kind")
+    PoolAdversary | NoAdversary | ClassifierAdversary | DefenseAdversary,
+    Field(discriminator="kind"),
 ]
 
 

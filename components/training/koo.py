@@ -72,7 +72,7 @@ class AdversarialTeacher(Config):
                     (logits, clean), batch.labels
                 )
             metrics = {"loss": loss, "mse": mse, "adv": adv}
-            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
+            return loss, {**metrics, self.adversary.metric: accuracy(logits, batch.labels)}
 
         return objective
 
@@ -81,8 +81,10 @@ class Distillation(Config):
     """Koo's student: beta * MSE(f(x'), x) + gamma * mean over teachers of (KL + MSE).
 
     KL is between the softmaxes of two flattened images, the teacher's being the reference; it is
-    summed over pixels and averaged over the batch. `nt_input` says whether the normal teacher gets
-    the clean image (as in the paper's text and figure) or x' (as in its equation 5).
+    summed over pixels and averaged over the batch. The paper has an adversarial and a normal
+    teacher, M = 2 in equation 5. With one of them (its Table 2) the mean is that teacher's term.
+    `nt_input` says whether normal teachers get the clean image (as in the paper's text and figure)
+    or x' (as in its equation 5). With `adversary: {kind: none}` x' is x, for all networks.
     `w_classification` is as in the adversarial teacher, 0 in the paper.
     """
 
@@ -94,9 +96,9 @@ class Distillation(Config):
     w_classification: Weight
 
     def bind(self, frozen: Frozen) -> Objective:
-        """Return the objective for a purifier; needs the two teachers."""
+        """Return the objective for a purifier; needs a teacher."""
         classifier = frozen.required_classifier()
-        adversarial_teacher, normal_teacher = frozen.teachers
+        assert frozen.teachers, "a student needs a teacher"
 
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
@@ -106,7 +108,7 @@ class Distillation(Config):
             mse = F.mse_loss(purified, batch.images)
             with torch.no_grad():
                 given = batch.images if self.nt_input == "clean" else attacked
-                taught = [adversarial_teacher(attacked), normal_teacher(given)]
+                taught = [t.purifier(given if t.normal else attacked) for t in frozen.teachers]
             kd = torch.stack([distance(images, purified) for images in taught]).mean()
             loss = self.beta * mse + self.gamma * kd
             logits = classifier(purified)
@@ -116,7 +118,7 @@ class Distillation(Config):
                     (logits, clean), batch.labels
                 )
             metrics = {"loss": loss, "mse": mse, "kd": kd}
-            return loss, {**metrics, "accuracy_attacked": accuracy(logits, batch.labels)}
+            return loss, {**metrics, self.adversary.metric: accuracy(logits, batch.labels)}
 
         return objective
 

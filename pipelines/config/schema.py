@@ -177,7 +177,7 @@ def _check_trainings(params: Params) -> None:
     parents = [
         (f"students.{name}", teacher)
         for name, student in params.students.items()
-        for teacher in (student.adversarial_teacher, student.normal_teacher)
+        for teacher in student.teachers
     ]
     parents += [(f"atop.{name}.base", section.base) for name, section in params.atop.items()]
     for where, parent in parents:

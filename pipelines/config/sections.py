@@ -60,12 +60,21 @@ class Purifier(Section):
 
 
 class Student(Section):
-    """One purifier to distil; the teachers are names of purifiers."""
+    """One purifier to distil, from one or two of the purifiers.
 
-    adversarial_teacher: Name
-    normal_teacher: Name
+    A teacher whose objective has an adversary is an adversarial one, any other is a normal one.
+    """
+
+    # Two at most: dvc.yaml depends on the first and the last of them.
+    teachers: Annotated[list[Name], Field(min_length=1, max_length=2)]
     model: PurifierConfig
     objective: Distillation
+
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        if len(set(self.teachers)) < len(self.teachers):
+            raise ValueError(f"teachers names {self.teachers[0]} twice: name it once")
+        return self
 
 
 class Finetuned(Section):
@@ -213,8 +222,7 @@ class Trained(Config):
         """Return the networks that `name` is made from, and then `name`, in training order."""
         parents: list[str] = []
         if name in self.students:
-            student = self.students[name]
-            parents = [student.adversarial_teacher, student.normal_teacher]
+            parents = self.students[name].teachers
         elif name in self.atop:
             parents = [self.atop[name].base]
         line = [one for parent in parents for one in self.lineage(parent)]

@@ -1,4 +1,4 @@
-"""Distil a purifier from two teachers.
+"""Distil a purifier from one or two teachers.
 
 Reads data/{train,val}, the classifier, the pool and the teachers, writes models/<student>.
 """
@@ -27,11 +27,11 @@ def run(
     val: Path,
     classifier: Path,
     pool: Path,
-    adversarial_teacher: Path,
-    normal_teacher: Path,
+    first_teacher: Path,
+    last_teacher: Path,
     out: Path,
 ) -> dict[str, float]:
-    """Distil the student called `name` from its two teachers."""
+    """Distil the student called `name`; with one teacher, the first is the last."""
     section = params.student
     return training.train(
         name,
@@ -45,5 +45,5 @@ def run(
         val=val,
         classifier=classifier,
         pool=pool,
-        teachers=(adversarial_teacher, normal_teacher),
+        teachers=list(dict.fromkeys((first_teacher, last_teacher))),
     )

@@ -26,12 +26,13 @@ from components.models.checkpoints import (
     fingerprint,
     load,
     load_purifier,
+    read_card,
     require_fit,
 )
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, channels_last
 from components.models.purifiers import Purifier
-from components.training.contract import Frozen, takes_pool
+from components.training.contract import Frozen, Teacher, takes_pool
 from components.training.loop import Training
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
@@ -132,9 +133,9 @@ def build_task(recipe: Recipe, device: str) -> TrainingTask:
     if isinstance(model, Classifier):
         model.normalise_by(train.pixels())
     classifier = load(recipe.classifier, device) if recipe.classifier else None
-    teachers = [load_purifier(folder, device) for folder in recipe.teachers]
+    teachers = [_teacher(folder, device) for folder in recipe.teachers]
     model.to(device)
-    for network in (model, classifier, *teachers):
+    for network in (model, classifier, *(teacher.purifier for teacher in teachers)):
         if network is not None:
             channels_last(network)
     objective = recipe.objective.bind(Frozen(classifier, teachers, recipe.threat))
@@ -191,6 +192,13 @@ def _card(recipe: Recipe, train: ImageSet, facts: Mapping[str, Any]) -> ModelCar
             **facts,
         },
     )
+
+
+def _teacher(folder: Path, device: str) -> Teacher:
+    """Return the purifier of a folder; its objective says whether it was trained on x'."""
+    adversary = read_card(folder).provenance["objective"].get("adversary")
+    normal = adversary is None or adversary["kind"] == "none"
+    return Teacher(load_purifier(folder, device), normal)
 
 
 def _read_pool(recipe: Recipe, train: ImageSet) -> Tensor | None:

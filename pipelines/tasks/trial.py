@@ -243,9 +243,7 @@ def _recipe(setup: StudySetup, sections: Trained, name: str, folders: Mapping[st
     section = getattr(sections, sections.section_of(name))[name]
     extra: dict[str, Any] = {}
     if isinstance(section, Student):
-        extra["teachers"] = [
-            folders[t] for t in (section.adversarial_teacher, section.normal_teacher)
-        ]
+        extra["teachers"] = [folders[teacher] for teacher in section.teachers]
     if name in sections.atop:
         extra["base"] = folders[sections.atop[name].base]
         card = read_card(extra["base"]).model

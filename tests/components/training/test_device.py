@@ -32,7 +32,14 @@ from components.models.classifiers import DefenseGanA, KeyedDropout, SmallCnn
 from components.models.identity import state_digest
 from components.training import batches, loop
 from components.training.batches import Batches
-from components.training.contract import Batch, Frozen, Metrics, Objective, takes_pool
+from components.training.contract import (
+    Batch,
+    Frozen,
+    Metrics,
+    Objective,
+    Teacher,
+    takes_pool,
+)
 from components.training.loop import Training, fit
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -68,7 +75,8 @@ def objective(name: str, device: torch.device, changes: Mapping[str, Any]) -> Ob
     torch.manual_seed(1)
     classifier = SmallCnn(kind="small_cnn", width=4).build((1, 8, 8), 10)
     frozen = [classifier, untrained(AUTOENCODER, 1), untrained(AUTOENCODER, 2)]
-    classifier, *teachers = [one.eval().requires_grad_(False).to(device) for one in frozen]
+    classifier, *networks = [one.eval().requires_grad_(False).to(device) for one in frozen]
+    teachers = [Teacher(one, normal) for one, normal in zip(networks, (False, True), strict=True)]
     return bind(name, Frozen(classifier, teachers, LINF), **changes)
 
 

@@ -20,7 +20,6 @@ from training_toys import (
     IN_LOOP,
     MAGNET,
     NOISY,
-    POOL,
     SECTIONS,
     bind,
     first_batch,
@@ -28,9 +27,18 @@ from training_toys import (
     untrained,
 )
 
+from components.data.draws import Draws, NoiseStream
 from components.data.image_set import ImageSet
+from components.models.purifiers import Purifier
 from components.models.purifiers.diffusion.ddpm import Diffusion
-from components.training.contract import LOSS_ATTACKED, LOSS_CLEAN, Adversary, Frozen
+from components.training.contract import (
+    LOSS_ATTACKED,
+    LOSS_CLEAN,
+    Adversary,
+    Batch,
+    Frozen,
+    Teacher,
+)
 from components.training.koo import distance, relativistic
 from components.training.objectives import ClassifierObjective, PurifierObjective
 
@@ -43,7 +51,7 @@ def test_every_kind_of_objective_and_adversary_has_a_sample() -> None:
     assert kinds | {"distillation", "atop"} == set(SECTIONS)
     adversaries = get_args(get_args(Adversary)[0])
     assert {k for m in adversaries for k in get_args(m.model_fields["kind"].annotation)} == {
-        "pool", "classifier", "defense",
+        "pool", "none", "classifier", "defense",
     }  # fmt: skip
 
 
@@ -160,7 +168,7 @@ def test_the_loss_equals_its_formula(
     purified = twin(batch.attacked, draws.redraw(LOSS_ATTACKED).stream())
     logits, behind = frozen.classifier(purified), frozen.classifier(batch.attacked)
     rows = torch.arange(len(batch.labels))
-    adversarial, normal = frozen.teachers
+    adversarial, normal = (teacher.purifier for teacher in frozen.teachers)
     parts = {
         "mse": (purified - batch.images).square().mean(),
         "mse_attacked": (purified - batch.attacked).square().mean(),
@@ -180,6 +188,64 @@ def test_the_loss_equals_its_formula(
     assert metrics["loss"].item() == loss.item()
     right = (logits.argmax(1) == batch.labels).float().mean()
     assert metrics["accuracy_attacked"].item() == pytest.approx(right.item())
+
+
+class Paint(Purifier):
+    """A purifier that paints every image alike, two grey levels, and records what it was given."""
+
+    def __init__(self, *levels: float) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(torch.tensor(levels).view(1, 1, 1, 2))
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        self.seen = x.detach()
+        return self.levels.expand_as(x)
+
+
+# Two images of two pixels, and a classifier that gives all of 10 classes the same probability.
+CLEAN = torch.tensor([[0.2, 0.6], [0.2, 0.6]]).view(2, 1, 1, 2)
+PAINTED = Batch(CLEAN, torch.tensor([3, 0]), CLEAN + 0.1)
+UNSURE = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
+for weights in UNSURE.parameters():
+    nn.init.zeros_(weights)
+
+
+@pytest.mark.parametrize("adversary", ["pool", "none"])
+@pytest.mark.parametrize("names", [("adversarial",), ("normal",), ("adversarial", "normal")])
+def test_a_student_of_one_teacher_has_only_the_term_of_that_teacher(
+    names: tuple[str, ...], adversary: str
+) -> None:
+    """By hand: the student paints (.2, .2), softmax (1/2, 1/2). MSE to the image: .4^2 / 2 = .08.
+    Adversarial teacher (0, log 3), softmax (1/4, 3/4). Normal teacher (.5, .5): KL 0, MSE .09.
+    """
+    student = Paint(0.2, 0.2)
+    networks = {"adversarial": Paint(0.0, math.log(3)), "normal": Paint(0.5, 0.5)}
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    terms = {
+        "adversarial": kl + (0.2**2 + (math.log(3) - 0.2) ** 2) / 2,
+        "normal": 0.09,
+    }
+    teachers = [Teacher(networks[name], normal=name == "normal") for name in names]
+    objective = bind("distillation", Frozen(UNSURE, teachers, LINF), adversary={"kind": adversary})
+    loss, metrics = objective(student, PAINTED, 0.5, Draws(0, "train", torch.arange(2)))
+    kd = sum(terms[name] for name in names) / len(names)
+    assert metrics["kd"].item() == pytest.approx(kd, abs=1e-6)
+    assert loss.item() == pytest.approx(0.5 * 0.08 + 0.5 * kd, abs=1e-6)
+    attacked = CLEAN if adversary == "none" else CLEAN + 0.1
+    assert torch.equal(student.seen, attacked)
+    for name in names:
+        assert torch.equal(networks[name].seen, CLEAN if name == "normal" else attacked)
+
+
+def test_without_an_adversary_atop_fine_tunes_on_clean_images() -> None:
+    """By hand: MSE .08 as above, cross-entropy log 10. No accuracy is logged as an attacked one."""
+    purifier = Paint(0.2, 0.2)
+    objective = bind("atop", Frozen(UNSURE, (), LINF), adversary={"kind": "none"})
+    loss, metrics = objective(purifier, PAINTED, 0.5, Draws(0, "train", torch.arange(2)))
+    assert loss.item() == pytest.approx(0.08 + 0.1 * math.log(10), abs=1e-6)
+    assert torch.equal(purifier.seen, CLEAN)
+    # Of ten equal logits the first is taken for the largest: class 0, right for one image of two.
+    assert metrics["accuracy_clean"].item() == 0.5 and "accuracy_attacked" not in metrics
 
 
 def test_plain_losses_equal_their_formulas(frozen: Frozen, train_set: ImageSet) -> None:
@@ -229,15 +295,15 @@ def test_following_the_gradient_lowers_the_loss(
 
 
 @pytest.mark.parametrize("name", ["adversarial_teacher", "distillation", "atop"])
-@pytest.mark.parametrize("adversary", ["pool", "classifier", "defense"])
+@pytest.mark.parametrize("adversary", ["pool", "none", "classifier", "defense"])
 def test_training_does_not_change_frozen_networks(
     name: str, adversary: str, frozen: Frozen, train_set: ImageSet
 ) -> None:
     batch, draws = first_batch(train_set, 32)
     model = untrained(AUTOENCODER)
-    section = POOL if adversary == "pool" else {"kind": adversary, **IN_LOOP}
+    section = {"kind": adversary, **(IN_LOOP if adversary in ("classifier", "defense") else {})}
     assert frozen.classifier is not None
-    networks = [frozen.classifier, *frozen.teachers]
+    networks = [frozen.classifier, *(teacher.purifier for teacher in frozen.teachers)]
     before = [deepcopy(network.state_dict()) for network in networks]
     stream = torch.get_rng_state()
     loss, _ = bind(name, frozen, adversary=section)(model, batch, 1.0, draws)

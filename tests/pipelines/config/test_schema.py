@@ -103,6 +103,13 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
             "attacks.autoattack is of kind noise: name it otherwise",
         ),
         ("base: masked", "base: maskd", "did you mean masked?"),
+        ("[defense_teacher, normal_teacher]", "[defence_teacher]", "did you mean defense_teacher?"),
+        ("[defense_teacher, normal_teacher]", "[]", "teachers"),
+        (
+            "[defense_teacher, normal_teacher]",
+            "[normal_teacher, normal_teacher]",
+            "teachers names normal_teacher twice: name it once",
+        ),
         ("model: student_grey", "model: student_gray", "did you mean student_grey?"),
         ("full: [fgsm, pgd, apgd_ce, apgd_dlr]", "full: [fgms]", "did you mean fgsm?"),
         ("bpda: [pgd]\n      full: [fgsm, pgd, apgd_ce, apgd_dlr]", "bdpa: [pgd]", "bpda"),

@@ -177,6 +177,22 @@ def test_data_travels_one_way() -> None:
             made[out.split("/${")[0]] = index
 
 
+def test_dvc_knows_the_teachers_of_every_student(tmp_path: Path) -> None:
+    """One teacher is the first and the last in dvc.yaml, which is one arrow of DVC's graph."""
+    folder = project.copy_to(tmp_path / "project")
+    params = project.tiny()
+    params["students"]["of_one"] = {**params["students"]["student_grey"], "teachers": ["masked"]}
+    project.write_params(folder, params)
+    code, printed = project.run(folder, "dvc", "dag", "--dot")
+    assert code == 0, printed
+    arrows = [line.strip().rstrip(";") for line in printed.splitlines() if "->" in line]
+    for student, section in params["students"].items():
+        end = f'-> "distill_purifier@{student}"'
+        made_by = [arrow for arrow in arrows if arrow.endswith(end) and "train_purifier" in arrow]
+        wanted = [f'"train_purifier@{teacher}" {end}' for teacher in section["teachers"]]
+        assert sorted(made_by) == sorted(wanted)
+
+
 PLANTED = [
     ("components/data/image_set.py", "import mlflow", "components knows no Ray"),
     ("components/attacks/apgd.py", "import ray", "components knows no Ray"),
