@@ -5,7 +5,7 @@ into a part of the free memory of the device, else batch by batch through pinned
 augmentation are drawn once an epoch, keyed by seed, epoch and image id.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,8 @@ from components.training.contract import Batch
 # The part of a GPU's free memory that a tensor of the training set may take: weights, activations
 # and other workers on the same GPU need the rest.
 RESIDENT = 1 / 8
+# The memory that the outputs of teachers may take in every worker: two for CIFAR-10 take 1.2 GB.
+STORED = 2 << 30
 PADDING = 4
 MOVED = (
     "augmentation {} moves images, and the examples of the pool attack unmoved ones: set it to "
@@ -51,9 +53,37 @@ class Batches:
         # A tensor: by a number, a GPU divides as it multiplies by the reciprocal, and rounds
         # twice. Pixels are to be those of the CPU to the bit.
         self.white = torch.tensor(255.0).to(device)
+        self.taught: list[Rows] = []
 
     def __len__(self) -> int:
         return len(self.ids) // self.size
+
+    def store(self, teach: Callable[[Batch], Sequence[Tensor]]) -> None:
+        """Keep what `teach` returns for every image, for all epochs, where memory allows.
+
+        Only without augmentation. The batches are as large as those of the training, because a
+        convolution may round differently in a batch of another size.
+        """
+        count, size = len(self.ids), self.size // self.world
+        stored: list[Tensor] = []
+        for start in (*range(0, count - size, size), count - size):
+            rows = torch.arange(start, start + size)
+            there = rows.to(self.device)
+            attacked = None if self.attacked is None else self.attacked.take(rows, there)
+            batch = Batch(self._pixels(rows, there), self.labels[there], attacked)
+            outputs = teach(batch)
+            if not stored:
+                if count * sum(one.nbytes for one in outputs) > STORED * size:
+                    return
+                stored = [
+                    torch.empty(
+                        (count, *one.shape[1:]), dtype=one.dtype, memory_format=_layout(one)
+                    )
+                    for one in outputs
+                ]
+            for whole, part in zip(stored, outputs, strict=True):
+                whole[start : start + size] = part
+        self.taught = [Rows(one, self.device) for one in stored]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Batch, Draws]]:
         """Yield the batches of an epoch, numbered from 0, each with the keyed noise of its images.
@@ -68,13 +98,21 @@ class Batches:
         moves = _moves(self.augmentation, draws)
         for step in range(len(self)):
             rows = slice(step * self.size + self.rank, (step + 1) * self.size, self.world)
-            images = self.images.take(order[rows], there[rows]).float() / self.white
+            images = self._pixels(order[rows], there[rows])
             images = _move(images, [move[rows] for move in moves])
             attacked = None
             if self.attacked is not None:
                 attacked = self.attacked.take(order[rows], there[rows])
-            batch = Batch(images, labels[rows], attacked, epoch * len(self) + step)
+            # In the layout that a teacher gives: by it, sums over a batch round.
+            taught = [
+                one.take(order[rows], there[rows]).contiguous(memory_format=_layout(one.tensor))
+                for one in self.taught
+            ]
+            batch = Batch(images, labels[rows], attacked, epoch * len(self) + step, taught)
             yield batch, replace(draws, ids=ids[rows])
+
+    def _pixels(self, rows: Tensor, there: Tensor) -> Tensor:
+        return self.images.take(rows, there).float() / self.white
 
 
 class Rows:
@@ -97,6 +135,11 @@ class Rows:
         chosen = torch.empty(shape, dtype=self.tensor.dtype, pin_memory=pinned)
         torch.index_select(self.tensor, 0, rows, out=chosen)
         return chosen.to(self.device, non_blocking=True)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Return the memory layout of images (N,C,H,W): torch's usual one, or channels last."""
+    return torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
 
 
 def fits(tensor: Tensor, device: torch.device) -> bool:

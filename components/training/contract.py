@@ -11,7 +11,7 @@ this one depends on the purifier. `none` attacks nothing: x' is the clean image,
 train on clean images alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Protocol
 
@@ -37,13 +37,15 @@ Metrics = dict[str, Tensor]
 class Batch:
     """Clean images (N,C,H,W) float32, labels (N,), and x' of the pool for them (or None).
 
-    `step` is the number of the batch in the whole training, from 0.
+    `step` is the number of the batch in the whole training, from 0. `taught` are the outputs of the
+    teachers (N,C,H,W) each, where they are stored.
     """
 
     images: Tensor
     labels: Tensor
     attacked: Tensor | None
     step: int = 0
+    taught: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,24 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Metrics]:
         """Return the loss to minimise and what to log."""
         ...
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An objective whose teachers give the same answer to an image in every epoch.
+
+    `teach` returns their outputs for a batch, without gradient. Where nothing augments, the loop
+    calls it once for every image, and then `objective` finds the outputs in its batches.
+    """
+
+    objective: Objective
+    teach: Callable[[Batch], Sequence[Tensor]]
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, progress: float, draws: Draws
+    ) -> tuple[Tensor, Metrics]:
+        """Return what `objective` does."""
+        return self.objective(model, batch, progress, draws)
 
 
 class InLoop(Config):
@@ -118,31 +138,41 @@ class InLoop(Config):
         return attacked
 
 
-class PoolAdversary(Config):
+class FixedAdversary(Config):
+    """Base of the adversaries whose x' is the same in every epoch."""
+
+    def of(self, batch: Batch) -> Tensor:
+        """Return x' of this batch (N,C,H,W)."""
+        raise NotImplementedError
+
+    def examples(
+        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
+    ) -> Tensor:
+        """Return x' of this batch (N,C,H,W)."""
+        return self.of(batch)
+
+
+class PoolAdversary(FixedAdversary):
     """x' from the adversarial pool."""
 
     metric: ClassVar[str] = "accuracy_attacked"
 
     kind: Literal["pool"]
 
-    def examples(
-        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
-    ) -> Tensor:
+    def of(self, batch: Batch) -> Tensor:
         """Return the stored x' of this batch (N,C,H,W)."""
         assert batch.attacked is not None, "the stage did not load the pool"
         return batch.attacked
 
 
-class NoAdversary(Config):
+class NoAdversary(FixedAdversary):
     """No attack: x' is the clean image."""
 
     metric: ClassVar[str] = "accuracy_clean"
 
     kind: Literal["none"]
 
-    def examples(
-        self, model: nn.Module, batch: Batch, frozen: Frozen, progress: float, draws: Draws
-    ) -> Tensor:
+    def of(self, batch: Batch) -> Tensor:
         """Return the clean images of this batch (N,C,H,W)."""
         return batch.images
 

@@ -14,9 +14,11 @@ from components.training.contract import (
     LOSS_CLEAN,
     Adversary,
     Batch,
+    FixedAdversary,
     Frozen,
     Metrics,
     Objective,
+    Taught,
     Weight,
     accuracy,
 )
@@ -99,16 +101,20 @@ class Distillation(Config):
         """Return the objective for a purifier; needs a teacher."""
         classifier = frozen.required_classifier()
         assert frozen.teachers, "a student needs a teacher"
+        adversary = self.adversary
+
+        @torch.no_grad()
+        def teach(images: Tensor, attacked: Tensor) -> list[Tensor]:
+            given = images if self.nt_input == "clean" else attacked
+            return [t.purifier(given if t.normal else attacked) for t in frozen.teachers]
 
         def objective(
             model: nn.Module, batch: Batch, progress: float, draws: Draws
         ) -> tuple[Tensor, Metrics]:
-            attacked = self.adversary.examples(model, batch, frozen, progress, draws)
+            attacked = adversary.examples(model, batch, frozen, progress, draws)
             purified = model(attacked, draws.redraw(LOSS_ATTACKED).stream())
             mse = F.mse_loss(purified, batch.images)
-            with torch.no_grad():
-                given = batch.images if self.nt_input == "clean" else attacked
-                taught = [t.purifier(given if t.normal else attacked) for t in frozen.teachers]
+            taught = batch.taught or teach(batch.images, attacked)
             kd = torch.stack([distance(images, purified) for images in taught]).mean()
             loss = self.beta * mse + self.gamma * kd
             logits = classifier(purified)
@@ -118,9 +124,13 @@ class Distillation(Config):
                     (logits, clean), batch.labels
                 )
             metrics = {"loss": loss, "mse": mse, "kd": kd}
-            return loss, {**metrics, self.adversary.metric: accuracy(logits, batch.labels)}
+            return loss, {**metrics, adversary.metric: accuracy(logits, batch.labels)}
 
-        return objective
+        # A random teacher answers anew in every step.
+        random = any(teacher.purifier.stochastic for teacher in frozen.teachers)
+        if random or not isinstance(adversary, FixedAdversary):
+            return objective
+        return Taught(objective, lambda batch: teach(batch.images, adversary.of(batch)))
 
 
 def relativistic(purified: Tensor, attacked: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from components.data.image_set import ImageSet
 from components.models.precision import Precision, float32_products, require_device
 from components.training import Diverged
 from components.training.batches import Batches
-from components.training.contract import Metrics, Objective
+from components.training.contract import Metrics, Objective, Taught
 from components.training.optimisers import Optimiser
 
 # Takes the network after an epoch, and the index of the epoch; returns what to log of it.
@@ -74,9 +74,11 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train `model` in place and yield after every epoch; resume from `state` if it is given.
 
-    `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. The host reads values
-    from the device once an epoch. Raises ValueError if the batch is larger than the data or not
-    divisible by the workers, if `attacked` meets an augmentation, or the device lacks the
+    `attacked` (N,C,H,W) float32 is x' of the pool, in the order of `data`. Outputs of teachers that
+    never change (`Taught`) are computed once, before the first step; the weights are the same as if
+    every step computed them. The host reads values from the device once an epoch. Raises ValueError
+    if the batch is larger than the data or not divisible by the workers, if `attacked` meets an
+    augmentation, or the device lacks the
     precision; Diverged if the loss is not finite.
     """
     rank, world = _rank_and_world()
@@ -96,6 +98,9 @@ def fit(
     batches = Batches(
         data, attacked, config.batch_size, config.augmentation, seed, device, rank, world
     )
+    if isinstance(objective, Taught) and config.augmentation == "none":
+        with float32_products(tf32=config.precision == "tf32"), _autocast(config, device):
+            batches.store(objective.teach)
     for epoch in range(start, config.epochs):
         model.train()
         with float32_products(tf32=config.precision == "tf32"):
@@ -126,9 +131,7 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = _rate(config, progress)
         # For each step anew: autocast keeps rounded copies of the weights until its end.
-        with torch.autocast(
-            batches.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        ):
+        with _autocast(config, batches.device):
             loss, seen = objective(model, batch, progress, draws)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -136,6 +139,10 @@ def _train(
         optimiser.step()
         metrics.append({name: value.detach().float() for name, value in seen.items()})
     return metrics
+
+
+def _autocast(config: Training, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def _rank_and_world() -> tuple[int, int]:
