@@ -105,7 +105,10 @@ def explain(error: ValidationError) -> str:
     # Pydantic puts the tags of unions into the path; params.yaml has no such keys.
     where = ".".join(str(part) for part in first["loc"] if part not in kinds)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where}{near(str(first['loc'][-1]), fields)}"
+        unknown = str(first["loc"][-1])
+        # It may have the name of a tag.
+        where = where if unknown not in kinds else f"{where}.{unknown}"
+        return f"unknown key {where}{near(unknown, fields)}"
     if first["type"] == "missing":
         old = " (`limpid configure --migrate` adds it)" if first["loc"][-1] in ADDED else ""
         return f"{where} is missing{old}"

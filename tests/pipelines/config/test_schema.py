@@ -106,6 +106,11 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
         ("[defense_teacher, normal_teacher]", "[defence_teacher]", "did you mean defense_teacher?"),
         ("[defense_teacher, normal_teacher]", "[]", "teachers"),
         (
+            "teachers: [defense_teacher, normal_teacher]",
+            "adversarial_teacher: defense_teacher\n    normal_teacher: normal_teacher",
+            "unknown key students.student_adaptive.adversarial_teacher",
+        ),
+        (
             "[defense_teacher, normal_teacher]",
             "[normal_teacher, normal_teacher]",
             "teachers names normal_teacher twice: name it once",
