@@ -74,7 +74,9 @@ def describe_subject(subject: Subject) -> str:
     elif subject.purifier is not None:
         used = f"purifier {subject.purifier.name}"
         if subject.inference is not None:
-            used += f" used as {settings(subject.inference.model_dump(mode='json'))}"
+            # Without the switches that are off.
+            kept = subject.inference.model_dump(mode="json", exclude_defaults=True)
+            used += f" used as {settings(kept)}"
     return f"{used}, in front of {behind}"
 
 

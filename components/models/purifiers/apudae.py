@@ -8,6 +8,11 @@ E: `target: one_sided`. F: E with `noise_255` 0.7. G: E or F with `transform`.
 For ImageNet, the paper's A has fixed steps, its B adds noise to them and its C adds the transform.
 "Direct" is the denoiser without a descent.
 
+Paper and code differ in two places, and two switches, off if absent, follow the code. The paper's
+C takes its rate from the "current" error, so in every step; the code computes it once, for the
+first image: `scaled_once`. The paper's F adds noise at each step; here the gradient is then taken
+at the noisy image. The code takes it at the image before the noise: `noise_after`.
+
 Deviations from the authors' code: errors, rates and moments are per image, where the code takes
 means over the batch; the purified image is clipped to [0,1]; the transform is one rotation and one
 scaling, drawn per image (the code has none). The paper calls the descent non-differentiable;
@@ -20,7 +25,7 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,7 +63,11 @@ class RandomAffine(Config):
 
 
 class Apudae(Inference):
-    """`steps` steps of size `rate`: in pixels for Adam, per unit of gradient for SGD."""
+    """`steps` steps of size `rate`: in pixels for Adam, per unit of gradient for SGD.
+
+    `scaled_once` and `noise_after` do as the authors' code; without them, every step computes its
+    rate, and adds its noise before it takes the gradient.
+    """
 
     network_kinds: ClassVar[tuple[str, ...]] = ("denoiser", "red_net")
 
@@ -70,6 +79,16 @@ class Apudae(Inference):
     scaled: bool
     noise_255: Annotated[float, Field(ge=0)]
     transform: RandomAffine | None
+    scaled_once: bool = False
+    noise_after: bool = False
+
+    @model_validator(mode="after")
+    def _switches_have_an_effect(self) -> "Apudae":
+        if self.scaled_once and not self.scaled:
+            raise ValueError("scaled_once: true needs scaled: true, whose rate it computes")
+        if self.noise_after and not self.noise_255:
+            raise ValueError("noise_after: true needs noise_255 above 0, the noise that it moves")
+        return self
 
     def stand_ins(self) -> tuple[StandIn, ...]:
         """Offer one pass of the denoiser; for Adam, which masks its gradient, two more."""
@@ -118,14 +137,19 @@ class _Apudae(Purifier):
         start = self._transform(x, stream)
         moments = () if rule in ("sgd", "plain") else (torch.zeros_like(start),) * 2
         step = partial(self._step, stream, rule)
-        image, *_ = descend(step, self.config.steps, (), (start, *moments))
+        rate = (self._scaled_rate(start),) if self.config.scaled_once else ()
+        image, *_ = descend(step, self.config.steps, rate, (start, *moments))
         return image.clamp(0, 1)
 
     def _step(
         self, stream: NoiseStream | None, rule: str, index: int, constants: State, state: State
     ) -> State:
-        """Take one step of all images (N,C,H,W); the state is the image and Adam's moments."""
-        image, moments = self._add_noise(state[0], stream, index), state[1:]
+        """Take one step of all images (N,C,H,W); the state is the image and Adam's moments.
+
+        The only constant is the rate, if it is computed once.
+        """
+        noisy, moments = self._add_noise(state[0], stream, index), state[1:]
+        image = state[0] if self.config.noise_after else noisy
         direction = gradient_at(self._loss, image)
         if rule == "plain":
             # The step has the length of Adam's, but the direction of the gradient.
@@ -134,7 +158,10 @@ class _Apudae(Purifier):
         elif rule != "sgd":
             detached = rule == "detached"
             direction, moments = adam_direction(direction, moments, index, BETAS, detached)
-        return image - self._rate(image) * direction, *moments
+        rate: Tensor | float = self.config.rate
+        if self.config.scaled:
+            rate = constants[0] if constants else self._scaled_rate(image)
+        return noisy - rate * direction, *moments
 
     def _loss(self, image: Tensor) -> Tensor:
         """Return the loss of every image (N,) that the descent lowers."""
@@ -144,9 +171,8 @@ class _Apudae(Purifier):
         # E leaves an image alone that is reconstructed at least as well as a clean one.
         return (excess if self.config.target == "distribution" else excess.clamp_min(0)).square()
 
-    def _rate(self, image: Tensor) -> Tensor | float:
-        if not self.config.scaled:
-            return self.config.rate
+    def _scaled_rate(self, image: Tensor) -> Tensor:
+        """Return the rate of every image (N,1,1,1): it grows with the detector score."""
         factor = torch.sigmoid(self.denoiser.detector_score(image))
         return self.config.rate * factor[:, None, None, None]
 

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "D": {"target": "distribution"},
     "E": {"target": "one_sided"},
     "F": {"target": "one_sided", "noise_255": 0.7},
+    "C, once": {"scaled": True, "scaled_once": True},
+    "F, after": {"target": "one_sided", "noise_255": 0.7, "noise_after": True},
     "G": {"target": "one_sided", "noise_255": 0.7, "transform": AFFINE},
 }
 
@@ -117,6 +119,41 @@ def test_scaled_rate_grows_with_the_error() -> None:
     assert torch.allclose(step, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_rate_is_that_of_the_current_image_or_of_the_first(once: bool) -> None:
+    """On 64 pixels of value v, rd = 16 v^2 and its gradient is v/2: two steps by hand."""
+    network = Shrink()
+    network.clean_mean.fill_(5.0)
+    network.clean_std.fill_(4.0)
+    switch = {"scaled_once": True} if once else {}
+    purifier = apudae(network, optimiser="sgd", rate=0.5, steps=2, scaled=True, **switch)
+
+    def factor(value: float) -> float:
+        return 1 / (1 + math.exp(-(16 * value**2 - 5) / 4))
+
+    one = 0.8 - 0.5 * factor(0.8) * 0.4
+    two = one - 0.5 * factor(0.8 if once else one) * one / 2
+    assert factor(0.8) - factor(one) > 0.1, "both readings must differ"
+    purified = purifier(torch.full((1, *SHAPE), 0.8))
+    assert torch.allclose(purified, torch.full_like(purified, two), atol=1e-6)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_gradient_is_taken_at_the_noisy_image_or_at_the_one_before(after: bool) -> None:
+    """With f(x) = x/2, a step leads from x and noise n to (x + n)(1 - r/2), or to x + n - x r/2."""
+    network, x, draws = Shrink(), 0.3 + 0.4 * uniform_pixels(3, SHAPE), keyed(3)
+    switch = {"noise_after": True} if after else {}
+    settings = {"optimiser": "sgd", "rate": 0.4, "noise_255": 20.0}
+    purified = apudae(network, steps=2, **settings, **switch)(x, draws)
+    image = x
+    for index in range(2):
+        excess = image.square().flatten(1).sum(1) / 4
+        size = (20 / 255 * (excess / 2) ** 2).clamp(max=80 / 255)[:, None, None, None]
+        noise = size * (2 * draws.uniform(SHAPE, f"step {index}") - 1)
+        image = image + noise - 0.2 * (image if after else image + noise)
+    assert torch.allclose(purified, image.clamp(0, 1), atol=1e-6)
+
+
 def test_noise_grows_with_the_detector_score_and_is_zero_at_the_mean() -> None:
     network = Shrink()
     x = torch.full((2, *SHAPE), 0.5)
@@ -154,14 +191,14 @@ def test_image_does_not_depend_on_its_batch(variant: str) -> None:
     x, draws = uniform_pixels(9, SHAPE), keyed(9)
     purifier = apudae(denoiser(), **VARIANTS[variant])
     whole = purifier(x, draws)
-    assert purifier.stochastic == (variant in "FG")
+    assert purifier.stochastic == (variant[0] in "FG")
     assert whole.min() >= 0 and whole.max() <= 1
     for rows in (torch.tensor([4]), torch.tensor([8, 0, 3])):
         assert torch.allclose(purifier(x[rows], draws[rows]), whole[rows], rtol=0, atol=1e-5)
 
 
 # Central differences fail at the kinks of the denoiser (ReLU, clip). Elsewhere they must agree.
-@pytest.mark.parametrize("variant", ["A", "C", "D", "E", "F", "G"])
+@pytest.mark.parametrize("variant", ["A", "C", "C, once", "D", "E", "F", "F, after", "G"])
 def test_unrolled_gradient_matches_central_differences(variant: str) -> None:
     network = denoiser()
     network.clean_mean.mul_(0.3)
@@ -238,6 +275,13 @@ def test_other_networks_and_a_zero_rate_are_refused() -> None:
         apudae(other)
     with pytest.raises(ValidationError, match="rate"):
         Apudae.model_validate({**BASE, "rate": 0})
+
+
+def test_switches_without_an_effect_are_refused() -> None:
+    with pytest.raises(ValidationError, match="scaled_once: true needs scaled: true"):
+        apudae(Shrink(), scaled_once=True)
+    with pytest.raises(ValidationError, match="noise_after: true needs noise_255 above 0"):
+        apudae(Shrink(), noise_after=True)
 
 
 def test_denoising_objective_draws_a_noise_level_per_image() -> None:
