@@ -7,7 +7,7 @@ time. All purifiers take turns within one run, on the same batch and on one thre
 The table has medians over the rounds in milliseconds per image, without and with the exact gradient
 that an attack would take, and multiples of the direct denoiser.
 
-The loop is DiffDefense as its paper describes it, one image at a time, with torch's Adam. The R
+The loop is DiffDefense as its authors' code has it, one image at a time, with torch's Adam. The R
 starts of an image run one by one, or together as one batch, which favours the loop. It computes the
 same as ours, with noise of its own.
 """
@@ -70,8 +70,8 @@ PURIFIERS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {
     "DiffDefense released, L 5, R 1": (DDPM, diffdefense("released", 5, 1, 25.0), True),
     "DiffDefense released, L 4, R 5": (DDPM, diffdefense("released", 4, 5, 25.0), True),
     "DiffDefense released, L 5, R 5": (DDPM, diffdefense("released", 5, 5, 25.0), True),
-    "DiffDefense faithful, L 5, R 1": (DDPM, diffdefense("faithful", 5, 1, 0.2), True),
-    "DiffDefense faithful, L 5, R 5": (DDPM, diffdefense("faithful", 5, 5, 0.2), False),
+    "DiffDefense ddim, L 5, R 1": (DDPM, diffdefense("ddim", 5, 1, 0.2), True),
+    "DiffDefense ddim, L 5, R 5": (DDPM, diffdefense("ddim", 5, 5, 0.2), False),
     "DiffPure-style, DDPM, 10 steps": (
         DDPM, {"kind": "diffpure", "t_star": 40, "sampler": "ddpm", "substeps": 10}, True,
     ),

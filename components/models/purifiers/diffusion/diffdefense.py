@@ -1,21 +1,29 @@
 """DiffDefense (Silva et al. 2023): fit the noise from which a diffusion model makes the image.
 
-The model makes an image from noise z. L steps of Adam from each of R random starts fit z to the
-image; the best of the R reconstructions is the purified image. Paper and code differ so much that
-there are two modes.
+The model makes an image from noise z. A descent of L iterations from each of R random starts fits z
+to the image; the best of the R reconstructions is the purified image. Paper and code differ so much
+that there are three modes.
 
 `released` is the authors' code. Its reverse process has its own linear schedule (1e-4 to 0.02 over
 T* steps), draws new noise in every step and ends in a sigmoid. The descent treats the output of the
 U-Net as a constant. Adam's rate jumps from 0.02 to about `rate`. The U-Net then has little
 influence on the result: see the control `untrained_diffusion`.
 
-`faithful` is the paper, with what it needs to work: T* respaced DDIM steps of the trained schedule,
-the true gradient through all of them, and Adam at the constant `rate`. The paper's plain gradient
-descent moves no pixel at the paper's own settings.
+`algorithm_1` is the paper's Algorithm 1: ancestral steps with new noise through the trained levels
+T* to 1, the bare gradient through all of them, and a rate that decays from `rate`, to a tenth after
+ceil(0.8 L) steps. The paper never prints the rate at the start. Our readings: equation 2 is Ho's
+step (see `ddpm_step`), which draws no noise in the last step; t ends at 1, because the step from 0
+would make z_(-1), and the algorithm takes z_0; the result is the image of iteration L, which no
+step follows; pixels are clipped to [0,1].
 
-In both modes the gradient of the purified image is exact and includes the U-Net. If a gradient is
+`ddim` is neither paper nor code: T* DDIM steps without noise, spread over all trained levels, the
+true gradient through all of them, and Adam at the constant `rate`. So z starts at the highest
+level, the only one where a trained network expects nothing but noise, and the descent converges.
+
+In all modes the gradient of the purified image is exact and includes the U-Net. If a gradient is
 needed, only the best start is computed again with a graph, because the choice of the start is
-locally constant. Adam's first step is nearly a sign, so the gradient through it almost vanishes.
+locally constant. Adam's first step is nearly a sign, so the gradient through it almost vanishes;
+`algorithm_1` has no Adam.
 
 Deviations: the loss is a mean over one image and one start, where the code takes the mean over all
 starts of the batch; Adam's epsilon is inside the root.
@@ -23,6 +31,7 @@ starts of the batch; Adam's epsilon is inside the root.
 Shapes: N batch, R starts, M rows (N with one start each, or N R), C channels, H W.
 """
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -40,6 +49,7 @@ from components.models.purifiers.diffusion.ddpm import (
     Noise,
     ReverseProcess,
     ddim_step,
+    ddpm_step,
     linear_alpha_bar,
     respaced_process,
 )
@@ -48,13 +58,14 @@ from components.models.purifiers.diffusion.ddpm import (
 class DiffDefense(Inference):
     """Fit the noise in `iterations` (L) from `restarts` (R) starts, `steps` (T*) from the image.
 
-    The authors' code has mode released, L = 4, R = 5, T* = 15 and rate 25.
+    The authors' code has mode released, L = 4, R = 5, T* = 15 and rate 25. In mode algorithm_1,
+    `steps` is also the trained level at which the process starts.
     """
 
     network_kinds: ClassVar[tuple[str, ...]] = ("ddpm",)
 
     kind: Literal["diffdefense"]
-    mode: Literal["released", "faithful"]
+    mode: Literal["released", "algorithm_1", "ddim"]
     iterations: Annotated[int, Field(ge=1)]
     restarts: Annotated[int, Field(ge=1)]
     steps: Annotated[int, Field(ge=1)]
@@ -62,10 +73,10 @@ class DiffDefense(Inference):
 
     @model_validator(mode="after")
     def _descends(self) -> "DiffDefense":
-        if self.mode == "released" and self.iterations < 2:
+        if self.mode != "ddim" and self.iterations < 2:
             raise ValueError(
-                "iterations: 1 is no descent in mode released, which returns the image before the "
-                "last step"
+                f"iterations: 1 is no descent in mode {self.mode}, which returns the image before "
+                "the last step"
             )
         return self
 
@@ -91,7 +102,8 @@ class DiffDefense(Inference):
         if not isinstance(network, Diffusion):
             raise ValueError("diffdefense needs a ddpm, which this model is not")
         _require_steps(self.steps, network.steps)
-        return (_Released if self.mode == "released" else _Faithful)(self, network)
+        modes = {"released": _Released, "algorithm_1": _Algorithm1, "ddim": _Ddim}
+        return modes[self.mode](self, network)
 
 
 class UntrainedDiffusion(Config):
@@ -118,7 +130,7 @@ class UntrainedDiffusion(Config):
 
 
 class DiffDefensePurifier(Purifier):
-    """The starts and the choice of the best one, which both modes share.
+    """The starts and the choice of the best one, which all modes share.
 
     The stand-in takes `short` iterations from the start that is best after `selection` iterations.
     """
@@ -215,14 +227,38 @@ class _Released(DiffDefensePurifier):
         return self._generate(z, noise, iterations - 1)
 
     def _generate(self, z: Tensor, noise: Noise, iteration: int) -> Tensor:
-        def noise_of_iteration(use: str) -> Tensor:
-            return noise(f"iteration {iteration} {use}")
-
+        own = _noise_of_iteration(noise, iteration)
         # The sigmoid is in the code, but not in the paper.
-        return torch.sigmoid(self.process.run(self.network, z, noise_of_iteration, True))
+        return torch.sigmoid(self.process.run(self.network, z, own, True))
 
 
-class _Faithful(DiffDefensePurifier):
+class _Algorithm1(DiffDefensePurifier):
+    def __init__(self, config: DiffDefense, network: Diffusion) -> None:
+        short = max(2, config.iterations // 3)
+        super().__init__(config, network, short=short, selection=config.iterations)
+        self.process = respaced_process(network, config.steps, config.steps, ddpm_step)
+
+    def _fit(self, x: Tensor, noise: Noise, iterations: int) -> Tensor:
+        last = iterations - 1
+        (z,) = descend(partial(self._step, noise), last, (x,), (noise("start"),))
+        return self._generate(z, noise, last, checkpointed=True).clamp(0, 1)
+
+    def _step(self, noise: Noise, index: int, constants: State, state: State) -> State:
+        (x,), (z,) = constants, state
+        checkpointed = not torch.is_grad_enabled()  # see `_Ddim`
+
+        def error(at: Tensor) -> Tensor:
+            return mean_squared_error(self._generate(at, noise, index, checkpointed), x)
+
+        rate = _decayed(self.config.rate, index + 1, self.config.iterations)
+        return (z - rate * gradient_at(error, z),)
+
+    def _generate(self, z: Tensor, noise: Noise, iteration: int, checkpointed: bool) -> Tensor:
+        own = _noise_of_iteration(noise, iteration)
+        return self.network.decode(self.process.run(self.network, z, own, checkpointed))
+
+
+class _Ddim(DiffDefensePurifier):
     def __init__(self, config: DiffDefense, network: Diffusion) -> None:
         # Here the best start is not known before the end of the descent.
         short = max(2, config.iterations // 3)
@@ -263,7 +299,18 @@ def released_learning_rate(index: int, iterations: int, rate: float) -> float:
 
     It is 0.02 first, and then `rate` with exponential decay, to a tenth after ceil(0.8 L) steps.
     """
-    return 0.02 if index == 0 else rate * 0.1 ** (index / -(-4 * iterations // 5))
+    return 0.02 if index == 0 else _decayed(rate, index, iterations)
+
+
+def _decayed(rate: float, steps: int, iterations: int) -> float:
+    """Return `rate` after `steps` steps of its decay, which divides it by ten in ceil(0.8 L)."""
+    decayed: float = rate * 0.1 ** (steps / -(-4 * iterations // 5))
+    return decayed
+
+
+def _noise_of_iteration(noise: Noise, iteration: int) -> Noise:
+    """Return the part of `noise` that one iteration of a descent draws."""
+    return lambda use: noise(f"iteration {iteration} {use}")
 
 
 def _noise_per_start(stream: NoiseStream, starts: Tensor, like: Tensor) -> Noise:

@@ -91,9 +91,10 @@ WRAPPED_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         DENOISER,
         {**APUDAE, "noise_255": 0.7, "transform": {"degrees": 5.0, "stretch": 0.1}},
     ),
-    "diffdefense, faithful": (
+    "diffdefense, algorithm_1": (DDPM, {**DIFFDEFENSE, "mode": "algorithm_1", "rate": 20.0}),
+    "diffdefense, ddim": (
         {**DDPM, "centred": True, "norm_input": False},
-        {**DIFFDEFENSE, "mode": "faithful", "rate": 0.2},
+        {**DIFFDEFENSE, "mode": "ddim", "rate": 0.2},
     ),
     "diffpure, ddim": (DDPM, {"kind": "diffpure", "t_star": 4, "sampler": "ddim", "substeps": 2}),
 }

@@ -35,14 +35,16 @@ DIFFDEFENSE: dict[str, Any] = {
     "kind": "diffdefense", "mode": "released", "iterations": 4, "restarts": 3, "steps": 3,
     "rate": 25.0,
 }  # fmt: skip
-FAITHFUL = {"mode": "faithful", "rate": 0.2, "iterations": 3}
+DDIM = {"mode": "ddim", "rate": 0.2, "iterations": 3}
+ALGORITHM = {"mode": "algorithm_1", "rate": 20.0, "iterations": 3}
 DIFFPURE: dict[str, Any] = {"kind": "diffpure", "t_star": 9, "sampler": "ddpm", "substeps": 4}
 # The rate is smaller than the code's: finite differences fail on saturated pixels.
 SMOOTH = {
     "released": lambda: diffdefense_purifier(rate=0.5),
-    "faithful": lambda: diffdefense_purifier(small_ddpm(centred=True), **FAITHFUL),
-    "ddpm": lambda: diffpure_purifier(),
-    "ddim": lambda: diffpure_purifier(small_ddpm(centred=True), sampler="ddim"),
+    "algorithm_1": lambda: diffdefense_purifier(**ALGORITHM),
+    "ddim": lambda: diffdefense_purifier(small_ddpm(centred=True), **DDIM),
+    "diffpure, ddpm": lambda: diffpure_purifier(),
+    "diffpure, ddim": lambda: diffpure_purifier(small_ddpm(centred=True), sampler="ddim"),
 }
 
 
@@ -117,7 +119,52 @@ def test_released_mode_approaches_the_image_without_a_network() -> None:
     assert saturated > 0.8 and agreed > 0.85
 
 
-def test_faithful_mode_with_zero_network_has_a_closed_form() -> None:
+def test_algorithm_1_has_values_by_hand_where_one_step_leads_to_the_image() -> None:
+    """With T* = 1, L = 2 and no predicted noise, the image is z / root(alpha), alpha = 1 - 0.001.
+
+    The only step has rate 32 x 0.1^(1/2), as ceil(1.6) = 2, on the gradient of a mean over 64.
+    """
+    x, draws = uniform_pixels(4, SHAPE).double(), keyed(4)
+    z = draws.normal(SHAPE, "start 0 start").double()
+    root = 0.999**0.5
+    z = z - 32 * 0.1**0.5 * 2 / 64 * (z / root - x) / root
+    changes = {**ALGORITHM, "rate": 32.0, "iterations": 2, "restarts": 1, "steps": 1}
+    purified = diffdefense_purifier(zero_network(), **changes)(x, draws)
+    assert torch.allclose(purified, (z / root).clamp(0, 1), atol=1e-9)
+
+
+def test_algorithm_1_matches_the_papers_loop_on_a_linear_denoiser(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The network predicts (t + 1)/40 of z; the loop is Algorithm 1, by autograd."""
+    monkeypatch.setattr(Diffusion, "forward", lambda self, z, t: z * (int(t) + 1) / 40)
+    x, draws, stages, iterations = uniform_pixels(3, SHAPE).double(), keyed(3), 5, 6
+    alpha = 1 - torch.linspace(1e-3, 0.2, 20, dtype=torch.float64)
+    made = []
+    for start in range(2):
+        z, rate = draws.normal(SHAPE, f"start {start} start").double(), 20.0
+        for i in range(iterations):
+            point = z.requires_grad_()
+            image = point
+            for step, t in enumerate(range(stages - 1, -1, -1)):
+                bar, predicted = alpha[: t + 1].prod(), image * (t + 1) / 40
+                image = (image - (1 - alpha[t]) / (1 - bar).sqrt() * predicted) / alpha[t].sqrt()
+                if t:
+                    noise = draws.normal(SHAPE, f"start {start} iteration {i} step {step}").double()
+                    image = image + (1 - alpha[t]).sqrt() * noise
+            rate *= 0.1 ** (1 / math.ceil(0.8 * iterations))
+            loss = (image - x).square().flatten(1).mean(1).sum()
+            z = (point - rate * torch.autograd.grad(loss, point)[0]).detach()
+        made.append(image.detach().clamp(0, 1))
+    errors = torch.stack([(one - x).square().flatten(1).mean(1) for one in made])
+    best = torch.stack(made)[errors.argmin(0), torch.arange(3)]
+    changes = {**ALGORITHM, "iterations": iterations, "restarts": 2, "steps": stages}
+    purifier = diffdefense_purifier(**changes)
+    assert torch.allclose(purifier(x, draws), best, atol=1e-9)
+    assert torch.allclose(purifier.detector_score(x, draws), errors.mean(0), atol=1e-9)
+
+
+def test_ddim_mode_with_zero_network_has_a_closed_form() -> None:
     """The image is then z / sqrt(alpha bar), and Adam's first step is the sign of the gradient."""
     network, x, draws = zero_network(centred=True), uniform_pixels(4, SHAPE).double(), keyed(4)
     root = math.sqrt(float(network.alpha_bar[-1]))
@@ -125,20 +172,47 @@ def test_faithful_mode_with_zero_network_has_a_closed_form() -> None:
     image = (z / root + 1) / 2
     z = z - 0.2 * (image - x).sign()
     expected = ((z / root + 1) / 2).clamp(0, 1)
-    changes = {**FAITHFUL, "iterations": 1, "restarts": 1}
+    changes = {**DDIM, "iterations": 1, "restarts": 1}
     assert torch.allclose(diffdefense_purifier(network, **changes)(x, draws), expected, atol=1e-6)
 
 
-def test_faithful_mode_approaches_the_image_closer_from_more_starts() -> None:
+def test_ddim_mode_matches_a_loop_on_a_linear_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network predicts (t + 1)/40 of z; levels 19, 12 and 5 of 20, torch's Adam."""
+    monkeypatch.setattr(Diffusion, "forward", lambda self, z, t: z * (int(t) + 1) / 40)
+    monkeypatch.setattr(descent, "EPSILON", 0.0)  # torch has its epsilon outside the root
+    x, draws = uniform_pixels(3, SHAPE).double(), keyed(3)
+    bars = (1 - torch.linspace(1e-3, 0.2, 20, dtype=torch.float64)).cumprod(0)
+    z = draws.normal(SHAPE, "start 0 start").double().requires_grad_()
+    adam = torch.optim.Adam([z], lr=0.2, eps=0)
+
+    def generate() -> Tensor:
+        image: Tensor = z
+        for t, after in ((19, 12), (12, 5), (5, None)):
+            bar, predicted = bars[t], image * (t + 1) / 40
+            image = (image - (1 - bar).sqrt() * predicted) / bar.sqrt()
+            if after is not None:
+                image = bars[after].sqrt() * image + (1 - bars[after]).sqrt() * predicted
+        return (image + 1) / 2
+
+    for _ in range(4):
+        adam.zero_grad()
+        (generate() - x).square().flatten(1).mean(1).sum().backward()
+        adam.step()
+    changes = {**DDIM, "iterations": 4, "restarts": 1}
+    purified = diffdefense_purifier(small_ddpm(centred=True), **changes)(x, draws)
+    assert torch.allclose(purified, generate().detach().clamp(0, 1), atol=1e-7)
+
+
+def test_ddim_mode_approaches_the_image_closer_from_more_starts() -> None:
     x, draws, network = uniform_pixels(6, SHAPE).double(), keyed(6), small_ddpm(centred=True)
-    settings: dict[str, Any] = {**FAITHFUL, "iterations": 15}
+    settings: dict[str, Any] = {**DDIM, "iterations": 15}
     errors = [
         diffdefense_purifier(network, **{**settings, "restarts": restarts})(x, draws) - x
         for restarts in (1, 4)
     ]
     one, four = (error.square().flatten(1).mean(1) for error in errors)
     assert (four <= one + 1e-12).all() and (four < one - 1e-3).any()
-    first_step = diffdefense_purifier(network, **{**FAITHFUL, "iterations": 1, "restarts": 1})
+    first_step = diffdefense_purifier(network, **{**DDIM, "iterations": 1, "restarts": 1})
     assert one.mean() < 0.5 * (first_step(x, draws) - x).square().mean()
 
 
@@ -198,7 +272,7 @@ def test_central_differences_reveal_a_detached_network(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault leaves the values as they are, but removes a part of the derivative."""
-    if kind == "faithful":
+    if kind in ("algorithm_1", "ddim"):
         gradient_at = diffdefense.gradient_at
         monkeypatch.setattr(
             diffdefense, "gradient_at", lambda loss, at: gradient_at(loss, at).detach()
@@ -251,7 +325,7 @@ def test_image_does_not_depend_on_its_batch_or_on_a_graph(kind: str) -> None:
     assert torch.allclose(purifier.detector_score(x[2:4], draws[2:4]), scores[2:4])
 
 
-@pytest.mark.parametrize("kind", ["released", "faithful", "ddpm"])
+@pytest.mark.parametrize("kind", ["released", "algorithm_1", "ddim", "diffpure"])
 def test_order_of_images_changes_no_byte(kind: str) -> None:
     """The paper's width 10 is no multiple of the processor's vector size."""
     shape = (1, 28, 28)
@@ -259,9 +333,11 @@ def test_order_of_images_changes_no_byte(kind: str) -> None:
     x, draws = uniform_pixels(9, shape), keyed(9)
     order = torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 7])
     less = {"iterations": 2, "restarts": 2, "steps": 2}
-    changes = less if kind == "released" else {**FAITHFUL, **less}
+    changes = {"released": {}, "algorithm_1": ALGORITHM, "ddim": DDIM}
     purifier = (
-        diffpure_purifier(network) if kind == "ddpm" else diffdefense_purifier(network, **changes)
+        diffpure_purifier(network)
+        if kind == "diffpure"
+        else diffdefense_purifier(network, **{**changes[kind], **less})
     )
     assert torch.equal(purifier(x[order], draws[order]), purifier(x, draws)[order])
 
@@ -269,11 +345,11 @@ def test_order_of_images_changes_no_byte(kind: str) -> None:
 def test_short_stand_in_is_the_purifier_with_fewer_steps() -> None:
     x, draws = uniform_pixels(5, SHAPE).double(), keyed(5)
     network = small_ddpm(centred=True)
-    alone = {**FAITHFUL, "restarts": 1}
+    alone = {**DDIM, "restarts": 1}
     nine, three = (diffdefense_purifier(network, **{**alone, "iterations": k}) for k in (9, 3))
     assert torch.equal(nine.stand_in("short", x, draws), three(x, draws))
     # Of several starts it uses the one that is best in the end, not after a third of the steps.
-    several = diffdefense_purifier(network, **{**FAITHFUL, "restarts": 3, "iterations": 9})
+    several = diffdefense_purifier(network, **{**DDIM, "restarts": 3, "iterations": 9})
     short = several.stand_in("short", x, draws)
     with torch.no_grad():
         ends, thirds = (
@@ -316,7 +392,7 @@ def test_unfit_networks_and_settings_are_refused() -> None:
         diffdefense_purifier(other)
     with pytest.raises(ValueError, match="diffpure needs a ddpm"):
         diffpure_purifier(other)
-    for mode in ("released", "faithful"):
+    for mode in ("released", "algorithm_1", "ddim"):
         with pytest.raises(ValueError, match="takes 21 steps of a ddpm that was trained on 20"):
             diffdefense_purifier(mode=mode, steps=21)
         diffdefense_purifier(mode=mode, steps=20)
@@ -324,6 +400,7 @@ def test_unfit_networks_and_settings_are_refused() -> None:
         diffpure_purifier(t_star=20)
     with pytest.raises(ValidationError, match="substeps: 11, but from index 9 there are at most"):
         diffpure_purifier(substeps=11)
-    with pytest.raises(ValidationError, match="iterations: 1 is no descent"):
-        diffdefense_purifier(iterations=1)
-    assert diffdefense_purifier(**{**FAITHFUL, "iterations": 1}).stochastic
+    for mode in ("released", "algorithm_1"):
+        with pytest.raises(ValidationError, match=f"iterations: 1 is no descent in mode {mode}"):
+            diffdefense_purifier(mode=mode, iterations=1)
+    assert diffdefense_purifier(**{**DDIM, "iterations": 1}).stochastic
