@@ -112,8 +112,8 @@ def tiny() -> dict:
             "target": "minimum", "noise_255": 0.0, "transform": None,
         },
         "ladder": {
-            "classifier": ["pgd"], "direct": ["pgd"], "plain": ["pgd"], "detached": ["pgd"],
-            "full": ["apgd_ce", "apgd_dlr", "aware"],
+            "classifier": ["pgd"], "network": ["pgd"], "direct": ["pgd"], "plain": ["pgd"],
+            "detached": ["pgd"], "full": ["apgd_ce", "apgd_dlr", "aware"],
         },
     }  # fmt: skip
     params["defenses"]["diffpure"] = {

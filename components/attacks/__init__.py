@@ -4,8 +4,9 @@
 pixel range are measured on the images that come back: an attack never grades itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field
@@ -14,7 +15,7 @@ from torch import Tensor
 from components.attacks.a3 import A3
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdMargin, ApgdT
 from components.attacks.autoattack import AutoAttack
-from components.attacks.contract import L2, Attack, Linf, Threat
+from components.attacks.contract import L2, Attack, Linf, Rung, Threat
 from components.attacks.detector_aware import DetectorAware
 from components.attacks.distance.cw import CwL2
 from components.attacks.distance.deepfool import DeepFool
@@ -29,6 +30,7 @@ from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.accuracy import is_right
 from components.models.defense import Defense, Mode, bind, fold_batch_norm, margin
+from components.models.one_pass import one_pass
 from components.models.precision import full_precision
 
 # The one place where an attack is added: a kind listed here can be used in params.yaml and by every
@@ -94,12 +96,15 @@ class Crafted:
 
 @full_precision()
 def craft(
-    attack: Attack, defense: Defense, mode: Mode, data: ImageSet, threat: Linf | L2, seed: int,
+    attack: Attack, defense: Defense, mode: Rung, data: ImageSet, threat: Linf | L2, seed: int,
     batch: int,
 ) -> Crafted:  # fmt: skip
     """Attack every image of `data` in batches of `batch`; noise is keyed by image, role `attack`.
 
     In full float32 (`full_precision`), like the scores.
+
+    On the rung `network` the attack meets `one_pass` of the defense, and the images that it returns
+    meet the defense.
 
     Raises ValueError if the attack does not apply to this defense or threat, and AssertionError if
     a bounded attack returns images outside the threat.
@@ -107,7 +112,11 @@ def craft(
     device = next(defense.parameters()).device
     folded, draws = fold_batch_norm(defense), Draws(seed, "attack", data.ids.to(device))
     clean, labels = data.pixels().to(device), data.labels.to(device)
-    target = bind(folded, mode, draws, getattr(attack, "eot", 1))
+    eot = getattr(attack, "eot", 1)
+    if mode == "network":
+        target = bind(one_pass(folded), "full", draws, eot)
+    else:
+        target = bind(folded, mode, draws, eot)
     outcome = attack.run_in_batches(target, clean, labels, threat, draws, batch)
     images = outcome.images.detach().float()
     if attack.bounded:
@@ -136,14 +145,16 @@ def craft(
 
 
 def _ask(
-    folded: Defense, mode: Mode, images: Tensor, labels: Tensor, draws: Draws
+    folded: Defense, mode: Rung, images: Tensor, labels: Tensor, draws: Draws
 ) -> tuple[Tensor, Tensor]:
     """Ask about finished images as attacks ask: with gradients on, in batches of several sizes.
 
     Returns the right answers (N,) and the mean relative margins (N,), under draws of role `attack`
-    that no attack uses.
+    that no attack uses. On the rung `network` the attack never asked, and the pass that it attacked
+    is differentiated here too.
     """
-    target = bind(folded, "full" if mode == "fixed_noise" else mode, draws, 1)
+    asking: Mapping[Rung, Mode] = {"fixed_noise": "full", "network": "direct"}
+    target = bind(folded, asking.get(mode, cast(Mode, mode)), draws, 1)
     right, margins = torch.zeros_like(labels), torch.zeros(len(images), device=images.device)
     asked = ASKED if target.stochastic else 1
     rows = torch.arange(len(images), device=images.device)

@@ -18,18 +18,26 @@ from torch import Tensor
 
 from components.config import Config
 from components.data.draws import Draws
-from components.models.defense import STAND_INS, Target
+from components.models.defense import STAND_INS, Mode, Target
+from components.models.purifiers.contract import StandIn
 
 Positive = Annotated[int, Field(ge=1)]
 # The rungs of the ladder, from what an attacker knows least of a defense to most:
-# `transfer` and `classifier` replay images that were crafted against a bare classifier; on the
+# `transfer` and `classifier` replay images that were crafted against a bare classifier, `network`
+# attacks one pass of the purifier's network in place of its descent (`models/one_pass.py`); on the
 # others the attack runs against the defense in that gradient mode. Their order decides ties: of
 # attacks that are equally strong on an image, the one on the earlier rung is credited with it.
-MODES = ("transfer", "classifier", "bpda", *STAND_INS, "full", "fixed_noise")
+MODES = ("transfer", "classifier", "network", "bpda", *STAND_INS, "full", "fixed_noise")
+# The rungs that sets are crafted on.
+Rung = Mode | Literal["network"]
 # Rungs that replay the sets of a bare classifier: on `transfer` those of the baseline `SURROGATE`,
 # which the attacker trained; on `classifier` (grey box) those of the one behind the purifier.
 REPLAYED = ("transfer", "classifier")
 SURROGATE = "surrogate"
+# The rungs whose attacks never ask the defense: what they saw was the answer of something else.
+UNASKED = (*REPLAYED, "network")
+# The stand-in without which a purifier cannot be attacked on a rung.
+NEEDED: dict[str, StandIn] = {**{kind: kind for kind in STAND_INS}, "network": "direct"}
 # Kinds of attacks that know the detector in a purifier.
 WRITTEN_ATTACKS = ("detector_aware",)
 # Maps images (N,C,H,W) to the nearest ones of a ball (L-inf), or to ones inside it (L2).

@@ -9,8 +9,9 @@ A stand-in (`direct`, `plain`, `detached`, `short`, `soft`) also runs the purifi
 takes the derivative of a cheaper or smoother purifier.
 `fixed_noise` is `full` for an attacker who knows the noise: it is the same in every query.
 
-`classifier` and `transfer` are no modes of a target: those attacks replay adversarial examples that
-were crafted against a classifier without a purifier.
+`classifier`, `transfer` and `network` are no modes of a target: their attacks never ask a defense.
+The first two replay adversarial examples that were crafted against a classifier without a purifier,
+and `network` attacks one pass of the purifier's network (`one_pass`).
 """
 
 from collections.abc import Callable

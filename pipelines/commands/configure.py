@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from components.data.shards import write_bytes
@@ -108,13 +108,29 @@ def migrated(text: str) -> str:
     if "threat" in document and "training_threat" not in document:
         place = list(document).index("threat") + 1
         document.insert(place, "training_threat", copy.deepcopy(document["threat"]))
-    for section in ("defenses", "controls"):
-        for entry in (document.get(section) or {}).values():
-            if "classifier" not in entry:
-                entry.insert(0, "classifier", "standard")
-    for attack in (document.get("attacks") or {}).values():
-        if attack.get("kind") == "bim" and "early_stop" not in attack:
+    sections = ("defenses", "controls", "attacks", "students", "purifiers", "atop")
+    defenses, controls, attacks, students, purifiers, atop = (
+        list((document.get(section) or {}).values()) for section in sections
+    )
+    for entry in (*defenses, *controls):
+        if "classifier" not in entry:
+            entry.insert(0, "classifier", "standard")
+        inference = entry.get("inference") or {}
+        if inference.get("mode") == "faithful":
+            inference["mode"] = "ddim"
+    for attack in attacks:
+        if attack["kind"] == "bim" and "early_stop" not in attack:
             attack.insert(list(attack).index("eot"), "early_stop", True)
+    for student in students:
+        if "teachers" not in student:
+            named = [student.pop(f"{one}_teacher") for one in ("adversarial", "normal")]
+            student.insert(0, "teachers", CommentedSeq(named))
+            student["teachers"].fa.set_flow_style()
+    for network in (*purifiers, *atop):
+        if network["objective"]["kind"] in ("reconstruction", "atop"):
+            network["objective"].setdefault("loss", "mse")
+        if network["training"]["optimiser"] == "adam_gan":
+            network["training"]["optimiser"] = {"kind": "adam", "betas": [0.5, 0.9]}
     written = StringIO()
     yaml.dump(document, written)
     return written.getvalue()

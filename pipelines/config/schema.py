@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from components.attacks import L2, Attack, AttackConfig, Linf, Threat
-from components.attacks.contract import MODES, REPLAYED, SURROGATE, WRITTEN_ATTACKS
+from components.attacks.contract import MODES, NEEDED, REPLAYED, SURROGATE, WRITTEN_ATTACKS
 from components.models.defense import STAND_INS
 from components.models.purifiers import PurifierConfig, stochastic
 from components.sources import DataConfig
@@ -43,7 +43,9 @@ from pipelines.layout import PARAMS
 # Kinds of networks that need an objective of their own.
 OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan": "wgan_gp"}
 # Keys that files of older versions lack.
-ADDED = ("training_threat", "classifier", "early_stop")
+ADDED = ("training_threat", "classifier", "early_stop", "loss", "teachers")
+DROPPED = ("adversarial_teacher", "normal_teacher")
+MIGRATE = "; `limpid configure --migrate` brings an older file up to date"
 # Kinds of networks that map no image to an image.
 GENERATIVE = ("ddpm", "gan")
 
@@ -104,14 +106,14 @@ def explain(error: ValidationError) -> str:
     fields, kinds = _vocabulary()
     # Pydantic puts the tags of unions into the path; params.yaml has no such keys.
     where = ".".join(str(part) for part in first["loc"] if part not in kinds)
-    if first["type"] == "extra_forbidden":
-        unknown = str(first["loc"][-1])
+    if first["type"] in ("extra_forbidden", "missing"):
+        key = str(first["loc"][-1])
         # It may have the name of a tag.
-        where = where if unknown not in kinds else f"{where}.{unknown}"
-        return f"unknown key {where}{near(unknown, fields)}"
-    if first["type"] == "missing":
-        old = " (`limpid configure --migrate` adds it)" if first["loc"][-1] in ADDED else ""
-        return f"{where} is missing{old}"
+        where = where if key not in kinds else f"{where}.{key}"
+        old = key in (*ADDED, *DROPPED)
+        if first["type"] == "missing":
+            return f"{where} is missing{MIGRATE if old else ''}"
+        return f"unknown key {where}{MIGRATE if old else near(key, fields)}"
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
     if first["type"] == "union_tag_invalid":
         message += near(str(first["ctx"]["tag"]), kinds)
@@ -279,9 +281,11 @@ def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> No
         raise ValueError(f"{where}: {error}") from None
     offered = inference.stand_ins()
     for mode in defended.ladder:
-        if mode in STAND_INS and mode not in offered:
+        if mode in NEEDED and NEEDED[mode] not in offered:
+            needs = "" if mode in STAND_INS else f", which needs {NEEDED[mode]}"
             raise ValueError(
-                f"the ladder of {where} names {mode}; {inference.kind} offers {', '.join(offered)}"
+                f"the ladder of {where} names {mode}{needs}; {inference.kind} offers "
+                f"{', '.join(offered)}"
             )
 
 

@@ -10,6 +10,7 @@ ROLES: tuple[EntryRole, ...] = get_args(EntryRole)
 BLIND = {
     "transfer": "has only another classifier",
     "classifier": "ignores the purifier",
+    "network": "takes one pass of the purifier's network for the whole purifier",
     "bpda": "takes the purifier for the identity in the backward pass (BPDA)",
 }
 MEANINGS = {
@@ -105,7 +106,8 @@ def illusion(name: str, found: Scored) -> str:
     if not shown:
         return ""
     seen = ", ".join(f"{percent(one.seen)} when the attacker {BLIND[one.rung]}" for one in shown)
-    which = ("number is", "two numbers are", "three numbers are")[len(shown) - 1]
+    count = ("", "two", "three", "four")[len(shown) - 1]
+    which = f"{count} numbers are" if count else "number is"
     return (
         f"{name} shows {seen}, and {percent(shown[0].left)} when the attacker differentiates "
         f"through it: the first {which} no robustness."

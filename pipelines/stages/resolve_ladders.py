@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from components.attacks import AttackConfig
-from components.attacks.contract import MODES, REPLAYED, SURROGATE
+from components.attacks.contract import MODES, SURROGATE, UNASKED
 from components.data.shards import write_bytes
 from pipelines import layout
 from pipelines.config import schema
@@ -64,13 +64,13 @@ def _attacks(
 ) -> Iterator[tuple[str, AttackConfig]]:
     """Yield the attacks of one rung by the names of their sets.
 
-    The sets of a bare classifier are crafted to be replayed, and that is how papers run them:
-    iterated attacks end there in every way they can.
+    Where papers replay sets against a purifier that the attack never asked, iterated attacks end in
+    every way they can: on bare classifiers, on the rungs that replay their sets, and on `network`.
     """
     for name, attack in attacks.items():
         if name not in entry.ladder[mode]:
             continue
-        if isinstance(entry, Baseline) or mode in REPLAYED:
+        if isinstance(entry, Baseline) or mode in UNASKED:
             yield from ((name + end, one) for end, one in attack.endings().items())
         else:
             yield name, attack

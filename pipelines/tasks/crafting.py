@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from components.attacks import L2, Attack, Linf, craft
+from components.attacks.contract import Rung
 from components.attacks.sets import write_crafted, write_crafted_manifest
 from components.data import image_set, shards
 from components.data.shards import read_manifest, shard_name, shard_rows
-from components.models.defense import Mode
 from pipelines.layout import CRAFTED
 from pipelines.runner.context import Context
 from pipelines.runner.provenance import code_digests
@@ -33,7 +33,7 @@ class SetSpec:
     """One adversarial set to craft: the attack, the folder of images, and the folder to write."""
 
     subject: Subject
-    mode: Mode
+    mode: Rung
     attack: Attack
     images: Path
     threat: Linf | L2

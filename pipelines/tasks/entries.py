@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, Attack, Crafted, Linf
-from components.attacks.contract import REPLAYED
+from components.attacks.contract import REPLAYED, UNASKED
 from components.attacks.sets import crafted_shards, joined, read_crafted
 from components.checks.sets import Part, agreement, effort, stored_probes, stored_set
 from components.data import image_set, shards
@@ -85,7 +85,7 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
         plan.val, plan.test,
     )  # fmt: skip
     rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
-    modes = [cast(Mode, rung) for rung in rungs if rung not in REPLAYED]
+    modes = [cast(Mode, rung) for rung in rungs if rung not in UNASKED]
     names = required(
         modes, entry.subject.stochastic(), entry.subject.differentiable(), plan.checks.thorough
     )

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 
 from components.attacks import Attack
-from components.attacks.contract import REPLAYED
+from components.attacks.contract import NEEDED, REPLAYED, UNASKED, Rung
 from components.attacks.sets import crafted_shards, joined
 from components.data import image_set, shards
 from components.data.shards import DataError
-from components.models.defense import STAND_INS, Mode
+from components.models.defense import Mode
 from components.models.identity import state_digest
 from components.probes import Finding, Stored, probe, spread
 from components.probes.bench import GRADIENT
@@ -54,7 +54,7 @@ def generate(
     subject = subject_of(entry, classifier.absolute().parent)
     subject.require_fit(image_set.read(test))
     known = subject.stand_ins()
-    lacking = [mode for mode in entry.ladder if mode in STAND_INS and mode not in known]
+    lacking = [mode for mode in entry.ladder if mode in NEEDED and NEEDED[mode] not in known]
     if lacking:
         raise ValueError(
             f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
@@ -64,7 +64,7 @@ def generate(
     sets = {name: out / name for name in attacks}
     specs = [
         SetSpec(
-            subject, cast(Mode, name.partition("/")[0]), attack, test.absolute(),
+            subject, cast(Rung, name.partition("/")[0]), attack, test.absolute(),
             attack.within(entry.threat), params.seed, params.batch, sets[name],
         )
         for name, attack in attacks.items()
@@ -132,7 +132,7 @@ def probe_subject(
     defense = subject.defense(device)
     before = state_digest(defense)
     full = entry.ladder.get("full", {}).values()
-    modes = [cast(Mode, mode) for mode in entry.ladder if mode not in REPLAYED]
+    modes = [cast(Mode, mode) for mode in entry.ladder if mode not in UNASKED]
     findings = probe(
         defense, modes, image_set.read(test), entry.threat, seed, entry.checks.images,
         max((getattr(attack, "eot", 1) for attack in full), default=1),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.attacks import L2, Attack, Linf
-from components.attacks.contract import MODES, REPLAYED
+from components.attacks.contract import MODES, UNASKED
 from components.checks.scores import (
     draws_enough,
     full_is_strongest,
@@ -51,7 +51,7 @@ from pipelines.tasks.scoring import Result
 TRIES = 10
 CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
 # Rungs whose attacks do not see through the purifier; `bpda` does where it has no gradient.
-WEAKER = ("transfer", "classifier", "bpda")
+WEAKER = (*UNASKED, "bpda")
 
 
 def headline(result: Result) -> tuple[list[str], Score]:
@@ -330,7 +330,7 @@ def _judged(
     known = entry.subject.stand_ins()
     findings += stand_ins_tried(known, stand_ins, accuracies.get("full"))
     findings += _claim(entry, _white_box(entry, counted), accuracies, by_rung, classes, void)
-    seen = {mode: attacks for mode, attacks in by_rung.items() if mode not in REPLAYED}
+    seen = {mode: attacks for mode, attacks in by_rung.items() if mode not in UNASKED}
     differentiable = entry.subject.differentiable()
     findings.append(without_gradients(seen, result.findings, stochastic, differentiable))
     if entry.subject.bare and _standard_trained(entry):

@@ -14,11 +14,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from components.attacks import L2, Attack, Linf, craft
+from components.attacks.contract import Rung
 from components.data import image_set
 from components.data.image_set import ImageSet
 from components.evaluation.counting import CLEAN, count_score, worst
 from components.models.checkpoints import load, read_card
-from components.models.defense import Defense, Mode
+from components.models.defense import Defense
 from components.models.purifiers import Inference, PurifierConfig
 from components.probes.statistics import summarise
 from pipelines.cluster import trainer
@@ -140,7 +141,7 @@ class TrialScorer:
         for mode, attacks in self.study.ladder.items():
             for name in attacks:
                 crafted = craft(
-                    self.attacks[name], defense, cast(Mode, mode), images,
+                    self.attacks[name], defense, cast(Rung, mode), images,
                     self.attacks[name].within(self.threat), self.seed, self.batch,
                 )  # fmt: skip
                 sets[f"{mode}/{name}"] = crafted.images

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from components.config import Config
 from components.data.draws import NoiseStream, fresh
 
-# `direct` is one pass of the network in place of the descent (counter-attack A of APuDAE).
+# `direct` is one pass of the network in place of the descent, at the image that the descent made.
 # `plain` descends along the plain gradient in place of Adam's direction.
 # `detached` treats Adam's denominators as constants.
 # `short` takes fewer iterations (Lee and Kim 2023).

@@ -180,6 +180,7 @@ def test_inference_that_does_not_fit_its_network_is_refused(tmp_path: Path) -> N
     for change, reason in (
         ({"inference": {"t_star": 20}}, "t_star: 20, but the ddpm was trained on indices 0 to 19"),
         ({"ladder": {"direct": ["pgd"]}}, "names direct; diffpure offers short"),
+        ({"ladder": {"network": ["pgd"]}}, "names network, which needs direct; diffpure offers"),
         ({"model": "denoiser"}, "diffpure needs a model of kind ddpm, not denoiser"),
     ):
         section = value["defenses"]["diffpure"]

@@ -317,7 +317,7 @@ def test_purifiers_that_descend_are_scored_through_their_stand_ins(
     reproduced: Path, metrics: dict
 ) -> None:
     found = metrics["defenses"]["apudae"]
-    assert set(found["rungs"]) == {"classifier", "direct", "plain", "detached", "full"}
+    assert set(found["rungs"]) == {"classifier", "network", "direct", "plain", "detached", "full"}
     assert found["white_box"]["accuracy"] <= found["rungs"]["direct"]["accuracy"]
     named = {finding["name"]: finding for finding in found["checks"]["findings"]}
     assert named["stand_ins"]["passed"] and "direct" in named["stand_ins"]["detail"]

@@ -31,6 +31,7 @@ from components.data.draws import NoiseStream
 from components.data.shards import shard_name
 from components.evaluation.detection import detection
 from components.models.purifiers import Purifier
+from components.models.purifiers.contract import StandIn
 from components.models.purifiers.controls import GaussianNoise, Identity, Threshold
 from pipelines.tasks.entries import Entry, Plan, check_set, other_baselines
 from pipelines.tasks.scoring import Result, score_sets
@@ -134,6 +135,46 @@ def test_a_defense_that_remembers_its_questions_is_caught(rows: int, tmp_path: P
         score = result.scores[RUNGS[0]]
         found = same_answer(RUNGS[0], result.answers[RUNGS[0]], score.score, 1, rough=False)
         assert not found.passed, found.detail
+
+
+class Negative(Purifier):
+    """Leaves images as they are, and claims to come from a network whose pass is the negative."""
+
+    stand_ins = ("direct",)
+
+    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return x.clone()
+
+    def stand_in(self, kind: StandIn, x: Tensor, stream: NoiseStream | None) -> Tensor:
+        return 1 - x
+
+
+class Negatives(Config):
+    kind: Literal["negatives"]
+
+    def build(self, shape: tuple[int, int, int]) -> Purifier:
+        return Negative()
+
+
+def test_what_an_attack_saw_of_one_pass_is_not_held_against_the_defense(tmp_path: Path) -> None:
+    """The attack fools the pass at once and stops; the defense is right about what it left."""
+    entry, plan = made(tmp_path, Negatives(kind="negatives"), N, ("network/pgd",), right=True)
+    stops = PGD.model_copy(update={"steps": 3, "early_stop": True})
+    plan = replace(plan, attacks={"pgd": stops})
+    images = image_set.read(plan.test)
+    found = craft(stops, entry.subject.defense(), "network", images, THREAT, 0, 5)
+    saved = found.fooled & ~found.success
+    assert saved.any() and found.forward[saved].max() < stops.effort(2, False).forward
+    folder = entry.sets["network/pgd"]
+    facts = {**shards.read_manifest(folder), "attack": stops.model_dump(mode="json")}
+    write_crafted(folder / shard_name(0), found)
+    write_crafted_manifest(folder, SHAPE, facts)
+    (result,) = scored_together([entry], plan)
+    scored = summary(entry, result, plan, images)
+    findings = {finding.name: finding for finding in scored.checks.findings}
+    assert findings["effort/network/pgd"].passed and findings["provenance/network/pgd"].passed
+    assert "same_answer/network/pgd" not in findings and not result.answers
+    assert scored.white_box is None and "network" in scored.rungs
 
 
 def test_an_example_is_rounded_where_an_image_withstands(tmp_path: Path) -> None:

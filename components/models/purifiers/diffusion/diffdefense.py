@@ -18,7 +18,7 @@ step follows; pixels are clipped to [0,1].
 
 `ddim` is neither paper nor code: T* DDIM steps without noise, spread over all trained levels, the
 true gradient through all of them, and Adam at the constant `rate`. So z starts at the highest
-level, the only one where a trained network expects nothing but noise, and the descent converges.
+level, where a network trained down to pure noise expects it.
 
 In all modes the gradient of the purified image is exact and includes the U-Net. If a gradient is
 needed, only the best start is computed again with a graph, because the choice of the start is
