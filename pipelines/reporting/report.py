@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from components.attacks.contract import MODES, Attack
+from components.attacks.contract import MODES
 from components.data import image_set
 from components.data.shards import write_bytes
 from components.evaluation.counting import Effort
@@ -159,15 +158,14 @@ def write_report(
     write_bytes(out, html.encode())
 
 
-def _settings(entries: Sequence[Entry]) -> list[tuple[str, dict[str, Any]]]:
+def _settings(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """Return every attack of any ladder as (name, settings), once for all that are alike."""
-    found: dict[tuple[str, Attack], None] = {}
-    for entry in entries:
-        found |= {(attack_of(name), attack): None for name, attack in entry.attacks.items()}
-    return [
-        (name, attack.model_dump(mode="json", exclude_none=True))
-        for name, attack in sorted(found, key=lambda one: one[0])
-    ]
+    named = {
+        (attack_of(name), settings(attack.model_dump(mode="json", exclude_none=True)))
+        for entry in entries
+        for name, attack in entry.attacks.items()
+    }
+    return sorted(named)
 
 
 def template(name: str) -> Template:

@@ -118,7 +118,7 @@ def test_the_seed_of_a_network_follows_its_name_and_the_seed_of_the_line() -> No
     [
         (train_purifier, "purifier", "masked", {}),
         (distill_purifier, "student", "student_adaptive",
-         {"adversarial_teacher": "defense_teacher", "normal_teacher": "normal_teacher"}),
+         {"first_teacher": "defense_teacher", "last_teacher": "normal_teacher"}),
     ],
 )  # fmt: skip
 def test_a_trial_trains_the_network_that_the_stage_would(

@@ -30,8 +30,8 @@ def study_setup(name: str, **space: dict) -> StudySetup:
     sections = {key: document[key] for key in ("purifiers", "students", "atop", "defenses")}
     here = Path("nowhere")
     return StudySetup(
-        study, sections, everything, everything.attacks, everything.scoring, everything.resources,
-        here, here, here, here,
+        study, sections, everything, everything.threat, everything.attacks, everything.scoring,
+        everything.resources, here, here, here, here,
     )  # fmt: skip
 
 
