@@ -86,3 +86,84 @@ def test_a_profile_or_a_file_is_needed_and_not_both(tmp_path: Path) -> None:
     for argv in ([], ["digits", "--from", str(tmp_path / "best.yaml")]):
         with pytest.raises(ConfigError, match="give a profile, or --from a file of values"):
             configure.main(argv)
+
+
+def test_the_norm_of_a_threat_is_switched_whole_or_key_by_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for overrides in (
+        ["threat={norm: l2, eps_l2: 1.5}"],
+        ["threat.norm=l2", "threat.eps_l2=1.5"],
+    ):
+        made = Params.model_validate(
+            YAML(typ="safe", pure=True).load(configure.compose("digits", overrides))
+        )
+        assert made.threat.model_dump() == {"norm": "l2", "eps_l2": 1.5}
+        assert made.training_threat.norm == "linf", "a test changes no training"
+
+
+OLD = """\
+# The field's radius.
+threat: {norm: linf, eps_255: 51}
+purifiers:
+  masked:
+    objective: {kind: reconstruction}
+    training: {optimiser: adam_gan}
+students:
+  student:
+    # Two teachers.
+    adversarial_teacher: first
+    normal_teacher: second
+atop: {}
+attacks:
+  bim: {kind: bim, steps: 20, step: 0.1, eot: 4}
+defenses:
+  one: {model: student, inference: {kind: diffdefense, mode: faithful}}
+controls: {}
+"""
+NEW = """\
+# The field's radius.
+threat: {norm: linf, eps_255: 51}
+training_threat: {norm: linf, eps_255: 51}
+purifiers:
+  masked:
+    objective: {kind: reconstruction, loss: mse}
+    training: {optimiser: {kind: adam, betas: [0.5, 0.9]}}
+students:
+  student:
+    # Two teachers.
+    teachers: [first, second]
+atop: {}
+attacks:
+  bim: {kind: bim, steps: 20, step: 0.1, early_stop: true, eot: 4}
+defenses:
+  one: {classifier: standard, model: student, inference: {kind: diffdefense, mode: ddim}}
+controls: {}
+"""
+
+
+def test_an_older_file_gets_the_keys_it_lacks_and_keeps_the_rest_as_it_is_written() -> None:
+    assert configure.migrated(OLD) == NEW
+    assert configure.migrated(NEW) == NEW, "nothing is done twice"
+
+
+def test_files_of_this_version_need_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    read = YAML(typ="safe", pure=True).load
+    for path in (ROOT / "params.yaml", *(ROOT / "profiles").glob("*.yaml")):
+        assert read(configure.migrated(path.read_text())) == read(path.read_text()), path
+
+
+def test_an_older_file_is_refused_by_a_sentence_that_says_what_to_do(tmp_path: Path) -> None:
+    folder = project.copy_to(tmp_path / "project")
+    text = (ROOT / "params.yaml").read_text()
+    line = "training_threat: {norm: linf, eps_255: 51}\n"
+    (folder / "params.yaml").write_text(text.replace(line, ""))
+    code, printed = project.run(folder, sys.executable, "-m", "pipelines", "resolve_ladders")
+    assert code == 2 and "Traceback" not in printed
+    assert "training_threat is missing; `limpid configure --migrate` brings" in printed
+    command = [sys.executable, "-m", "pipelines", "configure", "--migrate"]
+    assert project.run(folder, *command)[0] == 0
+    assert (folder / "params.yaml").read_text() == text
+    assert project.run(folder, sys.executable, "-m", "pipelines", "resolve_ladders")[0] == 0
