@@ -78,8 +78,7 @@ def fit(
     never change (`Taught`) are computed once, before the first step; the weights are the same as if
     every step computed them. The host reads values from the device once an epoch. Raises ValueError
     if the batch is larger than the data or not divisible by the workers, if `attacked` meets an
-    augmentation, or the device lacks the
-    precision; Diverged if the loss is not finite.
+    augmentation, or the device lacks the precision; Diverged if the loss is not finite.
     """
     rank, world = _rank_and_world()
     if config.batch_size > len(data) or config.batch_size % world:
