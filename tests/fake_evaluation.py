@@ -31,6 +31,7 @@ from pipelines.reporting.report import write_report
 from pipelines.tasks.entries import Entry, Plan
 from pipelines.tasks.metrics import (
     Checks,
+    CleanScore,
     Estimate,
     Headline,
     Metrics,
@@ -223,6 +224,8 @@ class FakeEvaluation:
             findings.append(Finding(**void, detail="100.0% of 12 images have a zero gradient"))
         distance = {name: np.full(N, 1.25) for name in right}
         scored = {"clean": score(N), **{name: score(count) for name, count in right.items()}}
+        # On the first image the classifier was wrong, and a right answer does not agree.
+        agreed = {n: one.accuracy() * (np.arange(N) > 0) for n, one in scored.items()}
         detector = _detector(entry.name, list(right))
         first = self.test[torch.arange(3)]
         sets = {name: read_crafted(folder).images[:3] for name, folder in entry.sets.items()}
@@ -231,8 +234,8 @@ class FakeEvaluation:
         efforts = {"full/pgd": EFFORT} if entry.name in ("none", "rounded", "student_grey") else {}
         rounded = score(N if entry.name == EVIL else 6)
         return Result(
-            scored, inside, {}, distance, findings, unseen, rounded, detector, panels, efforts,
-            {}, {},
+            scored, agreed, inside, {}, distance, findings, unseen, rounded, detector, panels,
+            efforts, {}, {},
         )  # fmt: skip
 
 
@@ -256,7 +259,7 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
         "role": "defense",
         "digest": "",
         "stochastic": False,
-        "clean": one,
+        "clean": CleanScore(**dict(one), agreement=accuracy),
         "headline": Headline(**dict(one), upper_bound=False),
         "per_class": {},
         "carried_by": {},

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from components.attacks import Crafted
 from components.data.draws import Role
-from components.models.accuracy import Counts, Values, count_and_detect, count_correct
+from components.models.accuracy import (
+    Classes,
+    Counts,
+    Values,
+    count_correct,
+    predict,
+    predict_and_detect,
+    times,
+)
 from components.models.defense import Defense
 from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
@@ -86,6 +94,19 @@ class Effort:
         return [(int(k), float(1 - (self.fooled & (self.passes <= k)).mean())) for k in counts]
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a defense did on images: its `score`, and its predictions (D,N) behind `score.score`.
+
+    `detected` are the detector scores (N,) of the images purified for it, None for a random
+    defense, whose detector has noise of its own, and without a purifier.
+    """
+
+    score: Score
+    predicted: Classes
+    detected: Values | None
+
+
 def count_score(
     defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
     select_draws: int, score_draws: int, batch: int,
@@ -94,59 +115,69 @@ def count_score(
 
     A deterministic defense is evaluated once, for both.
     """
-    draws = score_draws if defense.stochastic else 1
-    scored = count_correct(defense, images, labels, ids, seed, role, draws, batch)
-    if not defense.stochastic:
-        return Score(draws, scored, scored)
-    chosen = count_correct(defense, images, labels, ids, seed, "select", select_draws, batch)
-    return Score(draws, chosen * draws // select_draws, scored)
+    predicted = predict(defense, images, ids, seed, role, score_draws, batch)
+    return _scored(predicted, defense, images, labels, ids, seed, select_draws, batch)
 
 
 def count_with_detector(
     defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int, role: Role,
     select_draws: int, score_draws: int, batch: int,
-) -> tuple[Score, Values | None]:  # fmt: skip
-    """Count as `count_score`, and return the detector scores (N,) of the images purified for it.
-
-    None for a random defense, whose detector has noise of its own, and without a purifier.
-    """
+) -> Counted:  # fmt: skip
+    """Count as `count_score`; no image is purified again for the detector scores."""
+    detected = None
     if defense.stochastic or defense.purifier is None:
-        score = count_score(
-            defense, images, labels, ids, seed, role, select_draws, score_draws, batch
-        )
-        return score, None
-    right, values = count_and_detect(defense, images, labels, batch)
-    return Score(1, right, right), values
+        predicted = predict(defense, images, ids, seed, role, score_draws, batch)
+    else:
+        predicted, detected = predict_and_detect(defense, images, batch)
+    score = _scored(predicted, defense, images, labels, ids, seed, select_draws, batch)
+    return Counted(score, predicted, detected)
+
+
+def _scored(
+    predicted: Classes, defense: Defense, images: Tensor, labels: Tensor, ids: Tensor, seed: int,
+    select_draws: int, batch: int,
+) -> Score:  # fmt: skip
+    draws, right = len(predicted), times(predicted, labels.cpu().numpy())
+    if not defense.stochastic:
+        return Score(draws, right, right)
+    chosen = count_correct(defense, images, labels, ids, seed, "select", select_draws, batch)
+    return Score(draws, chosen * draws // select_draws, right)
 
 
 def count_sets(
     defense: Defense, sets: Mapping[str, Tensor], positions: Tensor, labels: Tensor, ids: Tensor,
     seed: int, select_draws: int, score_draws: int, batch: int,
-) -> tuple[dict[str, Score], dict[str, Values]]:  # fmt: skip
-    """Count right answers on adversarial sets of the same images, (N,C,H,W) by name.
-
-    Also returns the detector scores of the sets, where `count_with_detector` has them.
+) -> dict[str, Counted]:  # fmt: skip
+    """Count on adversarial sets of the same images, (N,C,H,W) by name.
 
     The sets take turns: each round asks about every image once, in another set from image to image,
     by their `positions` (N,) in the data. So every set is the first for some of the images. A
     defense that remembers what it was asked has then seen nothing near them, and answers otherwise
     than the attack was answered (`same_answer`). An honest defense answers alike in any order.
     """
-    names, counted = list(sets), np.zeros((2, len(sets), len(ids)), dtype=np.int64)
-    detected = np.zeros((len(sets), len(ids)))
+    names, rows, values = list(sets), np.arange(len(ids)), None
     draws = score_draws if defense.stochastic else 1
-    rows, values = np.arange(len(ids)), None
+    counted = np.zeros((2, len(sets), len(ids)), dtype=np.int64)
+    predicted = np.zeros((draws, len(sets), len(ids)), dtype=np.int64)
+    detected = np.zeros((len(sets), len(ids)))
     for turn in range(len(names)):
         which = ((positions + turn) % len(names)).numpy()
         mixed = torch.stack([sets[names[index]][row] for row, index in enumerate(which)])
-        score, values = count_with_detector(
+        one = count_with_detector(
             defense, mixed, labels, ids, seed, "score", select_draws, score_draws, batch
         )
-        counted[:, which, rows] = score.select, score.score
+        counted[:, which, rows] = one.score.select, one.score.score
+        predicted[:, which, rows], values = one.predicted, one.detected
         if values is not None:
             detected[which, rows] = values
-    scores = {name: Score(draws, *counted[:, index]) for index, name in enumerate(names)}
-    return scores, {} if values is None else dict(zip(names, detected, strict=True))
+    return {
+        name: Counted(
+            Score(draws, *counted[:, index]),
+            predicted[:, index],
+            None if values is None else detected[index],
+        )
+        for index, name in enumerate(names)
+    }
 
 
 def per_class(

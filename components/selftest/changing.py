@@ -37,8 +37,8 @@ def against(defense: Defense, toy: Toy, attack: Attack = PGD, threat: Linf = THR
 def scored(defense: Defense, toy: Toy, sets: Mapping[str, Tensor]) -> dict[str, Counts]:
     """Return how often a defense is right (N,) on each of some sets (N,C,H,W)."""
     data, rows = toy.under_attack(), torch.arange(PROBED)
-    scores, _ = count_sets(defense, sets, rows, data.labels, data.ids, 0, 1, 1, BATCH)
-    return {name: score.score for name, score in scores.items()}
+    counted = count_sets(defense, sets, rows, data.labels, data.ids, 0, 1, 1, BATCH)
+    return {name: one.score.score for name, one in counted.items()}
 
 
 def _remembering(toy: Toy) -> Defense:

@@ -37,7 +37,8 @@ def write_plots(
     write_bytes(out / "ladder.svg", _picture(ladders, scored, metrics.threat_model.n))
     for name, sets in efforts.items():
         # DVC refuses an empty plot: where nothing was probed, the curve is its left end.
-        clean = RadiusPoint(**dict(scored[name].clean), radius=0.0)
+        one = scored[name].clean
+        clean = RadiusPoint(accuracy=one.accuracy, low=one.low, high=one.high, n=one.n, radius=0.0)
         probe = scored[name].radius_curve or [clean]
         columns = ("radius", "accuracy", "low", "high", "n")
         rows = [{column: getattr(point, column) for column in columns} for point in probe]

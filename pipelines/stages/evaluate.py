@@ -193,7 +193,7 @@ def count_all(
         ]
         # No worker asks about a clean image before the sets of all entries are scored.
         first = context.map(score_sets, tasks)
-        after = [{**task, "counted": one} for task, one in zip(tasks, first, strict=True)]
+        after = [{**task, "attacked": one} for task, one in zip(tasks, first, strict=True)]
         results = context.map(score_shard, after)
         recounted = context.map(
             recount, [{"classifier": folder, "plan": plan} for folder in classifiers]

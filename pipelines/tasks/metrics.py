@@ -49,14 +49,25 @@ class Headline(Estimate):
     upper_bound: bool
 
 
+class CleanScore(Estimate):
+    """The accuracy on clean images.
+
+    `agreement` is how often the prediction is that of the bare classifier on the clean image.
+    """
+
+    agreement: float
+
+
 class AttackScore(Estimate):
     """The accuracy on one stored set, and what tables call its attack (`label`).
 
+    `agreement` is how often the prediction is that of the bare classifier on the clean image;
     `region` is the threat that the attack stays inside by itself, "" where it minimises a distance;
     `bounded`: that is the primary one; `inside`: the fraction of its images that lie in this ball;
     `median_l2`: the median L2 distance to the clean images, in pixels of [0,1].
     """
 
+    agreement: float
     label: str
     region: str
     bounded: bool
@@ -213,7 +224,7 @@ class Scored(Config):
     role: EntryRole
     digest: str
     stochastic: bool
-    clean: Estimate
+    clean: CleanScore
     headline: Headline
     per_class: dict[str, Estimate]
     carried_by: dict[str, int]

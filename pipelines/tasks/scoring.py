@@ -26,6 +26,7 @@ from components.data.image_set import ImageSet
 from components.data.shards import shard_rows
 from components.evaluation.counting import (
     CLEAN,
+    Counted,
     Effort,
     Score,
     count_sets,
@@ -34,11 +35,12 @@ from components.evaluation.counting import (
 )
 from components.evaluation.detection import DetectorScores, detector_scores
 from components.evaluation.detection import merge as merge_detector_scores
-from components.models.accuracy import Counts, Values, count_correct
+from components.models.accuracy import Classes, Counts, count_correct, predict, times
 from components.models.checkpoints import load, read_card
 from components.models.defense import Defense
 from components.models.identity import state_digest
 from components.probes import Finding
+from components.probes.contract import Accuracies
 from components.probes.models import recorded_accuracy, unchanged
 from pipelines.tasks.entries import Entry, Plan, Sound, read_sound, worst_of_baselines
 from pipelines.tasks.metrics import rung_of
@@ -50,15 +52,14 @@ Inside = Mapping[str, npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Attacked:
-    """What was counted before any clean image: `scores` by rung/attack of the sets that count.
+    """What was counted before any clean image: by rung/attack, of the sets that count.
 
-    `transferred` are the scores of `worst_of_baselines`. `detected` are the detector scores of the
-    sets, where they come with the answers. `state` is whether the scoring changed the defense.
+    `transferred` are the scores of `worst_of_baselines`. `state` is whether the scoring changed the
+    defense.
     """
 
-    scores: Mapping[str, Score]
+    counted: Mapping[str, Counted]
     transferred: Mapping[str, Score]
-    detected: Mapping[str, Values]
     state: Finding
 
 
@@ -66,18 +67,20 @@ class Attacked:
 class Result:
     """What was counted of one entry.
 
-    `scores` by rung/attack and `clean`; `inside` (N,) bool and `distance` (N,) L2 of every set;
-    `elsewhere` says by the labels of further threats what `inside` says of the primary one;
-    `unseen` are right answers (clean, under the worst examples) of a classifier that played no
-    part in training, behind the same purifier; `rounded` those on the worst examples rounded to 8
-    bits, among equal ones the last; `detector` are the detector scores, None where the purifier is
-    no detector; `panels` are pictures of every set; `efforts` are the passes that white-box sets
-    cost whose attack stops at success; `answers` are what attacks were answered about the sets that
-    they made of this entry; `transferred` are scores under the worst examples of other baselines,
-    by their names, and count for the check `transfer_attack` alone.
+    `scores` by rung/attack and `clean`; `agreed` (N,) by the same names is how often, of all draws,
+    the prediction is that of the bare classifier on the clean image; `inside` (N,) bool and
+    `distance` (N,) L2 of every set; `elsewhere` says by the labels of further threats what `inside`
+    says of the primary one; `unseen` are right answers (clean, under the worst examples) of a
+    classifier that played no part in training, behind the same purifier; `rounded` those on the
+    worst examples rounded to 8 bits, among equal ones the last; `detector` are the detector scores,
+    None where the purifier is no detector; `panels` are pictures of every set; `efforts` are the
+    passes that white-box sets cost whose attack stops at success; `answers` are what attacks were
+    answered about the sets that they made of this entry; `transferred` are scores under the worst
+    examples of other baselines, by their names, and count for the check `transfer_attack` alone.
     """
 
     scores: Mapping[str, Score]
+    agreed: Mapping[str, Accuracies]
     inside: Inside
     elsewhere: Mapping[str, Inside]
     distance: Mapping[str, npt.NDArray[np.float64]]
@@ -112,19 +115,18 @@ def score_sets(entry: Entry, plan: Plan, sound: Sound, shard: int, device: str) 
     own = {name: one.images for name, one in read_sound(entry, sound, images, rows).items()}
     others = worst_of_baselines(entry, plan, sound, images, rows)
     # Names of sets have a slash, and names of baselines have none.
-    scores, detected = count_sets(
+    counted = count_sets(
         defense, {**own, **others}, torch.tensor(rows), images.labels, images.ids, plan.seed,
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
     state = unchanged(before, state_digest(defense), defense.training)
     return Attacked(
-        {name: scores[name] for name in own}, {name: scores[name] for name in others},
-        {name: detected[name] for name in own if detected}, state,
+        {name: counted[name] for name in own}, {name: counted[name].score for name in others}, state
     )  # fmt: skip
 
 
 def score_shard(
-    entry: Entry, plan: Plan, sound: Sound, shard: int, counted: Attacked, device: str
+    entry: Entry, plan: Plan, sound: Sound, shard: int, attacked: Attacked, device: str
 ) -> Result:
     """Score one entry on one shard of the test set, after its sets; runs in a worker.
 
@@ -138,13 +140,13 @@ def score_shard(
     pixels = some.pixels()
     mine = read_sound(entry, sound, some, parts[shard])
     sets = {CLEAN: pixels, **{name: one.images for name, one in mine.items()}}
-    clean, detected = _clean(defense, some, plan)
-    scores = {CLEAN: clean, **counted.scores}
+    counted = {CLEAN: _clean(defense, some, plan), **attacked.counted}
+    scores = {name: one.score for name, one in counted.items()}
     inside, elsewhere = _inside(sets, pixels, plan.threat), _elsewhere(entry, sets, pixels, plan)
     l2 = L2(norm="l2", eps_l2=1.0)
     distance = {name: l2.distance(x, pixels).numpy() for name, x in sets.items()}
     chosen, _ = worst(within_threat(scores, inside), list(scores))
-    attacked = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
+    worst_images = torch.stack([sets[name][row] for row, name in enumerate(chosen)])
     # Of an image that withstands, an example is rounded; its clean image is at whole levels.
     chosen, _ = worst(within_threat(scores, inside), list(scores)[::-1])
     last = torch.stack(
@@ -153,16 +155,19 @@ def score_shard(
     other = Defense(load(plan.unseen, device), defense.purifier).freeze()
     unseen = (
         _once(other, pixels, some, plan, "clean"),
-        _once(other, attacked, some, plan, "score"),
+        _once(other, worst_images, some, plan, "score"),
     )
     rounded = _once(defense, in_levels(last, pixels, plan.threat), some, plan, "score")
     val = image_set.read(plan.val, _share(plan.val, shard, len(parts)))
-    known = {} if detected is None else {CLEAN: detected, **counted.detected}
+    known = {name: one.detected for name, one in counted.items() if one.detected is not None}
     detector = detector_scores(
         defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch, known
     )
     state = unchanged(before, state_digest(defense), defense.training)
-    panels = _panels(defense, some, sets, scores[CLEAN], plan) if shard == 0 else {}
+    bare = Defense(defense.classifier, None)
+    said = predict(bare, pixels, some.ids, plan.seed, "clean", 1, plan.batch)[0]
+    agreed = {name: times(one.predicted, said) / one.score.draws for name, one in counted.items()}
+    panels = _panels(defense, some, sets, scores[CLEAN], said, plan) if shard == 0 else {}
     spent = {
         name: Effort.of(one)
         for name, one in mine.items()
@@ -173,10 +178,10 @@ def score_shard(
         for name, one in mine.items()
         if rung_of(name) not in UNASKED
     }
-    findings = [state if counted.state.passed else counted.state]
+    findings = [state if attacked.state.passed else attacked.state]
     return Result(
-        scores, inside, elsewhere, distance, findings, unseen, rounded, detector, panels, spent,
-        answers, counted.transferred,
+        scores, agreed, inside, elsewhere, distance, findings, unseen, rounded, detector, panels,
+        spent, answers, attacked.transferred,
     )  # fmt: skip
 
 
@@ -197,6 +202,7 @@ def merge(results: Sequence[Result]) -> Result:
     first = results[0]
     return Result(
         scores={name: _joined([one.scores[name] for one in results]) for name in first.scores},
+        agreed={n: np.concatenate([one.agreed[n] for one in results]) for n in first.agreed},
         inside=_whole([one.inside for one in results]),
         elsewhere={
             label: _whole([one.elsewhere[label] for one in results]) for label in first.elsewhere
@@ -294,18 +300,18 @@ def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:
 
 
 def _panels(
-    defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], clean: Score, plan: Plan
-) -> dict[str, Panel]:
+    defense: Defense, images: ImageSet, sets: Mapping[str, Tensor], clean: Score,
+    said: Classes, plan: Plan,
+) -> dict[str, Panel]:  # fmt: skip
     """Picture the first images that the bare classifier gets right, and the defense mostly."""
-    bare = Defense(defense.classifier, None)
-    right = _once(bare, images.pixels(), images, plan, "clean").score > 0
+    right = said == images.labels.numpy()
     rows = torch.from_numpy((right & (2 * clean.score > clean.draws)).nonzero()[0])
     rows = rows[: plan.scoring.shown]
     crafted = {name: x[rows] for name, x in sets.items() if name != CLEAN}
     return render(defense, images[rows], crafted, plan.seed, plan.batch)
 
 
-def _clean(defense: Defense, images: ImageSet, plan: Plan) -> tuple[Score, Values | None]:
+def _clean(defense: Defense, images: ImageSet, plan: Plan) -> Counted:
     return count_with_detector(
         defense, images.pixels(), images.labels, images.ids, plan.seed, "clean",
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,

@@ -81,7 +81,9 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
         role=entry.role,
         digest=entry.subject.digest(),
         stochastic=entry.subject.stochastic(),
-        clean=_estimate(clean.accuracy()),
+        clean=metrics.CleanScore(
+            **dict(_estimate(clean.accuracy())), agreement=float(result.agreed[CLEAN].mean())
+        ),
         headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
         per_class={name: Estimate.model_validate(one) for name, one in classes.items()},
         carried_by={n: chosen.count(n) for n in dict.fromkeys(chosen)},
@@ -245,6 +247,7 @@ def _attacks(
     return {
         name: metrics.AttackScore(
             **dict(_estimate(score.accuracy())),
+            agreement=float(result.agreed[name].mean()),
             label=entry.attacks[name].label(attack_of(name), classes),
             region=entry.attacks[name].region(plan.threat),
             bounded=plan.bounded(entry.attacks[name]),

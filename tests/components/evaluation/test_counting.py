@@ -24,7 +24,7 @@ from components.evaluation.counting import (
     worst_of,
     worst_of_all,
 )
-from components.models.accuracy import count_correct
+from components.models.accuracy import UNREADABLE, count_correct, times
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.purifiers import Purifier
@@ -380,15 +380,37 @@ def test_an_honest_defense_answers_alike_in_any_order(
     defense = Defense(classifier, purifier and purifier.build(test_set.shape)).freeze()
     clean, labels, ids = test_set.pixels(), test_set.labels, test_set.ids
     moved = {f"{k}": (clean + 0.1 * k * (clean - 0.5)).clamp(0, 1) for k in (-4, 1, 3)}
-    found, _ = count_sets(defense, moved, torch.arange(len(ids)), labels, ids, 3, 4, 6, 50)
+    found = count_sets(defense, moved, torch.arange(len(ids)), labels, ids, 3, 4, 6, 50)
     assert list(found) == list(moved)
     for name, x in moved.items():
         alone = count_score(defense, x, labels, ids, 3, "score", 4, 6, 50)
-        assert found[name].draws == alone.draws
-        np.testing.assert_array_equal(found[name].select, alone.select)
-        np.testing.assert_array_equal(found[name].score, alone.score)
+        assert found[name].score.draws == alone.draws
+        np.testing.assert_array_equal(found[name].score.select, alone.select)
+        np.testing.assert_array_equal(found[name].score.score, alone.score)
+
+
+def test_predictions_are_held_against_any_classes() -> None:
+    """Of two draws on four images; what cannot be read agrees with nothing."""
+    predicted = np.array([[0, 1, UNREADABLE, UNREADABLE], [0, 2, 1, UNREADABLE]])
+    assert times(predicted, np.array([0, 2, 1, UNREADABLE])).tolist() == [2, 1, 1, 0]
+
+
+def test_the_predictions_of_every_set_are_its_own() -> None:
+    """Image k of set s holds 3 s + k: a table gives its class, and one row is no number."""
+    classes = torch.tensor([2, 0, 1, 1, 2, 0])
+    logits = torch.eye(3)[classes]
+    logits[4] = torch.nan
+    x = torch.arange(6.0).reshape(2, 3, 1, 1, 1) / 255
+    rows, labels = torch.arange(3), torch.tensor([2, 2, 1])
+    sets = {"full/a": x[0], "full/b": x[1]}
+    found = count_sets(Defense(Fixed(logits), None), sets, rows, labels, rows, 0, 1, 1, 2)
+    assert {name: one.predicted.tolist() for name, one in found.items()} == {
+        "full/a": [[2, 0, 1]], "full/b": [[1, UNREADABLE, 0]],
+    }  # fmt: skip
+    assert found["full/a"].score.score.tolist() == [1, 0, 1]
+    assert found["full/b"].score.score.tolist() == [0, 0, 0]
 
 
 def test_where_there_are_no_sets_nothing_is_counted() -> None:
     nothing, rows = dict[str, Tensor](), torch.arange(2)
-    assert count_sets(Defense(Threshold(), None), nothing, rows, rows, rows, 0, 1, 1, 5) == ({}, {})
+    assert count_sets(Defense(Threshold(), None), nothing, rows, rows, rows, 0, 1, 1, 5) == {}

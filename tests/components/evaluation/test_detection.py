@@ -21,7 +21,7 @@ from components.evaluation.detection import (
     threshold,
     withstood,
 )
-from components.models.accuracy import count_and_detect
+from components.models.accuracy import UNREADABLE, predict_and_detect
 from components.models.defense import Defense
 from components.models.purifiers.contract import Purifier
 
@@ -181,16 +181,17 @@ def test_an_image_is_purified_once_for_its_answer_and_its_detector_score() -> No
     x, ids, labels = torch.rand(7, 1, 2, 2), torch.arange(7), torch.arange(7) % 2
     sets = {"full/a": x, "full/b": (x + 0.3).clamp(0, 1), "full/c": x.flip(3)}
     defense = Defense(classifier, Listening()).freeze()
-    scores, detected = count_sets(defense, sets, ids, labels, ids, 0, 2, 2, 3)
-    clean, value = count_with_detector(defense, 1 - x, labels, ids, 0, "clean", 2, 2, 3)
-    assert isinstance(defense.purifier, Listening) and value is not None
+    counted = count_sets(defense, sets, ids, labels, ids, 0, 2, 2, 3)
+    clean = count_with_detector(defense, 1 - x, labels, ids, 0, "clean", 2, 2, 3)
+    assert isinstance(defense.purifier, Listening)
     assert len(torch.cat(defense.purifier.asked)) == 4 * len(x)
     every = {"clean": 1 - x, **sets}
     apart = detector_scores(Defense(classifier, Halve()), every, ids, x[:0], ids[:0], 0, 3, {})
-    assert apart is not None and list(detected) == list(sets)
-    for name, one in {"clean": value, **detected}.items():
-        np.testing.assert_allclose(one, apart.score[name], rtol=1e-6)
-    for name, one in {"clean": clean, **scores}.items():
+    assert apart is not None and list(counted) == list(sets)
+    for name, each in {"clean": clean, **counted}.items():
+        one = each.score
+        assert each.detected is not None
+        np.testing.assert_allclose(each.detected, apart.score[name], rtol=1e-6)
         other = count_score(
             Defense(classifier, Halve()), every[name], labels, ids, 0, "score", 2, 2, 7
         )
@@ -206,13 +207,13 @@ def test_without_a_deterministic_purifier_no_detector_score_comes_with_an_answer
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
     x, ids, labels = torch.rand(7, 1, 2, 2), torch.arange(7), torch.arange(7) % 2
     defense = Defense(classifier, purifier).freeze()
-    scores, detected = count_sets(defense, {"full/a": x}, ids, labels, ids, 0, 2, 4, 3)
-    score, value = count_with_detector(defense, x, labels, ids, 0, "score", 2, 4, 3)
-    assert detected == {} and value is None
-    assert np.array_equal(scores["full/a"].score, score.score)
+    one = count_sets(defense, {"full/a": x}, ids, labels, ids, 0, 2, 4, 3)["full/a"]
+    alone = count_with_detector(defense, x, labels, ids, 0, "score", 2, 4, 3)
+    assert one.detected is None and alone.detected is None
+    assert np.array_equal(one.score.score, alone.score.score)
     if defense.stochastic:
         with pytest.raises(ValueError, match="random defense"):
-            count_and_detect(defense, x, labels, 3)
+            predict_and_detect(defense, x, 3)
 
 
 def test_an_answer_that_is_no_number_is_wrong_beside_a_detector_score() -> None:
@@ -222,9 +223,10 @@ def test_an_answer_that_is_no_number_is_wrong_beside_a_detector_score() -> None:
 
     x = torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1)
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).requires_grad_(False)
-    labels = classifier(x).argmax(1)
-    right, values = count_and_detect(Defense(classifier, Broken()).freeze(), x, labels, 5)
-    assert right.tolist() == [1, 0] and values[0] == 0 and np.isnan(values[1])
+    answer = int(classifier(x).argmax(1)[0])
+    predicted, values = predict_and_detect(Defense(classifier, Broken()).freeze(), x, 5)
+    assert predicted.tolist() == [[answer, UNREADABLE]]
+    assert values[0] == 0 and np.isnan(values[1])
 
 
 def test_the_control_is_the_squared_distance_from_black_and_white() -> None:

@@ -13,7 +13,7 @@ from toys import LINF, head, parse_attack
 from components.attacks import craft
 from components.data.image_set import ImageSet
 from components.evaluation.detection import detector_scores
-from components.models.accuracy import count_and_detect, count_correct
+from components.models.accuracy import count_correct, predict_and_detect
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
 from components.models.precision import float32_products, full_precision, require_device
@@ -144,8 +144,8 @@ def test_whatever_is_on_outside_a_defense_is_called_in_full_float32(
     defense = Defense(Witness(classifier, seen), WitnessPurifier(seen)).freeze()
     calls: dict[str, Callable[[], Any]] = {
         "count_correct": lambda: count_correct(defense, pixels, labels, ids, 0, "score", 1, 8),
-        "count_and_detect": lambda: count_and_detect(
-            Defense(Witness(classifier, seen), None), pixels, labels, 8
+        "predict_and_detect": lambda: predict_and_detect(
+            Defense(Witness(classifier, seen), None), pixels, 8
         ),
         "craft": lambda: craft(parse_attack("fgsm"), defense, "full", data, LINF, 0, 8),
         "probe": lambda: probe(

@@ -27,6 +27,7 @@ from pipelines.tasks import metrics
 from pipelines.tasks.metrics import (
     AttackScore,
     Checks,
+    CleanScore,
     Difference,
     Estimate,
     Headline,
@@ -110,7 +111,7 @@ def one(defended: Defended, name: str) -> Scored:
     return bare_scores(
         low,
         headline=Headline(**dict(estimate), upper_bound=False),
-        clean=Estimate(accuracy=0.95, low=0.9, high=1.0, n=50),
+        clean=CleanScore(accuracy=0.95, low=0.9, high=1.0, n=50, agreement=0.95),
         digest=subject.defense().digest,
         verdict=Verdict(standing=standing, rivals=["none"], adversarial_training=difference),
         checks=Checks(
@@ -497,7 +498,16 @@ def test_nothing_is_registered_by_a_damaged_lock(
 
 def test_the_ladder_that_is_registered_is_what_was_counted(store: Path) -> None:
     score = AttackScore(
-        accuracy=0.96, low=0, high=1, n=50, label="pgd", bounded=True, inside=1, median_l2=0.5
+        accuracy=0.96,
+        low=0,
+        high=1,
+        n=50,
+        agreement=0.96,
+        label="pgd",
+        region="linf 51/255",
+        bounded=True,
+        inside=1,
+        median_l2=0.5,
     )
     found = evaluated(load())
     atop = found.defenses["atop"].model_copy(update={"attacks": {"full/pgd": score}})

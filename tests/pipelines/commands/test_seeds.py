@@ -8,7 +8,7 @@ import pytest
 from fake_evaluation import bare_scores, fail_checks
 
 from pipelines.__main__ import main
-from pipelines.tasks.metrics import Estimate, Headline, LinfThreat, Metrics, Selftest
+from pipelines.tasks.metrics import CleanScore, Estimate, Headline, LinfThreat, Metrics, Selftest
 
 
 def write_run(tmp_path: Path, number: int, headline: float, **changes: Any) -> str:
@@ -17,7 +17,7 @@ def write_run(tmp_path: Path, number: int, headline: float, **changes: Any) -> s
     bound = changes.pop("bound", False)
     found = bare_scores(
         headline,
-        clean=Estimate(accuracy=0.9, **rung),
+        clean=CleanScore(accuracy=0.9, agreement=0.95, **rung),
         headline=Headline(accuracy=headline, upper_bound=False, **rung),
         rungs={
             "classifier": Estimate(accuracy=0.8, **rung),

@@ -31,7 +31,8 @@ KEYS: dict[int, dict[str, str]] = {
         "radius_curve checks certificate written_for not_better_than verdict",
         "Estimate": "accuracy low high n",
         "Headline": "accuracy low high n upper_bound",
-        "AttackScore": "accuracy low high n label region bounded inside median_l2",
+        "CleanScore": "accuracy low high n agreement",
+        "AttackScore": "accuracy low high n agreement label region bounded inside median_l2",
         "Elsewhere": "headline rungs",
         "RadiusPoint": "accuracy low high n radius",
         "IllusoryRung": "rung seen left",
@@ -139,7 +140,7 @@ def test_a_threat_in_l2_keeps_its_radius() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 3; `dvc repro`"),
+        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 4; `dvc repro`"),
         ({"schema_version": None}, "has no schema version, and this Limpid"),
         ({"seed": "0"}, "is damaged (seed: "),
         ({"surprise": 1}, "is damaged (surprise: "),

@@ -60,6 +60,34 @@ def plain(value: Any) -> Any:
     return plain(vars(value)) if hasattr(value, "__dict__") else value
 
 
+def test_agreement_is_with_the_prediction_of_the_bare_classifier_on_the_clean_image(
+    tmp_path: Path,
+) -> None:
+    entry, plan = made(tmp_path, Threshold(kind="threshold", at=0.5), 5)
+    (result,) = scored_together([entry], plan)
+    images, defense = image_set.read(plan.test), entry.subject.defense()
+    original = Subject(entry.subject.classifier).defense()(images.pixels()).argmax(1)
+    attacked = {name: read_crafted(folder).images for name, folder in entry.sets.items()}
+    assert set(result.agreed) == {"clean", *attacked}
+    for name, x in {"clean": images.pixels(), **attacked}.items():
+        agreed = (defense(x).argmax(1) == original).double()
+        assert result.agreed[name].tolist() == agreed.tolist()
+        assert result.agreed[name].mean() != result.scores[name].accuracy().mean()
+    written = summary(entry, result, plan, images)
+    assert written.clean.agreement == result.agreed["clean"].mean()
+    assert written.attacks["bpda/pgd"].agreement == result.agreed["bpda/pgd"].mean()
+
+
+def test_of_a_random_defense_agreement_is_the_mean_over_the_draws(tmp_path: Path) -> None:
+    """The labels are those of the classifier, so to agree is to be right."""
+    noise = GaussianNoise(kind="gaussian_noise", sigma=0.2)
+    entry, plan = made(tmp_path, noise, N, right=True)
+    (result,) = scored_together([entry], plan)
+    for name, score in result.scores.items():
+        assert result.agreed[name].tolist() == score.accuracy().tolist()
+    assert {0.25, 0.5, 0.75} & set(result.agreed["full/pgd"].tolist())
+
+
 @pytest.mark.parametrize(
     "control",
     [Threshold(kind="threshold", at=0.5), GaussianNoise(kind="gaussian_noise", sigma=0.2)],
@@ -160,7 +188,7 @@ def test_what_an_attack_saw_of_one_pass_is_not_held_against_the_defense(tmp_path
     """The attack fools the pass at once and stops; the defense is right about what it left."""
     entry, plan = made(tmp_path, Negatives(kind="negatives"), N, ("network/pgd",), right=True)
     stops = PGD.model_copy(update={"steps": 3, "early_stop": True})
-    plan = replace(plan, attacks={"pgd": stops})
+    entry = replace(entry, attacks={"network/pgd": stops})
     images = image_set.read(plan.test)
     found = craft(stops, entry.subject.defense(), "network", images, THREAT, 0, 5)
     saved = found.fooled & ~found.success
@@ -204,7 +232,8 @@ def attacked_baseline(root: Path, plan: Plan, attacked: Subject, threat: Linf = 
         "attack": PGD.model_dump(mode="json"), "threat": threat.model_dump(mode="json"),
     }  # fmt: skip
     write_crafted_manifest(folder, SHAPE, facts)
-    return Entry("strong", "baseline", attacked, folder / "checks.json", {RUNGS[0]: folder})
+    sets, attacks = {RUNGS[0]: folder}, {RUNGS[0]: PGD}
+    return Entry("strong", "baseline", attacked, folder / "checks.json", sets, attacks)
 
 
 @pytest.mark.parametrize("rows", [N, 5])
@@ -236,13 +265,17 @@ def test_only_sound_sets_of_another_classifier_are_tried(tmp_path: Path) -> None
         tried_on = replace(plan, baselines=[baseline])
         sound = sound_sets([entry, baseline], tried_on)
         found = score_sets(entry, tried_on, sound, 0, "cpu")
-        assert set(found.scores) == set(RUNGS)
+        assert set(found.counted) == set(RUNGS)
         return list(found.transferred)
 
     other = Subject(tmp_path / "copy")
     strong = attacked_baseline(tmp_path, plan, other)
     assert tried(strong) == ["strong"]
-    assert tried(replace(strong, sets={"fixed_noise/pgd": strong.sets[RUNGS[0]]})) == []
+    blind = {
+        "sets": {"fixed_noise/pgd": strong.sets[RUNGS[0]]},
+        "attacks": {"fixed_noise/pgd": PGD},
+    }
+    assert tried(replace(strong, **blind)) == []
     # Those against the own classifier are tried, too, unless the rung `classifier` has them.
     bare = Subject(entry.subject.classifier)
     own = replace(plan, baselines=[replace(strong, subject=bare)])
