@@ -35,6 +35,7 @@ from pipelines.config.sections import (
     Study,
     Trained,
     Tuning,
+    bare_baseline,
 )
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError, near
@@ -74,11 +75,6 @@ class Params(Trained):
     def scored(self) -> dict[str, Baseline | Defended | Control]:
         """Everything that is scored, by name."""
         return {**self.baselines, **self.defenses, **self.controls}
-
-    def bare(self, classifier: str) -> str | None:
-        """Return the baseline that scores a classifier alone; None where there is none."""
-        named = (name for name, one in self.baselines.items() if one.classifier == classifier)
-        return next(named, None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -206,7 +202,7 @@ def _check_scored(params: Params) -> None:
     for name, scored in params.scored.items():
         _require(f"{name}.classifier", scored.classifier, params.classifiers)
     for name, baseline in params.baselines.items():
-        first = params.bare(baseline.classifier)
+        first = bare_baseline(params.baselines, baseline.classifier)
         if name != first:
             raise ValueError(
                 f"baselines.{name} and baselines.{first} score the same classifier, "
@@ -237,7 +233,7 @@ def _require_bare(name: str, scored: Defended | Control, params: Params) -> None
     What the classifier withstands by itself is no merit of the purifier. Attacks for random
     defenses and for detectors say nothing about a bare classifier.
     """
-    bare = params.bare(scored.classifier)
+    bare = bare_baseline(params.baselines, scored.classifier)
     if bare is None:
         raise ValueError(
             f"{name} stands in front of {scored.classifier}, which is not scored alone: add a "

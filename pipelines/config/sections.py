@@ -4,6 +4,7 @@ What one section can check by itself is checked here; what depends on several of
 `schema.Params`.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -95,6 +96,11 @@ class Baseline(Config):
 
     classifier: Name
     ladder: Ladder
+
+
+def bare_baseline(baselines: Mapping[str, Baseline], classifier: str) -> str | None:
+    """Return the baseline that scores a classifier alone; None where there is none."""
+    return next((name for name, one in baselines.items() if one.classifier == classifier), None)
 
 
 class Defended(Config):

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -83,11 +82,13 @@ def describe_subject(subject: Subject) -> str:
 def describe_training(classifier: Path) -> str:
     """Say how a classifier was trained, from its card."""
     made = read_card(classifier).provenance
-    objective: dict[str, Any] = made["objective"]
-    if objective["kind"] == "classification":
+    if "objective" not in made:
+        return "training unknown"
+    kind: str = made["objective"]["kind"]
+    if kind == "classification":
         return "trained on clean images"
     ball: Linf | L2 = TypeAdapter(Threat).validate_python(made["threat"])
-    return f"trained by {objective['kind'].replace('_', ' ')} within {ball.label}"
+    return f"trained by {kind.replace('_', ' ')} within {ball.label}"
 
 
 def _made_from(card: ModelCard) -> dict[str, str]:

@@ -1,59 +1,69 @@
-"""Write what the adversarial sets of every scored entry depend on, a file for each.
+"""Write what the adversarial sets of each scored entry depend on.
 
 Reads params.yaml alone, writes ladders/<entry>.json. DVC compares these files, so an attack that is
 added or changed in params.yaml makes only those entries again whose ladders name it.
 """
 
-import argparse
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from components.attacks import AttackConfig
+from components.attacks import AttackConfig, Threat
 from components.attacks.contract import MODES, SURROGATE, UNASKED
 from components.data.shards import write_bytes
-from pipelines import layout
-from pipelines.config import schema
-from pipelines.config.schema import Params
-from pipelines.config.sections import Baseline, Control, Defended, Resolved
+from pipelines.config.sections import (
+    Baseline,
+    Checks,
+    Control,
+    Defended,
+    Name,
+    Resolved,
+    bare_baseline,
+)
+from pipelines.config.views import View
+from pipelines.runner.context import Context
+
+# It takes no time, whatever cluster is named.
+LOCAL = True
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files into place at once; ConfigError for parameters that are not valid."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = layout.STAGES["resolve_ladders"]["out"]
-    parser.add_argument("--out", type=Path, default=Path(default), help=f"by default {default}")
-    out: Path = parser.parse_args(argv).out
-    params = schema.load()
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name in params.scored:
-        text = resolve(params, name).model_dump_json(indent=2)
-        write_bytes(part / f"{name}.json", text.encode() + b"\n")
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    print(f"{len(params.scored)} ladders are resolved")
-    return 0
+class LaddersParams(View):
+    """All that is attacked, and how."""
+
+    threat: Threat
+    attacks: dict[Name, AttackConfig]
+    checks: Checks
+    baselines: dict[Name, Baseline]
+    defenses: dict[Name, Defended]
+    controls: dict[Name, Control]
+    tracks = {n: n for n in ("threat", "attacks", "checks", "baselines", "defenses", "controls")}
 
 
-def resolve(params: Params, name: str) -> Resolved:
+def run(params: LaddersParams, context: Context, *, out: Path) -> dict[str, float]:
+    """Write the ladder of every scored entry."""
+    scored: dict[str, Baseline | Defended | Control] = {
+        **params.baselines, **params.defenses, **params.controls
+    }  # fmt: skip
+    out.mkdir()
+    for name, entry in scored.items():
+        text = resolve(entry, params).model_dump_json(indent=2)
+        write_bytes(out / f"{name}.json", text.encode() + b"\n")
+    return {"ladders": len(scored)}
+
+
+def resolve(entry: Baseline | Defended | Control, params: LaddersParams) -> Resolved:
     """Return all that the sets of one scored entry depend on, attacks in the order of params.yaml.
 
     The order breaks ties.
     """
-    entry = params.scored[name]
-    replayed = {"classifier": params.bare(entry.classifier), "transfer": SURROGATE}
+    bare = bare_baseline(params.baselines, entry.classifier)
+    replayed = {"classifier": bare, "transfer": SURROGATE}
     return Resolved(
         classifier=entry.classifier,
         model=entry.model if isinstance(entry, Defended) else None,
         inference=entry.inference if isinstance(entry, Defended) else None,
         control=entry.purifier if isinstance(entry, Control) else None,
         ladder={m: dict(_attacks(entry, m, params.attacks)) for m in MODES if m in entry.ladder},
-        replayed={
-            mode: baseline
-            for mode, baseline in replayed.items()
-            if mode in entry.ladder and baseline is not None
-        },
+        replayed={m: of for m, of in replayed.items() if m in entry.ladder and of is not None},
         threat=params.threat,
         checks=params.checks,
     )

@@ -22,7 +22,7 @@ from pipelines.runner.provenance import code_digests, code_of, stage_key
 ROOT = project.ROOT
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 # These have a command line of their own, and no key.
-OWN_MAIN = ("verdict", "selftest", "resolve_ladders")
+OWN_MAIN = ("verdict", "selftest")
 WITH_KEY = [name for name in STAGES if name not in OWN_MAIN]
 TRAINING = [
     name for name in STAGES if name.startswith(("train", "distill", "finetune", "craft", "tune"))

@@ -1,10 +1,11 @@
 """Ladders are resolved entry by entry, so that DVC makes again what a change is about."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import project
 import pytest
@@ -12,17 +13,19 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from components.attacks import L2, Linf
+from pipelines import layout
+from pipelines.config import schema
 from pipelines.config.schema import Params
 from pipelines.config.sections import Resolved
-from pipelines.stages import resolve_ladders
-from pipelines.stages.resolve_ladders import resolve
+from pipelines.stages.resolve_ladders import LaddersParams, resolve, run
 
 WIDER = {"norm": "linf", "eps_255": 102.0}
 FLIP = {"kind": "flip", "at": 0.5, "steps": 2, "candidates": 2, "eot": 1}
 
 
 def resolved(name: str, **changes: Any) -> Resolved:
-    return resolve(Params.model_validate({**project.base(), **changes}), name)
+    params = Params.model_validate({**project.base(), **changes})
+    return resolve(params.scored[name], LaddersParams.of(params, None))
 
 
 def test_sets_of_a_bare_classifier_end_in_every_way_and_are_replayed_so() -> None:
@@ -141,13 +144,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def commit(folder: Path) -> None:
     with chdir(folder), Repo() as repo:
-        resolve_ladders.main([])
+        resolve_all()
         for out in repo.index.outs:
             path = Path(out.fs_path)
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(path.name)
         repo.commit(force=True)
+
+
+def resolve_all() -> None:
+    """Do what the stage does, without another process."""
+    out = Path(layout.STAGES["resolve_ladders"]["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    run(LaddersParams.of(schema.load(), None), cast(Any, None), out=out)
 
 
 def again(folder: Path, change: Callable[[dict[str, Any]], object]) -> set[str]:
@@ -161,12 +171,12 @@ def again(folder: Path, change: Callable[[dict[str, Any]], object]) -> set[str]:
     project.write_params(folder, params)
     with chdir(folder):
         try:
-            resolve_ladders.main([])
+            resolve_all()
             with Repo() as repo:
                 return set(repo.status()) - {"resolve_ladders"}
         finally:
             (folder / "params.yaml").write_text(before)
-            resolve_ladders.main([])
+            resolve_all()
 
 
 def test_an_attack_that_nobody_runs_makes_nothing_again(finished: Path) -> None:
