@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import psutil
 from ruamel.yaml import YAML
@@ -161,6 +161,17 @@ def write_params(folder: Path, params: dict) -> None:
     """Write params.yaml."""
     with (folder / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(params, file)
+
+
+def resolve(folder: Path) -> None:
+    """Do what the stage `resolve_ladders` does, without another process."""
+    # Imports torch.
+    from pipelines.config import schema
+    from pipelines.stages.resolve_ladders import LaddersParams, run
+
+    out = folder / "ladders"
+    shutil.rmtree(out, ignore_errors=True)
+    run(LaddersParams.of(schema.load(folder / "params.yaml"), None), cast(Any, None), out=out)
 
 
 def start(

@@ -176,10 +176,11 @@ def test_the_code_of_another_checkout_is_not_run_in_a_folder_with_its_own(
 def test_the_options_of_a_stage_default_to_the_table_of_paths(name: str) -> None:
     table = {option: path.format(name="koo") for option, path in layout.STAGES[name].items()}
     extra = {
-        "distill_purifier": ["--adversarial-teacher=models/a", "--normal-teacher=models/b"],
+        "distill_purifier": ["--first-teacher=models/a", "--last-teacher=models/b"],
         "finetune_atop": ["--base=models/a"],
         "generate_baseline": ["--classifier=models/a"],
-        "generate_adversarial": ["--purifier=models/a"],
+        "generate_controls": ["--classifier=models/a"],
+        "generate_adversarial": ["--classifier=models/a", "--purifier=models/b"],
     }.get(name, [])
     instance = ["koo"] if "{name}" in "".join(layout.STAGES[name].values()) else []
     options = parse(name, [*instance, *extra])

@@ -63,8 +63,10 @@ class Run:
         if not stored and isinstance(objective, Taught):
             objective = objective.objective
         student = network(AUTOENCODER, 0)
-        attacked = LINF.start(data.pixels(), Draws(0, "attack", data.ids), "pool")
         config = changed(**training)
+        attacked = None
+        if changes.get("adversary", {}).get("kind", "pool") == "pool":
+            attacked = LINF.start(data.pixels(), Draws(0, "attack", data.ids), "pool")
         self.metrics = [
             epoch.metrics
             for epoch in fit(student, objective, data, attacked, config, 0, nothing, None)
@@ -91,7 +93,7 @@ def test_stored_outputs_train_the_same_weights_in_fewer_passes(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training": {**CONFIG, "augmentation": "flip"}},
+        {"training": {**CONFIG, "augmentation": "flip"}, "adversary": {"kind": "none"}},
         {"adversary": {"kind": "classifier", **IN_LOOP}},
         {"adversary": {"kind": "defense", **IN_LOOP}},
         {"teachers": {**NOISY, "inner": AUTOENCODER}},

@@ -4,13 +4,14 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_evaluation import CLASSES, EVIL, PROBES, RIGHT, FakeEvaluation, N, fail_checks
 
 from components.attacks.contract import MODES
 from components.evaluation.detection import CURVE
-from components.models.checkpoints import fingerprint
+from components.models.checkpoints import ModelCard, build, fingerprint, save
 from components.models.defense import STAND_INS
 from components.models.purifiers.apudae import Apudae
 from components.probes.statistics import wilson
@@ -159,13 +160,33 @@ def test_every_rung_has_a_title_for_its_column(evaluation: FakeEvaluation) -> No
     assert all(f"{kind} stand\N{NON-BREAKING HYPHEN}in gradient" in words for kind in STAND_INS)
 
 
-def test_a_subject_is_described_with_its_inference() -> None:
-    subject = Subject(Path("models/standard"), Path("models/denoiser"), inference=APUDAE)
+def test_a_subject_is_described_with_its_inference_and_the_training_of_its_classifier(
+    tmp_path: Path,
+) -> None:
+    hardened = {
+        "objective": {"kind": "adversarial_classification"},
+        "threat": {"norm": "linf", "eps_255": 8.0},
+    }
+    trainings: dict[str, dict[str, Any]] = {
+        "standard": {"objective": {"kind": "classification"}}, "robust": hardened, "yours": {}
+    }  # fmt: skip
+    for name, provenance in trainings.items():
+        card = ModelCard(
+            format=1, family="classifier", model={"kind": "small_cnn", "width": 1},
+            shape=[1, 8, 8], class_names=["0", "1"], provenance=provenance,
+        )  # fmt: skip
+        save(tmp_path / name, build(card).eval(), card)
+    subject = Subject(tmp_path / "robust", Path("models/denoiser"), inference=APUDAE)
     assert describe_subject(subject) == (
         "purifier denoiser used as apudae, steps 15, rate 0.05, optimiser adam, target minimum, "
-        "scaled no, noise_255 0.0, transform none"
+        "scaled no, noise_255 0.0, in front of robust (trained by adversarial classification "
+        "within linf 8/255)"
     )
-    assert describe_subject(Subject(Path("models/standard"))) == "bare classifier standard"
+    described = [describe_subject(Subject(tmp_path / name)) for name in ("standard", "yours")]
+    assert described == [
+        "bare classifier standard (trained on clean images)",
+        "bare classifier yours (training unknown)",
+    ]
 
 
 def section(html: str, name: str) -> str:

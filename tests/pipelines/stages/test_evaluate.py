@@ -11,6 +11,9 @@ from components.data.shards import DataError
 from components.selftest import HONEST, LIES
 from pipelines.config import schema
 from pipelines.stages import evaluate
+from pipelines.tasks.entries import Entry
+
+NO_STUDIES: dict[str, Any] = {"run": [], "studies": {}}
 
 
 def results() -> list[dict[str, Any]]:
@@ -25,7 +28,7 @@ def results() -> list[dict[str, Any]]:
 
 def refusal(path: Path) -> str:
     """Evaluate with this selftest and no other input, and return the error."""
-    paths = ("train", "val", "test", "models", "adversarial")
+    paths = ("train", "val", "test", "models", "ladders", "adversarial")
     outs = [f"out_{name}" for name in ("metrics", "headlines", "scores", "plots", "report")]
     missing = {name: path.parent / "missing" / name for name in (*paths, *outs)}
     nothing: Any = None
@@ -62,10 +65,51 @@ def test_a_selftest_that_cannot_be_read_is_refused(content: bytes | None, tmp_pa
     assert refusal(path) == f"{path} cannot be read; `limpid selftest` renews it"
 
 
-def test_examples_of_all_baselines_are_tried_on_the_others() -> None:
-    params = evaluate.EvaluateParams.of(schema.load(project.ROOT / "profiles/digits.yaml"), None)
-    folder = Path("/nowhere")
-    entries = evaluate._entries(params, folder / "models", folder / "adversarial")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the digits profile and its ladders, and nothing else."""
+    project.write_params(tmp_path, project.base())
+    project.resolve(tmp_path)
+    return tmp_path
+
+
+def entries_of(folder: Path) -> tuple[evaluate.EvaluateParams, list[Entry]]:
+    params = evaluate.EvaluateParams.of(schema.load(folder / "params.yaml"), None)
+    paths = (folder / name for name in ("models", "ladders", "adversarial"))
+    return params, evaluate._entries(params, *paths)
+
+
+def test_ladders_that_were_resolved_from_other_parameters_are_refused(folder: Path) -> None:
+    entries_of(folder)
+    for change in (
+        {"threat": {"norm": "linf", "eps_255": 8}},
+        {"checks": {"images": 64, "thorough": False}},
+        {"defenses": {"student_grey": {**project.base()["defenses"]["atop"]}}},
+    ):
+        project.write_params(folder, {**project.base(), **change, "tuning": NO_STUDIES})
+        with pytest.raises(DataError, match="was resolved from other parameters: `limpid resolve"):
+            entries_of(folder)
+    (folder / "ladders/none.json").write_text("{}")
+    with pytest.raises(DataError, match=r"none.json is missing or damaged: `limpid resolve_ladd"):
+        entries_of(folder)
+
+
+def test_grey_sets_are_those_of_the_classifier_behind_the_purifier(folder: Path) -> None:
+    params = project.base()
+    params["defenses"]["atop"]["classifier"] = "robust"
+    # The bare row of the robust classifier has the same ladder.
+    project.write_params(folder, params)
+    project.resolve(folder)
+    found = {entry.name: entry for entry in entries_of(folder)[1]}
+    sets = {name: found[name].sets["classifier/pgd"] for name in ("student_grey", "atop")}
+    assert sets["student_grey"] == folder / "adversarial/none/full/pgd"
+    assert sets["atop"] == folder / "adversarial/adversarial_training/full/pgd"
+    assert found["atop"].sets["full/pgd"] == folder / "adversarial/atop/full/pgd"
+    assert found["atop"].subject.classifier == folder / "models/robust"
+
+
+def test_examples_of_all_baselines_are_tried_on_the_others(folder: Path) -> None:
+    params, entries = entries_of(folder)
     plan = evaluate._plan(params, entries, folder / "val", folder / "test", folder / "models")
     assert [one.name for one in plan.baselines] == ["none", "adversarial_training"]
     assert plan.baselines[1].subject.classifier == folder / "models/robust"

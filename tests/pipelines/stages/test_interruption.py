@@ -84,6 +84,7 @@ def test_an_interruption_ends_a_stage_during_a_long_task(reproduced: Path, tmp_p
     params["attacks"]["pgd"]["steps"] = 1_000_000
     params["defenses"]["atop"]["ladder"] = {"full": ["pgd"]}
     project.write_params(folder, params)
+    project.resolve(folder)
     process = project.start(
         folder, sys.executable, "-m", "pipelines", "generate_adversarial", "--name=atop",
         "--test=data/test", "--classifier=models/standard", "--purifier=models/atop", "--out=out",

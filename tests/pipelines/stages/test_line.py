@@ -23,7 +23,7 @@ from pipelines import layout
 TRAIN = {option: layout.STAGES["train_classifier"][option] for option in ("train", "val")}
 EVALUATE = layout.STAGES["evaluate"]
 # What `evaluate` reads.
-INPUTS = ("data", "models", "adversarial", EVALUATE["selftest"])
+INPUTS = ("data", "models", "ladders", "adversarial", EVALUATE["selftest"])
 
 
 @pytest.fixture
@@ -84,8 +84,10 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path, tmp_path: Path) ->
     before = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     params = project.tiny()
     params["attacks"]["pgd3"] = {**params["attacks"]["pgd"], "steps": 3}
-    params["baselines"]["none"]["ladder"] = {"full": ["fgsm", "pgd", "pgd3"]}
+    known = params["baselines"]["none"]["ladder"]["full"]
+    params["baselines"]["none"]["ladder"] = {"full": [*known, "pgd3"]}
     project.write_params(folder, params)
+    project.resolve(folder)
     code, printed = project.stage(
         folder, "generate_baseline", name="none", val="data/val", test="data/test",
         classifier="models/standard", out="again",
@@ -93,10 +95,9 @@ def test_one_more_attack_crafts_only_itself(reproduced: Path, tmp_path: Path) ->
     assert code == 0, printed
     after = {path: path.stat().st_mtime_ns for path in sets.glob("*/*")}
     assert all(after[path] == when for path, when in before.items())
-    assert len(after) - len(before) == 2  # two shards of one set
-    assert sorted(path.name for path in (folder / "again/full").iterdir()) == [
-        "fgsm", "pgd", "pgd3",
-    ]  # fmt: skip
+    assert len(after) - len(before) == 4  # two shards of two sets: the last iterate, the first hit
+    made = {path.name for path in (folder / "again/full").iterdir()}
+    assert made == {*known, "pgd_stop", "bim_stop", "pgd3", "pgd3_stop"}
 
 
 def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_sets_do_not_depend_on_the_number_of_workers(reproduced: Path, tmp_path:
     assert "generate_adversarial@atop" not in params["resources"]["stages"]
     params["resources"]["shards"] = project.NO_WORKERS
     project.write_params(folder, params)
+    project.resolve(folder)
     code, printed = project.stage(
         folder, "generate_adversarial", name="atop", val="data/val", test="data/test",
         classifier="models/standard", purifier="models/atop", out="adversarial/atop",
@@ -235,6 +237,7 @@ def test_an_altered_set_is_never_scored(reproduced: Path, tmp_path: Path) -> Non
     )
     shutil.copytree(reproduced / "adversarial", folder / "adversarial")
     project.write_params(folder, few_defenses("student_grey"))
+    project.resolve(folder)
     part = folder / "adversarial/none/full/pgd/part-00000.parquet"
     os.chmod(part, 0o644)
     content = bytearray(part.read_bytes())
@@ -269,6 +272,7 @@ def test_a_set_crafted_against_another_model_is_not_counted(
     params = few_defenses("student_adaptive", "apudae")
     params["defenses"]["apudae"] |= {"inference": None, "ladder": {"full": ["apgd_ce"]}}
     project.write_params(folder, params)
+    project.resolve(folder)
     code, printed = project.stage(folder, "evaluate", **EVALUATE)
     assert code == 0, printed
     metrics = json.loads((folder / "reports/metrics.json").read_text())
@@ -356,9 +360,11 @@ def test_a_stand_in_the_purifier_lacks_is_refused_before_anything_is_crafted(
     params["controls"]["bit_depth"]["ladder"]["short"] = ["pgd"]
     folder = project.copy_with(reproduced, tmp_path / "project", "data", "models")
     project.write_params(folder, params)
+    project.resolve(folder)
     code, printed = project.stage(
         folder,
         "generate_controls",
+        name="bit_depth",
         val="data/val",
         test="data/test",
         classifier="models/standard",

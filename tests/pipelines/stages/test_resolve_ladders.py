@@ -1,11 +1,10 @@
 """Ladders are resolved entry by entry, so that DVC makes again what a change is about."""
 
 import copy
-import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import project
 import pytest
@@ -13,11 +12,9 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from components.attacks import L2, Linf
-from pipelines import layout
-from pipelines.config import schema
 from pipelines.config.schema import Params
 from pipelines.config.sections import Resolved
-from pipelines.stages.resolve_ladders import LaddersParams, resolve, run
+from pipelines.stages.resolve_ladders import LaddersParams, resolve
 
 WIDER = {"norm": "linf", "eps_255": 102.0}
 FLIP = {"kind": "flip", "at": 0.5, "steps": 2, "candidates": 2, "eot": 1}
@@ -143,21 +140,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commit(folder: Path) -> None:
+    project.resolve(folder)
     with chdir(folder), Repo() as repo:
-        resolve_all()
         for out in repo.index.outs:
             path = Path(out.fs_path)
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(path.name)
         repo.commit(force=True)
-
-
-def resolve_all() -> None:
-    """Do what the stage does, without another process."""
-    out = Path(layout.STAGES["resolve_ladders"]["out"])
-    shutil.rmtree(out, ignore_errors=True)
-    run(LaddersParams.of(schema.load(), None), cast(Any, None), out=out)
 
 
 def again(folder: Path, change: Callable[[dict[str, Any]], object]) -> set[str]:
@@ -169,14 +159,13 @@ def again(folder: Path, change: Callable[[dict[str, Any]], object]) -> set[str]:
     params = copy.deepcopy(YAML(typ="safe", pure=True).load(before))
     change(params)
     project.write_params(folder, params)
-    with chdir(folder):
-        try:
-            resolve_all()
-            with Repo() as repo:
-                return set(repo.status()) - {"resolve_ladders"}
-        finally:
-            (folder / "params.yaml").write_text(before)
-            resolve_all()
+    try:
+        project.resolve(folder)
+        with chdir(folder), Repo() as repo:
+            return set(repo.status()) - {"resolve_ladders"}
+    finally:
+        (folder / "params.yaml").write_text(before)
+        project.resolve(folder)
 
 
 def test_an_attack_that_nobody_runs_makes_nothing_again(finished: Path) -> None:

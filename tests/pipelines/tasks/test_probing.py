@@ -111,7 +111,7 @@ def test_every_finding_is_demanded_by_name(probed: Probed) -> None:
 
 def test_a_rung_that_was_not_probed_blocks(probed: Probed) -> None:
     sets = {**probed.entry.sets, "bpda/pgd": probed.entry.probes.parent / "bpda/pgd"}
-    entry = replace(probed.entry, sets=sets)
+    entry = replace(probed.entry, sets=sets, attacks={**probed.entry.attacks, "bpda/pgd": PGD})
     assert probed.failed(entry) == BOTH
     (found,) = [f for f in probes_of(entry, probed.plan) if f.name == "probes_complete"]
     assert "gradient_present/bpda" in found.detail and "gradient_present/full" not in found.detail
