@@ -215,7 +215,7 @@ def test_the_headline_of_a_noisy_defense_equals_its_closed_form() -> None:
     The noise that selects it is not the noise that scores it, so the headline is the mean
     probability of the selected images.
     """
-    count, pixels, sigma = 3000, 16, 0.1
+    count, pixels, sigma = 12000, 16, 0.1
     defense = Defense(
         Threshold(), GaussianNoise(kind="gaussian_noise", sigma=sigma).build((1, 4, 4))
     ).freeze()
@@ -235,12 +235,13 @@ def test_the_headline_of_a_noisy_defense_equals_its_closed_form() -> None:
     attacked, chance_attacked = counted(0.02, "score")
     for found, chance in ((clean, chance_clean), (attacked, chance_attacked)):
         deviation = (chance * (1 - chance)).sum().sqrt().item() / count / sqrt(32)
-        assert abs(found.accuracy().mean() - chance.mean().item()) < 3 * deviation
+        # This file salts the noise, and an edit draws anew: wide bounds, and many images.
+        assert abs(found.accuracy().mean() - chance.mean().item()) < 4.5 * deviation
     chosen, headline = worst({"clean": clean, "attack": attacked}, ["clean", "attack"])
     picked = torch.tensor([name == "attack" for name in chosen])
     expected = torch.where(picked, chance_attacked, chance_clean)
     deviation = (expected * (1 - expected)).sum().sqrt().item() / count / sqrt(32)
-    assert abs(headline.accuracy().mean() - expected.mean().item()) < 3 * deviation
+    assert abs(headline.accuracy().mean() - expected.mean().item()) < 4.5 * deviation
     assert picked[means < 0.52].all(), "where both are often wrong, the attack is selected"
 
 
