@@ -57,7 +57,7 @@ def generate(
     lacking = [mode for mode in entry.ladder if mode in NEEDED and NEEDED[mode] not in known]
     if lacking:
         raise ValueError(
-            f"the ladder of {out.name} names {lacking[0]}, but this purifier's stand-ins are "
+            f"the ladder of {ladder.stem} names {lacking[0]}, but this purifier's stand-ins are "
             f"{', '.join(known) or 'none'}"
         )
     attacks = own_attacks(entry)

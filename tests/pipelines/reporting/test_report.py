@@ -179,8 +179,8 @@ def test_a_subject_is_described_with_its_inference_and_the_training_of_its_class
     subject = Subject(tmp_path / "robust", Path("models/denoiser"), inference=APUDAE)
     assert describe_subject(subject) == (
         "purifier denoiser used as apudae, steps 15, rate 0.05, optimiser adam, target minimum, "
-        "scaled no, noise_255 0.0, in front of robust (trained by adversarial classification "
-        "within linf 8/255)"
+        "scaled no, noise_255 0.0, transform none, in front of robust (trained by adversarial "
+        "classification within linf 8/255)"
     )
     described = [describe_subject(Subject(tmp_path / name)) for name in ("standard", "yours")]
     assert described == [
