@@ -87,7 +87,7 @@ def count_correct(
 
 def is_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Say which logits (N,K) are right answers; those that are not finite are wrong."""
-    return (logits.argmax(1) == labels) & logits.isfinite().all(1)
+    return _predicted(logits) == labels
 
 
 def _predicted(logits: Tensor) -> Tensor:

@@ -653,3 +653,22 @@ def test_an_unreachable_store_is_named_in_one_sentence(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert promote([]) == 4
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+def test_what_stands_before_another_classifier_is_no_candidate(store: Path, tmp_path: Path) -> None:
+    """Its robust accuracy may be that of the classifier. It is registered with that classifier."""
+    params = load()
+    shutil.copytree(store / "models", tmp_path / "models")
+    shutil.copytree(store / "models/standard", tmp_path / "models/hardened")
+    scored = metrics.read(store / "reports/metrics.json")
+    moved = params.defenses["atop"].model_copy(update={"classifier": "hardened"})
+    for atop, candidate in ((params.defenses["atop"], "atop"), (moved, "student_adaptive")):
+        found = registration.registrations(
+            {**params.defenses, "atop": atop}, scored, tmp_path / "models", "digits"
+        )
+        named = {one.name: one.tags["limpid.candidate"] for one in found}
+        assert [name for name, said in named.items() if said == "yes"] == [candidate]
+        folders = {one.name: one.folders["classifier"].name for one in found}
+        assert folders["atop"] == atop.classifier
+    described = {one.name: one.description for one in found}
+    assert "in front of hardened (training unknown)" in described["atop"]
