@@ -1,10 +1,11 @@
 """Entries are compared with each other: with no defense, and with adversarial training."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_evaluation import FakeEvaluation
+from fake_evaluation import EVIL, FakeEvaluation
 
 from components.evaluation.counting import Score
 from components.models.checkpoints import load, read_card, save
@@ -66,6 +67,43 @@ def test_adversarial_training_is_known_by_its_objective(
     assert one.adversarial_training.difference == 0 and one.adversarial_training.p == 1
     # It is no "no defense": only the bare classifier behind the defense is.
     assert one.standing == "broken" and one.rivals == ["none"]
+
+
+def test_what_stands_before_another_classifier_is_no_rival(
+    evaluation: FakeEvaluation, tmp_path: Path
+) -> None:
+    shutil.copytree(evaluation.models / "standard", tmp_path / "other")
+    scored, moved = evaluation.metrics.defenses, []
+    for entry in evaluation.entries:
+        elsewhere = replace(entry.subject, classifier=tmp_path / "other")
+        moved.append(replace(entry, subject=elsewhere) if entry.name == EVIL else entry)
+    for entries, rivals in ((evaluation.entries, {EVIL}), (moved, set())):
+        found = compared(entries, evaluation.results, scored)["student_adaptive"].not_better_than
+        assert found is not None
+        assert set(found) & {EVIL} == rivals and "none" in found
+
+
+def test_a_purifier_before_a_robust_classifier_does_not_shine_by_its_light(
+    evaluation: FakeEvaluation, tmp_path: Path
+) -> None:
+    """Alone the classifier keeps as much as behind the purifier, and no defense keeps nothing."""
+    standard = evaluation.models / "standard"
+    card = read_card(standard)
+    objective = {"objective": {"kind": "adversarial_classification"}}
+    changed = card.model_copy(update={"provenance": {**card.provenance, **objective}})
+    save(tmp_path / "robust", load(standard), changed)
+    known = {entry.name: index for index, entry in enumerate(evaluation.entries)}
+    none, purified = (evaluation.entries[known[name]] for name in ("none", "student_adaptive"))
+    robust = replace(none, name="robust", subject=Subject(tmp_path / "robust"))
+    behind = replace(purified, subject=replace(purified.subject, classifier=tmp_path / "robust"))
+    same = evaluation.results[known["student_adaptive"]]
+    scored = {**evaluation.metrics.defenses}
+    scored["robust"] = scored["student_adaptive"]
+    results = [evaluation.results[known["none"]], same, same]
+    found = compared([none, robust, behind], results, scored)["student_adaptive"].verdict
+    assert found is not None and (found.standing, found.rivals) == ("broken", ["robust"])
+    assert found.adversarial_training is not None
+    assert found.adversarial_training.baseline == "robust"
 
 
 def test_without_the_bare_classifier_no_defense_is_measured(evaluation: FakeEvaluation) -> None:
