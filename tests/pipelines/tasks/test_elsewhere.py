@@ -75,7 +75,7 @@ def counted(fake: FakeEvaluation, failing: bool = False) -> Scored:
     made = replace(
         result, scores=scores, inside=near, detector=None, findings=findings,
         elsewhere={"linf 102/255": within, "l2 1": within, "flow 0.05": flow},
-        distance={name: np.zeros(N) for name in scores},
+        distance={name: np.zeros(N) for name in scores}, agreed={n: np.ones(N) for n in scores},
     )  # fmt: skip
     return summary(entry, made, fake.plan, fake.test)
 
