@@ -211,6 +211,10 @@ class Attack(Config):
         """Return the label of what the attack stays inside; "" where it minimises a distance."""
         return self.within(primary).label if self.bounded else ""
 
+    def inside(self, primary: Linf | L2) -> bool:
+        """Say whether the attack stays inside the primary ball by itself."""
+        return self.bounded and self.within(primary) == primary
+
     def endings(self) -> Mapping[str, Self]:
         """Return the attack by how it ends, "" or "_stop", as it runs on a bare classifier.
 

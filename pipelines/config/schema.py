@@ -330,7 +330,7 @@ def _check_study_ladder(where: str, study: Study, params: Params) -> None:
         _require(f"{where}.ladder", mode, dict.fromkeys(m for m in MODES if m not in REPLAYED))
         for attack in attacks:
             _require(f"{where}.ladder", attack, params.attacks)
-            if not params.attacks[attack].bounded:
+            if not params.attacks[attack].inside(params.threat):
                 raise ValueError(f"{where}.ladder: {attack} does not stay inside the threat")
     random = params.stochastic(study.defense)
     require_fit(f"{where}.ladder", study.ladder, params.attacks, random, params.threat)

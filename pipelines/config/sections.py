@@ -173,6 +173,16 @@ class Resolved(Config):
     checks: Checks
 
 
+def usage(entry: Baseline | Defended | Control) -> dict[str, Any]:
+    """Return the models of an entry and how they are used, by the fields of `Resolved`."""
+    return {
+        "classifier": entry.classifier,
+        "model": entry.model if isinstance(entry, Defended) else None,
+        "inference": entry.inference if isinstance(entry, Defended) else None,
+        "control": entry.purifier if isinstance(entry, Control) else None,
+    }
+
+
 class Study(Config):
     """One search: which parameters it varies, and its goal.
 

@@ -276,7 +276,7 @@ def first_shown(entry: Entry, found: Scored, plan: Plan) -> str:
 
     def strength(name: str) -> tuple[bool, float, int]:
         alone = found.attacks[name].accuracy
-        return plan.bounded(entry.attacks[name]), -alone, found.carried_by.get(name, 0)
+        return entry.attacks[name].inside(plan.threat), -alone, found.carried_by.get(name, 0)
 
     return max((name for name in entry.sets if name in found.attacks), key=strength, default="")
 

@@ -28,6 +28,7 @@ from pipelines.config.sections import (
     Published,
     Resolved,
     Scoring,
+    usage,
 )
 from pipelines.config.views import SharedView
 from pipelines.reporting.dvc_plots import write_headlines, write_plots
@@ -255,11 +256,9 @@ def _require_resolved(
     resolved: Resolved, name: str, entry: Baseline | Defended | Control, params: EvaluateParams
 ) -> None:
     """Raise DataError where a ladder was resolved from other parameters than are evaluated."""
-    use = (entry.model, entry.inference) if isinstance(entry, Defended) else (None, None)
-    now = (entry.classifier, set(entry.ladder), params.threat, params.checks, use)
-    used = (resolved.model, resolved.inference)
-    then = (resolved.classifier, set(resolved.ladder), resolved.threat, resolved.checks, used)
-    if now != then:
+    now = {**usage(entry), "threat": params.threat, "checks": params.checks}
+    then = {field: getattr(resolved, field) for field in now}
+    if now != then or set(resolved.ladder) != set(entry.ladder):
         raise DataError(
             f"the ladder of {name} was resolved from other parameters: `limpid resolve_ladders` "
             "resolves it again, and `dvc repro` all that follows"

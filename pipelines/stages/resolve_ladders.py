@@ -18,6 +18,7 @@ from pipelines.config.sections import (
     Name,
     Resolved,
     bare_baseline,
+    usage,
 )
 from pipelines.config.views import View
 from pipelines.runner.context import Context
@@ -58,10 +59,7 @@ def resolve(entry: Baseline | Defended | Control, params: LaddersParams) -> Reso
     bare = bare_baseline(params.baselines, entry.classifier)
     replayed = {"classifier": bare, "transfer": SURROGATE}
     return Resolved(
-        classifier=entry.classifier,
-        model=entry.model if isinstance(entry, Defended) else None,
-        inference=entry.inference if isinstance(entry, Defended) else None,
-        control=entry.purifier if isinstance(entry, Control) else None,
+        **usage(entry),
         ladder={m: dict(_attacks(entry, m, params.attacks)) for m in MODES if m in entry.ladder},
         replayed={m: of for m, of in replayed.items() if m in entry.ladder and of is not None},
         threat=params.threat,

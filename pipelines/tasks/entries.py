@@ -69,10 +69,6 @@ class Plan:
     surrogate: Path | None
     baselines: Sequence[Entry] = ()
 
-    def bounded(self, attack: Attack) -> bool:
-        """Whether an attack stays inside the primary threat by itself."""
-        return attack.region(self.threat) == self.threat.label
-
 
 def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     """Return the findings of the probes of an entry; block where they are not its own or not all.
@@ -159,7 +155,7 @@ def worst_of_baselines(
         bounded = {
             name: digest
             for name, digest in sound[baseline.name].items()
-            if rung_of(name) in white and plan.bounded(baseline.attacks[name])
+            if rung_of(name) in white and baseline.attacks[name].inside(plan.threat)
         }
         if bounded:
             read = read_sound(baseline, {baseline.name: bounded}, images, rows)

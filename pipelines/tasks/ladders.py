@@ -52,7 +52,8 @@ def generate(
             f"about {given[1] or 'none'} in front of {given[0]}"
         )
     subject = subject_of(entry, classifier.absolute().parent)
-    subject.require_fit(image_set.read(test))
+    images = image_set.read(test)
+    subject.require_fit(images)
     known = subject.stand_ins()
     lacking = [mode for mode in entry.ladder if mode in NEEDED and NEEDED[mode] not in known]
     if lacking:
@@ -71,11 +72,10 @@ def generate(
     ]  # fmt: skip
     with context.session():
         craft_all(specs, context)
-        ids = image_set.read(test).ids
         task = {
             "subject": subject, "entry": entry, "test": test.absolute(), "val": val.absolute(),
             "seed": params.seed, "batch": params.batch,
-            "stored": _stored(subject, entry, attacks, sets, ids, params.seed),
+            "stored": _stored(subject, entry, attacks, sets, images.ids, params.seed),
         }  # fmt: skip
         (findings,) = context.map(probe_subject, [task])
     facts = probing.facts(
@@ -118,7 +118,7 @@ def _stored(
         for crafted in crafted_shards(sets[name]):
             answers += float(crafted.forward.sum() + (GRADIENT - 1) * crafted.backward.sum())
             parts.append(crafted.pick(torch.isin(crafted.ids, probed)))
-        if attack.bounded and attack.within(entry.threat) == entry.threat:
+        if attack.inside(entry.threat):
             found.append(joined(parts))
     return Stored(found, secret, answers)
 

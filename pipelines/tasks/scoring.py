@@ -296,7 +296,7 @@ def _stops_in_white_box(name: str, entry: Entry, plan: Plan) -> bool:
     Against a random defense no attack stops: one draw is no success.
     """
     white_box, attack = rung_of(name) in entry.white_box_rungs(), entry.attacks[name]
-    return white_box and plan.bounded(attack) and attack.stops_early()
+    return white_box and attack.inside(plan.threat) and attack.stops_early()
 
 
 def _panels(

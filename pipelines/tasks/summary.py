@@ -250,7 +250,7 @@ def _attacks(
             agreement=float(result.agreed[name].mean()),
             label=entry.attacks[name].label(attack_of(name), classes),
             region=entry.attacks[name].region(plan.threat),
-            bounded=plan.bounded(entry.attacks[name]),
+            bounded=entry.attacks[name].inside(plan.threat),
             median_l2=float(np.median(result.distance[name])),
             inside=float(result.inside[name].mean()),
         )
@@ -309,7 +309,7 @@ def _judged(
     full = {
         name: (entry.attacks[name].kind, score.accuracy())
         for name, score in counted.items()
-        if rung_of(name) == "full" and plan.bounded(entry.attacks[name])
+        if rung_of(name) == "full" and entry.attacks[name].inside(plan.threat)
     }
     stochastic = entry.subject.stochastic()
     findings = [*order_of_strength(full, stochastic), *white_is_strongest(full)]

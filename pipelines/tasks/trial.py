@@ -27,7 +27,7 @@ from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.resources import Resources
 from pipelines.config.schema import explain, require_fit
 from pipelines.config.search_space import Value, put
-from pipelines.config.sections import Scoring, Student, Study, Trained
+from pipelines.config.sections import Defended, Scoring, Student, Study, Trained
 from pipelines.config.views import TrainingView
 from pipelines.errors import ConfigError
 from pipelines.tasks import speed
@@ -101,13 +101,12 @@ class StudySetup:
         """The device of its attacks: its own if it trains in workers, else the one it trains on."""
         return (self.resources.trials if self.resources.train.most else self.resources.train).device
 
-    def scorer(self, inference: Inference | None) -> "TrialScorer":
-        """Return what scores the networks of this study, used with this inference."""
-        of = self.document["defenses"][self.study.defense]["classifier"]
-        classifier = (self.models / of).absolute()
+    def scorer(self, defended: Defended) -> "TrialScorer":
+        """Return what scores the networks of this study, used and placed as in this defense."""
+        classifier = (self.models / defended.classifier).absolute()
         return TrialScorer(
-            classifier, inference, self.val.absolute(), self.study, self.attacks, self.scoring,
-            self.threat, self.shared.seed, self.shared.batch,
+            classifier, defended.inference, self.val.absolute(), self.study, self.attacks,
+            self.scoring, self.threat, self.shared.seed, self.shared.batch,
         )  # fmt: skip
 
 
@@ -141,8 +140,8 @@ class TrialScorer:
         for mode, attacks in self.study.ladder.items():
             for name in attacks:
                 crafted = craft(
-                    self.attacks[name], defense, cast(Rung, mode), images,
-                    self.attacks[name].within(self.threat), self.seed, self.batch,
+                    self.attacks[name], defense, cast(Rung, mode), images, self.threat, self.seed,
+                    self.batch,
                 )  # fmt: skip
                 sets[f"{mode}/{name}"] = crafted.images
         scores = {
@@ -180,7 +179,7 @@ def run_trial(
     sections = setup.sections(values)
     defended = sections.defenses[setup.study.defense]
     retrained, epochs = setup.retrained(sections), setup.epochs(sections)
-    scorer = setup.scorer(defended.inference)
+    scorer = setup.scorer(defended)
     folders = {n: setup.models / n for n in sections.lineage(defended.model)}
     for name in retrained:
         recipe = _recipe(setup, sections, name, folders)

@@ -234,6 +234,10 @@ def test_a_view_without_or_of_an_unknown_instance_lists_the_instances(
         ({"tuning.studies.student.defense": "studnt_adaptive"}, "did you mean student_adaptive"),
         ({"tuning.studies.student.ladder": {"bpda": ["pgd"]}}, "sees through the purifier"),
         ({"tuning.studies.student.ladder": {"full": ["cw"]}}, "stay inside the threat"),
+        (
+            {"attacks.a3": {"kind": "a3", "threat": {"norm": "linf", "eps_255": 102}}},
+            "a3 does not stay inside the threat",
+        ),
         ({"tuning.studies.student.ladder": {"classifier": ["pgd"]}}, "sees through the purifier"),
         ({"tuning.studies.student.ladder": {"full": ["pgd"], "transfer": ["pgd"]}}, "transfer"),
         (

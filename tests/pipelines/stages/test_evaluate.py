@@ -85,6 +85,7 @@ def test_ladders_that_were_resolved_from_other_parameters_are_refused(folder: Pa
         {"threat": {"norm": "linf", "eps_255": 8}},
         {"checks": {"images": 64, "thorough": False}},
         {"defenses": {"student_grey": {**project.base()["defenses"]["atop"]}}},
+        {"controls": {"bit_depth": {**project.base()["controls"]["gaussian_noise"]}}},
     ):
         project.write_params(folder, {**project.base(), **change, "tuning": NO_STUDIES})
         with pytest.raises(DataError, match="was resolved from other parameters: `limpid resolve"):

@@ -45,15 +45,20 @@ def test_only_defenses_get_a_verdict(evaluation: FakeEvaluation) -> None:
         assert found is None or found.adversarial_training is None
 
 
-def test_adversarial_training_is_known_by_its_objective(
-    evaluation: FakeEvaluation, tmp_path: Path
-) -> None:
-    """A baseline that was trained adversarially and has the results of a defense."""
+def save_hardened(evaluation: FakeEvaluation, folder: Path) -> None:
+    """Save the classifier as one that was trained adversarially."""
     standard = evaluation.models / "standard"
     card = read_card(standard)
     objective = {"objective": {"kind": "adversarial_classification"}}
     changed = card.model_copy(update={"provenance": {**card.provenance, **objective}})
-    save(tmp_path / "robust", load(standard), changed)
+    save(folder, load(standard), changed)
+
+
+def test_adversarial_training_is_known_by_its_objective(
+    evaluation: FakeEvaluation, tmp_path: Path
+) -> None:
+    """A baseline that was trained adversarially and has the results of a defense."""
+    save_hardened(evaluation, tmp_path / "robust")
     entries, results = list(evaluation.entries), list(evaluation.results)
     known = {entry.name: index for index, entry in enumerate(entries)}
     robust = replace(entries[known["none"]], name="robust", subject=Subject(tmp_path / "robust"))
@@ -87,11 +92,7 @@ def test_a_purifier_before_a_robust_classifier_does_not_shine_by_its_light(
     evaluation: FakeEvaluation, tmp_path: Path
 ) -> None:
     """Alone the classifier keeps as much as behind the purifier, and no defense keeps nothing."""
-    standard = evaluation.models / "standard"
-    card = read_card(standard)
-    objective = {"objective": {"kind": "adversarial_classification"}}
-    changed = card.model_copy(update={"provenance": {**card.provenance, **objective}})
-    save(tmp_path / "robust", load(standard), changed)
+    save_hardened(evaluation, tmp_path / "robust")
     known = {entry.name: index for index, entry in enumerate(evaluation.entries)}
     none, purified = (evaluation.entries[known[name]] for name in ("none", "student_adaptive"))
     robust = replace(none, name="robust", subject=Subject(tmp_path / "robust"))
