@@ -1,5 +1,9 @@
 """Full float32: what every reported number is computed in, whatever its caller has switched on.
 
+A number also has to come out twice: where it is computed, cuDNN takes no algorithm that adds in an
+order of its own. On an H200 (2026-11-27) such algorithms moved the answers of a descent by Adam by
+3e-4 of their length from call to call.
+
 Only a training may compute in less, where its section says so (`Precision`).
 """
 
@@ -29,15 +33,27 @@ _SPECIAL: Sequence[Any] = (*_CUDA, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
 def full_precision() -> Iterator[None]:
     """Switch off autocast, TF32 and bfloat16 on CUDA and the CPU; at the end restore what was on.
 
-    Also a decorator. What a network switches on inside its own `forward` stays on: that is part of
-    the network. The precision of products is a setting of the whole process, so two threads must
-    not want different ones at the same time.
+    Equal calls give equal bits where cuDNN has the choice. Also a decorator. What a network
+    switches on inside its own `forward` stays on: that is part of the network. The precision of
+    products is a setting of the whole process, so two threads must not want different ones at the
+    same time.
     """
     with (
         torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
-        float32_products(tf32=False),
+        float32_products(tf32=False), _repeatable(),
     ):  # fmt: skip
         yield
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Let cuDNN give equal bits for equal calls; at the end restore what was set."""
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Scores, attacks and probes are computed in full float32, whatever is switched on around them."""
+"""Scores, attacks and probes are computed in full float32, whatever is switched on around them.
+
+On a GPU by deterministic algorithms, too.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,13 +36,16 @@ State = dict[str, Any]
 
 
 def state() -> State:
-    """Return every setting that could lower the precision."""
+    """Return every setting that could lower the precision, or change the bits of a second call."""
     autocast = {device: torch.is_autocast_enabled(device) for device in DEVICES}
-    return autocast | {name: one.fp32_precision for name, one in PRODUCTS.items()}
+    products = {name: one.fp32_precision for name, one in PRODUCTS.items()}
+    chosen = {"deterministic": cudnn.deterministic, "benchmark": cudnn.benchmark}
+    return autocast | products | chosen
 
 
 FULL_PRODUCTS = dict.fromkeys(PRODUCTS, "ieee")
-FULL = dict.fromkeys(DEVICES, False) | FULL_PRODUCTS
+REPEATABLE = {"deterministic": True, "benchmark": False}
+FULL = dict.fromkeys(DEVICES, False) | FULL_PRODUCTS | REPEATABLE
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +58,13 @@ def _defaults_of_torch() -> Iterator[None]:
     cudnn.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = True
+    cudnn.deterministic, cudnn.benchmark = False, False
 
 
 @contextmanager
 def lowered_by_the_older_settings() -> Iterator[None]:
     torch.set_float32_matmul_precision("medium")
-    cudnn.allow_tf32 = True
+    cudnn.allow_tf32 = cudnn.benchmark = True
     with torch.autocast("cpu", torch.bfloat16):
         yield
 
@@ -239,7 +246,9 @@ def test_settings_that_follow_a_general_one_follow_it_afterwards() -> None:
     with full_precision():
         assert state() == FULL
     torch.backends.fp32_precision = "ieee"
-    assert state() == FULL, "a setting was left at the value that it only followed"
+    assert state() == {**FULL, "deterministic": False}, (
+        "a setting was left at the value that it only followed"
+    )
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
