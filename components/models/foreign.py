@@ -131,7 +131,7 @@ def adopt_purifier(
     `differentiable`: whether its gradient is right. Single pixels of every image are moved, in
     float64 if the network runs in it, and what comes out must change as the gradient says. A
     network that rounds or detaches is not differentiable, nor is one that rounds and passes the
-    gradient straight through, or that computes in half precision.
+    gradient straight through, or that casts to half precision.
 
     Raises ForeignError as `adopt_classifier` does, and for images of another shape or type, outside
     of [0,1], or with values that are not finite. Nothing is clipped silently: that would be another
@@ -158,6 +158,11 @@ def _frozen(network: Any, what: str, device: torch.device | str) -> nn.Module:
         )
     while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ForeignError(
+            f"the {what} is TorchScript, whose code cannot be read for its identity; give the "
+            "torch.nn.Module that it was made of"
+        )
     try:
         # What torch.compile returns has the module itself in there.
         copy: nn.Module = deepcopy(getattr(network, "_orig_mod", network))
@@ -168,9 +173,10 @@ def _frozen(network: Any, what: str, device: torch.device | str) -> nn.Module:
         ) from error
     try:
         return copy.eval().requires_grad_(False).to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise ForeignError(
-            f"the {what} cannot be moved to {device} ({first_line(error)}); name another device"
+            f"the {what} cannot be frozen on {device} ({first_line(error)}); name another device, "
+            "or mend the network so that eval(), requires_grad_() and to() work"
         ) from error
 
 
@@ -210,8 +216,8 @@ def _answer(network: nn.Module, x: Tensor, what: str) -> Any:
     except Exception as error:
         raise ForeignError(
             f"the {what} fails on pixels of shape {tuple(x.shape)} ({first_line(error)}); it must "
-            "take any number of images of this size: resize or normalise inside of it "
-            "(preprocessed), or give it other images"
+            "take any number of images of this size, under torch.no_grad() too: resize or "
+            "normalise inside of it (preprocessed), or give it other images"
         ) from error
 
 

@@ -306,6 +306,7 @@ FLAGS = {
         .flatten(4).median(4).values, False, True,
     ),
     "float32 inside": (lambda x: (0.9 * x.float()).sin().to(x.dtype), False, True),
+    "cast to half precision": (lambda x: x.bfloat16().to(x.dtype), False, False),
     "noisy": (lambda x: (x + 0.1 * torch.randn_like(x)).clamp(0, 1), True, True),
     "noisy and rounded": (lambda x: (15 * (x + torch.rand_like(x)) / 2).round() / 15, True, False),
     "rounded": (lambda x: (15 * x).round() / 15, False, False),
@@ -407,6 +408,8 @@ WRONG_CLASSIFIERS: dict[str, tuple[Any, str]] = {
     "a function": (lambda x: x, "is a function; .* forward calls it"),
     "a class": (nn.Flatten, "is the class Flatten; .* call the class to build one"),
     "no copy": (Weight(), r"cannot be copied \(Only Tensors .*\); build it anew"),
+    "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), r"frozen on cpu \(.*LazyModule"),
+    "script": (torch.jit.trace(network().eval(), X[:2]), "is TorchScript, .* give the torch.nn"),
     "another size": (nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), r"fails .* \(8, 3, 8, 8\) \("),
     "its own error": (Pixels(raising("224 only\nmore")), r"fails .* \(224 only\); .*preprocessed"),
     "single images": (Wrapped(lambda z: z.squeeze(0)), r"shape \(4,\) for 1 images; .*\(N,K\)"),
@@ -443,6 +446,10 @@ WRONG_PURIFIERS: dict[str, tuple[Any, str]] = {
     "above 1": (Pixels(lambda x: x + 0.25), r"leaves \[0,1\] by 0.25: .* \[0.25, 1.25\]"),
     "below 0": (Pixels(lambda x: 2 * x - 1), r"leaves \[0,1\] by 1: .* \[-1, 1\]"),
     "its own error": (Pixels(raising("no\nmore")), r"fails .* \(no\)"),
+    "gradients off": (
+        Pixels(lambda x: torch.autograd.grad(x.clone().requires_grad_().square().sum(), x)[0]),
+        r"fails .*require grad.*, under torch.no_grad\(\) too",
+    ),
     "the batch": (Pixels(lambda x: x * x.mean()), "beside other images"),
     "a generator": (
         Pixels(lambda x: x / 2 + torch.rand(x.shape, generator=OWN) / 2),
@@ -478,5 +485,5 @@ def test_images_that_are_no_pixels_end_in_one_sentence(images: Any, sentence: st
 
 
 def test_a_device_that_is_not_there_ends_in_one_sentence() -> None:
-    with pytest.raises(ForeignError, match=r"cannot be moved to cuda:99 .*; name another device"):
+    with pytest.raises(ForeignError, match=r"cannot be frozen on cuda:99 .*; name another device"):
         adopt_classifier(network(), X, CLASSES, "cuda:99")
