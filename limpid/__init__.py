@@ -1,20 +1,21 @@
-"""Limpid for your own code: attacks on any classifier, without a pipeline.
+"""Limpid for your own code: attacks and verdicts on your own networks, without a pipeline.
 
-`AutoAttack` has the signature of its authors' class. It is imported when it is first used: torch
-takes seconds.
+`evaluate` judges a classifier and a purifier in front of it; `AutoAttack` has the signature of its
+authors' class. Both are imported when they are first used: torch takes seconds.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limpid.autoattack import AutoAttack
+    from limpid.judging import Verdict, evaluate
 
-__all__ = ["AutoAttack"]
+__all__ = ["AutoAttack", "Verdict", "evaluate"]
+_HOMES = {"AutoAttack": "autoattack", "Verdict": "judging", "evaluate": "judging"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AutoAttack":
-        from limpid.autoattack import AutoAttack
-
-        return AutoAttack
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"limpid.{_HOMES[name]}"), name)
     raise AttributeError(f"limpid has no {name}; it has {', '.join(__all__)}")

@@ -259,6 +259,7 @@ def bare_scores(accuracy: float, **changes: Any) -> Scored:
         "role": "defense",
         "digest": "",
         "stochastic": False,
+        "quick": False,
         "clean": CleanScore(**dict(one), agreement=accuracy),
         "headline": Headline(**dict(one), upper_bound=False),
         "per_class": {},
@@ -291,7 +292,7 @@ def fail_checks(scored: dict[str, Any], *names: str, level: str = "block") -> No
     checks["findings"] = others + [
         {
             "name": name, "check": check, "about": rung, "level": level, "passed": False,
-            "detail": "planted", "figures": {},
+            "detail": "planted", "figures": {}, "asked": True,
         }
         for name, check, rung in about
     ]  # fmt: skip

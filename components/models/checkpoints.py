@@ -25,9 +25,10 @@ from components.config import Config
 from components.data.image_set import ImageSet, Shape
 from components.data.shards import MANIFEST, DataError, sha256, write_bytes, write_json
 from components.models.classifiers import ClassifierConfig
+from components.models.given import Given
 from components.models.purifiers import Inference, Purifier, PurifierConfig
 
-CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+CONFIG, WEIGHTS, GIVEN = "config.json", "weights.safetensors", "given"
 # A second state, in case the newest is damaged.
 STATES_KEPT = 2
 
@@ -47,6 +48,8 @@ def build(card: ModelCard) -> nn.Module:
     """Make the untrained network of a card; raise ValueError if its config is not valid."""
     channels, height, width = card.shape
     shape: Shape = (channels, height, width)
+    if card.model.get("kind") == GIVEN:
+        return Given.model_validate(card.model).build()
     if card.family == "classifier":
         classifier = TypeAdapter(ClassifierConfig).validate_python(card.model)
         return classifier.build(shape, len(card.class_names))
@@ -56,7 +59,11 @@ def build(card: ModelCard) -> nn.Module:
 
 def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
     """Write a model folder; equal weights and cards give equal bytes."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    # Cloned: tensors that share their memory cannot be stored.
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in module.state_dict().items()
+    }
     write_bytes(folder / WEIGHTS, save_tensors(tensors))
     write_json(folder / CONFIG, card.model_dump())
     files = [

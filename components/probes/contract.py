@@ -1,9 +1,10 @@
 """The finding that every check returns."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import model_validator
 
 from components.config import Config
 
@@ -17,7 +18,8 @@ Accuracies = npt.NDArray[np.float64]
 class Finding(Config):
     """The outcome of one check: `detail` is a sentence, `figures` are its numbers for programs.
 
-    If a check of level `block` fails, the score it is about is an upper bound and not a result.
+    If a check of level `block` fails, the score it is about is an upper bound and not a result. One
+    that was not `asked`, for want of something that it needs, has not passed and only warns.
     """
 
     name: str
@@ -25,3 +27,15 @@ class Finding(Config):
     passed: bool
     detail: str
     figures: dict[str, float] = {}
+    asked: bool = True
+
+    @model_validator(mode="after")
+    def _unasked_warns(self) -> Self:
+        if not self.asked and (self.passed or self.level != "warn"):
+            raise ValueError(f"{self.name} was not asked: it has not passed, and only warns")
+        return self
+
+
+def not_asked(name: str, why: str) -> Finding:
+    """Return the finding of a check that was not asked: `why` says what it needs."""
+    return Finding(name=name, level="warn", passed=False, detail=f"not asked: {why}", asked=False)

@@ -18,7 +18,7 @@ from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
 from components.probes.bench import GRADIENT, WAY, Bench, spread, worst
-from components.probes.contract import Finding
+from components.probes.contract import Finding, not_asked
 from components.probes.statistics import more_fooled
 
 # Square gets so many queries for each pixel of a side: a patch needs more tries on larger images.
@@ -169,12 +169,10 @@ def remembered(bench: Bench, test: ImageSet, val: ImageSet | None) -> Finding:
     theirs = None if val is None else _sample(bench, val, count)
     if theirs is None or min(len(mine.x), len(theirs.x)) < LEAST:
         n = 0 if theirs is None else len(theirs.x)
-        return Finding(
-            name="remembered",
-            level="warn",
-            passed=False,
-            detail=f"not asked: it takes {LEAST} test and validation images, and here are "
-            f"{len(mine.x)} and {n} within the budget",
+        return not_asked(
+            "remembered",
+            f"it takes {LEAST} test and validation images, and here are {len(mine.x)} and {n} "
+            "within the budget",
         )
     here, there = _attacked(mine), _attacked(theirs)
     p = fisher(here.sum(), len(here), there.sum(), len(there))

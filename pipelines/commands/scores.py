@@ -37,10 +37,10 @@ NUMBERS = (
 NOTES = (
     "All in % of n = {n} test images; {threat}. robust accuracy: the worst of all attacks per "
     "image, with its Wilson interval. measurement valid: no, if a blocking check failed; then it "
-    "is an upper bound (<=). +1: one warning. grey: the attacker sees only the "
-    "classifier, which is never robust accuracy. unseen: a classifier that played no part in "
-    "training, clean/same worst examples: a transfer. void: there was no gradient to follow. rnd: "
-    "random. Other rungs and detection are in the report."
+    "is an upper bound (<=), as on a quick ladder. +1: one warning. grey: the attacker sees only "
+    "the classifier, which is never robust accuracy. unseen: a classifier that played no part in "
+    "training, clean/same worst examples: a transfer. void: there was no gradient to follow. -: "
+    "not run. rnd: random. Other rungs and detection are in the report."
 )
 
 
@@ -114,12 +114,14 @@ def ordered(scored: Mapping[str, Scored]) -> list[str]:
 
 def _row(found: Scored) -> list[Text]:
     head, unseen = found.headline, found.unseen_classifier
-    bound = head.upper_bound
+    bound, failed = head.upper_bound, bool(found.checks.blocking_failed)
     rungs = [_rung(found, mode) for mode in ("classifier", "bpda", "full")]
     robust = Text(f"{'<=' if bound else ''}{_number(head)} ", "strike" if bound else "bold")
     robust.append(f"{100 * head.low:.1f}-{100 * head.high:.1f}", "not bold dim")
-    behind = f"{100 * unseen.clean.accuracy:.0f}/{100 * unseen.worst_examples.accuracy:.0f}"
-    valid = Text("no", "red") if bound else Text("yes", "green")
+    behind = "-"
+    if unseen:
+        behind = f"{100 * unseen.clean.accuracy:.0f}/{100 * unseen.worst_examples.accuracy:.0f}"
+    valid = Text("no", "red") if failed else Text("yes", "green")
     if found.checks.warnings:
         valid.append(f" +{len(found.checks.warnings)}", "yellow")
     return [

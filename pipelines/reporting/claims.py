@@ -9,7 +9,7 @@ from pipelines.tasks.entries import Entry
 from pipelines.tasks.metrics import Estimate, Headline, Scored
 from pipelines.tasks.summary import WEAKER
 
-Fate = Literal["holds", "collapses", "fails", "not valid"]
+Fate = Literal["holds", "collapses", "fails", "not decided", "not valid"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Claim:
     `seen` is the highest accuracy on a rung that does not see through the defense, None where there
     was none; it is no robustness. `left` is robust accuracy. `fate`: it `holds` if what is left
     beats no defense and every control; it `fails` otherwise, and `collapses` if a blind attacker
-    sees significantly more; `not valid` says that a blocking check failed, or that no defense was
-    not scored. `standing` is that of its verdict.
+    sees significantly more; `not decided` says that a quick ladder left an upper bound above these
+    rivals; `not valid` that a blocking check failed, or that no defense was not scored. `standing`
+    is that of its verdict.
     """
 
     name: str
@@ -66,6 +67,9 @@ def conclusion(found: Sequence[Claim], scored: Mapping[str, Scored]) -> str:
         controls = any(one.role == "control" for one in scored.values())
         rivals = "no defense and every control" if controls else "no defense"
         parts.append(f"none is validly measured to beat {rivals}")
+    quick = sum(claim.fate == "not decided" for claim in found)
+    if quick:
+        parts.append(f"{quick} {'has' if quick == 1 else 'have'} an upper bound of a quick ladder")
     invalid = sum(claim.fate == "not valid" for claim in found)
     if invalid:
         are = "measurement is" if invalid == 1 else "measurements are"
@@ -91,10 +95,12 @@ def _claim(entry: Entry, found: Scored) -> Claim:
     standing = found.verdict.standing if found.verdict else ""
     fate: Fate = "holds"
     unmeasured = standing == "not measured" and found.verdict and not found.verdict.rivals
-    if found.headline.upper_bound or unmeasured:
+    if found.checks.blocking_failed or unmeasured:
         fate = "not valid"
     elif standing in ("broken", "no better than a control"):
         fate = "collapses" if found.illusory_rungs else "fails"
+    elif found.quick:
+        fate = "not decided"
     return Claim(entry.name, seen, found.headline, fate, standing)
 
 

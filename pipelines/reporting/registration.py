@@ -166,7 +166,7 @@ def describe(name: str, subject: str, found: Scored, threat: ThreatModel) -> str
         f"Verdict: {verdict(found)}. Attacks written for this defense: {written_for(found)}. "
         f"Of its checks: {found.checks.warned()}.",
     ]
-    if head.upper_bound:
+    if found.checks.blocking_failed:
         sentences.append("**A blocking check failed: this is an upper bound and no result.**")
     sentences += [
         f"- {finding.name}: {MEANINGS.get(finding.check, '')}"

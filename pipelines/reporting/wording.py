@@ -145,7 +145,8 @@ def verdict(found: Scored) -> str:
         "classifier without a defense"
         if rivals
         else "no comparison: no baseline is trained adversarially",
-        "not measured": "not measured: a failed check makes an accuracy an upper bound"
+        "not measured": f"not measured: a {'quick ladder' if found.quick else 'failed check'} "
+        "makes an accuracy an upper bound"
         if rivals or found.headline.upper_bound
         else "not measured: the classifier behind it was not scored without a defense",
     }

@@ -9,17 +9,22 @@ from typing import Any
 from pipelines.cluster import session, worker_pool
 from pipelines.cluster.job_events import MetricLogger, Progress
 from pipelines.config.resources import Resources
+from pipelines.layout import CRAFTED
 
 
 @dataclass
 class Context:
-    """Where a stage reports its progress and metrics, what it may use, and its work folder."""
+    """Where a stage reports its progress and metrics, what it may use, and its folders.
+
+    `work` is for what it continues, `crafted` for shards that other calls may use again.
+    """
 
     progress: Progress
     metrics: MetricLogger
     resources: Resources
     work: Path
     record_time: Callable[[str, float], None]
+    crafted: Path = CRAFTED
 
     def epoch(self, total: int) -> Callable[[int, Mapping[str, float]], None]:
         """Return a callback for the end of each of `total` epochs: it shows and logs the epoch."""

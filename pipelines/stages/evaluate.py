@@ -4,7 +4,7 @@ Only forward passes happen here. What params.yaml names is scored, whatever else
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,45 +96,74 @@ def run(
 ) -> dict[str, float]:
     """Score every baseline, defense and control on every set of its ladder."""
     tried = _selftest(selftest)
-    images = image_set.read(test)
-    learnt = [(folder.name, image_set.read(folder).images) for folder in (train, val)]
+    entries = entries_of(params, models.absolute(), ladders, adversarial.absolute())
+    plan = _plan(params, entries, val.absolute(), test.absolute(), models.absolute())
+    judged = judge(entries, plan, [train, val], context, tried, params.published)
+    judged.write(models, out_metrics, out_scores, out_report)
+    found, networks = judged.metrics, list(trained(models, entries, plan))
+    write_headlines(out_headlines, found)
+    efforts = {
+        entry.name: drawn(entry, found.defenses[entry.name], result)
+        for entry, result in zip(entries, judged.results, strict=True)
+    }
+    panels = first_panels(entries, judged.results, found.defenses, plan)
+    write_plots(out_plots, found, efforts, networks, panels)
+    for name, per_image in judged.seconds.items():
+        context.record_time(image_of(name), per_image)
+    return {name: found.defenses[name].headline.accuracy for name in params.defenses}
 
-    entries = _entries(params, models.absolute(), ladders, adversarial.absolute())
+
+@dataclass(frozen=True)
+class Judged:
+    """What was scored, what was counted, the metrics, and the seconds an image takes by defense."""
+
+    entries: Sequence[Entry]
+    plan: Plan
+    results: Sequence[Result]
+    metrics: Metrics
+    seconds: Mapping[str, float]
+
+    def write(self, models: Path, out_metrics: Path, out_scores: Path, out_report: Path) -> None:
+        """Write the metrics, the scores of every image, and the report."""
+        metrics.write(out_metrics, self.metrics)
+        ids = image_set.read(self.plan.test).ids.numpy()
+        write_shard(out_scores, _score_table(self.entries, self.results, ids))
+        networks = list(trained(models, self.entries, self.plan))
+        write_report(out_report, self.metrics, self.entries, self.results, self.plan, networks)
+
+
+def judge(
+    entries: Sequence[Entry], plan: Plan, learnt: Sequence[Path], context: Context,
+    selftest: metrics.Selftest, published: Mapping[str, Published],
+) -> Judged:  # fmt: skip
+    """Score entries on their stored sets, and judge what was counted.
+
+    `learnt` are the folders of all images that networks learnt from, as far as they are known.
+    Raises ValueError where a model does not fit the test images.
+    """
+    images = image_set.read(plan.test)
     for entry in entries:
         entry.subject.require_fit(images)
-    plan = _plan(params, entries, val.absolute(), test.absolute(), models.absolute())
-
     probes = [probes_of(entry, plan) for entry in entries]
-    leaked = leakage(images.images, learnt)
-    results, seconds = count_all(entries, plan, context)
+    leaked = leakage(images.images, [(one.name, image_set.read(one).images) for one in learnt])
+    counted, seconds = count_all(entries, plan, context)
     results = [
         replace(one, findings=[*probed, *one.findings, leaked])
-        for probed, one in zip(probes, results, strict=True)
+        for probed, one in zip(probes, counted, strict=True)
     ]
-    pairs = list(zip(entries, results, strict=True))
+    pairs = zip(entries, results, strict=True)
     scored = {entry.name: summary(entry, result, plan, images) for entry, result in pairs}
     found = Metrics(
-        seed=params.seed,
-        selftest=tried,
-        threat_model=threat_model(params.threat, len(images), params.scoring),
+        seed=plan.seed,
+        selftest=selftest,
+        threat_model=threat_model(plan.threat, len(images), plan.scoring),
         published={
             name: metrics.PublishedFigures.model_validate(one.model_dump())
-            for name, one in params.published.items()
+            for name, one in published.items()
         },
         defenses=compared(entries, results, scored),
     )
-
-    networks = list(trained(models, entries, plan))
-    efforts = {entry.name: drawn(entry, scored[entry.name], result) for entry, result in pairs}
-    metrics.write(out_metrics, found)
-    write_headlines(out_headlines, found)
-    write_shard(out_scores, _score_table(entries, results, images.ids.numpy()))
-    panels = first_panels(entries, results, scored, plan)
-    write_plots(out_plots, found, efforts, networks, panels)
-    write_report(out_report, found, entries, results, plan, networks)
-    for name, per_image in seconds.items():
-        context.record_time(image_of(name), per_image)
-    return {name: scored[name].headline.accuracy for name in params.defenses}
+    return Judged(entries, plan, results, found, seconds)
 
 
 def _selftest(path: Path) -> metrics.Selftest:
@@ -206,7 +235,8 @@ def count_all(
     for index, entry in enumerate(entries):
         one = merge(results[index * shards : (index + 1) * shards])
         about = [finding for each in checked[entry.name].values() for finding in each.findings]
-        findings = [*about, accuracy[entry.subject.classifier], *one.findings]
+        known = accuracy[entry.subject.classifier]
+        findings = [*about, *([known] if known else []), *one.findings]
         whole.append(replace(one, findings=findings))
     return whole, seconds
 
@@ -224,8 +254,13 @@ def _check_sets(
     return found
 
 
-def _entries(params: EvaluateParams, models: Path, ladders: Path, adversarial: Path) -> list[Entry]:
-    """List what params.yaml scores: bare classifiers, defenses, controls."""
+def entries_of(
+    params: EvaluateParams, models: Path, ladders: Path, adversarial: Path
+) -> list[Entry]:
+    """List what the parameters score: bare classifiers, defenses, controls.
+
+    Raises DataError where a ladder was resolved from other parameters.
+    """
     sections: dict[EntryRole, Mapping[str, Baseline | Defended | Control]] = {
         "baseline": params.baselines, "defense": params.defenses, "control": params.controls
     }  # fmt: skip

@@ -21,7 +21,6 @@ from components.attacks.contract import Rung
 from components.attacks.sets import write_crafted, write_crafted_manifest
 from components.data import image_set, shards
 from components.data.shards import read_manifest, shard_name, shard_rows
-from pipelines.layout import CRAFTED
 from pipelines.runner.context import Context
 from pipelines.runner.provenance import code_digests
 from pipelines.storage import job_files
@@ -60,7 +59,7 @@ def craft_all(specs: Sequence[SetSpec], context: Context) -> None:
         return
     code = code_digests(sys.modules[__name__])
     facts = [spec.facts() for spec in specs]
-    kept = [CRAFTED / _key(one, code) for one in facts]
+    kept = [context.crafted / _key(one, code) for one in facts]
     shape, count = read_manifest(specs[0].images)["shape"], len(shard_rows(specs[0].images))
     tasks: list[dict[str, Any]] = [
         {"spec": spec, "shard": shard, "path": (folder / shard_name(shard)).absolute()}

@@ -55,7 +55,10 @@ class Entry:
 class Plan:
     """What all entries are scored on, and how.
 
-    The examples of the `baselines` are tried on every entry that has another classifier.
+    The examples of the `baselines` are tried on every entry that has another classifier. Checks
+    that need `val`, images that nobody scores, or `unseen`, a classifier that played no part in
+    training, are not asked without them. A `quick` ladder gives upper bounds: nothing asks it for
+    strong attacks.
     """
 
     threat: Linf | L2
@@ -63,11 +66,12 @@ class Plan:
     checks: Checks
     seed: int
     batch: int
-    val: Path
+    val: Path | None
     test: Path
-    unseen: Path
+    unseen: Path | None
     surrogate: Path | None
     baselines: Sequence[Entry] = ()
+    quick: bool = False
 
 
 def probes_of(entry: Entry, plan: Plan) -> list[Finding]:

@@ -36,10 +36,12 @@ def read(path: Path) -> Resolved:
 
 
 def generate(
-    ladder: Path, params: SharedView, val: Path, test: Path, classifier: Path,
+    ladder: Path, params: SharedView, val: Path | None, test: Path, classifier: Path,
     purifier: Path | None, out: Path, context: Context,
 ) -> None:  # fmt: skip
     """Craft the sets of a ladder into `out`, and write the probes of its entry there.
+
+    `val` are images that nobody scores; without them some probes are not asked.
 
     Raises DataError where the ladder was resolved for other models, and ValueError where a model
     does not fit the images or the purifier lacks a stand-in that the ladder names.
@@ -51,7 +53,7 @@ def generate(
             f"{ladder} is about {entry.model or 'no purifier'} in front of {entry.classifier}, not "
             f"about {given[1] or 'none'} in front of {given[0]}"
         )
-    subject = subject_of(entry, classifier.absolute().parent)
+    subject, val = subject_of(entry, classifier.absolute().parent), val and val.absolute()
     images = image_set.read(test)
     subject.require_fit(images)
     known = subject.stand_ins()
@@ -73,14 +75,14 @@ def generate(
     with context.session():
         craft_all(specs, context)
         task = {
-            "subject": subject, "entry": entry, "test": test.absolute(), "val": val.absolute(),
+            "subject": subject, "entry": entry, "test": test.absolute(), "val": val,
             "seed": params.seed, "batch": params.batch,
             "stored": _stored(subject, entry, attacks, sets, images.ids, params.seed),
         }  # fmt: skip
         (findings,) = context.map(probe_subject, [task])
     facts = probing.facts(
         subject, attacks, sets, entry.threat, entry.checks, params.seed, params.batch,
-        val.absolute(), test.absolute(),
+        val, test.absolute(),
     )  # fmt: skip
     probing.write(out / "checks.json", facts, findings)
 
@@ -124,7 +126,7 @@ def _stored(
 
 
 def probe_subject(
-    subject: Subject, entry: Resolved, val: Path, test: Path, seed: int, batch: int,
+    subject: Subject, entry: Resolved, val: Path | None, test: Path, seed: int, batch: int,
     stored: Stored, device: str,
 ) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; runs in a worker."""
@@ -136,6 +138,6 @@ def probe_subject(
     findings = probe(
         defense, modes, image_set.read(test), entry.threat, seed, entry.checks.images,
         max((getattr(attack, "eot", 1) for attack in full), default=1),
-        batch, stored, image_set.read(val), entry.checks.thorough,
+        batch, stored, image_set.read(val) if val else None, entry.checks.thorough,
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]

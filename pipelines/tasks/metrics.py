@@ -25,7 +25,7 @@ from components.data.shards import DataError, write_json
 from pipelines.config import dvc_lock
 from pipelines.layout import DVC_LOCK
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 EntryRole = Literal["baseline", "defense", "control"]
 # As in `components.checks.verdicts`: readers of the metrics need not load what computes them.
 Standing = Literal[
@@ -44,7 +44,10 @@ class Estimate(Config):
 
 
 class Headline(Estimate):
-    """Robust accuracy (worst of all attacks); an upper bound where a blocking check failed."""
+    """Robust accuracy (worst of all attacks).
+
+    An upper bound where a blocking check failed, and on a quick ladder.
+    """
 
     upper_bound: bool
 
@@ -164,7 +167,10 @@ class Detection(Config):
 
 
 class RecordedFinding(Config):
-    """The outcome of one check, named `check` or `check/about`; `about` is a rung or a set."""
+    """The outcome of one check, named `check` or `check/about`; `about` is a rung or a set.
+
+    One that was not `asked` lacked something that it needs, and has not passed.
+    """
 
     name: str
     check: str
@@ -173,6 +179,7 @@ class RecordedFinding(Config):
     passed: bool
     detail: str
     figures: dict[str, float]
+    asked: bool
 
 
 class Checks(Config):
@@ -216,14 +223,16 @@ class Scored(Config):
 
     Dictionaries are keyed by rung (`rungs`), by set (`attacks`, `carried_by`, where "clean" counts
     too), by class, or by the label of a further threat (`elsewhere`). `void_rungs` had no usable
-    gradient. `radius_curve` is empty without a probe. `digest` identifies weights, settings and
-    code that were scored; `written_for` are the attacks that were written for this entry. Only
-    defenses have `not_better_than` and `verdict`; no other entry has these keys.
+    gradient. `radius_curve` is empty without a probe, and `unseen_classifier` None without one.
+    `digest` identifies weights, settings and code that were scored; `written_for` are the attacks
+    that were written for this entry. Only defenses have `not_better_than` and `verdict`; no other
+    entry has these keys.
     """
 
     role: EntryRole
     digest: str
     stochastic: bool
+    quick: bool
     clean: CleanScore
     headline: Headline
     per_class: dict[str, Estimate]
@@ -235,7 +244,7 @@ class Scored(Config):
     elsewhere: dict[str, Elsewhere]
     detection: Detection | None
     retries: Retries
-    unseen_classifier: UnseenClassifier
+    unseen_classifier: UnseenClassifier | None
     illusions: list[str]
     illusory_rungs: list[IllusoryRung]
     radius_curve: list[RadiusPoint]
@@ -248,10 +257,11 @@ class Scored(Config):
     @model_validator(mode="after")
     def _headline_is_what_is_left(self) -> Self:
         failed, bound = self.checks.blocking_failed, self.headline.upper_bound
-        if bound != bool(failed):
+        if bound != (bool(failed) or self.quick):
             raise ValueError(
                 f"headline.upper_bound is {str(bound).lower()}, and "
                 f"{', '.join(failed) or 'no blocking check'} failed"
+                f"{' on a quick ladder' if self.quick else ''}"
             )
         # The noise that selects the worst attack on a random defense is not that which scores it.
         if not self.stochastic:
@@ -314,7 +324,7 @@ class PublishedFigures(Config):
 class Metrics(Config):
     """All that is in reports/metrics.json; `defenses` holds baselines and controls, too."""
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     seed: int
     selftest: Selftest
     threat_model: ThreatModel

@@ -43,7 +43,7 @@ class Probed(Config):
 
 def facts(
     subject: Subject, attacks: Mapping[str, Attack], sets: Mapping[str, Path], threat: Linf | L2,
-    checks: Checks, seed: int, batch: int, val: Path, test: Path,
+    checks: Checks, seed: int, batch: int, val: Path | None, test: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the findings on `subject` depend on: digests of models, images, sets and code.
 
@@ -54,7 +54,7 @@ def facts(
     return {
         **subject.facts(),
         "data": shards.fingerprint(test),
-        "val": shards.fingerprint(val),
+        "val": shards.fingerprint(val) if val else "none",
         "threat": threat.model_dump(mode="json"),
         "seed": seed,
         "batch": batch,

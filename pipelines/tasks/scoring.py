@@ -40,7 +40,7 @@ from components.models.checkpoints import load, read_card
 from components.models.defense import Defense
 from components.models.identity import state_digest
 from components.probes import Finding
-from components.probes.contract import Accuracies
+from components.probes.contract import Accuracies, not_asked
 from components.probes.models import recorded_accuracy, unchanged
 from pipelines.tasks.entries import Entry, Plan, Sound, read_sound, worst_of_baselines
 from pipelines.tasks.metrics import rung_of
@@ -71,12 +71,13 @@ class Result:
     the prediction is that of the bare classifier on the clean image; `inside` (N,) bool and
     `distance` (N,) L2 of every set; `elsewhere` says by the labels of further threats what `inside`
     says of the primary one; `unseen` are right answers (clean, under the worst examples) of a
-    classifier that played no part in training, behind the same purifier; `rounded` those on the
-    worst examples rounded to 8 bits, among equal ones the last; `detector` are the detector scores,
-    None where the purifier is no detector; `panels` are pictures of every set; `efforts` are the
-    passes that white-box sets cost whose attack stops at success; `answers` are what attacks were
-    answered about the sets that they made of this entry; `transferred` are scores under the worst
-    examples of other baselines, by their names, and count for the check `transfer_attack` alone.
+    classifier that played no part in training, behind the same purifier, or None; `rounded` those
+    on the worst examples rounded to 8 bits, among equal ones the last; `detector` are the detector
+    scores, None where the purifier is no detector or no image fixes its thresholds; `panels` are
+    pictures of every set; `efforts` are the passes that white-box sets cost whose attack stops at
+    success; `answers` are what attacks were answered about the sets that they made of this entry;
+    `transferred` are scores under the worst examples of other baselines, by their names, and count
+    for the check `transfer_attack` alone.
     """
 
     scores: Mapping[str, Score]
@@ -85,7 +86,7 @@ class Result:
     elsewhere: Mapping[str, Inside]
     distance: Mapping[str, npt.NDArray[np.float64]]
     findings: list[Finding]
-    unseen: tuple[Score, Score]
+    unseen: tuple[Score, Score] | None
     rounded: Score
     detector: DetectorScores | None
     panels: Mapping[str, Panel]
@@ -152,17 +153,15 @@ def score_shard(
     last = torch.stack(
         [(sets[name] if inside[name][row] else pixels)[row] for row, name in enumerate(chosen)]
     )
-    other = Defense(load(plan.unseen, device), defense.purifier).freeze()
-    unseen = (
-        _once(other, pixels, some, plan, "clean"),
-        _once(other, worst_images, some, plan, "score"),
-    )
+    unseen = _unseen(defense, some, worst_images, plan, device)
     rounded = _once(defense, in_levels(last, pixels, plan.threat), some, plan, "score")
-    val = image_set.read(plan.val, _share(plan.val, shard, len(parts)))
     known = {name: one.detected for name, one in counted.items() if one.detected is not None}
-    detector = detector_scores(
-        defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch, known
-    )
+    detector = None
+    if plan.val:
+        val = image_set.read(plan.val, _share(plan.val, shard, len(parts)))
+        detector = detector_scores(
+            defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch, known
+        )
     state = unchanged(before, state_digest(defense), defense.training)
     bare = Defense(defense.classifier, None)
     said = predict(bare, pixels, some.ids, plan.seed, "clean", 1, plan.batch)[0]
@@ -185,10 +184,17 @@ def score_shard(
     )  # fmt: skip
 
 
-def recount(classifier: Path, plan: Plan, device: str) -> Finding:
-    """Check that a bare classifier is as accurate as it was when trained; runs in a worker."""
+def recount(classifier: Path, plan: Plan, device: str) -> Finding | None:
+    """Check that a bare classifier is as accurate as it was when trained; runs in a worker.
+
+    None for a classifier whose card has no accuracy from its training.
+    """
     torch.set_num_threads(1)
-    then: dict[str, int] = read_card(classifier).provenance["validation"]
+    then: dict[str, int] | None = read_card(classifier).provenance.get("validation")
+    if then is None:
+        return None
+    if plan.val is None:
+        return not_asked("recorded_accuracy", "it takes validation images")
     val = image_set.read(plan.val)
     bare = Defense(load(classifier, device), None).freeze()
     now = count_correct(
@@ -212,10 +218,7 @@ def merge(results: Sequence[Result]) -> Result:
             next((f for f in same if not f.passed), same[0])
             for same in zip(*(one.findings for one in results), strict=True)
         ],
-        unseen=(
-            _joined([one.unseen[0] for one in results]),
-            _joined([one.unseen[1] for one in results]),
-        ),
+        unseen=_pairs([one.unseen for one in results]),
         rounded=_joined([one.rounded for one in results]),
         detector=merge_detector_scores([one.detector for one in results]),
         panels=first.panels,
@@ -281,6 +284,14 @@ def _joined(scores: Sequence[Score]) -> Score:
     return Score(scores[0].draws, select, np.concatenate([score.score for score in scores]))
 
 
+def _pairs(parts: Sequence[tuple[Score, Score] | None]) -> tuple[Score, Score] | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    clean, attacked = zip(*known, strict=True)
+    return _joined(clean), _joined(attacked)
+
+
 def _share(folder: Path, shard: int, shards: int) -> range:
     """Return the rows of a folder that a shard takes: each takes others, and all are taken.
 
@@ -316,6 +327,19 @@ def _clean(defense: Defense, images: ImageSet, plan: Plan) -> Counted:
         defense, images.pixels(), images.labels, images.ids, plan.seed, "clean",
         plan.scoring.select_draws, plan.scoring.score_draws, plan.batch,
     )  # fmt: skip
+
+
+def _unseen(
+    defense: Defense, images: ImageSet, worst_images: Tensor, plan: Plan, device: str
+) -> tuple[Score, Score] | None:
+    """Count the unseen classifier behind the purifier, on the clean and on the worst images."""
+    if plan.unseen is None:
+        return None
+    other = Defense(load(plan.unseen, device), defense.purifier).freeze()
+    return (
+        _once(other, images.pixels(), images, plan, "clean"),
+        _once(other, worst_images, images, plan, "score"),
+    )
 
 
 def _once(defense: Defense, x: Tensor, images: ImageSet, plan: Plan, role: Role) -> Score:

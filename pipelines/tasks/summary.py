@@ -40,7 +40,7 @@ from components.evaluation.detection import detection
 from components.models.checkpoints import read_card
 from components.models.defense import STAND_INS
 from components.probes import Finding
-from components.probes.contract import Accuracies
+from components.probes.contract import Accuracies, not_asked
 from components.probes.statistics import summarise, wilson
 from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
@@ -49,6 +49,9 @@ from pipelines.tasks.metrics import Estimate, Scored, attack_of, rung_of
 from pipelines.tasks.scoring import Result
 
 TRIES = 10
+STANDARD_TRAINED = "classification"
+# Checks that ask a ladder for strong attacks.
+NEEDS_STRENGTH = ("strong_attack", "full_rung", "without_gradients")
 CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
 # Rungs whose attacks do not see through the purifier; `bpda` does where it has no gradient.
 WEAKER = (*UNASKED, "bpda")
@@ -74,7 +77,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
     judged = _judged(entry, result, rungs, counted, carried, plan, len(images.class_names), void)
     findings = [_recorded(finding) for finding in (*result.findings, *judged)]
     failed = [f.name for f in findings if not f.passed and f.level == "block"]
-    clean, unseen = result.scores[CLEAN], result.unseen
+    clean = result.scores[CLEAN]
     detector = detection(result.detector, result.inside, counted) if result.detector else None
     classes = per_class(carried.accuracy(), images.labels.numpy(), images.class_names)
     return Scored(
@@ -84,14 +87,19 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
         clean=metrics.CleanScore(
             **dict(_estimate(clean.accuracy())), agreement=float(result.agreed[CLEAN].mean())
         ),
-        headline=metrics.Headline(**dict(_estimate(carried.accuracy())), upper_bound=bool(failed)),
+        quick=plan.quick,
+        headline=metrics.Headline(
+            **dict(_estimate(carried.accuracy())), upper_bound=bool(failed) or plan.quick
+        ),
         per_class={name: Estimate.model_validate(one) for name, one in classes.items()},
         carried_by={n: chosen.count(n) for n in dict.fromkeys(chosen)},
         rungs={mode: _estimate(score.accuracy()) for mode, score in rungs.items()},
         void_rungs=[mode for mode in MODES if mode in void],
         white_box=None if white_box is None else _estimate(white_box),
         attacks=_attacks(entry, result, plan, len(images.class_names)),
-        elsewhere=_elsewhere(entry, result, plan, len(images.class_names), void, bool(failed)),
+        elsewhere=_elsewhere(
+            entry, result, plan, len(images.class_names), void, bool(failed) or plan.quick
+        ),
         detection=metrics.Detection.model_validate(detector) if detector else None,
         retries=metrics.Retries(
             worst_of_10=_estimate(worst_of(carried, TRIES)),
@@ -99,9 +107,7 @@ def summary(entry: Entry, result: Result, plan: Plan, images: ImageSet) -> Score
             clean_worst_of_10=_estimate(worst_of(clean, TRIES)),
             clean_majority_of_10=_estimate(majority_of(clean, TRIES)),
         ),
-        unseen_classifier=metrics.UnseenClassifier(
-            clean=_estimate(unseen[0].accuracy()), worst_examples=_estimate(unseen[1].accuracy())
-        ),
+        unseen_classifier=_unseen_classifier(result),
         illusions=[f"{one.rung}: {one.seen:.1%}, {one.left:.1%} in white box" for one in shown],
         illusory_rungs=[
             metrics.IllusoryRung(rung=one.rung, seen=one.seen, left=one.left) for one in shown
@@ -127,7 +133,7 @@ def compared(
     trained = {
         e.name: (right[e.name], scored[e.name].headline.upper_bound)
         for e in entries
-        if e.role == "baseline" and not _standard_trained(e)
+        if e.role == "baseline" and _objective(e) not in (None, STANDARD_TRAINED)
     }
     found = dict(scored)
     for entry in entries:
@@ -154,6 +160,13 @@ def compared(
             }
             found[entry.name] = found[entry.name].model_copy(update=changes)
     return found
+
+
+def _unseen_classifier(result: Result) -> metrics.UnseenClassifier | None:
+    if result.unseen is None:
+        return None
+    clean, attacked = (_estimate(score.accuracy()) for score in result.unseen)
+    return metrics.UnseenClassifier(clean=clean, worst_examples=attacked)
 
 
 def _verdict(judged: Verdict) -> metrics.Verdict:
@@ -332,13 +345,21 @@ def _judged(
     stand_ins = {str(mode): one for mode, one in accuracies.items() if mode in STAND_INS}
     known = entry.subject.stand_ins()
     findings += stand_ins_tried(known, stand_ins, accuracies.get("full"))
-    findings += _claim(entry, _white_box(entry, counted), accuracies, by_rung, classes, void)
+    claimed = _claim(entry, _white_box(entry, counted), accuracies, by_rung, classes, void)
     seen = {mode: attacks for mode, attacks in by_rung.items() if mode not in UNASKED}
     differentiable = entry.subject.differentiable()
-    findings.append(without_gradients(seen, result.findings, stochastic, differentiable))
-    if entry.subject.bare and _standard_trained(entry):
+    claimed.append(without_gradients(seen, result.findings, stochastic, differentiable))
+    findings += [_unless_quick(finding, plan) for finding in claimed]
+    if entry.subject.bare and _objective(entry) == STANDARD_TRAINED:
         findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
     return findings
+
+
+def _unless_quick(finding: Finding, plan: Plan) -> Finding:
+    """Return a finding, as not asked where it failed for attacks that a quick ladder leaves out."""
+    if finding.passed or not plan.quick or finding.name not in NEEDS_STRENGTH:
+        return finding
+    return not_asked(finding.name, f"a quick ladder gives an upper bound ({finding.detail})")
 
 
 def _claim(
@@ -374,6 +395,7 @@ def _attacks_within(
     return attacks
 
 
-def _standard_trained(entry: Entry) -> bool:
-    objective: dict[str, str] = read_card(entry.subject.classifier).provenance["objective"]
-    return objective["kind"] == "classification"
+def _objective(entry: Entry) -> str | None:
+    """Return the kind of objective that the classifier was trained by, None where it is unknown."""
+    objective: dict[str, str] = read_card(entry.subject.classifier).provenance.get("objective", {})
+    return objective.get("kind")

@@ -124,7 +124,7 @@ def one(defended: Defended, name: str) -> Scored:
 
 
 def finding(name: str, level: Literal["block", "warn"]) -> RecordedFinding:
-    about: dict[str, Any] = {"check": name, "about": "", "detail": "", "figures": {}}
+    about: dict[str, Any] = {"check": name, "about": "", "detail": "", "figures": {}, "asked": True}
     return RecordedFinding(name=name, level=level, passed=False, **about)
 
 

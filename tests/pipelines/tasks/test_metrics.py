@@ -20,15 +20,15 @@ from pipelines.tasks.summary import threat_model
 
 # The keys of every version, by the type they belong to.
 KEYS: dict[int, dict[str, str]] = {
-    4: {
+    5: {
         "Metrics": "schema_version seed selftest threat_model published defenses",
         "Selftest": "cases caught",
         "LinfThreat": "norm eps_255 n select_draws score_draws",
         "L2Threat": "norm eps_l2 n select_draws score_draws",
         "PublishedFigures": "source accuracy",
-        "Scored": "role digest stochastic clean headline per_class carried_by rungs void_rungs "
-        "white_box attacks elsewhere detection retries unseen_classifier illusions illusory_rungs "
-        "radius_curve checks certificate written_for not_better_than verdict",
+        "Scored": "role digest stochastic quick clean headline per_class carried_by rungs "
+        "void_rungs white_box attacks elsewhere detection retries unseen_classifier illusions "
+        "illusory_rungs radius_curve checks certificate written_for not_better_than verdict",
         "Estimate": "accuracy low high n",
         "Headline": "accuracy low high n upper_bound",
         "CleanScore": "accuracy low high n agreement",
@@ -43,7 +43,7 @@ KEYS: dict[int, dict[str, str]] = {
         "UnseenClassifier": "clean worst_examples",
         "SetDetection": "auc control_auc tpr_1 tpr_5 roc",
         "Detection": "validation clean_rejected attacks detect_or_correct curve",
-        "RecordedFinding": "name check about level passed detail figures",
+        "RecordedFinding": "name check about level passed detail figures asked",
         "Checks": "blocking_failed warnings findings",
     },
 }
@@ -140,7 +140,7 @@ def test_a_threat_in_l2_keeps_its_radius() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 4; `dvc repro`"),
+        ({"schema_version": 1}, "has schema 1, and this Limpid reads schema 5; `dvc repro`"),
         ({"schema_version": None}, "has no schema version, and this Limpid"),
         ({"seed": "0"}, "is damaged (seed: "),
         ({"surprise": 1}, "is damaged (surprise: "),

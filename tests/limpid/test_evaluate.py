@@ -1,0 +1,216 @@
+"""`limpid.evaluate`: a verdict on networks that a caller holds, by the code of the stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import limpid
+from components.attacks import Linf
+from components.attacks.sets import read_crafted
+from components.data import image_set
+from components.models.checkpoints import read_card
+from limpid.inputs import as_images, as_threat
+from limpid.judging import BARE, DEFENSE, PURIFIER, Verdict, judge
+from pipelines.config.schema import load
+from pipelines.errors import ConfigError
+from pipelines.tasks import metrics
+
+N, EPS = 48, 51 / 255
+SHORT = {"kind": "pgd", "steps": 5, "step": 0.25, "restarts": 1, "random_start": True,
+         "early_stop": True, "eot": 1}  # fmt: skip
+LADDER = {"classifier": ["pgd"], "bpda": {"pgd": SHORT}, "full": {"pgd": SHORT}}
+
+
+class Patterns(nn.Module):
+    """A linear classifier: the nearest of three patterns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.rand(3, 64, generator=generator) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ self.weight.T
+
+
+class Smooth(nn.Module):
+    """A purifier that takes the mean of a pixel and its neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def data(count: int = N, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Return images that the classifier gets right, at 8 bits, with room for an attack."""
+    images = torch.rand(4 * count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images = (255 * images).round() / 255
+    logits = Patterns()(images).detach()
+    return images[:count], logits[:count].argmax(1)
+
+
+def judged(tmp_path: Path | None = None, **changes: Any) -> Verdict:
+    settings = {"threat": "linf:2/255", "ladder": LADDER, "purifier": Smooth(), **changes}
+    return limpid.evaluate(Patterns(), *data(), out=tmp_path, **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation without validation images and an unseen classifier."""
+    return tmp_path_factory.mktemp("judged")
+
+
+@pytest.fixture(scope="module")
+def without(folder: Path) -> Verdict:
+    return judged(folder)
+
+
+def test_a_purifier_is_judged_beside_its_classifier(without: Verdict, folder: Path) -> None:
+    found = without
+    assert set(found.metrics.defenses) == {BARE, DEFENSE} and found.name == DEFENSE
+    assert set(found.scored.rungs) == {"classifier", "bpda", "full"}
+    assert found.interval[0] <= found.robust_accuracy <= found.interval[1]
+    assert found.scored.clean.n == N
+    assert metrics.read(folder / "metrics.json") == found.metrics
+    assert (folder / "report.html").stat().st_size and (folder / "scores.parquet").exists()
+
+
+def test_a_classifier_alone_has_one_row() -> None:
+    found = judged(purifier=None)
+    assert set(found.metrics.defenses) == {BARE} and found.name == BARE
+
+
+def test_robust_accuracy_of_a_linear_model_is_its_closed_form() -> None:
+    """An image falls where some margin is below eps times the L1 length, inside [0,1] or not."""
+    images = 0.25 + 0.5 * data()[0]
+    images = (255 * images).round() / 255
+    network = Patterns()
+    with torch.no_grad():
+        logits, weight = network(images), network.weight
+    labels, eps = logits.argmax(1), 6 / 255
+    gaps = logits.gather(1, labels[:, None]) - logits
+    reach = eps * (weight[labels][:, None] - weight[None]).abs().sum(2)
+    others = torch.ones_like(gaps).scatter_(1, labels[:, None], 0).bool()
+    standing = (gaps > reach)[others].view(len(images), 2).all(1)
+    apgd = {"steps": 100, "restarts": 1, "eot": 1}
+    ladder = {"full": {kind: {"kind": kind, **apgd} for kind in ("apgd_ce", "apgd_margin")}}
+    found = limpid.evaluate(network, images, labels, threat="linf:6/255", ladder=ladder)
+    assert 0.1 < float(standing.float().mean()) < 0.9
+    assert found.robust_accuracy == pytest.approx(float(standing.float().mean()), abs=1.01 / N)
+
+
+def test_checks_without_their_images_are_not_asked_and_make_no_candidate(without: Verdict) -> None:
+    assert {"remembered", "leakage", "unseen_classifier"} <= set(without.not_asked)
+    assert not without.candidate and without.scored.unseen_classifier is None
+    more = judged(validation=data(80, seed=2), unseen=Patterns())
+    assert "leakage" not in more.not_asked and more.scored.unseen_classifier is not None
+
+
+def test_a_validation_image_among_the_test_images_blocks() -> None:
+    found = judged(validation=data())
+    assert "leakage" in found.failed and found.upper_bound
+
+
+def test_a_quick_ladder_is_an_upper_bound_without_a_failed_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = judged(tmp_path, ladder="quick")
+    assert found.upper_bound and not found.candidate and found.scored.quick
+    assert not {"strong_attack", "full_rung", "without_gradients"} & set(found.failed)
+    assert "<=" in capsys.readouterr().out
+    assert "upper bound" in (tmp_path / "report.html").read_text()
+
+
+def test_a_second_call_crafts_nothing_again(
+    without: Verdict, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = {path: path.stat().st_mtime_ns for path in (folder / ".limpid").rglob("*.parquet")}
+    assert written
+    assert judged(folder).metrics == without.metrics
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_the_caller_keeps_what_was_given() -> None:
+    network, purifier = Patterns().train(), Smooth().train()
+    state, before = torch.random.get_rng_state(), network.weight.clone()
+    limpid.evaluate(network, *data(), purifier=purifier, threat="linf:2/255", ladder=LADDER)
+    assert network.training and purifier.training and network.weight.requires_grad
+    assert torch.equal(network.weight, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_folder_says_which_weights_were_scored(without: Verdict, folder: Path) -> None:
+    card = read_card(folder / "models" / BARE)
+    assert card.model["kind"] == "given" and card.provenance == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"threat": "linf:8"}, "threat is 'linf:8'; write linf:8/255"),
+        ({"threat": "l1:1"}, "threat is 'l1:1'; write linf:8/255"),
+        ({"ladder": "strong"}, "ladder is 'strong'; it may be 'standard' or 'quick'"),
+        ({"ladder": {"top": ["pgd"]}}, "the ladder has a rung 'top'; there are classifier"),
+        ({"ladder": {"full": ["pgdd"]}}, "the ladder names full/pgdd; give its settings"),
+        ({"ladder": {"full": {"mine": {"kind": "pgd"}}}}, "the ladder's full/mine is not valid"),
+        ({"ladder": {"bpda": ["pgd"]}}, "the ladder needs an attack on the rung full"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_none_gets_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("(", r"\(")) as caught:
+        judged(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        (255 * data()[0], data()[1], r"pixels lie in \[0, 255\]; give them in \[0,1\]"),
+        (data()[0][0], data()[1], "images have shape"),
+        (data()[0], data()[1][:3], "there are 48 images, and labels are torch.int64 of shape"),
+        (data()[0][:20], data()[1][:20], "there are 20 images; it takes 32 or more"),
+        (data()[0], data()[1] - 5, "a label is -5; classes are numbered from 0"),
+        (data()[0].numpy(), data()[1], "images and labels are ndarray and Tensor; give tensors"),
+    ],
+)
+def test_images_that_are_none_get_one_sentence(images: Any, labels: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        limpid.evaluate(Patterns(), images, labels)
+
+
+def test_a_threat_is_read_exactly() -> None:
+    assert as_threat("linf:8/255") == Linf(norm="linf", eps_255=8.0)
+    assert as_threat("l2:0.5").eps == 0.5
+
+
+def test_images_keep_their_8_bits() -> None:
+    images, labels = data()
+    assert torch.equal(as_images(images, labels).pixels(), images)
+
+
+def test_the_demo_is_judged_as_by_the_stages(reproduced: Path, tmp_path: Path) -> None:
+    """Equal flags, image by image, and an equal headline: it is the code of the stages."""
+    from components.models.checkpoints import load as load_network
+
+    line = reproduced
+    params, test = load(line / "params.yaml"), image_set.read(line / "data" / "test")
+    attacks = {n: one.model_dump(mode="json") for n, one in params.attacks.items()}
+    ladder = params.defenses["student_grey"].ladder
+    rungs = {mode: {n: attacks[n] for n in ladder[mode]} for mode in ("bpda", "full")}
+    networks = {
+        BARE: load_network(line / "models" / "standard"),
+        PURIFIER: load_network(line / "models" / "student_grey"),
+    }
+    found = judge(
+        networks, test, None, params.threat, rungs, params.batch, params.seed, None, tmp_path
+    )
+    stored = json.loads((line / "reports" / "metrics.json").read_text())["defenses"]["student_grey"]
+    for mode, some in rungs.items():
+        assert found.scored.rungs[mode].accuracy == stored["rungs"][mode]["accuracy"]
+        for name in some:
+            ours = read_crafted(tmp_path / "adversarial" / DEFENSE / mode / name)
+            theirs = read_crafted(line / "adversarial" / "student_grey" / mode / name)
+            assert torch.equal(ours.success, theirs.success)
