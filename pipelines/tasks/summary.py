@@ -12,6 +12,7 @@ from components.attacks import L2, Attack, Linf
 from components.attacks.contract import MODES, UNASKED
 from components.checks.scores import (
     draws_enough,
+    excused,
     full_is_strongest,
     illusions,
     order_of_strength,
@@ -40,7 +41,7 @@ from components.evaluation.detection import detection
 from components.models.checkpoints import read_card
 from components.models.defense import STAND_INS
 from components.probes import Finding
-from components.probes.contract import Accuracies, not_asked
+from components.probes.contract import Accuracies
 from components.probes.statistics import summarise, wilson
 from pipelines.config.sections import Scoring
 from pipelines.tasks import metrics
@@ -50,8 +51,6 @@ from pipelines.tasks.scoring import Result
 
 TRIES = 10
 STANDARD_TRAINED = "classification"
-# Checks that ask a ladder for strong attacks.
-NEEDS_STRENGTH = ("strong_attack", "full_rung", "without_gradients")
 CERTIFICATE = ("gradient_present", "gradient_honest", "eot_agreement")
 # Rungs whose attacks do not see through the purifier; `bpda` does where it has no gradient.
 WEAKER = (*UNASKED, "bpda")
@@ -349,17 +348,10 @@ def _judged(
     seen = {mode: attacks for mode, attacks in by_rung.items() if mode not in UNASKED}
     differentiable = entry.subject.differentiable()
     claimed.append(without_gradients(seen, result.findings, stochastic, differentiable))
-    findings += [_unless_quick(finding, plan) for finding in claimed]
+    findings += map(excused, claimed) if plan.quick else claimed
     if entry.subject.bare and _objective(entry) == STANDARD_TRAINED:
         findings.append(undefended_falls(float(carried.accuracy().mean()), plan.threat))
     return findings
-
-
-def _unless_quick(finding: Finding, plan: Plan) -> Finding:
-    """Return a finding, as not asked where it failed for attacks that a quick ladder leaves out."""
-    if finding.passed or not plan.quick or finding.name not in NEEDS_STRENGTH:
-        return finding
-    return not_asked(finding.name, f"a quick ladder gives an upper bound ({finding.detail})")
 
 
 def _claim(
