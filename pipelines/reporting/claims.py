@@ -95,7 +95,7 @@ def _claim(entry: Entry, found: Scored) -> Claim:
     standing = found.verdict.standing if found.verdict else ""
     fate: Fate = "holds"
     unmeasured = standing == "not measured" and found.verdict and not found.verdict.rivals
-    if found.checks.blocking_failed or unmeasured:
+    if found.checks.blocking_failed or (unmeasured and not found.quick):
         fate = "not valid"
     elif standing in ("broken", "no better than a control"):
         fate = "collapses" if found.illusory_rungs else "fails"

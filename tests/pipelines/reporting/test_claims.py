@@ -53,12 +53,27 @@ def test_the_sentence_names_the_collapse_and_what_holds(evaluation: FakeEvaluati
 def test_an_invalid_measurement_neither_holds_nor_collapses(evaluation: FakeEvaluation) -> None:
     scored = changed(evaluation, student_adaptive="above", student_grey="above")
     for name in ("student_adaptive", "student_grey"):
-        head = scored[name].headline.model_copy(update={"upper_bound": True})
-        scored[name] = scored[name].model_copy(update={"headline": head})
+        checks = scored[name].checks.model_copy(update={"blocking_failed": ["planted"]})
+        scored[name] = bounded(scored[name], checks=checks)
     found = claims(evaluation.entries, scored)
     assert {claim.fate for claim in found} == {"not valid"}
     sentence = conclusion(found, scored)
     assert "None is validly measured" in sentence and "2 measurements are not valid" in sentence
+
+
+def test_an_upper_bound_of_a_quick_ladder_decides_nothing(evaluation: FakeEvaluation) -> None:
+    scored = changed(evaluation, student_adaptive="not measured", student_grey="broken")
+    scored["student_adaptive"] = bounded(scored["student_adaptive"], quick=True)
+    found = claims(evaluation.entries, scored)
+    fates = {claim.name: claim.fate for claim in found}
+    assert fates["student_adaptive"] == "not decided" and fates["student_grey"] == "collapses"
+    assert "1 has an upper bound of a quick ladder" in conclusion(found, scored)
+
+
+def bounded(scored: Scored, **changes: Any) -> Scored:
+    """Return scores whose headline is an upper bound."""
+    head = scored.headline.model_copy(update={"upper_bound": True})
+    return scored.model_copy(update={"headline": head, **changes})
 
 
 def test_what_was_not_compared_with_no_defense_does_not_hold(evaluation: FakeEvaluation) -> None:
