@@ -335,6 +335,7 @@ def failing() -> dict[str, Any]:
         passed=False,
         detail="",
         figures={},
+        asked=True,
     )
     checks = Checks(blocking_failed=["planted"], warnings=[], findings=[finding])
     head = Headline(accuracy=0.55, low=0.5, high=0.6, n=50, upper_bound=True)
