@@ -122,6 +122,16 @@ class Scaled(Purifier):
         return 2 * x
 
 
+class _NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 0.9 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("not written")
+
+
 class Convolved(nn.Module):
     """A small network that purifies, with kinks, a skip and a squashing to [0,1]."""
 
@@ -320,6 +330,7 @@ FLAGS = {
     "half of the pixels detached": (
         lambda x: torch.cat([x[..., ::2].detach(), x[..., 1::2]], 3), False, False,
     ),
+    "no way back": (lambda x: _NoWayBack.apply(x), False, False),
     "jpeg": (Jpeg(kind="jpeg", quality=50).build((3, 8, 8)).purify, False, False),
 }  # fmt: skip
 
@@ -352,6 +363,14 @@ def test_the_fallback_in_float32_finds_the_same(monkeypatch: pytest.MonkeyPatch)
         given, stochastic, differentiable = FLAGS[name]
         purifier = adopt_purifier(Strict(given), X)  # type: ignore[arg-type]
         assert (purifier.stochastic, purifier.differentiable) == (stochastic, differentiable), name
+
+
+@pytest.mark.parametrize(("rounded", "differentiable"), [(6, False), (2, True)])
+def test_most_images_decide_on_the_gradient(rounded: int, differentiable: bool) -> None:
+    images = 0.4 * uniform_pixels(8, (3, 8, 8))
+    images[:rounded] += 0.6
+    bright = Pixels(lambda x: torch.where(x.mean((1, 2, 3), True) > 0.5, (9 * x).round() / 9, x))
+    assert adopt_purifier(bright, images).differentiable == differentiable
 
 
 def test_a_deterministic_purifier_gives_what_the_network_gives() -> None:
@@ -423,6 +442,10 @@ WRONG_CLASSIFIERS: dict[str, tuple[Any, str]] = {
     "probabilities": (Wrapped(lambda z: z.softmax(1)), "probabilities: .* return the logits"),
     "the batch": (StillTraining(), "beside other images; .* BatchNorm run in train mode"),
     "the mean of the batch": (Wrapped(lambda z: z - z.mean(0)), "beside other images"),
+    "the size of the batch": (Wrapped(lambda z: z * len(z)), "beside other images"),
+    "the batch, under noise": (
+        Wrapped(lambda z: z + z.mean(0) + 0.01 * torch.randn_like(z)), "beside other images",
+    ),
     "numpy": (Wrapped(lambda z: z + float(np.random.rand())), "under the same seed; .* no numpy"),
     "counter": (Counting(), "changes its own calls while it answers; .* eval mode"),
     "history": (Remembering(), "under the same seed; .* nothing from call to call"),
