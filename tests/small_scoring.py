@@ -19,6 +19,7 @@ from components.models.accuracy import count_correct
 from components.models.checkpoints import ModelCard, build, save
 from components.models.defense import Defense
 from pipelines.config.sections import Checks, Scoring
+from pipelines.layout import CRAFTED
 from pipelines.runner.context import Context
 from pipelines.stages.evaluate import count_all
 from pipelines.tasks.entries import Entry, Plan, Sound, check_set
@@ -111,7 +112,7 @@ def made(
 class Alone:
     """A context whose process does all tasks, one by one."""
 
-    session = nullcontext
+    session, crafted = nullcontext, CRAFTED
 
     def map(self, function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]]) -> list[Any]:
         return [function(**task, device="cpu") for task in tasks]

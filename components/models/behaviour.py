@@ -7,11 +7,14 @@ here, so that they stay as they are for everybody else.
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from components.data.draws import NoiseStream
 from components.models.preprocessing import ForeignError
@@ -37,6 +40,48 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def noise(stream: NoiseStream | None, x: Tensor) -> Iterator[None]:
+    """Seed torch's global streams by a stream of keys, or freshly without one.
+
+    Noise for pixels `x` in float64 is that for the same pixels in float32, so that a float64 copy
+    of a random network is a copy of it.
+    """
+    double = x.dtype == torch.float64
+    single = _InFloat32() if double else nullcontext()  # type: ignore[no-untyped-call]
+    with seeded(seed_of(stream), x.device), single:
+        yield
+
+
+class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws in float32 what is asked for in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*given[0], **given[1])
+        single_args, single_kwargs = tree_map(_single, given)
+        result = func(*single_args, **single_kwargs)
+        if func._schema.is_mutable:
+            return args[0].copy_(single_args[0])
+        double = given[1].get("dtype") == torch.float64 or any(map(_is_double, args))
+        return tree_map(lambda one: one.double() if double and _floats(one) else one, result)
+
+
+def _single(value: Any) -> Any:
+    if value is torch.float64:
+        return torch.float32
+    return value.float() if _is_double(value) else value
+
+
+def _is_double(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def seed_of(stream: NoiseStream | None) -> int:

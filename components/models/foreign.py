@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from components.data.draws import NoiseStream
-from components.models.behaviour import is_differentiable, is_random, seed_of, seeded
+from components.models.behaviour import is_differentiable, is_random, noise, seeded
 from components.models.classifiers import Classifier
 from components.models.precision import full_precision
 from components.models.preprocessing import ForeignError, Preprocessed, Size, first_line
@@ -58,16 +58,20 @@ class ForeignClassifier(nn.Module):
         """
         if not self.stochastic:
             return _logits_of(self.network(x))
-        with seeded(seed_of(stream), x.device):
+        with noise(stream, x):
             return _logits_of(self.network(x))
 
 
 class ForeignPurifier(Purifier):
-    """A frozen purifier from elsewhere: see `adopt_purifier`."""
+    """A frozen purifier from elsewhere: see `adopt_purifier`.
+
+    `batchwise` says whether the noise of an image depends on the batch that it is in.
+    """
 
     def __init__(self, network: nn.Module, stochastic: bool, differentiable: bool) -> None:
         super().__init__()
         self.network, self.stochastic, self.differentiable = network, stochastic, differentiable
+        self.batchwise = stochastic
 
     def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
         """Return the purified images (N,C,H,W); noise is that of `stream`, or fresh without one."""
@@ -75,7 +79,7 @@ class ForeignPurifier(Purifier):
         if not self.stochastic:
             purified = self.network(x)
             return purified
-        with seeded(seed_of(stream), x.device):
+        with noise(stream, x):
             purified = self.network(x)
             return purified
 

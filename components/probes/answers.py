@@ -11,7 +11,7 @@ from components.data.draws import Draws
 from components.models.defense import Defense
 from components.models.identity import modules_of, sources
 from components.probes.bench import Bench, rough
-from components.probes.contract import Finding
+from components.probes.contract import Finding, not_asked
 
 # Logits further apart than this fraction of their norm are different; AutoAttack's rule.
 TOLERANCE = 1e-4
@@ -81,15 +81,19 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     large constant in the logits would hide any difference. The float64 and the folded copy may
     change 2 % of the labels, too, or differ by what rounding alone does: that is measured by moving
     every pixel by 1e-7.
+
+    Where one seed serves the noise of a whole batch (`ForeignPurifier.batchwise`), other batches
+    have other noise: they are left out, and if nothing else differs the check was not asked.
     """
     differing = []
+    batchwise = bool(getattr(bench.defense.purifier, "batchwise", False))
     worst, where = 0.0, "none"
     for name, x in points.items():
         with torch.no_grad():
             base = bench.defense(x, bench.draws)
             moved = bench.defense((x + 1e-7).clamp(0, 1), bench.draws)
         floor = 10 * _apart(moved, base)
-        for way, rows, answer in _ways(bench, x):
+        for way, rows, answer in _ways(bench, x, batchwise):
             loose = way in ("float64", "folded")
             apart = _apart(answer, base[rows])
             labels = float((answer.argmax(1) != base[rows].argmax(1)).double().mean())
@@ -101,6 +105,8 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
                 differing.append(f"{way} at {name}")
             if float(apart.max()) > worst and not loose:
                 worst, where = float(apart.max()), f"{way} at {name}"
+    if batchwise and not differing:
+        return not_asked("one_answer", "the noise of an image depends on the batch that it is in")
     return Finding(
         name="one_answer",
         level="block",
@@ -110,15 +116,18 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     )
 
 
-def _ways(bench: Bench, x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield ways to ask about `x` (N,C,H,W): a name, the rows asked about, their logits."""
+def _ways(bench: Bench, x: Tensor, batchwise: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield ways to ask about `x` (N,C,H,W): a name, the rows asked about, their logits.
+
+    If the noise is `batchwise`, in the batch `x` alone.
+    """
     defense, draws = bench.defense, bench.draws
     every = torch.arange(len(x), device=x.device)
     with torch.enable_grad():
         yield "gradients on", every, defense(x.clone().requires_grad_(), draws).detach()
     with torch.no_grad():
         yield "asked again", every, defense(x, draws)
-        for size in sorted({*BATCH_SIZES, bench.batch}):
+        for size in () if batchwise else sorted({*BATCH_SIZES, bench.batch}):
             # A batch larger than the images there are holds some of them several times.
             rows = torch.arange(size, device=x.device) % len(x)
             yield f"a batch of {size}", rows, defense(x[rows], draws[rows])

@@ -214,3 +214,32 @@ def test_the_demo_is_judged_as_by_the_stages(reproduced: Path, tmp_path: Path) -
             ours = read_crafted(tmp_path / "adversarial" / DEFENSE / mode / name)
             theirs = read_crafted(line / "adversarial" / "student_grey" / mode / name)
             assert torch.equal(ours.success, theirs.success)
+
+
+class Noise(nn.Module):
+    """A purifier that draws from torch's global stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 0.02 * torch.randn_like(x)).clamp(0, 1)
+
+
+def test_a_random_purifier_comes_through_without_a_false_block() -> None:
+    margin = {"kind": "apgd_margin", "steps": 20, "restarts": 1, "eot": 2}
+    ladder = {"full": {"pgd": SHORT | {"eot": 2}, "margin": margin}}
+    first, again = (judged(purifier=Noise(), ladder=ladder) for _ in range(2))
+    assert first.scored.stochastic and "one_answer" in first.not_asked
+    assert not set(first.failed) - {"strong_attack"}
+    assert first.metrics == again.metrics
+
+
+def test_a_random_classifier_gets_one_sentence() -> None:
+    network = nn.Sequential(nn.Flatten(), Dropped(), nn.Linear(64, 3))
+    with pytest.raises(ConfigError, match="answers the same images differently from call to call"):
+        limpid.evaluate(network, *data())
+
+
+class Dropped(nn.Module):
+    """Dropout that stays on in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.2, training=True)

@@ -18,6 +18,7 @@ from toys import grey_levels, uniform_pixels
 from components.attacks.apgd import dlr, targeted_dlr
 from components.attacks.gradient import log_odds
 from components.data.draws import Draws, NoiseStream
+from components.models.behaviour import noise
 from components.models.classifiers import Classifier
 from components.models.defense import Defense, bind, fold_batch_norm, margin
 from components.models.foreign import (
@@ -510,3 +511,25 @@ def test_images_that_are_no_pixels_end_in_one_sentence(images: Any, sentence: st
 def test_a_device_that_is_not_there_ends_in_one_sentence() -> None:
     with pytest.raises(ForeignError, match=r"cannot be frozen on cuda:99 .*; name another device"):
         adopt_classifier(network(), X, CLASSES, "cuda:99")
+
+
+class Drawing(nn.Module):
+    """Adds everything that a network may draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.randn_like(x) + torch.rand(x.shape, dtype=x.dtype)
+        drawn = drawn + torch.empty_like(x).uniform_() + torch.randn(x.shape, dtype=x.dtype)
+        return nn.functional.dropout(x + torch.bernoulli(0.5 * torch.ones_like(x)) + drawn, 0.5)
+
+
+def test_noise_in_float64_is_that_of_float32() -> None:
+    """A float64 copy is compared with the network under the same noise."""
+    x = torch.rand(4, 1, 8, 8)
+    stream = Draws(0, "score", torch.arange(4)).stream("salt")
+    with noise(stream, x):
+        single = Drawing()(x)
+    exact = x.double().requires_grad_()
+    with noise(stream, exact):
+        double = Drawing()(exact)
+    assert double.dtype == torch.float64 and double.requires_grad
+    assert torch.allclose(double.float(), single, atol=1e-5)
