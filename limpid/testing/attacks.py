@@ -137,7 +137,7 @@ def attacked(
     device = next(defense.parameters()).device
     draws = Draws(0, "attack", data.ids.to(device))
     target = bind(defense, mode, draws, int(getattr(attack, "eot", 1)))
-    images, labels = data.pixels().to(device), data.labels.to(device)
+    images, labels = data.pixels().to(device), data.labels.clone().to(device)
     outcome = attack.run_in_batches(target, images, labels, threat, draws, batch)
     return _Found(outcome, target.passes)
 
@@ -338,8 +338,8 @@ def changes_neither_model_nor_images(setting: Setting, make: Make) -> None:
     bench.network.requires_grad_(True)
     for way, mode in ((way, mode) for way in bench.ways(attack) for mode in modes):
         model = bench.defense(way).eval()
-        before, images = state_of(model), bench.data.images.clone()
-        pixels, labels = bench.pixels(), bench.data.labels.to(setting.device)
+        before = state_of(model)
+        pixels, labels = bench.pixels(), bench.data.labels.clone().to(setting.device)
         draws = Draws(0, "attack", bench.data.ids.to(setting.device))
         target = bind(model, mode, draws, int(getattr(attack, "eot", 1)))
         attack.run(target, pixels, labels, way.threat, draws)
@@ -349,7 +349,7 @@ def changes_neither_model_nor_images(setting: Setting, make: Make) -> None:
         require(all(weight.requires_grad for weight in weights), f"{way}: it froze the weights")
         require(torch.equal(pixels, bench.pixels()), f"{way}: it changed the images, in place")
         same = torch.equal(labels.cpu(), bench.data.labels)
-        require(same and torch.equal(images, bench.data.images), f"{way}: it changed the labels")
+        require(same, f"{way}: it changed the labels, in place")
         require(torch.is_grad_enabled(), f"{way}: it left gradients switched off")
 
 

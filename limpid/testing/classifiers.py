@@ -157,7 +157,7 @@ def a_copy_answers_as_the_original(setting: Setting, make: Make) -> None:
 def the_folded_copy_answers_as_the_original(setting: Setting, make: Make) -> None:
     """Attacks run on a copy whose BatchNorms are folded into the convolutions before them."""
     model, x = _made(setting, make), grey_levels(IMAGES, setting)
-    logits, folded = model(x), fold_batch_norm(Defense(model, None))(x)
+    folded, logits = fold_batch_norm(Defense(model, None))(x), model(x)
     off = ((folded - logits).abs().max() / logits.abs().max()).item()
     require(
         off <= ROUNDING,

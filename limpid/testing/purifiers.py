@@ -279,7 +279,7 @@ def _differ(some: Tensor, others: Tensor) -> Tensor:
 
 
 def _gradient(purify: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the finite gradient (N,C,H,W) of random sums of purified pixels; 0 if it is cut off."""
+    """Return the finite gradient (N,C,H,W) of random sums of purified pixels; 0 if cut off."""
     point = x.clone().requires_grad_()
     with torch.enable_grad():
         purified = purify(point)

@@ -19,7 +19,7 @@ WRONG = 8
 
 
 class NoisyBlur(Purifier):
-    """A slight blur and keyed Gaussian noise, so that images differ in their detector scores, too."""
+    """A slight blur and keyed Gaussian noise, so that detector scores differ, too."""
 
     stochastic = True
 
