@@ -189,8 +189,3 @@ def test_an_honest_attack_passes(shape: tuple[int, int, int], classes: int) -> N
 def test_what_is_no_attack_is_refused() -> None:
     with pytest.raises(TypeError, match="make returned dict; it must return an Attack"):
         check_attack(dict)
-
-
-@pytest.mark.gpu
-def test_an_honest_attack_passes_on_a_gpu(gpu: torch.device) -> None:
-    check_attack(Honest, shape=SHAPE, classes=CLASSES, device=gpu)

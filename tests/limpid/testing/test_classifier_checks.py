@@ -131,8 +131,3 @@ def test_an_honest_classifier_passes(shape: tuple[int, int, int]) -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="make returned int; it must return"):
         check_classifier(lambda shape, classes: classes)
-
-
-@pytest.mark.gpu
-def test_an_honest_classifier_passes_on_a_gpu(gpu: torch.device) -> None:
-    check_classifier(Honest, shape=SHAPE, classes=CLASSES, device=gpu)

@@ -163,8 +163,3 @@ def test_honest_purifiers_pass(honest: Any, shape: tuple[int, int, int]) -> None
 def test_what_is_no_purifier_is_refused() -> None:
     with pytest.raises(TypeError, match="make returned Identity; it must return a Purifier"):
         check_purifier(torch.nn.Identity)
-
-
-@pytest.mark.gpu
-def test_honest_purifiers_pass_on_a_gpu(gpu: torch.device) -> None:
-    check_purifier(NoisyBlur, shape=SHAPE, device=gpu)
