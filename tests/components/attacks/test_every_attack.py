@@ -1,33 +1,28 @@
-"""What holds for every kind of attack, whatever the threat, the defense and the batch."""
+"""Every kind of attack keeps the contract of `limpid.testing`; and what holds for ours besides."""
 
-import random
-from copy import deepcopy
-from dataclasses import fields
 from itertools import groupby, pairwise
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from toy_networks import Constant, Noisy, Precise, Rounded, listening
+from toy_networks import Constant, Noisy, Rounded, listening
 from toys import ATTACK_VARIANTS, ATTACKS, LINF, THREATS, fooled, head, parse_attack, true_margins
 
 from components.attacks import (
     L2,
     AttackConfig,
-    Crafted,
     Linf,
     a3,
     autoattack,
     craft,
-    violations,
 )
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
 from components.models.classifiers import Classifier
 from components.models.defense import Defense
+from limpid.testing import Check, attack_checks
 
 # Where an attack does not apply, and raises ValueError.
 REFUSES = {
@@ -45,6 +40,8 @@ UNSEEDED = (
     "fgsm", "bim", "mi_fgsm", "cw_l2", "deepfool", "elastic_net", "fab_t", "flip",
     "detector_aware", "detector_aware, classifier",
 )  # fmt: skip
+# Attacks that do not stop early, but leave an image that is misclassified from the start.
+UNMOVED = ("detector_aware", "detector_aware, classifier", "deepfool", "elastic_net", "mi_fgsm")
 EVERY = pytest.mark.parametrize("name", [*ATTACKS, *ATTACK_VARIANTS])
 
 
@@ -78,9 +75,19 @@ def test_the_toys_cover_every_kind_of_attack() -> None:
 
 
 @EVERY
+@pytest.mark.parametrize("check", attack_checks(shape=(1, 8, 8)), ids=str)
+def test_every_kind_keeps_the_contract(name: str, check: Check) -> None:
+    if check.name == "the_batch_size_changes_no_image" and name in RANKING:
+        with pytest.raises(AssertionError, match="iterations differ"):
+            check(lambda: parse_attack(name))
+    else:
+        check(lambda: parse_attack(name))
+
+
+@EVERY
 @THREATS
 @pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
-def test_returned_images_lie_in_the_ball_and_success_is_measured_on_them(
+def test_success_is_measured_on_the_returned_images(
     name: str, threat: Linf | L2, stochastic: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
     attack, data = parse_attack(name), head(test_set, 40)
@@ -89,13 +96,6 @@ def test_returned_images_lie_in_the_ball_and_success_is_measured_on_them(
         return
     crafted = craft(attack, defense, "full", data, threat, 0, 25)
     assert torch.equal(crafted.ids, data.ids) and torch.equal(crafted.labels, data.labels)
-    assert crafted.images.shape == data.images.shape and crafted.images.dtype == torch.float32
-    assert crafted.images.isfinite().all()
-    assert crafted.images.min() >= 0 and crafted.images.max() <= 1
-    delta = (crafted.images.double() - data.pixels().double()).flatten(1)
-    reach = delta.abs().amax(1) if threat is LINF else delta.norm(dim=1)
-    if attack.bounded:
-        assert reach.max() <= threat.eps + 1e-6
     draws = Draws(0, "attack", data.ids)
     right = torch.cat([
         defense(crafted.images[rows], draws[rows]).argmax(1) == data.labels[rows]
@@ -132,7 +132,7 @@ def test_every_attack_lowers_the_accuracy(
 
 @EVERY
 @pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
-def test_equal_seeds_give_equal_bytes_and_other_seeds_other_noise(
+def test_other_seeds_give_other_noise(
     name: str, stochastic: bool, classifier: Classifier, test_set: ImageSet
 ) -> None:
     defense = Defense(classifier, Noisy() if stochastic else None).freeze()
@@ -140,33 +140,9 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_other_noise(
     if refuses(name, defense, data):
         return
     one = craft(parse_attack(name), defense, "full", data, LINF, 0, 16)
-    torch.manual_seed(99)
-    again = craft(parse_attack(name), defense, "full", data, LINF, 0, 16)
-    for field in fields(Crafted):
-        assert torch.equal(getattr(one, field.name), getattr(again, field.name))
     other = craft(parse_attack(name), defense, "full", data, LINF, 1, 16)
     seeded = stochastic or name not in UNSEEDED
     assert torch.equal(one.images, other.images) != seeded
-
-
-@EVERY
-@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
-def test_neither_order_nor_batch_size_changes_an_image(
-    name: str, stochastic: bool, classifier: Classifier, test_set: ImageSet
-) -> None:
-    """In float64, where the rounding of other batch sizes does not show."""
-    defense = Defense(Precise(classifier), Noisy() if stochastic else None).freeze()
-    data = head(test_set, 24)
-    if refuses(name, defense, data):
-        return
-    whole = craft(parse_attack(name), defense, "full", data, LINF, 0, 24)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    for batch in (24,) if name in RANKING else (24, 10):
-        shuffled = craft(parse_attack(name), defense, "full", data[order], LINF, 0, batch)
-        assert torch.equal(shuffled.ids, whole.ids[order])
-        assert torch.allclose(shuffled.images, whole.images[order], rtol=0, atol=1e-5)
-        for column in ("success", "iterations", "forward", "backward"):
-            assert torch.equal(getattr(shuffled, column), getattr(whole, column)[order]), column
 
 
 @EVERY
@@ -182,54 +158,15 @@ def test_the_order_of_a_batch_changes_no_byte(
     assert torch.equal(shuffled.images, whole.images[order])
 
 
-@EVERY
-@pytest.mark.parametrize("mode", ["full", "bpda"])
-def test_an_attack_changes_neither_model_nor_data_nor_random_streams(
-    name: str, mode: Any, classifier: Classifier, test_set: ImageSet
-) -> None:
-    data = head(test_set, 10)
-    model = deepcopy(classifier).requires_grad_(True)
-    deterministic = "stochastic" in REFUSES.get(name, set())
-    defense = Defense(model, None if deterministic else Noisy()).eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    pixels = data.images.clone()
-    streams = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    craft(parse_attack(name), defense, mode, data, LINF, 0, 10)
-    assert torch.equal(torch.get_rng_state(), streams[0])
-    assert (random.getstate(), str(np.random.get_state())) == streams[1:]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert not any(module.training for module in model.modules())
-    assert not any(p.grad is not None for p in model.parameters())
-    assert all(p.requires_grad for p in model.parameters())
-    assert torch.equal(data.images, pixels)
-    assert torch.is_grad_enabled()
-
-
-@EVERY
-def test_a_misclassified_image_counts_as_fooled(
+@pytest.mark.parametrize("name", UNMOVED)
+def test_a_misclassified_image_stays_though_the_attack_never_stops_early(
     name: str, classifier: Classifier, test_set: ImageSet
 ) -> None:
-    data = head(test_set, 12)
+    attack, data = parse_attack(name), head(test_set, 12)
     wrong = ImageSet(data.images, (data.labels + 1) % 10, data.ids, data.class_names)
-    crafted = craft(
-        parse_attack(name), Defense(classifier, None).freeze(), "full", wrong, LINF, 0, 12
-    )
-    assert crafted.success.all()
-    if name not in ("pgd, last iterate", "noise", "cw_l2"):
-        assert torch.equal(crafted.images, wrong.pixels()), "a misclassified image was attacked"
-
-
-@EVERY
-@pytest.mark.parametrize("logits", [[torch.nan] * 10, [0.0] * 9 + [torch.nan]], ids=str)
-def test_nan_logits_count_as_fooled(name: str, logits: list[float], test_set: ImageSet) -> None:
-    """For every label: argmax in torch takes NaN for the largest, so class 0 would seem robust."""
-    data = head(test_set, 30)
-    crafted = craft(
-        parse_attack(name, **({"targets": 2} if name == "apgd_t" else {})),
-        Defense(Constant(logits), None).freeze(), "full", data, LINF, 0, 30,
-    )  # fmt: skip
-    assert set(data.labels.tolist()) >= {0, 9}
-    assert crafted.success.all()
+    crafted = craft(attack, Defense(classifier, None).freeze(), "full", wrong, LINF, 0, 12)
+    assert not attack.stops_early()
+    assert torch.equal(crafted.images, wrong.pixels())
 
 
 @pytest.mark.parametrize("name", ["noise", "pgd", "apgd_ce", "apgd_t"])
@@ -247,16 +184,6 @@ def test_an_image_with_nan_logits_is_kept(name: str) -> None:
     defense = Defense(Broken([4.0, 3.0, 2.0, 1.0]), None).freeze()
     crafted = craft(attack, defense, "full", data, LINF, 0, 30)
     assert crafted.success.float().mean() > (0.8 if name == "apgd_t" else 0.99)
-
-
-@EVERY
-def test_tied_logits_raise_no_error(name: str, test_set: ImageSet) -> None:
-    """Equal logits have margin 0, which counts as fooled, so no attack has anything left to do."""
-    data = head(test_set, 40)
-    assert (data.labels == 0).sum() > 1
-    defense = Defense(Constant([1.0] * 10), None).freeze()
-    crafted = craft(parse_attack(name), defense, "full", data, LINF, 0, 40)
-    assert violations(crafted.images, data.pixels(), LINF) == []
 
 
 def test_no_attack_stops_early_on_a_stochastic_defense(
@@ -277,11 +204,13 @@ def test_no_attack_stops_early_on_a_stochastic_defense(
 
 
 @EVERY
-def test_no_two_queries_share_noise(name: str, classifier: Classifier, test_set: ImageSet) -> None:
-    """Except images that are compared with each other, under noise that no gradient has seen.
+def test_queries_are_numbered_without_gaps(
+    name: str, classifier: Classifier, test_set: ImageSet
+) -> None:
+    """The queries about the finished images have numbers below 0.
 
-    Draw 0 is used again: it ranks the target classes and decides about success. The queries about
-    the finished images have numbers below 0.
+    Only images that are compared with each other share a number; draw 0 is used again, to rank the
+    target classes and to decide about success.
     """
     asked: set[int] = set()
     followed: list[int] = []
@@ -301,8 +230,6 @@ def test_no_two_queries_share_noise(name: str, classifier: Classifier, test_set:
     judged.clear()
     craft(parse_attack(name), defense, "full", head(test_set, 8), LINF, 0, 8)
     assert asked == {-1, -2, -3, -4}
-    assert len(followed) == len(set(followed))
-    assert not (set(followed) & set(judged)) - {0}
     assert len({*followed, *judged} - {0}) == max(*followed, *judged), "a draw was skipped"
     if not name.startswith("detector_aware"):
         # At the end of a search five images are compared under the same draws, one after another.

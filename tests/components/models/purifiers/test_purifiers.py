@@ -1,14 +1,12 @@
-"""The contract that every purifier keeps, tested on every kind."""
+"""Every kind of purifier keeps the contract of `limpid.testing`."""
 
-import inspect
 from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from toys import grey_levels, keyed, strided_pointwise
+from toys import grey_levels, strided_pointwise
 
-from components.data.draws import Draws, NoiseStream
 from components.models.purifiers import (
     ControlConfig,
     InferenceConfig,
@@ -16,6 +14,7 @@ from components.models.purifiers import (
     PurifierConfig,
     stochastic,
 )
+from limpid.testing import Check, purifier_checks
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
@@ -100,15 +99,19 @@ WRAPPED_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 SHAPES = ((1, 8, 8), (3, 12, 16))
 EVERY = pytest.mark.parametrize("name", [*SAMPLES, *VARIANTS, *WRAPPED, *WRAPPED_VARIANTS])
-SHAPED = pytest.mark.parametrize("shape", SHAPES)
+# Colour images that are not square take the checks of what comes back.
+CHECKS = [(SHAPES[0], check) for check in purifier_checks(shape=SHAPES[0])]
+CHECKS += [(SHAPES[1], check) for check in purifier_checks(shape=SHAPES[1])[:1]]
 IMAGES = 24
 
 
 def build_purifier(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifier:
-    """Build a frozen purifier in eval mode; its BatchNorm statistics are not the initial ones."""
+    """Build a frozen purifier in eval mode; its BatchNorm statistics are not the initial ones.
+
+    Its weights are the next of the global random stream.
+    """
     wrapped = {**WRAPPED, **WRAPPED_VARIANTS}
     network, inference = wrapped.get(name) or ({**SAMPLES, **VARIANTS}[name], None)
-    torch.manual_seed(0)
     built = TypeAdapter(PurifierConfig).validate_python(network).build(shape)
     if isinstance(built, Purifier):
         with torch.no_grad():
@@ -119,11 +122,6 @@ def build_purifier(name: str, shape: tuple[int, int, int] = SHAPES[0]) -> Purifi
         built = TypeAdapter(InferenceConfig).validate_python(inference).wrap(built)
     assert isinstance(built, Purifier)
     return built.eval().requires_grad_(False)
-
-
-def noise(count: int) -> NoiseStream:
-    """Return the noise of `count` images as a purifier gets it."""
-    return keyed(count).stream()
 
 
 def kinds(union: Any) -> set[str]:
@@ -165,64 +163,11 @@ def test_no_network_has_a_strided_convolution_of_one_pixel(section: dict[str, An
 
 
 @EVERY
-def test_stand_ins_return_images_with_keyed_noise_and_a_gradient(name: str) -> None:
-    purifier, stream = build_purifier(name), noise(IMAGES)
-    for kind in purifier.stand_ins:
-        x = (0.2 + 0.6 * grey_levels(IMAGES, SHAPES[0])).requires_grad_()
-        purified = purifier.stand_in(kind, x, stream)
-        assert purified.shape == x.shape and purified.min() >= 0 and purified.max() <= 1
-        assert torch.equal(purifier.stand_in(kind, x, stream), purified), "the noise is not keyed"
-        (gradient,) = torch.autograd.grad(purified.square().sum(), x)
-        assert gradient.isfinite().all() and gradient.flatten(1).ne(0).any(1).all()
-    if not purifier.stand_ins:
-        with pytest.raises(NotImplementedError):
-            purifier.stand_in("direct", grey_levels(IMAGES, SHAPES[0]), stream)
-
-
-@EVERY
-def test_detector_score_of_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    purifier, x, stream = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), noise(IMAGES)
-    scores = purifier.detector_score(x, stream)
-    assert scores.shape == (IMAGES,) and scores.isfinite().all()
-    rows = torch.tensor([3, 17, 5])
-    alone = purifier.detector_score(x[rows], stream[rows])
-    assert torch.allclose(alone, scores[rows], rtol=1e-3, atol=1e-5)
-    assert purifier.detector_score(x).shape == (IMAGES,), "without a stream"
-    assert torch.equal(purifier.detector_score(x, stream, purifier(x, stream)), scores)
-
-
-@EVERY
-@SHAPED
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_output_has_shape_dtype_and_range_of_images(
-    name: str, shape: tuple[int, int, int], dtype: torch.dtype
+@pytest.mark.parametrize(("shape", "check"), CHECKS, ids=str)
+def test_every_kind_keeps_the_contract(
+    name: str, shape: tuple[int, int, int], check: Check
 ) -> None:
-    x = grey_levels(IMAGES, shape).to(dtype)
-    before = x.clone()
-    purified = build_purifier(name, shape).to(dtype)(x, noise(IMAGES))
-    assert purified.shape == x.shape and purified.dtype == dtype and purified.device == x.device
-    assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
-    assert torch.equal(x, before), "the input has changed"
-
-
-@EVERY
-@pytest.mark.parametrize("image", ["black", "white", "one"])
-def test_extreme_images_stay_finite_and_in_range(name: str, image: str) -> None:
-    x = torch.ones(1, 1, 8, 8) if image == "one" else torch.full((4, 1, 8, 8), image == "white")
-    purified = build_purifier(name)(x.float(), noise(len(x)))
-    assert purified.isfinite().all() and purified.min() >= 0 and purified.max() <= 1
-
-
-@EVERY
-def test_output_is_random_only_if_declared_stochastic(name: str) -> None:
-    purifier, x = build_purifier(name), grey_levels(IMAGES, SHAPES[0])
-    one = purifier(x, noise(IMAGES))
-    assert torch.equal(purifier(x, noise(IMAGES)), one), "equal noise, other output"
-    draws = keyed(IMAGES)
-    reseeded, other_role = Draws(1, "score", draws.ids), Draws(0, "attack", draws.ids)
-    for other in (draws.redraw(1), reseeded, other_role):
-        moved = (purifier(x, other.stream()) != one).flatten(1).any(1)
-        assert moved.all() if purifier.stochastic else not moved.any()
+    check(lambda: build_purifier(name, shape))
 
 
 @EVERY
@@ -234,59 +179,3 @@ def test_the_sections_say_whether_a_purifier_draws_noise(name: str) -> None:
     model = TypeAdapter(PurifierConfig).validate_python(network)
     how = TypeAdapter(InferenceConfig | None).validate_python(inference)
     assert stochastic(model, how) == build_purifier(name).stochastic
-
-
-@EVERY
-def test_noise_is_fresh_for_every_image_without_a_stream(name: str) -> None:
-    purifier, x = build_purifier(name), grey_levels(IMAGES, SHAPES[0])
-    same = torch.equal(purifier(x), purifier(x))
-    assert same != purifier.stochastic
-    if purifier.stochastic:
-        twice = purifier(x[:1].expand(2, -1, -1, -1))
-        assert not torch.equal(twice[0], twice[1]), "one noise for the whole batch"
-
-
-@EVERY
-def test_gradient_is_usable_only_if_declared_differentiable(name: str) -> None:
-    purifier = build_purifier(name)
-    x = (0.2 + 0.6 * grey_levels(IMAGES, SHAPES[0])).requires_grad_()
-    purified = purifier(x, noise(IMAGES))
-    probe = torch.randn(purified.shape, generator=torch.Generator().manual_seed(2))
-    gradient = torch.zeros_like(x)
-    if purified.requires_grad:
-        (found,) = torch.autograd.grad((probe * purified).sum(), x, allow_unused=True)
-        gradient = gradient if found is None else found
-    assert gradient.isfinite().all()
-    usable = gradient.flatten(1).ne(0).any(1)
-    assert usable.all() if purifier.differentiable else not usable.any()
-
-
-@EVERY
-def test_purified_image_does_not_depend_on_its_batch(name: str) -> None:
-    """Equal bytes in batches of equal size; equal up to rounding in batches of another size."""
-    purifier, x, stream = build_purifier(name), grey_levels(IMAGES, SHAPES[0]), noise(IMAGES)
-    whole = purifier(x, stream)
-    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(purifier(x[order], stream[order]), whole[order])
-    others_changed = x.clone()
-    others_changed[1:] = 1 - others_changed[1:]
-    assert torch.equal(purifier(others_changed, stream)[0], whole[0])
-    for rows in (order[:1], order[:7], order[5:]):
-        assert torch.allclose(purifier(x[rows], stream[rows]), whole[rows], rtol=0, atol=1e-5)
-
-
-@EVERY
-def test_purifier_takes_images_and_noise_only(name: str) -> None:
-    purifier = build_purifier(name)
-    for method in (purifier.forward, purifier.purify):
-        assert list(inspect.signature(method).parameters) == ["x", "stream"]
-
-
-@EVERY
-def test_purifying_changes_neither_state_nor_global_stream(name: str) -> None:
-    purifier = build_purifier(name)
-    before = {key: value.clone() for key, value in purifier.state_dict().items()}
-    state = torch.get_rng_state()
-    purifier(grey_levels(IMAGES, SHAPES[0]), noise(IMAGES))
-    assert all(torch.equal(before[key], value) for key, value in purifier.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state), "it drew from the global stream"
