@@ -365,3 +365,12 @@ def test_a_wrong_gradient_voids_its_rung_and_an_undecided_one_does_not() -> None
     assert scores.void_rungs([wrong], {}) == {"full"}
     undecided = wrong.model_copy(update={"figures": {"undecided": 1.0}})
     assert scores.void_rungs([undecided], {}) == frozenset()
+
+
+def test_a_quick_ladder_is_excused_for_what_it_leaves_out_and_for_nothing_else() -> None:
+    weak = scores.strong_enough({"full": [parse_attack("fgsm")]}, (), True, 10)
+    excused = scores.excused(weak)
+    assert not weak.passed and weak.level == "block"
+    assert (excused.level, excused.asked, excused.passed) == ("warn", False, False)
+    (other,) = scores.transfer_attack(accuracies(100, 0), {"none": accuracies(100, 50)})
+    assert not other.passed and scores.excused(other) is other
