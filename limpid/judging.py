@@ -1,6 +1,7 @@
 """`limpid.evaluate`: the verdict on a classifier, and on a purifier in front of it."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from pipelines.commands.scores import score_table
 from pipelines.config.resources import Resources, TrainingWorkers, TrialWorkers, Workers
 from pipelines.config.sections import Baseline, Checks, Defended, Scoring
 from pipelines.errors import ConfigError
-from pipelines.layout import CRAFTED
+from pipelines.layout import CRAFTED, ROOT
 from pipelines.runner.console import ConsoleProgress, show
 from pipelines.runner.context import Context
 from pipelines.stages import evaluate as stage
@@ -39,6 +40,8 @@ BARE, DEFENSE = "classifier", "defense"
 PURIFIER, UNSEEN = "purifier", "unseen"
 # Test images that are probed, draws that score a random defense, and images that are shown.
 CHECKED, DRAWS, SHOWN = 64, 32, 6
+# What an evaluation writes in its folder, and the mark that the folder is one.
+FOLDERS, MARK = ("data", "models", "ladders", "adversarial"), ROOT / "evaluation"
 # A defense of these standings is worth nothing beside its rivals.
 FALLEN = ("broken", "no better than a control")
 
@@ -156,15 +159,33 @@ def judge(
     defense = Defense(bare, adopted.get(PURIFIER))  # type: ignore[arg-type]
     chosen = ladders.choose(ladder, defense, len(names))
     with contextlib.ExitStack() as stack:
+        # Tasks set the threads of their process.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         root = Path(out or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
+        _clear(root)
         for name, network in adopted.items():
             _store(stack, root / "models" / name, network, test.shape, names)
         return _Job(
             root, threat, chosen, replace(test, class_names=names),
-            validation and replace(validation, class_names=names), PURIFIER in adopted,
+            replace(validation, class_names=names) if validation else None, PURIFIER in adopted,
             UNSEEN in adopted, batch, seed,
             device or ("cuda" if torch.cuda.is_available() else "cpu"),
         ).run()  # fmt: skip
+
+
+def _clear(root: Path) -> None:
+    """Remove what an earlier evaluation left in a folder, but for the shards that it crafted.
+
+    Raises ConfigError for a folder that holds anything else.
+    """
+    mark = root / MARK
+    if root.exists() and not mark.exists() and any(root.iterdir()):
+        raise ConfigError(
+            f"{root} holds other files; name a new folder, or one that an evaluation wrote"
+        )
+    for name in FOLDERS:
+        shutil.rmtree(root / name, ignore_errors=True)
+    write_bytes(mark, b"")
 
 
 def _store(

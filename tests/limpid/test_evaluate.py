@@ -133,13 +133,35 @@ def test_a_second_call_crafts_nothing_again(
     assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
+def test_other_images_in_the_same_folder_leave_nothing_of_the_first(tmp_path: Path) -> None:
+    ladder = {"full": {"pgd": SHORT}}
+    images, labels = data(64, seed=3)
+    for count in (64, 40):
+        some = images[:count], labels[:count]
+        found = limpid.evaluate(
+            Patterns(), *some, threat="linf:2/255", ladder=ladder, batch=20, out=tmp_path
+        )
+        assert found.scored.headline.n == count
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files; name a new folder"):
+        judged(tmp_path)
+    assert (tmp_path / "models" / "mine.txt").read_text() == "mine"
+
+
 def test_the_caller_keeps_what_was_given() -> None:
     network, purifier = Patterns().train(), Smooth().train()
     state, before = torch.random.get_rng_state(), network.weight.clone()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     limpid.evaluate(network, *data(), purifier=purifier, threat="linf:2/255", ladder=LADDER)
     assert network.training and purifier.training and network.weight.requires_grad
     assert torch.equal(network.weight, before)
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
 
 
 def test_the_folder_says_which_weights_were_scored(without: Verdict, folder: Path) -> None:
