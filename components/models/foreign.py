@@ -180,7 +180,7 @@ def _frozen(network: Any, what: str, device: torch.device | str) -> nn.Module:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ForeignError(
             f"the {what} cannot be frozen on {device} ({first_line(error)}); name another device, "
-            "or mend the network so that eval(), requires_grad_() and to() work"
+            "or mend the network so that eval mode, freezing and moving work"
         ) from error
 
 
