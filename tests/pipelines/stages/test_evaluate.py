@@ -31,9 +31,11 @@ def refusal(path: Path) -> str:
     paths = ("train", "val", "test", "models", "ladders", "adversarial")
     outs = [f"out_{name}" for name in ("metrics", "headlines", "scores", "plots", "report")]
     missing = {name: path.parent / "missing" / name for name in (*paths, *outs)}
+    project.write_params(path.parent, project.base())
+    params = evaluate.EvaluateParams.of(schema.load(path.parent / "params.yaml"), None)
     nothing: Any = None
     with pytest.raises(DataError) as caught:
-        evaluate.run(nothing, nothing, selftest=path, **missing)
+        evaluate.run(params, nothing, selftest=path, **missing)
     return str(caught.value)
 
 
@@ -53,7 +55,7 @@ def test_the_cases_of_this_version_are_asked_for_by_name(tmp_path: Path) -> None
     assert f"right: {lie};" in refused([{**whole[0], "caught": False}, *whole[1:]])
     assert f"right: {lie};" in refused([{**whole[0], "expected": "older"}, *whole[1:]])
     assert "right: more;" in refused([{**whole[0], "case": "more", "caught": False}, *whole])
-    # Whole, it is believed: then the images are missing.
+    # Whole, it is believed: then the ladders are missing.
     assert refused([*whole, {**whole[0], "case": "more"}]) == ""
 
 
@@ -76,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
 def entries_of(folder: Path) -> tuple[evaluate.EvaluateParams, list[Entry]]:
     params = evaluate.EvaluateParams.of(schema.load(folder / "params.yaml"), None)
     paths = (folder / name for name in ("models", "ladders", "adversarial"))
-    return params, evaluate._entries(params, *paths)
+    return params, evaluate.entries_of(params, *paths)
 
 
 def test_ladders_that_were_resolved_from_other_parameters_are_refused(folder: Path) -> None:
