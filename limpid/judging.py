@@ -27,6 +27,7 @@ from pipelines.config.resources import Resources, TrainingWorkers, TrialWorkers,
 from pipelines.config.sections import Baseline, Checks, Defended, Scoring
 from pipelines.errors import ConfigError
 from pipelines.layout import CRAFTED, ROOT
+from pipelines.reporting.networks import trained
 from pipelines.runner.console import ConsoleProgress, show
 from pipelines.runner.context import Context
 from pipelines.stages import evaluate as stage
@@ -246,10 +247,9 @@ class _Job:
         )  # fmt: skip
         learnt = [held_out] if held_out else []
         judged = stage.judge(entries, plan, learnt, context, Selftest(cases=0, caught=0), {})
-        judged.write(
-            models, self.root / "metrics.json", self.root / "scores.parquet",
-            self.root / "report.html",
-        )  # fmt: skip
+        networks = list(trained(models, entries, plan))
+        outs = (self.root / name for name in ("metrics.json", "scores.parquet", "report.html"))
+        judged.write(networks, *outs)
         show(score_table(judged.metrics.defenses))
         return Verdict(judged.metrics, DEFENSE if self.purified else BARE)
 

@@ -32,7 +32,7 @@ from pipelines.config.sections import (
 )
 from pipelines.config.views import SharedView
 from pipelines.reporting.dvc_plots import write_headlines, write_plots
-from pipelines.reporting.networks import trained
+from pipelines.reporting.networks import Model, trained
 from pipelines.reporting.registration import image_of, registrations
 from pipelines.reporting.report import drawn, first_panels, write_report
 from pipelines.runner.context import Context
@@ -99,8 +99,8 @@ def run(
     entries = entries_of(params, models.absolute(), ladders, adversarial.absolute())
     plan = _plan(params, entries, val.absolute(), test.absolute(), models.absolute())
     judged = judge(entries, plan, [train, val], context, tried, params.published)
-    judged.write(models, out_metrics, out_scores, out_report)
     found, networks = judged.metrics, list(trained(models, entries, plan))
+    judged.write(networks, out_metrics, out_scores, out_report)
     write_headlines(out_headlines, found)
     efforts = {
         entry.name: drawn(entry, found.defenses[entry.name], result)
@@ -123,12 +123,13 @@ class Judged:
     metrics: Metrics
     seconds: Mapping[str, float]
 
-    def write(self, models: Path, out_metrics: Path, out_scores: Path, out_report: Path) -> None:
-        """Write the metrics, the scores of every image, and the report."""
+    def write(
+        self, networks: Sequence[Model], out_metrics: Path, out_scores: Path, out_report: Path
+    ) -> None:
+        """Write the metrics, the scores of every image, and the report with these networks."""
         metrics.write(out_metrics, self.metrics)
         ids = image_set.read(self.plan.test).ids.numpy()
         write_shard(out_scores, _score_table(self.entries, self.results, ids))
-        networks = list(trained(models, self.entries, self.plan))
         write_report(out_report, self.metrics, self.entries, self.results, self.plan, networks)
 
 
