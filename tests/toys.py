@@ -113,13 +113,6 @@ def uniform_pixels(count: int, shape: tuple[int, int, int]) -> Tensor:
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def grey_levels(count: int, shape: tuple[int, int, int]) -> Tensor:
-    """Return images (count, *shape) of 8-bit grey levels with many pixels of exactly 0 and 1."""
-    generator = torch.Generator().manual_seed(1)
-    levels = torch.randint(-128, 384, (count, *shape), generator=generator).clamp(0, 255)
-    return levels.float() / 255
-
-
 def random_bytes(count: int, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.uint8]:
     """Return images (count, *shape) of uniform bytes."""
     return np.random.default_rng(seed).integers(256, size=(count, *shape), dtype=np.uint8)

@@ -28,6 +28,10 @@ class Setting:
     classes: int
     device: torch.device
 
+    def images(self, count: int) -> Tensor:
+        """Return grey images (count,C,H,W) on the device."""
+        return grey_levels(count, self.shape).to(self.device)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -138,8 +142,8 @@ def shuffled(count: int, device: torch.device) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(3)).to(device)
 
 
-def grey_levels(count: int, setting: Setting) -> Tensor:
-    """Return images (count,C,H,W) of 8-bit grey levels with many pixels of exactly 0 and 1."""
+def grey_levels(count: int, shape: Shape) -> Tensor:
+    """Return images (count, *shape) of 8-bit grey levels with many pixels of exactly 0 and 1."""
     generator = torch.Generator().manual_seed(1)
-    levels = torch.randint(-128, 384, (count, *setting.shape), generator=generator).clamp(0, 255)
-    return (levels.float() / 255).to(setting.device)
+    levels = torch.randint(-128, 384, (count, *shape), generator=generator).clamp(0, 255)
+    return levels.float() / 255

@@ -13,7 +13,6 @@ from limpid.testing.check import (
     Make,
     Setting,
     checks_of,
-    grey_levels,
     random_streams,
     require,
     require_untouched,
@@ -62,7 +61,7 @@ def _made(setting: Setting, make: Make) -> nn.Module:
 def returns_logits(setting: Setting, make: Make) -> None:
     """One finite number per class, in the dtype of the images: no probabilities, no constants."""
     for dtype in (torch.float32, torch.float64):
-        x = grey_levels(IMAGES, setting).to(dtype)
+        x = setting.images(IMAGES).to(dtype)
         before = x.clone()
         logits = _made(setting, make).to(dtype)(x)
         wanted = (IMAGES, setting.classes)
@@ -96,7 +95,7 @@ def extreme_images_give_finite_logits(setting: Setting, make: Make) -> None:
 
 def equal_images_give_equal_logits(setting: Setting, make: Make) -> None:
     """In eval mode nothing is random: noise belongs to a purifier, which gets it keyed."""
-    model, x = _made(setting, make), grey_levels(IMAGES, setting)
+    model, x = _made(setting, make), setting.images(IMAGES)
     one = model(x)
     torch.manual_seed(99)
     require(torch.equal(model(x), one), "the same images got other logits the second time")
@@ -104,7 +103,7 @@ def equal_images_give_equal_logits(setting: Setting, make: Make) -> None:
 
 def an_image_does_not_depend_on_its_batch(setting: Setting, make: Make) -> None:
     """Equal up to rounding in any order and any size of batch."""
-    model, x = _made(setting, make), grey_levels(IMAGES, setting)
+    model, x = _made(setting, make), setting.images(IMAGES)
     whole, order = model(x), shuffled(IMAGES, setting.device)
     for rows in (order, order[:1], order[:7]):
         off = ((model(x[rows]) - whole[rows]).abs().max() / whole.abs().max()).item()
@@ -116,7 +115,7 @@ def an_image_does_not_depend_on_its_batch(setting: Setting, make: Make) -> None:
 
 def every_image_has_a_gradient(setting: Setting, make: Make) -> None:
     """Attacks follow it; it is finite and nowhere zero for a whole image."""
-    x = grey_levels(IMAGES, setting).requires_grad_()
+    x = setting.images(IMAGES).requires_grad_()
     with torch.enable_grad():
         logits = _made(setting, make)(x)
     require(logits.requires_grad, "the logits are cut off from the graph of the images")
@@ -130,13 +129,13 @@ def answering_changes_no_state(setting: Setting, make: Make) -> None:
     """Weights and buffers stay, and eval mode stays on."""
     model = _made(setting, make)
     before = state_of(model)
-    model(grey_levels(IMAGES, setting))
+    model(setting.images(IMAGES))
     require_untouched(model, before)
 
 
 def leaves_global_random_streams_alone(setting: Setting, make: Make) -> None:
     """Not even torch's, numpy's and Python's own random streams are drawn from."""
-    model, x = _made(setting, make), grey_levels(IMAGES, setting)
+    model, x = _made(setting, make), setting.images(IMAGES)
     before = random_streams(setting.device)
     model(x)
     require(random_streams(setting.device) == before, "it drew from a global random stream")
@@ -144,7 +143,7 @@ def leaves_global_random_streams_alone(setting: Setting, make: Make) -> None:
 
 def a_copy_answers_as_the_original(setting: Setting, make: Make) -> None:
     """`deepcopy`, and a new object that loads the state; attacks and model folders rely on it."""
-    model, x = _made(setting, make), grey_levels(IMAGES, setting)
+    model, x = _made(setting, make), setting.images(IMAGES)
     copied = deepcopy(model)
     torch.manual_seed(7)
     loaded = _made(setting, make)
@@ -156,7 +155,7 @@ def a_copy_answers_as_the_original(setting: Setting, make: Make) -> None:
 
 def the_folded_copy_answers_as_the_original(setting: Setting, make: Make) -> None:
     """Attacks run on a copy whose BatchNorms are folded into the convolutions before them."""
-    model, x = _made(setting, make), grey_levels(IMAGES, setting)
+    model, x = _made(setting, make), setting.images(IMAGES)
     folded, logits = fold_batch_norm(Defense(model, None))(x), model(x)
     off = ((folded - logits).abs().max() / logits.abs().max()).item()
     require(

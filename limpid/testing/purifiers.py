@@ -16,7 +16,6 @@ from limpid.testing.check import (
     Make,
     Setting,
     checks_of,
-    grey_levels,
     random_streams,
     require,
     require_images,
@@ -74,7 +73,7 @@ def _draws(setting: Setting, count: int = IMAGES) -> Draws:
 
 
 def _inputs(setting: Setting) -> tuple[Tensor, NoiseStream]:
-    return grey_levels(IMAGES, setting), _draws(setting).stream()
+    return setting.images(IMAGES), _draws(setting).stream()
 
 
 def keeps_shape_dtype_device_and_range(setting: Setting, make: Make) -> None:

@@ -115,10 +115,14 @@ def run(
 
 @dataclass(frozen=True)
 class Judged:
-    """What was scored, what was counted, the metrics, and the seconds an image takes by defense."""
+    """What was scored, what was counted, the metrics, and the seconds an image takes by defense.
+
+    `ids` (N,) are those of the test images.
+    """
 
     entries: Sequence[Entry]
     plan: Plan
+    ids: npt.NDArray[np.int64]
     results: Sequence[Result]
     metrics: Metrics
     seconds: Mapping[str, float]
@@ -128,8 +132,7 @@ class Judged:
     ) -> None:
         """Write the metrics, the scores of every image, and the report with these networks."""
         metrics.write(out_metrics, self.metrics)
-        ids = image_set.read(self.plan.test).ids.numpy()
-        write_shard(out_scores, _score_table(self.entries, self.results, ids))
+        write_shard(out_scores, _score_table(self.entries, self.results, self.ids))
         write_report(out_report, self.metrics, self.entries, self.results, self.plan, networks)
 
 
@@ -164,7 +167,7 @@ def judge(
         },
         defenses=compared(entries, results, scored),
     )
-    return Judged(entries, plan, results, found, seconds)
+    return Judged(entries, plan, images.ids.numpy(), results, found, seconds)
 
 
 def _selftest(path: Path) -> metrics.Selftest:

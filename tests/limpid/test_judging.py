@@ -203,6 +203,11 @@ def test_images_that_are_none_get_one_sentence(images: Any, labels: Any, sentenc
         limpid.evaluate(Patterns(), images, labels)
 
 
+@pytest.mark.parametrize("name", limpid.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(limpid, name) is not None
+
+
 def test_a_threat_is_read_exactly() -> None:
     assert as_threat("linf:8/255") == Linf(norm="linf", eps_255=8.0)
     assert as_threat("l2:0.5").eps == 0.5

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_networks import Blurred, Noisy
-from toys import grey_levels, uniform_pixels
+from toys import uniform_pixels
 
 from components.attacks.apgd import dlr, targeted_dlr
 from components.attacks.gradient import log_odds
@@ -32,6 +32,7 @@ from components.models.identity import identity
 from components.models.preprocessing import preprocessed
 from components.models.purifiers.contract import Purifier
 from components.models.purifiers.jpeg import Jpeg
+from limpid.testing.check import grey_levels
 
 X = grey_levels(12, (3, 8, 8))
 CLASSES = 4

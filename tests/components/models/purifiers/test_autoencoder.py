@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from toys import grey_levels
 
 from components.models.purifiers.autoencoder import ConvAutoencoder
+from limpid.testing.check import grey_levels
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import grey_levels, keyed
+from toys import keyed
 
 from components.data.draws import Draws
 from components.models.purifiers.autoencoder import ConvAutoencoder
@@ -15,6 +15,7 @@ from components.models.purifiers.controls import (
     Threshold,
 )
 from components.models.purifiers.jpeg import Jpeg
+from limpid.testing.check import grey_levels
 
 SHAPE = (1, 8, 8)
 AUTOENCODER = ConvAutoencoder(

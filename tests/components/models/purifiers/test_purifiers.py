@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import TypeAdapter
-from toys import grey_levels, strided_pointwise
+from toys import strided_pointwise
 
 from components.models.purifiers import (
     ControlConfig,
@@ -15,6 +15,7 @@ from components.models.purifiers import (
     stochastic,
 )
 from limpid.testing import Check, purifier_checks
+from limpid.testing.check import grey_levels
 
 AUTOENCODER = {
     "kind": "conv_autoencoder", "blocks": 4, "width": 6, "strided": [2], "residual": "none",
