@@ -31,6 +31,7 @@ LEARNING = {"train": TRAIN, "val": VAL, "classifier": STANDARD, "pool": POOL, "o
 # The options of every stage, in the order of dvc.yaml.
 STAGES: dict[str, dict[str, str]] = {
     "prepare_data": {"out_train": TRAIN, "out_val": VAL, "out_test": TEST},
+    "import_model": {"val": VAL, "out": MODEL},
     "train_classifier": {"train": TRAIN, "val": VAL, "out": MODEL},
     "craft_training_set": {"train": TRAIN, "classifier": STANDARD, "out": POOL},
     "train_purifier": LEARNING,

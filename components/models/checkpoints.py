@@ -1,7 +1,8 @@
 """Model folders, and the states that a training resumes from.
 
 A model folder holds `config.json` (what to build, and provenance; no times, no run ids),
-`weights.safetensors` and `manifest.json` (size and sha256 of both, written last). `load` returns a
+`weights.safetensors` and `manifest.json` (size and sha256 of both, written last). A network that a
+user wrote has its files in `code/` too, which run where the folder is loaded. `load` returns a
 module in eval mode; it needs torch, safetensors and `components` only. Nothing is ever unpickled:
 states are read by `torch.load(weights_only=True)`.
 """
@@ -25,10 +26,12 @@ from components.config import Config
 from components.data.image_set import ImageSet, Shape
 from components.data.shards import MANIFEST, DataError, sha256, write_bytes, write_json
 from components.models.classifiers import ClassifierConfig
+from components.models.external import External, read_code, write_code
 from components.models.given import Given
 from components.models.purifiers import Inference, Purifier, PurifierConfig
 
-CONFIG, WEIGHTS, GIVEN = "config.json", "weights.safetensors", "given"
+CONFIG, WEIGHTS, CODE = "config.json", "weights.safetensors", "code"
+GIVEN, EXTERNAL = "given", "external"
 # A second state, in case the newest is damaged.
 STATES_KEPT = 2
 
@@ -44,12 +47,18 @@ class ModelCard(Config):
     provenance: dict[str, Any]
 
 
-def build(card: ModelCard) -> nn.Module:
-    """Make the untrained network of a card; raise ValueError if its config is not valid."""
+def build(card: ModelCard, folder: Path | None = None) -> nn.Module:
+    """Make the untrained network of a card; raise ValueError if its config is not valid.
+
+    `folder` is the model folder: a network that a user wrote has its code there.
+    """
     channels, height, width = card.shape
     shape: Shape = (channels, height, width)
     if card.model.get("kind") == GIVEN:
         return Given.model_validate(card.model).build()
+    if card.model.get("kind") == EXTERNAL:
+        code = read_code((folder or Path()) / CODE)
+        return External.model_validate(card.model).build(code, card.family)
     if card.family == "classifier":
         classifier = TypeAdapter(ClassifierConfig).validate_python(card.model)
         return classifier.build(shape, len(card.class_names))
@@ -57,8 +66,10 @@ def build(card: ModelCard) -> nn.Module:
     return purifier.build(shape)
 
 
-def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
-    """Write a model folder; equal weights and cards give equal bytes."""
+def save(
+    folder: Path, module: nn.Module, card: ModelCard, code: Mapping[str, bytes] | None = None
+) -> None:
+    """Write a model folder; equal weights, cards and `code` (files by path) give equal bytes."""
     # Cloned: tensors that share their memory cannot be stored.
     tensors = {
         name: tensor.detach().cpu().contiguous().clone()
@@ -66,9 +77,10 @@ def save(folder: Path, module: nn.Module, card: ModelCard) -> None:
     }
     write_bytes(folder / WEIGHTS, save_tensors(tensors))
     write_json(folder / CONFIG, card.model_dump())
+    write_code(folder / CODE, code or {})
     files = [
         {"path": name, "size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in (CONFIG, WEIGHTS)
+        for name in (CONFIG, WEIGHTS, *(f"{CODE}/{file}" for file in sorted(code or {})))
     ]
     write_json(folder / MANIFEST, {"files": files})
 
@@ -81,7 +93,7 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
     folder = Path(folder)
     card = read_card(folder)
     try:
-        module = build(card)
+        module = build(card, folder)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{folder / CONFIG} describes no valid network: {error}") from None
     try:
@@ -115,8 +127,12 @@ def read_card(folder: Path) -> ModelCard:
             file["path"]: file["sha256"]
             for file in json.loads((folder / MANIFEST).read_bytes())["files"]
         }
-        if set(listed) != {CONFIG, WEIGHTS}:
-            raise DataError(f"{folder / MANIFEST} must list {CONFIG} and {WEIGHTS}, and only these")
+        code = {f"{CODE}/{file.relative_to(folder / CODE)}" for file in _code_of(folder)}
+        if set(listed) != {CONFIG, WEIGHTS} | code:
+            raise DataError(
+                f"{folder / MANIFEST} must list {CONFIG}, {WEIGHTS} and what is in {CODE}, and "
+                "only these"
+            )
         for name, digest in listed.items():
             if sha256(folder / name) != digest:
                 raise DataError(f"{folder / name} was altered since it was written")
@@ -128,6 +144,10 @@ def read_card(folder: Path) -> ModelCard:
         raise DataError(f"{folder} is no finished model folder: {missing}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is no model folder of this version: {error}") from None
+
+
+def _code_of(folder: Path) -> list[Path]:
+    return [path for path in (folder / CODE).rglob("*") if path.is_file()]
 
 
 def require_fit(folder: Path, data: ImageSet) -> None:

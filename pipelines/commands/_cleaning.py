@@ -45,7 +45,7 @@ class Model:
     """A trained purifier, rebuilt for the size of each image where its weights allow that."""
 
     def __init__(self, folder: Path, inference: Inference | None) -> None:
-        self.inference, self.card = inference, read_card(folder)
+        self.folder, self.inference, self.card = folder, inference, read_card(folder)
         network, kind = load(folder), self.card.model["kind"]
         if inference is not None:
             inference.wrap(network)  # Raises now if it does not fit.
@@ -65,7 +65,9 @@ class Model:
         given, taken = f"{height} x {width}", " x ".join(map(str, self.card.shape[1:]))
         kind = self.card.model["kind"]
         try:
-            network = build(self.card.model_copy(update={"shape": [self.channels, height, width]}))
+            network = build(
+                self.card.model_copy(update={"shape": [self.channels, height, width]}), self.folder
+            )
             network.load_state_dict(self.weights)
         except ValueError as error:
             raise DataError(f"is {given}, but {error}") from None

@@ -2,11 +2,12 @@
 
 `limpid configure mnist data.path=DIR attacks.pgd.steps=100` lays profiles/mnist.yaml and the
 overrides over profiles/digits.yaml, shows what changes and writes the complete result, which a
-person reads and commits. Of an overlay, `classifiers`, `purifiers`, `students`, `atop`, `attacks`,
-`baselines`, `defenses`, `controls`, `published`, `tuning` and any mapping whose `kind` or `norm`
-changes replace those of the profile; everything else is merged. `data` with another `kind` keeps
-the keys that both kinds know: how the splits are cut. A data set other than the profile's loses the
-published accuracies of that one; Parquet files and folders may hold any data set, and keep them.
+person reads and commits. Of an overlay, `external`, `classifiers`, `purifiers`, `students`, `atop`,
+`attacks`, `baselines`, `defenses`, `controls`, `published`, `tuning` and any mapping whose `kind`
+or `norm` changes replace those of the profile; everything else is merged. `data` with another
+`kind` keeps the keys that both kinds know: how the splits are cut. A data set other than the
+profile's loses the published accuracies of that one; Parquet files and folders may hold any data
+set, and keep them.
 
 `limpid configure --from reports/tuning/NAME/best.yaml` puts what a search found into
 params.yaml, and leaves everything else there as it is written.
@@ -39,8 +40,8 @@ BASE = "digits"
 # Kinds of data that may hold any data set.
 ANY = ("parquet", "image_folder")
 REPLACED = {
-    "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses", "controls",
-    "published", "tuning",
+    "external", "classifiers", "purifiers", "students", "atop", "attacks", "baselines", "defenses",
+    "controls", "published", "tuning",
 }  # fmt: skip
 
 
@@ -108,6 +109,10 @@ def migrated(text: str) -> str:
     if "threat" in document and "training_threat" not in document:
         place = list(document).index("threat") + 1
         document.insert(place, "training_threat", copy.deepcopy(document["threat"]))
+    # A profile has it from the one that it is laid on.
+    if "external" not in document and {"seed", "classifiers"} <= set(document):
+        document.insert(list(document).index("classifiers"), "external", CommentedMap())
+        document["external"].fa.set_flow_style()
     sections = ("defenses", "controls", "attacks", "students", "purifiers", "atop")
     defenses, controls, attacks, students, purifiers, atop = (
         list((document.get(section) or {}).values()) for section in sections

@@ -25,6 +25,7 @@ from pipelines.config.sections import (
     Classifier,
     Control,
     Defended,
+    External,
     Ladder,
     Name,
     Pool,
@@ -44,7 +45,7 @@ from pipelines.layout import PARAMS
 # Kinds of networks that need an objective of their own.
 OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan": "wgan_gp"}
 # Keys that files of older versions lack.
-ADDED = ("training_threat", "classifier", "early_stop", "loss", "teachers")
+ADDED = ("training_threat", "classifier", "early_stop", "loss", "teachers", "external")
 DROPPED = ("adversarial_teacher", "normal_teacher")
 MIGRATE = "; `limpid configure --migrate` brings an older file up to date"
 # Kinds of networks that map no image to an image.
@@ -60,6 +61,7 @@ class Params(Trained):
     data: DataConfig
     rows_per_part: Count
     batch: Count
+    external: dict[Name, External]
     classifiers: dict[Name, Classifier]
     pool: Pool
     attacks: dict[Name, AttackConfig]
@@ -70,6 +72,11 @@ class Params(Trained):
     scoring: Scoring
     checks: Checks
     resources: Resources
+
+    @property
+    def networks(self) -> list[str]:
+        """The names of all networks that may classify, or stand in front of a classifier."""
+        return [*self.classifiers, *self.purifiers, *self.students, *self.atop, *self.external]
 
     @property
     def scored(self) -> dict[str, Baseline | Defended | Control]:
@@ -140,9 +147,8 @@ def _check_names(params: Params) -> None:
 
     Nor may an attack have the name of another kind: reports print names.
     """
-    trained = [*params.classifiers, *params.purifiers, *params.students, *params.atop]
     scored = [*params.baselines, *params.defenses, *params.controls]
-    for kind, names in (("models", trained), ("scored defenses", scored)):
+    for kind, names in (("models", params.networks), ("scored defenses", scored)):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two {kind} share the name {', '.join(sorted(twice))}")
@@ -153,7 +159,7 @@ def _check_names(params: Params) -> None:
                 "name of another kind"
             )
     for needed in ("standard", "unseen"):
-        _require("classifiers", needed, params.classifiers)
+        _require("classifiers", needed, {**params.classifiers, **params.external})
     _require("baselines", "none", params.baselines)
     bare = params.baselines["none"].classifier
     if bare != "standard":
@@ -200,7 +206,7 @@ def _require_objective(where: str, model: str, objective: str) -> None:
 def _check_scored(params: Params) -> None:
     """Refuse a baseline or defense without its network, and a ladder that cannot be climbed."""
     for name, scored in params.scored.items():
-        _require(f"{name}.classifier", scored.classifier, params.classifiers)
+        _require(f"{name}.classifier", scored.classifier, {**params.classifiers, **params.external})
     for name, baseline in params.baselines.items():
         first = bare_baseline(params.baselines, baseline.classifier)
         if name != first:
@@ -208,10 +214,13 @@ def _check_scored(params: Params) -> None:
                 f"baselines.{name} and baselines.{first} score the same classifier, "
                 f"{baseline.classifier}: keep one"
             )
-    purifiers = {**params.purifiers, **params.students, **params.atop}
+    purifiers = {**params.purifiers, **params.students, **params.atop, **params.external}
     for name, defended in params.defenses.items():
         _require(f"defenses.{name}.model", defended.model, purifiers)
-        _require_usable(f"defenses.{name}", defended, params.model_of(defended.model))
+        if defended.model in params.external:
+            _require_purifier(name, defended, params)
+        else:
+            _require_usable(f"defenses.{name}", defended, params.model_of(defended.model))
     for name, scored in params.scored.items():
         for mode, attacks in scored.ladder.items():
             _require(f"ladder of {name}", mode, dict.fromkeys(MODES))
@@ -219,10 +228,16 @@ def _check_scored(params: Params) -> None:
                 _require(f"ladder of {name}: transfer", SURROGATE, params.baselines)
             for attack in attacks:
                 _require(f"ladder of {name}", attack, params.attacks)
-        random = name in params.defenses and params.stochastic(name)
-        if isinstance(scored, Control):
-            random = stochastic(scored.purifier, None)
-        require_fit(f"ladder of {name}", scored.ladder, params.attacks, random, params.threat)
+        random = isinstance(scored, Control) and stochastic(scored.purifier, None)
+        ladder = scored.ladder
+        if isinstance(scored, Defended):
+            if scored.model in params.external:
+                # Whether it is random is found out when it is imported; crafting refuses what
+                # does not fit.
+                ladder = {mode: ladder[mode] for mode in ladder if mode in REPLAYED}
+            else:
+                random = params.stochastic(name)
+        require_fit(f"ladder of {name}", ladder, params.attacks, random, params.threat)
         if not isinstance(scored, Baseline):
             _require_bare(name, scored, params)
 
@@ -260,6 +275,21 @@ def _require_bare(name: str, scored: Defended | Control, params: Params) -> None
 def _crafted(baseline: str, params: Params) -> list[str]:
     """Return the attacks that a baseline crafts on the rung that others replay."""
     return params.baselines[baseline].ladder.get("full", [])
+
+
+def _require_purifier(name: str, defended: Defended, params: Params) -> None:
+    """Refuse an external network that is used as a purifier and otherwise, or by an inference."""
+    if defended.inference is not None:
+        raise ValueError(
+            f"defenses.{name}: {defended.model} is external and a purifier by itself: leave its "
+            "inference out"
+        )
+    classifiers = [one.classifier for one in params.scored.values()]
+    if defended.model in classifiers:
+        raise ValueError(
+            f"defenses.{name}: {defended.model} is the purifier here and a classifier elsewhere: "
+            "import it twice, under two names"
+        )
 
 
 def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> None:
@@ -304,6 +334,11 @@ def _check_studies(params: Params) -> None:
     for name, study in studies.items():
         where = f"tuning.studies.{name}"
         _require(f"{where}.defense", study.defense, params.defenses)
+        if params.defenses[study.defense].model in params.external:
+            raise ValueError(
+                f"{where}.defense: {study.defense} uses an external network, which is not trained "
+                "here: nothing of it can be searched"
+            )
         _check_study_ladder(where, study, params)
         model = params.defenses[study.defense].model
         tried = params.defenses[study.defense].model_copy(update={"ladder": study.ladder})

@@ -85,6 +85,20 @@ class Finetuned(Section):
     objective: Atop
 
 
+class External(Config):
+    """A network of a user's own: a classifier, or a purifier in front of one.
+
+    `factory`, as `module:function`, lies in the file or folder `code`, is called with `arguments`
+    and returns the network. `weights` is a file with its state_dict, or the same path as `code`
+    where the function needs none: dvc.yaml depends on both.
+    """
+
+    code: Annotated[str, Field(min_length=1)]
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    arguments: dict[str, Any]
+    weights: Annotated[str, Field(min_length=1)]
+
+
 class Pool(Config):
     """The attack on the frozen classifier that makes the adversarial training images."""
 

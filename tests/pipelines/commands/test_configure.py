@@ -104,8 +104,10 @@ def test_the_norm_of_a_threat_is_switched_whole_or_key_by_key(
 
 
 OLD = """\
+seed: 0
 # The field's radius.
 threat: {norm: linf, eps_255: 51}
+classifiers: {}
 purifiers:
   masked:
     objective: {kind: reconstruction}
@@ -123,9 +125,12 @@ defenses:
 controls: {}
 """
 NEW = """\
+seed: 0
 # The field's radius.
 threat: {norm: linf, eps_255: 51}
 training_threat: {norm: linf, eps_255: 51}
+external: {}
+classifiers: {}
 purifiers:
   masked:
     objective: {kind: reconstruction, loss: mse}

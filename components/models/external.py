@@ -1,0 +1,240 @@
+"""Networks whose code a user brings: its files, the function that makes the network, its weights.
+
+A model folder of such a network has a card of kind `external` and holds the code in `code/`, so
+that every process with the folder can build the network again. Loading it runs that code: load only
+folders whose code you trust.
+
+The files are imported by their own names, from a copy: nothing is written beside the originals, and
+the identity of a network does not depend on where they lie.
+"""
+
+import atexit
+import hashlib
+import importlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.config import Config
+from components.data.shards import write_bytes
+from components.models.classifiers import Classifier
+from components.models.foreign import (
+    ForeignClassifier,
+    ForeignPurifier,
+    adopt_classifier,
+    adopt_purifier,
+)
+from components.models.preprocessing import ForeignError, Size, first_line, read_weights
+from components.models.purifiers.contract import Purifier
+
+Family = Literal["classifier", "purifier"]
+# Digests of the code that this process has imported, by the names of its modules.
+_IMPORTED: dict[str, str] = {}
+
+
+class External(Config):
+    """A network of a user's code, and what was found out about it when it was imported.
+
+    `factory` is `module:function` in the code, called with `arguments`; `code` is the digest of all
+    files. The rest is what `foreign` found: whether the network is random, whether a purifier has a
+    gradient, and the sizes between which a classifier resizes.
+    """
+
+    kind: Literal["external"]
+    factory: str
+    arguments: dict[str, Any]
+    code: str
+    stochastic: bool
+    differentiable: bool
+    resized: tuple[Size, Size] | None
+
+    def build(self, files: Mapping[str, bytes], family: Family) -> nn.Module:
+        """Return the network from the files of its code, without its weights.
+
+        Raises ForeignError where the files are others, or make no network any more.
+        """
+        if digest_of(files) != self.code:
+            raise ForeignError("the code of the network is not the code that was imported")
+        network = make(files, self.factory, self.arguments)
+        if family == "purifier":
+            own = isinstance(network, Purifier)
+            return (
+                network if own else ForeignPurifier(network, self.stochastic, self.differentiable)
+            )
+        if isinstance(network, Classifier) and not self.stochastic:
+            return network
+        return ForeignClassifier(network, self.stochastic, self.resized)
+
+
+def read_code(path: Path) -> dict[str, bytes]:
+    """Return the Python files of a file or folder, by their paths in it.
+
+    Raises ForeignError where there are none.
+    """
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    found = {file.relative_to(path): file for file in sorted(path.rglob("*.py"))}
+    files = {
+        name.as_posix(): file.read_bytes()
+        for name, file in found.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
+    if not files:
+        raise ForeignError(f"{path} has no Python files; name the file or folder of the network")
+    return files
+
+
+def write_code(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a network's code below a folder."""
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """Return the sha256 of files, names and contents."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def import_network(
+    files: Mapping[str, bytes], factory: str, arguments: Mapping[str, Any], weights: Path | None,
+    images: Tensor, classes: int,
+) -> tuple[nn.Module, Family, External]:  # fmt: skip
+    """Make a network of a user's code, fill in its weights, and find out what it is like.
+
+    It is tried on the first of `images`, pixels (N,C,H,W) in [0,1]. If the answer has four
+    dimensions it is a purifier, else a classifier. Returns the network as it is attacked, frozen,
+    in eval mode.
+
+    Raises ForeignError where there is no such network or it cannot be judged as it is, one sentence
+    for each reason.
+    """
+    network = make(files, factory, arguments)
+    if weights is not None:
+        load_weights(network, weights)
+    family: Family = "classifier"
+    adopted: nn.Module
+    if isinstance(network, Purifier) or _maps_images(network, images[:2]):
+        family, adopted = "purifier", adopt_purifier(network, images)
+    else:
+        adopted = adopt_classifier(network, images, classes)
+        with torch.no_grad():
+            columns = adopted(images[:2]).shape[1]
+        if columns != classes:
+            raise ForeignError(
+                f"the classifier has {columns} classes, and the images have {classes}; write a "
+                "module whose forward picks the columns of these classes"
+            )
+    found = External(
+        kind="external", factory=factory, arguments=dict(arguments), code=digest_of(files),
+        stochastic=getattr(adopted, "stochastic", False),
+        differentiable=getattr(adopted, "differentiable", True),
+        resized=getattr(adopted, "resized", None),
+    )  # fmt: skip
+    return adopted, family, found
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a file of weights into a network; raise ForeignError where it is not for this one."""
+    stored = read_weights(path)
+    try:
+        missing, unexpected = network.load_state_dict(stored, strict=False)
+    except RuntimeError as error:
+        # The first line names the class, the next ones the tensors of other shapes.
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+        raise ForeignError(f"{path} does not fit the network: {(lines[1:] or lines)[0]}") from None
+    if missing or unexpected:
+        of = f"lacks {', '.join(missing[:3])}" if missing else f"has {', '.join(unexpected[:3])}"
+        too = "which the network has" if missing else "which the network has not"
+        raise ForeignError(f"{path} {of}, {too}; the names must be those of its state_dict")
+
+
+def make(files: Mapping[str, bytes], factory: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Call `module:function` of the code with its arguments, and return the network.
+
+    Raises ForeignError where the code cannot be imported, fails, or returns something else.
+    """
+    name, _, function = factory.partition(":")
+    module = _import(files, name)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ForeignError(f"{name} has no function {function}; name module:function")
+    try:
+        network = found(**arguments)
+    except Exception as error:
+        raise ForeignError(
+            f"{factory} fails with the arguments {dict(arguments)}: {first_line(error)}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ForeignError(
+            f"{factory} returns a {type(network).__name__}; it must return a torch.nn.Module"
+        )
+    return network
+
+
+def _import(files: Mapping[str, bytes], name: str) -> Any:
+    """Import a module of the code; other code has to have other names in one process."""
+    digest, tops = digest_of(files), {file.split("/")[0].removesuffix(".py") for file in files}
+    if name.partition(".")[0] not in tops:
+        raise ForeignError(f"the code has no module {name}; it has {', '.join(sorted(tops))}")
+    for top in sorted(tops):
+        _require_free(top, digest)
+        _IMPORTED[top] = digest
+    folder = _unpacked_in() / digest
+    if not folder.exists():
+        write_code(folder, files)
+        importlib.invalidate_caches()
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    here, before = Path.cwd(), list(sys.path)
+    # Files beside the code are not stored with it, and other processes would lack them.
+    sys.path[:] = [path for path in before if Path(path).resolve() != here]
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise ForeignError(f"the code of {name} cannot be imported: {first_line(error)}") from error
+    finally:
+        sys.path[:] = before
+
+
+def _require_free(top: str, digest: str) -> None:
+    """Raise ForeignError where a name of the code is that of other code in this process."""
+    if _IMPORTED.get(top, digest) != digest:
+        raise ForeignError(
+            f"two networks have different code called {top}; rename one of the two files or folders"
+        )
+    if top in _IMPORTED:
+        return
+    found = sys.modules.get(top)
+    if found is None and top not in sys.stdlib_module_names:
+        return
+    of = getattr(found, "__file__", None) or "Python"
+    raise ForeignError(f"the code has {top}, which is also the name of a module of {of}; rename it")
+
+
+@cache
+def _unpacked_in() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="limpid-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _maps_images(network: nn.Module, x: Tensor) -> bool:
+    """Say whether the answer to pixels (N,C,H,W) has four dimensions, as images have."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            answer = network.eval()(x)
+    except Exception:
+        # The sentence about a classifier says what is wrong.
+        return False
+    return isinstance(answer, Tensor) and answer.ndim == 4

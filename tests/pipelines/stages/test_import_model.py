@@ -1,0 +1,172 @@
+"""Networks of a user's own go through the stages by name, as ours do."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import project
+import pytest
+from safetensors.torch import load_file, save_file
+
+from components.attacks.sets import read_crafted
+from components.data.shards import sha256
+from pipelines.tasks import metrics
+
+CODE = """
+from torch import nn
+from components.models.classifiers import SmallCnn
+
+
+class Mine(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner = SmallCnn(kind="small_cnn", width=width).build((1, 8, 8), 10)
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def classifier(width):
+    return Mine(width)
+"""
+BLUR = """
+from torch import nn
+from torch.nn import functional as F
+
+
+class Blur(nn.Module):
+    def forward(self, x):
+        return 0.5 * x + 0.5 * F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def purifier():
+    return Blur()
+"""
+EXTERNAL = {
+    "mine": {
+        "code": "mine_code.py", "factory": "mine_code:classifier", "arguments": {"width": 16},
+        "weights": "mine.safetensors",
+    },
+    "blur": {
+        "code": "blur", "factory": "blur_parts.net:purifier", "arguments": {}, "weights": "blur",
+    },
+}  # fmt: skip
+
+
+def params() -> dict[str, Any]:
+    found = project.tiny()
+    found["external"] = EXTERNAL
+    found["baselines"] = {
+        "none": {"classifier": "standard", "ladder": {"full": ["pgd", "apgd_t"]}},
+        "alone": {"classifier": "mine", "ladder": {"full": ["pgd", "apgd_t"]}},
+    }
+    found["defenses"] = {
+        "blurred": {
+            "classifier": "mine", "model": "blur",
+            "ladder": {"classifier": ["pgd"], "full": ["pgd"]},
+        }
+    }  # fmt: skip
+    found["controls"], found["published"] = {}, {}
+    found["tuning"] = {"run": [], "studies": {}}
+    found["resources"]["stages"] = {}
+    found["resources"]["shards"] = project.NO_WORKERS
+    return found
+
+
+@pytest.fixture(scope="module")
+def imported(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with both networks imported; the classifier has the weights of ours."""
+    folder = project.copy_with(
+        reproduced, tmp_path_factory.mktemp("external") / "project", "data", "reports/selftest.json"
+    )
+    shutil.copytree(reproduced / "models", folder / "models")
+    (folder / "mine_code.py").write_text(CODE)
+    (folder / "blur/blur_parts").mkdir(parents=True)
+    (folder / "blur/blur_parts/__init__.py").write_text("")
+    (folder / "blur/blur_parts/net.py").write_text(BLUR)
+    ours = load_file(folder / "models/standard/weights.safetensors")
+    save_file({f"inner.{n}": one for n, one in ours.items()}, folder / "mine.safetensors")
+    project.write_params(folder, params())
+    for name, one in EXTERNAL.items():
+        code, printed = project.stage(
+            folder, "import_model", name=name, code=str(one["code"]), weights=str(one["weights"])
+        )
+        assert code == 0, printed
+    return folder
+
+
+def test_its_card_says_what_was_found(imported: Path) -> None:
+    card = json.loads((imported / "models/mine/config.json").read_text())
+    ours = json.loads((imported / "models/standard/config.json").read_text())
+    assert card["family"] == "classifier" and card["model"]["kind"] == "external"
+    assert card["provenance"]["validation"] == ours["provenance"]["validation"]
+    assert card["provenance"]["weights"] == sha256(imported / "mine.safetensors")
+    blur = json.loads((imported / "models/blur/config.json").read_text())
+    assert blur["family"] == "purifier" and blur["provenance"]["weights"] is None
+    assert blur["model"]["differentiable"] and not blur["model"]["stochastic"]
+
+
+def test_it_is_attacked_and_scored_by_name_as_ours_are(imported: Path, reproduced: Path) -> None:
+    project.resolve(imported)
+    common = {"val": "data/val", "test": "data/test", "classifier": "models/mine"}
+    for name, of in (("none", "standard"), ("alone", "mine")):
+        options = {**common, "classifier": f"models/{of}", "out": f"adversarial/{name}"}
+        code, printed = project.stage(imported, "generate_baseline", name=name, **options)
+        assert code == 0, printed
+    code, printed = project.stage(
+        imported, "generate_adversarial", name="blurred", **common, purifier="models/blur",
+        out="adversarial/blurred",
+    )  # fmt: skip
+    assert code == 0, printed
+    code, printed = project.stage(imported, "evaluate")
+    assert code == 0, printed
+    # The same weights behind another module: the same images, and the same scores.
+    for attack in ("pgd", "apgd_t"):
+        one, other = (
+            read_crafted(imported / f"adversarial/{n}/full/{attack}") for n in ("none", "alone")
+        )
+        assert bool((one.images == other.images).all()), attack
+    found = metrics.read(imported / "reports/metrics.json").defenses
+    assert found["alone"].headline == found["none"].headline
+    assert found["alone"].headline.accuracy < found["alone"].clean.accuracy
+    blurred = found["blurred"]
+    assert not blurred.stochastic and blurred.verdict is not None
+    assert blurred.headline.accuracy <= blurred.rungs["full"].accuracy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"external": {"mine": {**EXTERNAL["mine"], "factory": "mine"}}}, "factory"),
+        ({"external": {**EXTERNAL, "standard": EXTERNAL["mine"]}}, "share the name standard"),
+        (
+            {"defenses": {"blurred": {**params()["defenses"]["blurred"], "model": "blurr"}}},
+            "did you mean blur?",
+        ),
+        (
+            {"defenses": {"blurred": {**params()["defenses"]["blurred"], "model": "mine"}}},
+            "the purifier here and a classifier elsewhere",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_section_ends_in_one_sentence(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    from pipelines.config import schema
+    from pipelines.errors import ConfigError
+
+    project.write_params(tmp_path, {**params(), **change})
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")) as caught:
+        schema.load(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_fails_ends_in_one_sentence(imported: Path) -> None:
+    code, printed = project.stage(
+        imported, "import_model", name="mine", code="blur", weights="mine.safetensors",
+        out="models/broken",
+    )  # fmt: skip
+    assert code == 2 and "Traceback" not in printed
+    assert "the code has no module mine_code; it has blur_parts" in printed
+    assert not (imported / "models/broken").exists()
