@@ -77,11 +77,13 @@ class External(Config):
 def read_code(path: Path) -> dict[str, bytes]:
     """Return the Python files of a file or folder, by their paths in it.
 
-    Raises ForeignError where there are none.
+    A folder with `__init__.py` is a package: its files are named below it. Raises ForeignError
+    where there are none.
     """
     if path.is_file():
         return {path.name: path.read_bytes()}
-    found = {file.relative_to(path): file for file in sorted(path.rglob("*.py"))}
+    top = path.parent if (path / "__init__.py").is_file() else path
+    found = {file.relative_to(top): file for file in sorted(path.rglob("*.py"))}
     files = {
         name.as_posix(): file.read_bytes()
         for name, file in found.items()

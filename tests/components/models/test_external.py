@@ -165,6 +165,8 @@ def test_a_folder_of_code_is_read_without_hidden_files(tmp_path: Path) -> None:
     found = read_code(tmp_path / ".above" / "code")
     assert sorted(found) == ["a.py", "package/__init__.py", "package/b.py"]
     assert list(read_code(tmp_path / ".above" / "code" / "a.py")) == ["a.py"]
+    package = read_code(tmp_path / ".above" / "code" / "package")
+    assert sorted(package) == ["package/__init__.py", "package/b.py"]
 
 
 def test_weights_are_those_of_the_file(tmp_path: Path, code: Mapping[str, bytes]) -> None:

@@ -49,7 +49,7 @@ EXTERNAL = {
         "weights": "mine.safetensors",
     },
     "blur": {
-        "code": "blur", "factory": "blur_parts.net:purifier", "arguments": {}, "weights": "blur",
+        "code": "blur", "factory": "blur.net:purifier", "arguments": {}, "weights": "blur",
     },
 }  # fmt: skip
 
@@ -82,9 +82,9 @@ def imported(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     shutil.copytree(reproduced / "models", folder / "models")
     (folder / "mine_code.py").write_text(CODE)
-    (folder / "blur/blur_parts").mkdir(parents=True)
-    (folder / "blur/blur_parts/__init__.py").write_text("")
-    (folder / "blur/blur_parts/net.py").write_text(BLUR)
+    (folder / "blur").mkdir()
+    (folder / "blur/__init__.py").write_text("")
+    (folder / "blur/net.py").write_text(BLUR)
     ours = load_file(folder / "models/standard/weights.safetensors")
     save_file({f"inner.{n}": one for n, one in ours.items()}, folder / "mine.safetensors")
     project.write_params(folder, params())
@@ -168,5 +168,5 @@ def test_code_that_fails_ends_in_one_sentence(imported: Path) -> None:
         out="models/broken",
     )  # fmt: skip
     assert code == 2 and "Traceback" not in printed
-    assert "the code has no module mine_code; it has blur_parts" in printed
+    assert "the code has no module mine_code; it has blur" in printed
     assert not (imported / "models/broken").exists()
