@@ -306,9 +306,7 @@ def test_a_random_classifier_comes_through_without_a_false_block(
     assert set(rows) == {BARE, DEFENSE}
     for row in rows.values():
         assert row.stochastic and row.checks.blocking_failed == []
-        assert [
-            one.name for one in row.checks.findings if one.name == "one_answer" and one.asked
-        ] == []
+        assert [one.asked for one in row.checks.findings if one.name == "one_answer"] == [False]
         assert 0 < row.headline.accuracy <= row.clean.accuracy < 1
     assert rows[DEFENSE].unseen_classifier is not None
     accuracies = [one.accuracy for one in rows[DEFENSE].attacks.values()]
