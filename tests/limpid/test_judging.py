@@ -13,6 +13,7 @@ from components.attacks import Linf
 from components.attacks.sets import read_crafted
 from components.data import image_set
 from components.data.draws import NoiseStream, fresh
+from components.models.accuracy import predict
 from components.models.checkpoints import read_card
 from components.models.defense import Defense
 from components.models.foreign import adopt_classifier, adopt_purifier
@@ -341,12 +342,19 @@ def test_noise_of_a_classifier_repeats_from_call_to_call(
 
 def test_keyed_noise_of_a_classifier_is_asked_in_every_batch() -> None:
     settings = {"threat": "linf:2/255", "ladder": "quick"}
+    state = torch.random.get_rng_state()
     found, parts = (
         limpid.evaluate(Keyed(), *data(), batch=batch, **settings)  # type: ignore[arg-type]
         for batch in (N, 20)
     )
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert found.failed == [] and "one_answer" not in found.not_asked
     assert found.scored.clean == parts.scored.clean
+    # Agreement is with the first answer to the clean image, under the noise of the row itself.
+    images = data()[0]
+    alone = Defense(adopt_classifier(Keyed(), images, 3), None).freeze()
+    said = predict(alone, images, torch.arange(N), 0, "clean", 32, N)
+    assert found.scored.clean.agreement == pytest.approx((said == said[0]).mean())
 
 
 def test_robust_accuracy_of_a_random_linear_classifier_is_its_closed_form() -> None:
