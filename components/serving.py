@@ -71,4 +71,4 @@ def _predict_batch(defense: Defense, x: Tensor, draws: Draws | NoiseStream) -> P
     purified = defense.purify(x, draws)
     detector_score = defense.detector_score(x, draws, purified)
     error = mean_squared_error(x, purified)
-    return Prediction(purified, defense.classifier(purified), error, detector_score)
+    return Prediction(purified, defense.classify(purified, draws), error, detector_score)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from components.attacks import L2, Linf
 from components.attacks.autoattack import AutoAttack as Ensemble
-from components.data.draws import Draws, NoiseStream
+from components.data.draws import Draws
 from components.models.accuracy import count_correct
 from components.models.defense import Defense, bind, fold_batch_norm
+from components.models.foreign import ForeignClassifier
 from components.models.precision import full_precision
-from components.models.purifiers.contract import Purifier
 
 NORMS = ("Linf", "L2")
 VERSIONS = ("standard", "rand")
@@ -24,7 +24,8 @@ class AutoAttack:
     `eps` is the radius in [0,1] units: 8 / 255, not 8. `version` is `standard`, or `rand` for a
     classifier that draws noise of its own. A frozen copy of the model is attacked, in eval mode, on
     `device` or where the model is; the model itself stays as it is. The same `seed` gives the same
-    images, whatever their batches. Raises ValueError for another norm or version, or no radius.
+    images, whatever their batches; of a random model, in the same batches. Raises ValueError for
+    another norm or version, or no radius.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class AutoAttack:
         )
         held = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self.device = held if device is None else torch.device(device)
-        purifier = _NoiseInside() if version == "rand" else None
-        self.defense = Defense(deepcopy(model).to(self.device), purifier).freeze()
+        classifier = ForeignClassifier(deepcopy(model), version == "rand").to(self.device)
+        self.defense = Defense(classifier, None).freeze()
         self.ensemble = Ensemble.model_validate({"kind": "autoattack", "version": version})
         self.seed, self.verbose = seed or 0, verbose
 
@@ -72,15 +73,6 @@ class AutoAttack:
             share = right.sum() / max(len(x), 1)
             print(f"robust accuracy (worst of all attacks): {share:.2%} of {len(x)} images")
         return best.to(x.device)
-
-
-class _NoiseInside(Purifier):
-    """Changes nothing, and says that the answers behind it are random."""
-
-    stochastic = True
-
-    def purify(self, x: Tensor, stream: NoiseStream | None) -> Tensor:
-        return x
 
 
 def _check(x: Tensor, y: Tensor) -> None:

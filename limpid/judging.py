@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from components.attacks import L2, Linf
 from components.data import image_set
+from components.data.draws import Draws
 from components.data.image_set import ImageSet, Shape
 from components.data.shards import write_bytes
 from components.models.checkpoints import ModelCard, save
-from components.models.defense import Defense
+from components.models.defense import Defense, draws_noise
 from components.models.foreign import adopt_classifier, adopt_purifier
 from components.models.given import hold
 from components.models.purifiers.contract import Purifier
@@ -149,16 +150,11 @@ def judge(
             adopted[name] = adopt_purifier(network, some, "cpu")
         elif network is not None:
             adopted[name] = adopt_classifier(network, some, len(test.class_names), "cpu")
-    bare = adopted[BARE]
-    if getattr(bare, "stochastic", False):
-        raise ConfigError(
-            "the classifier answers the same images differently from call to call; switch its "
-            "randomness off, or put it into the purifier"
-        )
+    defense = Defense(adopted[BARE], adopted.get(PURIFIER))  # type: ignore[arg-type]
     with torch.no_grad():
-        names = tuple(str(k) for k in range(bare(some[:1]).shape[1]))
-    defense = Defense(bare, adopted.get(PURIFIER))  # type: ignore[arg-type]
-    chosen = ladders.choose(ladder, defense, len(names))
+        logits = defense.classify(some[:1], Draws(seed, "clean", test.ids[:1]))
+    names = tuple(str(k) for k in range(logits.shape[1]))
+    chosen = ladders.choose(ladder, defense, len(names), threat)
     with contextlib.ExitStack() as stack:
         # Tasks set the threads of their process.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -169,7 +165,7 @@ def judge(
         return _Job(
             root, threat, chosen, replace(test, class_names=names),
             replace(validation, class_names=names) if validation else None, PURIFIER in adopted,
-            UNSEEN in adopted, batch, seed,
+            UNSEEN in adopted, draws_noise(defense.classifier), batch, seed,
             device or ("cuda" if torch.cuda.is_available() else "cpu"),
         ).run()  # fmt: skip
 
@@ -204,7 +200,10 @@ def _store(
 
 @dataclass(frozen=True)
 class _Job:
-    """One evaluation: its folder, what is judged, and how."""
+    """One evaluation: its folder, what is judged, and how.
+
+    `random` says whether the classifier draws noise.
+    """
 
     root: Path
     threat: Linf | L2
@@ -213,6 +212,7 @@ class _Job:
     validation: ImageSet | None
     purified: bool
     unseen: bool
+    random: bool
     batch: int
     seed: int
     device: str
@@ -233,7 +233,9 @@ class _Job:
         rows: dict[str, Baseline | Defended] = {**params.baselines, **params.defenses}
         for name, entry in rows.items():
             path = self.root / "ladders" / f"{name}.json"
-            write_bytes(path, resolve(entry, attacked).model_dump_json(indent=2).encode())
+            write_bytes(
+                path, resolve(entry, attacked, self.random).model_dump_json(indent=2).encode()
+            )
             front = models / PURIFIER if isinstance(entry, Defended) else None
             out = self.root / "adversarial" / name
             generate(path, params, held_out, test, models / BARE, front, out, context)

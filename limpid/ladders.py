@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from components.attacks import AttackConfig
+from components.attacks import L2, AttackConfig, Linf
 from components.attacks.contract import MODES, REPLAYED
-from components.models.defense import Defense
-from pipelines.config.schema import explain
+from components.models.defense import Defense, draws_noise
+from pipelines.config.schema import explain, require_fit
 from pipelines.errors import ConfigError
 
 NAMES = ("standard", "quick")
@@ -43,24 +43,23 @@ class Ladders:
     quick: bool
 
 
-def choose(ladder: str | Mapping[str, Any], defense: Defense, classes: int) -> Ladders:
+def choose(
+    ladder: str | Mapping[str, Any], defense: Defense, classes: int, threat: Linf | L2
+) -> Ladders:
     """Return the ladders for a defense; raise ConfigError for one that there is not.
 
     A mapping gives for each rung the attacks by name, each a name of `ATTACKS` or its settings as
     in params.yaml: {"full": {"mine": {"kind": "apgd_t", ...}}, "bpda": ["pgd"]}.
     """
     if isinstance(ladder, Mapping):
-        return _own(ladder)
+        return _own(ladder, defense, threat)
     if ladder not in NAMES:
         raise ConfigError(
             f"ladder is {ladder!r}; it may be {' or '.join(map(repr, NAMES))}, or a dict of rungs"
         )
     quick = ladder == "quick"
-    bare = ["a3"] if quick else ["pgd", "autoattack"]
-    through = bare
-    if defense.stochastic:
-        margin = "dlr_quick" if classes > 3 else "margin_quick"
-        through = ["pgd_quick", margin] if quick else ["pgd_eot", "autoattack_rand"]
+    random = draws_noise(defense.classifier)
+    bare, through = (_names(quick, one, classes) for one in (random, defense.stochastic))
     rungs: dict[str, list[str]] = {"classifier": bare}
     if defense.differentiable:
         rungs |= {} if quick else {"bpda": through[:1]}
@@ -69,25 +68,27 @@ def choose(ladder: str | Mapping[str, Any], defense: Defense, classes: int) -> L
         rungs |= {"bpda": through, "full": through[:1]}
     if defense.purifier is not None:
         rungs |= dict.fromkeys(defense.purifier.stand_ins, through)
-    replayed = [*bare, *(name for name in through if _fits_bare(name))]
-    return _ladders({"full": list(dict.fromkeys(replayed))}, rungs, quick)
-
-
-def _fits_bare(name: str) -> bool:
-    attack: AttackConfig = TypeAdapter(AttackConfig).validate_python(ATTACKS[name])
-    return attack.fits(False)
-
-
-def _ladders(
-    bare: Mapping[str, list[str]], defended: Mapping[str, list[str]], quick: bool
-) -> Ladders:
-    names = [name for rungs in (bare, defended) for some in rungs.values() for name in some]
+    names = dict.fromkeys([*bare, *(name for some in rungs.values() for name in some)])
     attacks = {name: TypeAdapter(AttackConfig).validate_python(ATTACKS[name]) for name in names}
-    return Ladders(attacks, bare, defended, quick)
+    replayed = [name for name in dict.fromkeys([*bare, *through]) if attacks[name].fits(random)]
+    return Ladders(attacks, {"full": replayed}, rungs, quick)
 
 
-def _own(ladder: Mapping[str, Any]) -> Ladders:
-    """Return a caller's ladder; the classifier alone meets all that it has on the rung full."""
+def _names(quick: bool, random: bool, classes: int) -> list[str]:
+    """Return the names of the attacks for what draws noise, or draws none."""
+    if not random:
+        return ["a3"] if quick else ["pgd", "autoattack"]
+    margin = "dlr_quick" if classes > 3 else "margin_quick"
+    return ["pgd_quick", margin] if quick else ["pgd_eot", "autoattack_rand"]
+
+
+def _own(ladder: Mapping[str, Any], defense: Defense, threat: Linf | L2) -> Ladders:
+    """Return a caller's ladder.
+
+    The classifier alone meets all that it has on the rungs `classifier` and `full`, where that is
+    for such a classifier.
+    """
+    random = draws_noise(defense.classifier)
     attacks: dict[str, AttackConfig] = {}
     rungs: dict[str, list[str]] = {}
     for rung, some in ladder.items():
@@ -99,8 +100,12 @@ def _own(ladder: Mapping[str, Any]) -> Ladders:
             attacks[name] = _attack(f"{rung}/{name}", given)
         rungs[rung] = list(settings)
     full = [
-        n for rung in (*REPLAYED, "full") for n in rungs.get(rung, []) if attacks[n].fits(False)
+        n for rung in (*REPLAYED, "full") for n in rungs.get(rung, []) if attacks[n].fits(random)
     ]
+    try:
+        require_fit("the ladder", rungs, attacks, defense.stochastic, threat, random)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not full:
         raise ConfigError("the ladder needs an attack on the rung full")
     return Ladders(attacks, {"full": list(dict.fromkeys(full))}, rungs, quick=False)

@@ -10,7 +10,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from components.data.draws import Draws, NoiseStream
+from components.data.draws import Draws, NoiseStream, fresh
 from components.models.defense import Defense
 from components.models.purifiers.contract import Purifier
 
@@ -87,6 +87,22 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+class Shaken(nn.Module):
+    """An honest random classifier: keyed Gaussian noise on the pixels and logits of another."""
+
+    stochastic = True
+
+    def __init__(self, classifier: nn.Module, pixels: float = 0.1, logits: float = 0.0) -> None:
+        super().__init__()
+        self.classifier, self.pixels, self.logits = classifier, pixels, logits
+
+    def forward(self, x: Tensor, stream: NoiseStream | None = None) -> Tensor:
+        stream = fresh(len(x), x.device) if stream is None else stream
+        noise = stream.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+        logits: Tensor = self.classifier(x + self.pixels * noise)
+        return logits + self.logits * stream.normal(tuple(logits.shape[1:]), "more").to(logits)
 
 
 class Constant(nn.Module):

@@ -215,14 +215,15 @@ class Attack(Config):
         """Say whether the attack stays inside the primary ball by itself."""
         return self.bounded and self.within(primary) == primary
 
-    def endings(self) -> Mapping[str, Self]:
+    def endings(self, stochastic: bool = False) -> Mapping[str, Self]:
         """Return the attack by how it ends, "" or "_stop", as it runs on a bare classifier.
 
         An iterated attack that may stop at the first success leaves two sets there: the last
         iterate, which most papers replay against a purifier, and the first that fools, under the
-        suffix `_stop`. Any other attack ends in one way.
+        suffix `_stop`. Any other attack ends in one way, and so does each where the classifier is
+        `stochastic`: no attack stops there.
         """
-        if not getattr(self, "early_stop", False):
+        if stochastic or not getattr(self, "early_stop", False):
             return {"": self}
         return {"": self.model_copy(update={"early_stop": False}), "_stop": self}
 

@@ -130,7 +130,7 @@ def _blocks(noise: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class NoiseStream(Keyed):
-    """The noise of one query of a purifier: all that it gets besides pixels.
+    """The noise of one query of a purifier or a classifier: all that it gets besides pixels.
 
     It holds one hashed key per image, which reveals neither role nor image nor draw.
     """
@@ -143,6 +143,10 @@ class NoiseStream(Keyed):
 
     def __getitem__(self, rows: Tensor) -> "NoiseStream":
         return NoiseStream(self._keys[rows])
+
+    def part(self, use: str) -> "NoiseStream":
+        """Return a stream of its own for one part of a defense, so that no two draw alike."""
+        return NoiseStream(self._keys_of(use))
 
     def _keys_of(self, use: str) -> Tensor:
         return _mix(self._keys + _signed(zlib.crc32(use.encode()) * _GOLDEN))

@@ -18,7 +18,7 @@ from torch import Tensor
 from components.data.draws import Draws, Role
 from components.evaluation.counting import CLEAN, Score
 from components.models.accuracy import Values
-from components.models.defense import Defense
+from components.models.defense import Defense, draws_noise
 from components.models.precision import full_precision
 from components.probes.contract import Accuracies
 from components.probes.statistics import summarise
@@ -74,7 +74,7 @@ def detector_scores(
         name: known[name] if name in known else values(x, ids, "score") for name, x in sets.items()
     }
     select = score
-    if defense.stochastic:
+    if draws_noise(defense.purifier):
         select = {name: values(x, ids, "select") for name, x in sets.items()}
     control = {name: black_and_white(x) for name, x in sets.items()}
     return DetectorScores(score, select, control, values(val, val_ids, "clean"))

@@ -58,7 +58,7 @@ def predict_and_detect(defense: Defense, images: Tensor, batch: int) -> tuple[Cl
             rows = slice(start, start + batch)
             x = images[rows].to(device)
             purified = defense.purify(x)
-            classes[0, rows] = _predicted(defense.classifier(purified))
+            classes[0, rows] = _predicted(defense.classify(purified))
             scores[rows] = defense.detector_score(x, None, purified).double()
     return classes.cpu().numpy(), scores.cpu().numpy()
 

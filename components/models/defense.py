@@ -1,5 +1,8 @@
 """A classifier behind a purifier, and the view of it that an attack gets.
 
+Either half may draw noise, and says so by `stochastic`: a random purifier or classifier is called
+with a stream of keyed noise beside the pixels, a deterministic one without it (`draws_noise`).
+
 An attack does not get the `Defense` itself, but a `Target`: the defense in one gradient mode, with
 its noise bound to keyed draws, indexable by rows, and with a counter of passes. The modes:
 
@@ -32,8 +35,16 @@ STAND_INS: tuple[StandIn, ...] = get_args(StandIn)
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N,K), labels (N,) -> (N,)
 
 
+def draws_noise(half: nn.Module | None) -> bool:
+    """Say whether a purifier or a classifier draws noise; it is then called with a stream of it."""
+    return bool(getattr(half, "stochastic", False))
+
+
 class Defense(nn.Module):
-    """A classifier behind a purifier, or without one if `purifier` is None."""
+    """A classifier behind a purifier, or without one if `purifier` is None.
+
+    A random classifier is called as `classifier(x, stream)`; without a stream its noise is fresh.
+    """
 
     def __init__(self, classifier: nn.Module, purifier: Purifier | None) -> None:
         super().__init__()
@@ -58,8 +69,13 @@ class Defense(nn.Module):
 
     @property
     def stochastic(self) -> bool:
-        """Whether the logits depend on noise."""
-        return self.purifier is not None and self.purifier.stochastic
+        """Whether the logits depend on noise, of whichever half."""
+        return draws_noise(self.purifier) or draws_noise(self.classifier)
+
+    @property
+    def batchwise(self) -> bool:
+        """Whether the noise of an image depends on the batch that it is in, in either half."""
+        return any(getattr(half, "batchwise", False) for half in (self.purifier, self.classifier))
 
     @property
     def differentiable(self) -> bool:
@@ -74,8 +90,20 @@ class Defense(nn.Module):
         """
         if self.purifier is None:
             return x
-        purified: Tensor = self.purifier(x, self._stream(draws))
+        purified: Tensor = self.purifier(x, self._noise_of(self.purifier, draws))
         return purified
+
+    def classify(self, x: Tensor, draws: Draws | NoiseStream | None = None) -> Tensor:
+        """Return the logits (N,K) of the classifier alone for pixels (N,C,H,W) in [0,1].
+
+        Its noise is not that of the purifier under the same draws. Without `draws`, noise is fresh.
+        """
+        logits: Tensor
+        if draws_noise(self.classifier):
+            logits = self.classifier(x, self._noise_of(self.classifier, draws))
+        else:
+            logits = self.classifier(x)
+        return logits
 
     def stand_in(self, kind: StandIn, x: Tensor, draws: Draws | None) -> Tensor:
         """Return the output of a stand-in for `x`; raise ValueError if the purifier lacks it."""
@@ -84,7 +112,7 @@ class Defense(nn.Module):
             raise ValueError(
                 f"this purifier has no stand-in {kind}; it has {', '.join(known) or 'none'}"
             )
-        return self.purifier.stand_in(kind, x, self._stream(draws))
+        return self.purifier.stand_in(kind, x, self._noise_of(self.purifier, draws))
 
     def detector_score(
         self, x: Tensor, draws: Draws | NoiseStream | None, purified: Tensor | None = None
@@ -95,17 +123,19 @@ class Defense(nn.Module):
         """
         if self.purifier is None:
             return torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        return self.purifier.detector_score(x, self._stream(draws), purified)
+        noise = self._noise_of(self.purifier, draws)
+        return self.purifier.detector_score(x, noise, purified)
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1]."""
-        logits: Tensor = self.classifier(self.purify(x, draws))
-        return logits
+        return self.classify(self.purify(x, draws), draws)
 
-    def _stream(self, draws: Draws | NoiseStream | None) -> NoiseStream | None:
-        if not self.stochastic:
+    def _noise_of(self, half: nn.Module, draws: Draws | NoiseStream | None) -> NoiseStream | None:
+        """Return the noise of one half, each its own; None without draws, or if it takes none."""
+        if draws is None or not draws_noise(half):
             return None
-        return draws.stream(self.digest) if isinstance(draws, Draws) else draws
+        stream = draws.stream(self.digest) if isinstance(draws, Draws) else draws
+        return stream.part("classifier") if half is self.classifier else stream
 
 
 def fold_batch_norm(defense: Defense) -> Defense:
@@ -224,21 +254,18 @@ class Target:
         `bare` leaves out the purifier.
         """
         self.passes.forward.index_add_(0, self.rows, self._once)
-        logits: Tensor
         draws = self._redraw(draw)
         if bare:
-            logits = self.defense.classifier(x)
-            return logits
+            return self.defense.classify(x, draws)
         if self.mode in ("full", "fixed_noise"):
-            logits = self.defense(x, draws)
+            logits: Tensor = self.defense(x, draws)
             return logits
         with torch.no_grad():
             purified = self.defense.purify(x, draws)
         approximation = x
         if self.mode in STAND_INS and torch.is_grad_enabled():
             approximation = self.defense.stand_in(self.mode, x, draws)
-        logits = self.defense.classifier(_straight_through(approximation, purified))
-        return logits
+        return self.defense.classify(_straight_through(approximation, purified), draws)
 
     def classes(self, x: Tensor) -> int:
         """Return the number of classes, from one answer that no image is charged with."""

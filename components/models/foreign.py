@@ -10,8 +10,11 @@ before it.
 
 A random network draws from torch's global streams. They are forked and seeded for every call, so
 that the same key gives the same answer, and the caller's streams stay as they are. One seed serves
-the whole batch: unlike the noise of Limpid's own purifiers, this noise depends on the batch that an
-image is in. The streams are those of the process, so only one thread at a time may ask.
+the whole batch (`batchwise`): unlike keyed noise, this noise depends on the batch that an image is
+in. The streams are those of the process, so only one thread at a time may ask.
+
+A network that was written for keyed noise is taken as it is: a `Purifier`, and a classifier that
+says that it is `stochastic` and takes `(x, stream)`.
 """
 
 from collections.abc import Mapping
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from components.data.draws import NoiseStream
 from components.models.behaviour import is_differentiable, is_random, noise, seeded
 from components.models.classifiers import Classifier
+from components.models.defense import draws_noise
 from components.models.precision import full_precision
 from components.models.preprocessing import ForeignError, Preprocessed, Size, first_line
 from components.models.purifiers.contract import Purifier
@@ -41,15 +45,18 @@ ROUNDING = 1e-6
 class ForeignClassifier(nn.Module):
     """A frozen classifier from elsewhere: see `adopt_classifier`.
 
-    `stochastic` says whether its logits depend on noise. `resized` is None, or the size of the
-    images and the size that they are brought to inside (`preprocessed`).
+    `stochastic` says whether its logits depend on noise, `batchwise` whether the noise of an image
+    depends on the batch that it is in. `resized` is None, or the size of the images and the size
+    that they are brought to inside (`preprocessed`).
     """
 
-    def __init__(self, network: nn.Module, stochastic: bool, resized: tuple[Size, Size] | None):
+    def __init__(
+        self, network: nn.Module, stochastic: bool, resized: tuple[Size, Size] | None = None
+    ) -> None:
         super().__init__()
         self.network, self.stochastic, self.resized = network, stochastic, resized
-        # A network without weights has a device and a type, too.
-        self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
+        self.batchwise = stochastic
+        self.anchor = _anchor("cpu")
 
     def forward(self, x: Tensor, stream: NoiseStream | None = None) -> Tensor:
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1].
@@ -102,7 +109,7 @@ def adopt_classifier(
 
     The copy is a `ForeignClassifier`, which says whether it is `stochastic`. A deterministic
     `Classifier` of Limpid's own is returned as it is, without that attribute, so that its identity
-    stays the same.
+    stays the same. So is a classifier of keyed noise; what it declares is for the checks to judge.
 
     Raises ForeignError where that is not possible: no `nn.Module`, no copy of it, a network that
     fails on images of this size or on a single one, other outputs, fewer columns than classes,
@@ -110,6 +117,12 @@ def adopt_classifier(
     batch, on earlier calls, or on noise that does not come from torch's global streams.
     """
     copy, x = _frozen(network, "classifier", device), _sample(images, device)
+    if draws_noise(copy):
+        with torch.no_grad():
+            _logits(copy, x, classes, NoiseStream(torch.arange(len(x), device=x.device)))
+        if next(copy.parameters(), None) is None:
+            copy.register_parameter("anchor", _anchor(x.device))
+        return copy
     stochastic = is_random(copy, x, "classifier", lambda part: _logits(copy, part, classes))
     if isinstance(copy, Classifier) and not stochastic:
         return copy
@@ -149,6 +162,11 @@ def adopt_purifier(
         return copy
     stochastic = is_random(copy, x, "purifier", lambda part: _pixels(copy, part))
     return ForeignPurifier(copy, stochastic, is_differentiable(copy, x)).eval()
+
+
+def _anchor(device: torch.device | str) -> nn.Parameter:
+    """Return a parameter by which a network without weights has a device and a type, too."""
+    return nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
 
 
 # What is given, what comes out, and the sentence that says what to change
@@ -212,9 +230,9 @@ def _sample(images: Tensor, device: torch.device | str) -> Tensor:
     return (torch.cat([x, 1 - x]) if len(x) == 1 else x).to(device)
 
 
-def _answer(network: nn.Module, x: Tensor, what: str) -> Any:
+def _answer(network: nn.Module, x: Tensor, what: str, *noise: NoiseStream) -> Any:
     try:
-        return network(x)
+        return network(x, *noise)
     except ForeignError:
         raise
     except Exception as error:
@@ -243,9 +261,10 @@ def _require_tensor(found: Any, what: str, wanted: str) -> None:
         )
 
 
-def _logits(network: nn.Module, x: Tensor, classes: int) -> Tensor:
+def _logits(network: nn.Module, x: Tensor, classes: int, *noise: NoiseStream) -> Tensor:
     """Return the logits of pixels (N,C,H,W); raise ForeignError if they are none."""
-    logits = _logits_of(_answer(network, x, "classifier"))
+    what = "classifier, called with a stream since it says that it is stochastic," if noise else ""
+    logits = _logits_of(_answer(network, x, what or "classifier", *noise))
     _require_tensor(logits, "classifier", "logits (N,K)")
     given = f"the classifier returns {logits.dtype} of shape {tuple(logits.shape)} for {len(x)}"
     if logits.ndim != 2 or len(logits) != len(x):

@@ -82,11 +82,11 @@ def one_answer(bench: Bench, points: Mapping[str, Tensor]) -> Finding:
     change 2 % of the labels, too, or differ by what rounding alone does: that is measured by moving
     every pixel by 1e-7.
 
-    Where one seed serves the noise of a whole batch (`ForeignPurifier.batchwise`), other batches
+    Where one seed serves the noise of a whole batch (`Defense.batchwise`), other batches
     have other noise: they are left out, and if nothing else differs the check was not asked.
     """
     differing = []
-    batchwise = bool(getattr(bench.defense.purifier, "batchwise", False))
+    batchwise = bench.defense.batchwise
     worst, where = 0.0, "none"
     for name, x in points.items():
         with torch.no_grad():

@@ -15,7 +15,7 @@ from components.attacks.apgd import ApgdCe
 from components.attacks.gradient import Pgd
 from components.attacks.search import Search
 from components.models.defense import Defense, Mode, Target, bind
-from components.probes.bench import EOT, Bench, worst
+from components.probes.bench import EOT, Bench, Headed, worst
 from components.probes.contract import SIGNIFICANT, Finding
 from components.probes.statistics import holm, more_fooled
 
@@ -198,7 +198,7 @@ def planted(bench: Bench, attack: Attack) -> Finding:
         if head is None:
             continue
         count += 1
-        defense = Defense(nn.Sequential(one.defense.classifier, head), one.defense.purifier)
+        defense = Defense(Headed(one.defense.classifier, head), one.defense.purifier)
         target = bind(defense.freeze(), "fixed_noise", one.draws, 1)
         zero = torch.zeros_like(one.labels)
         outcome = attack.run(target, one.x, zero, one.threat, one.draws)

@@ -12,7 +12,7 @@ from components.attacks import L2, Attack, Crafted, Linf
 from components.attacks.apgd import ApgdCe, random_direction
 from components.attacks.contract import Outcome
 from components.attacks.gradient import Pgd
-from components.data.draws import Draws, Role
+from components.data.draws import Draws, NoiseStream, Role
 from components.models.accuracy import count_correct
 from components.models.defense import (
     Defense,
@@ -21,6 +21,7 @@ from components.models.defense import (
     Mode,
     Target,
     bind,
+    draws_noise,
     fold_batch_norm,
 )
 from components.probes.contract import Accuracies
@@ -52,6 +53,22 @@ def rough(defense: Defense) -> bool:
     """Say whether the purifier descends or rounds, so that a last bit may become another label."""
     purifier = defense.purifier
     return purifier is not None and bool(purifier.stand_ins or not purifier.differentiable)
+
+
+class Headed(nn.Module):
+    """A frozen classifier whose logits (N,K) pass through `head`; it draws the same noise."""
+
+    def __init__(self, classifier: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.classifier, self.head = classifier, head
+        self.stochastic = draws_noise(classifier)
+        self.batchwise = bool(getattr(classifier, "batchwise", False))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, *noise: NoiseStream | None) -> Tensor:
+        """Return what the head makes of the logits of pixels (N,C,H,W) in [0,1]."""
+        found: Tensor = self.head(self.classifier(x, *noise))
+        return found
 
 
 @dataclass(frozen=True)

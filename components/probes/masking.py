@@ -17,7 +17,7 @@ from components.attacks.gradient import Pgd
 from components.attacks.square import Square
 from components.data.image_set import ImageSet
 from components.models.defense import Defense, margin
-from components.probes.bench import GRADIENT, WAY, Bench, spread, worst
+from components.probes.bench import GRADIENT, WAY, Bench, Headed, spread, worst
 from components.probes.contract import Finding, not_asked
 from components.probes.statistics import more_fooled
 
@@ -111,17 +111,15 @@ def _grey(bench: Bench) -> list[Tensor]:
 
 
 class _Some(nn.Module):
-    """A classifier with the logits of some classes alone."""
+    """Leaves of logits (N,K) those of some classes."""
 
     classes: Tensor
 
-    def __init__(self, classifier: nn.Module, classes: Tensor) -> None:
+    def __init__(self, classes: Tensor) -> None:
         super().__init__()
-        self.classifier = classifier
         self.register_buffer("classes", classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(x)
+    def forward(self, logits: Tensor) -> Tensor:
         return logits[:, self.classes]
 
 
@@ -133,7 +131,9 @@ def _of_classes(bench: Bench) -> list[Tensor]:
     classes = bench.classes
     if classes is None or len(classes) in (1, _classes(bench)):
         return []
-    some = Defense(_Some(bench.defense.classifier, classes), bench.defense.purifier).freeze()
+    some = Defense(
+        Headed(bench.defense.classifier, _Some(classes)), bench.defense.purifier
+    ).freeze()
     labels = torch.searchsorted(classes, bench.labels)
     few = replace(bench, defense=some, labels=labels)
     return [few.run(WAY, bench.mode, bench.threat, bench.seed)]

@@ -377,16 +377,18 @@ def require_fit(
     attacks: Mapping[str, Attack],
     stochastic: bool,
     threat: Linf | L2,
+    bare: bool = False,
 ) -> None:
     """Raise ValueError where an attack of a ladder is not for the defense, or not for its threat.
 
     `stochastic` says whether the defense draws noise. Where sets are replayed they were crafted
-    against a bare classifier, which draws none.
+    against a bare classifier, and `bare` says whether that draws any: those of params.yaml do not.
     """
     for mode, names in ladder.items():
+        random = bare if mode in REPLAYED else stochastic
         for name in names:
             try:
-                attacks[name].require_fit(stochastic and mode not in (*REPLAYED, "fixed_noise"))
+                attacks[name].require_fit(random and mode != "fixed_noise")
                 attacks[name].require_norm(threat)
             except ValueError as error:
                 raise ValueError(f"{where} names {name} on the rung {mode}: {error}") from None

@@ -51,16 +51,21 @@ def run(params: LaddersParams, context: Context, *, out: Path) -> dict[str, floa
     return {"ladders": len(scored)}
 
 
-def resolve(entry: Baseline | Defended | Control, params: LaddersParams) -> Resolved:
+def resolve(
+    entry: Baseline | Defended | Control, params: LaddersParams, random: bool = False
+) -> Resolved:
     """Return all that the sets of one scored entry depend on, attacks in the order of params.yaml.
 
-    The order breaks ties.
+    The order breaks ties. `random` says whether its classifier draws noise; those of params.yaml
+    draw none.
     """
     bare = bare_baseline(params.baselines, entry.classifier)
     replayed = {"classifier": bare, "transfer": SURROGATE}
     return Resolved(
         **usage(entry),
-        ladder={m: dict(_attacks(entry, m, params.attacks)) for m in MODES if m in entry.ladder},
+        ladder={
+            m: dict(_attacks(entry, m, params.attacks, random)) for m in MODES if m in entry.ladder
+        },
         replayed={m: of for m, of in replayed.items() if m in entry.ladder and of is not None},
         threat=params.threat,
         checks=params.checks,
@@ -68,7 +73,10 @@ def resolve(entry: Baseline | Defended | Control, params: LaddersParams) -> Reso
 
 
 def _attacks(
-    entry: Baseline | Defended | Control, mode: str, attacks: Mapping[str, AttackConfig]
+    entry: Baseline | Defended | Control,
+    mode: str,
+    attacks: Mapping[str, AttackConfig],
+    random: bool,
 ) -> Iterator[tuple[str, AttackConfig]]:
     """Yield the attacks of one rung by the names of their sets.
 
@@ -79,6 +87,6 @@ def _attacks(
         if name not in entry.ladder[mode]:
             continue
         if isinstance(entry, Baseline) or mode in UNASKED:
-            yield from ((name + end, one) for end, one in attack.endings().items())
+            yield from ((name + end, one) for end, one in attack.endings(random).items())
         else:
             yield name, attack

@@ -124,7 +124,7 @@ def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
     threat = attack.within(plan.threat) if attack.bounded else None
     checks = stored_set(name, parts(), int(test["rows"]), threat)
     checks.append(_provenance(name, folder, entry, plan))
-    random = entry.subject.stochastic() and rung_of(name) not in (*REPLAYED, "fixed_noise")
+    random = _attacked(name, entry, plan).stochastic() and rung_of(name) != "fixed_noise"
     classes = len(test["class_names"])
     spent = effort(name, attack, joined(costs), classes, random)
     return CheckedSet([*checks, spent], all(finding.passed for finding in checks), digest)
@@ -179,14 +179,20 @@ def other_baselines(entry: Entry, plan: Plan) -> list[Entry]:
     return [one for one in plan.baselines if one.subject.classifier != own]
 
 
+def _attacked(name: str, entry: Entry, plan: Plan) -> Subject:
+    """Return what a set was crafted on: the entry, or the classifier whose set it replays."""
+    mode = rung_of(name)
+    if mode not in REPLAYED:
+        return entry.subject
+    bare = plan.surrogate if mode == "transfer" else entry.subject.classifier
+    assert bare is not None, "params.yaml asks for transfer without a surrogate"
+    return Subject(bare)
+
+
 def _provenance(name: str, folder: Path, entry: Entry, plan: Plan) -> Finding:
     facts = read_manifest(folder)
-    now = entry.subject.facts()
+    now = _attacked(name, entry, plan).facts()
     mode, attack = rung_of(name), entry.attacks[name]
-    if mode in REPLAYED:
-        bare = plan.surrogate if mode == "transfer" else entry.subject.classifier
-        assert bare is not None, "params.yaml asks for transfer without a surrogate"
-        now = Subject(bare).facts()
     threat = attack.within(plan.threat).model_dump(mode="json") if attack.bounded else None
     expected = {
         **now,

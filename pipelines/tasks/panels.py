@@ -46,24 +46,24 @@ def render(
     """Return a panel for every set (S,C,H,W) crafted from `images`; none if there are no images.
 
     A caption is the answer of the bare classifier to that picture: under a purified picture it is
-    the answer of the defense. Images are purified under the first draw of role `score`, in
-    full float32 as when they are scored.
+    the answer of the defense. All noise is that of the first draw of role `score`, in full float32
+    as when images are scored.
     """
     if not sets or not len(images):
         return {}
     clean = images.pixels()
     purified = _purified(defense, images, list(sets.values()), seed, batch)
-    answers = _answers(defense, clean, images)
+    answers = _answers(defense, clean, images, seed)
     height, width = images.shape[1:]
     scale = max(1, round(TILE_PX / max(height, width)))
     panels = {}
     for (name, attacked), restored in zip(sets.items(), purified, strict=True):
         change = (attacked - clean).abs()
         gain = max(1, math.floor(1 / max(float(change.max()), 1e-6)))
-        rows = {"clean": answers, "adversarial": _answers(defense, attacked, images)}
+        rows = {"clean": answers, "adversarial": _answers(defense, attacked, images, seed)}
         pictures = [clean, attacked]
         if defense.purifier is not None:
-            rows["purified"] = _answers(defense, restored, images)
+            rows["purified"] = _answers(defense, restored, images, seed)
             pictures.append(restored)
         lengths: Captions = [(f"L2 {float(one.norm()):.2f}", None) for one in change]
         panels[name] = Panel(
@@ -99,11 +99,12 @@ def _purified(
     return torch.cat(batches).chunk(len(sets))
 
 
-def _answers(defense: Defense, x: Tensor, images: ImageSet) -> Captions:
+def _answers(defense: Defense, x: Tensor, images: ImageSet, seed: int) -> Captions:
     """Return the bare classifier's answer to every picture, and whether it is right."""
     device = next(defense.classifier.parameters()).device
+    draws = Draws(seed, "score", images.ids.to(device))
     with torch.no_grad():
-        confidence, answers = defense.classifier(x.to(device)).softmax(1).max(1)
+        confidence, answers = defense.classify(x.to(device), draws).softmax(1).max(1)
     return [
         (f"{images.class_names[int(answer)]} ({100 * float(sure):.0f} %)", bool(answer == label))
         for answer, sure, label in zip(answers.cpu(), confidence.cpu(), images.labels, strict=True)

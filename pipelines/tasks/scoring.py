@@ -68,7 +68,8 @@ class Result:
     """What was counted of one entry.
 
     `scores` by rung/attack and `clean`; `agreed` (N,) by the same names is how often, of all draws,
-    the prediction is that of the bare classifier on the clean image; `inside` (N,) bool and
+    the prediction is that of the bare classifier on the clean image, of a random one the first;
+    `inside` (N,) bool and
     `distance` (N,) L2 of every set; `elsewhere` says by the labels of further threats what `inside`
     says of the primary one; `unseen` are right answers (clean, under the worst examples) of a
     classifier that played no part in training, behind the same purifier, or None; `rounded` those
@@ -163,7 +164,7 @@ def score_shard(
             defense, sets, some.ids, val.pixels(), val.ids, plan.seed, plan.batch, known
         )
     state = unchanged(before, state_digest(defense), defense.training)
-    bare = Defense(defense.classifier, None)
+    bare = Defense(defense.classifier, None).freeze()
     said = predict(bare, pixels, some.ids, plan.seed, "clean", 1, plan.batch)[0]
     agreed = {name: times(one.predicted, said) / one.score.draws for name, one in counted.items()}
     panels = _panels(defense, some, sets, scores[CLEAN], said, plan) if shard == 0 else {}

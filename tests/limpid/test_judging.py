@@ -12,9 +12,14 @@ import limpid
 from components.attacks import Linf
 from components.attacks.sets import read_crafted
 from components.data import image_set
+from components.data.draws import NoiseStream, fresh
+from components.models.accuracy import predict
 from components.models.checkpoints import read_card
+from components.models.defense import Defense
+from components.models.foreign import adopt_classifier, adopt_purifier
 from limpid.inputs import as_images, as_threat
 from limpid.judging import BARE, DEFENSE, PURIFIER, Verdict, judge
+from limpid.ladders import choose
 from pipelines.config.schema import load
 from pipelines.errors import ConfigError
 from pipelines.tasks import metrics
@@ -259,14 +264,152 @@ def test_a_random_purifier_comes_through_without_a_false_block() -> None:
     assert first.metrics == again.metrics
 
 
-def test_a_random_classifier_gets_one_sentence() -> None:
-    network = nn.Sequential(nn.Flatten(), Dropped(), nn.Linear(64, 3))
-    with pytest.raises(ConfigError, match="answers the same images differently from call to call"):
-        limpid.evaluate(network, *data())
+class Shaken(nn.Module):
+    """A classifier behind Gaussian noise from torch's global stream, as in randomised smoothing."""
 
-
-class Dropped(nn.Module):
-    """Dropout that stays on in eval mode."""
+    def __init__(self, sigma: float = 0.05, logits: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.sigma, self.logits = Patterns(), sigma, logits
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, 0.2, training=True)
+        logits: Tensor = self.inner(x + self.sigma * torch.randn_like(x))
+        return logits + self.logits * torch.randn_like(logits)
+
+
+class Keyed(Shaken):
+    """The same, from keyed noise."""
+
+    stochastic = True
+
+    def forward(self, x: Tensor, stream: NoiseStream | None = None) -> Tensor:
+        stream = fresh(len(x), x.device) if stream is None else stream
+        noise = stream.normal(tuple(x.shape[1:]), "noise").to(x.dtype)
+        logits: Tensor = self.inner(x + self.sigma * noise)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def shaken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Verdict, Path]:
+    """The quick evaluation of a random classifier, behind a deterministic purifier."""
+    folder, state = tmp_path_factory.mktemp("shaken"), torch.random.get_rng_state()
+    found = limpid.evaluate(
+        Shaken(), *data(), purifier=Smooth(), threat="linf:2/255", ladder="quick", unseen=Shaken(),
+        out=folder,
+    )  # fmt: skip
+    assert torch.equal(torch.random.get_rng_state(), state)
+    return found, folder
+
+
+def test_a_random_classifier_comes_through_without_a_false_block(
+    shaken: tuple[Verdict, Path],
+) -> None:
+    rows = shaken[0].metrics.defenses
+    assert set(rows) == {BARE, DEFENSE}
+    for row in rows.values():
+        assert row.stochastic and row.checks.blocking_failed == []
+        assert [one.asked for one in row.checks.findings if one.name == "one_answer"] == [False]
+        assert 0 < row.headline.accuracy <= row.clean.accuracy < 1
+    assert rows[DEFENSE].unseen_classifier is not None
+    accuracies = [one.accuracy for one in rows[DEFENSE].attacks.values()]
+    assert any(accuracy * N != int(accuracy * N) for accuracy in accuracies), "one draw alone"
+
+
+def test_sets_of_a_random_classifier_are_replayed_under_its_own_names(
+    shaken: tuple[Verdict, Path],
+) -> None:
+    """One set an attack, since none stops early, crafted with EOT on the random classifier."""
+    found, folder = shaken
+    rows = found.metrics.defenses
+    assert set(rows[BARE].attacks) == {"full/pgd_quick", "full/margin_quick"}
+    assert set(rows[DEFENSE].attacks) == {
+        "classifier/pgd_quick", "classifier/margin_quick", "full/pgd_quick", "full/margin_quick",
+    }  # fmt: skip
+    replayed = read_crafted(folder / "adversarial" / BARE / "full" / "pgd_quick")
+    assert int(replayed.backward.min()) == 20 * 4
+    efforts = [one for one in rows[DEFENSE].checks.findings if one.check == "effort"]
+    assert {one.name for one in efforts} == {f"effort/{name}" for name in rows[DEFENSE].attacks}
+    assert all(one.passed and f"{N} images of a random defense" in one.detail for one in efforts)
+
+
+def test_noise_of_a_classifier_repeats_from_call_to_call(
+    shaken: tuple[Verdict, Path], tmp_path: Path
+) -> None:
+    again = limpid.evaluate(
+        Shaken(), *data(), purifier=Smooth(), threat="linf:2/255", ladder="quick", unseen=Shaken()
+    )
+    assert again.metrics == shaken[0].metrics
+
+
+def test_keyed_noise_of_a_classifier_is_asked_in_every_batch() -> None:
+    settings = {"threat": "linf:2/255", "ladder": "quick"}
+    state = torch.random.get_rng_state()
+    found, parts = (
+        limpid.evaluate(Keyed(), *data(), batch=batch, **settings)  # type: ignore[arg-type]
+        for batch in (N, 20)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert found.failed == [] and "one_answer" not in found.not_asked
+    assert found.scored.clean == parts.scored.clean
+    # Agreement is with the first answer to the clean image, under the noise of the row itself.
+    images = data()[0]
+    alone = Defense(adopt_classifier(Keyed(), images, 3), None).freeze()
+    said = predict(alone, images, torch.arange(N), 0, "clean", 32, N)
+    assert found.scored.clean.agreement == pytest.approx((said == said[0]).mean())
+
+
+def test_robust_accuracy_of_a_random_linear_classifier_is_its_closed_form() -> None:
+    """Two logits with noise of their own: right with the probability of a Gaussian margin."""
+    images = (255 * (0.25 + 0.5 * data(200)[0])).round() / 255
+    network = nn.Sequential(Shaken(0.0, logits=0.5), Two())
+    with torch.no_grad():
+        logits, weight = Two()(Patterns()(images)), Patterns().weight.detach()
+    labels = logits.argmax(1)
+    margins = (logits[:, 0] - logits[:, 1]).abs() - 4 / 255 * (weight[0] - weight[1]).abs().sum()
+    exact = float(torch.special.ndtr(margins / (0.5 * 2**0.5)).mean())
+    ladder = {"full": {"pgd": SHORT | {"eot": 4, "step": 1.0}}}
+    found = limpid.evaluate(network, images, labels, threat="linf:4/255", ladder=ladder)
+    (attack,) = found.scored.attacks.values()
+    assert attack.accuracy == pytest.approx(exact, abs=4 * 0.5 / (200 * 32) ** 0.5)
+    assert 0.3 < exact < found.scored.clean.accuracy - 0.02
+
+
+class Two(nn.Module):
+    """The first two of three logits."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, :2]
+
+
+@pytest.mark.parametrize("purifier", [None, Smooth(), Noise()], ids=["none", "smooth", "random"])
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [(Patterns(), ["pgd", "autoattack"]), (Keyed(), ["pgd_eot", "autoattack_rand"])],
+    ids=["deterministic", "random"],
+)
+def test_both_rows_meet_the_attacks_for_what_they_are(
+    purifier: nn.Module | None, network: nn.Module, names: list[str]
+) -> None:
+    images = data()[0]
+    before = adopt_purifier(purifier, images) if purifier else None
+    defense = Defense(adopt_classifier(network, images, 3), before)
+    through = ["pgd_eot", "autoattack_rand"] if defense.stochastic else ["pgd", "autoattack"]
+    found = choose("standard", defense, 3, as_threat("linf:2/255"))
+    assert found.defended == {"classifier": names, "bpda": through[:1], "full": through}
+    more = ["pgd_eot"] if through != names else []
+    assert found.bare == {"full": names + more}
+
+
+@pytest.mark.parametrize(
+    ("ladder", "sentence"),
+    [
+        ({"full": ["autoattack"]}, "the ladder names autoattack on the rung full: .*not.*rand"),
+        ({"full": ["pgd_eot"], "classifier": ["a3"]},
+         "the ladder names a3 on the rung classifier: a3 is not for stochastic defenses"),
+    ],
+)  # fmt: skip
+def test_an_attack_that_is_not_for_a_random_classifier_gets_one_sentence(
+    ladder: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        limpid.evaluate(Keyed(), *data(), threat="linf:2/255", ladder=ladder)
+    assert "\n" not in str(caught.value)

@@ -69,9 +69,12 @@ def test_a_random_model_takes_the_version_rand(classifier: Classifier, test_set:
             logits: Tensor = classifier(x + 0.05 * torch.randn_like(x))
             return logits
 
-    data = head(test_set, 20)
+    data, state = head(test_set, 20), torch.get_rng_state()
     attack = limpid.AutoAttack(Noisy(), eps=0.2, version="rand", verbose=False)
     found = attack.run_standard_evaluation(data.pixels(), data.labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = limpid.AutoAttack(Noisy(), eps=0.2, version="rand", verbose=False)
+    assert torch.equal(again.run_standard_evaluation(data.pixels(), data.labels), found)
     right = classifier(found).argmax(1) == data.labels
     assert (
         right.float().mean() < (classifier(data.pixels()).argmax(1) == data.labels).float().mean()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_networks import Blurred, Noisy
+from toy_networks import Blurred, Noisy, Shaken
 from toys import uniform_pixels
 
 from components.attacks.apgd import dlr, targeted_dlr
@@ -286,6 +286,31 @@ def test_dropout_that_stays_on_is_found_and_keyed() -> None:
     assert not torch.equal(*fresh)
     torch.manual_seed(77)
     assert torch.equal(classifier(X, stream()), first)
+
+
+def test_a_classifier_of_keyed_noise_is_copied_as_it_is() -> None:
+    mine = Shaken(network(), pixels=0.2)
+    state = torch.get_rng_state()
+    copy = adopt_classifier(mine, X, CLASSES)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(copy) is Shaken and copy is not mine and identity(copy) == identity(mine.eval())
+    assert not any(weight.requires_grad for weight in copy.parameters())
+    assert not Defense(copy, None).batchwise and Defense(adopted(dropping()), None).batchwise
+    again = adopt_classifier(adopted(dropping()), X, CLASSES)
+    assert type(again) is ForeignClassifier and Defense(again, None).batchwise
+    weightless = Shaken(Pixels(lambda x: x.flatten(1)[:, :CLASSES]))
+    weightless = adopt_classifier(weightless, X, CLASSES)
+    assert next(weightless.parameters()).device == X.device
+
+
+def test_a_random_classifier_that_takes_no_stream_ends_in_one_sentence() -> None:
+    class Silent(Wrapped):
+        stochastic = True
+
+    sentence = "called with a stream since it says that it is stochastic, fails on pixels of shape"
+    with pytest.raises(ForeignError, match=sentence) as caught:
+        adopted(Silent(lambda z: z))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_key_of_every_image_decides_the_noise() -> None:

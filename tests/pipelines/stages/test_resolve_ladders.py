@@ -42,6 +42,14 @@ def test_sets_of_a_bare_classifier_end_in_every_way_and_are_replayed_so() -> Non
     assert defense.ladder["full"]["pgd"].early_stop
 
 
+def test_no_attack_stops_on_a_random_classifier_so_each_ends_in_one_way() -> None:
+    params = Params.model_validate(project.base())
+    for name, rung in (("none", "full"), ("student_grey", "classifier")):
+        found = resolve(params.scored[name], LaddersParams.of(params, None), random=True)
+        assert found.ladder[rung] == {one: params.attacks[one] for one in found.ladder[rung]}
+        assert {"pgd", "bim"} <= set(found.ladder[rung])
+
+
 def test_sets_stand_in_the_order_of_the_attacks() -> None:
     """Of two equal attacks the first one counts for an image."""
     attacks = project.base()["attacks"]

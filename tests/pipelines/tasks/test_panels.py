@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from toy_networks import Shaken
 
 from components.data.draws import Draws
 from components.data.image_set import ImageSet
@@ -47,6 +48,18 @@ def test_purified_pictures_are_those_that_are_scored(noisy: Defense, test_set: I
         # Under the first draw of role `score` the defense answers as the captions say.
         counted = count_correct(noisy, x, few.labels, few.ids, 7, "score", 1, 4)
         assert [right for _, right in panels[name].rows["purified"]] == list(counted > 0)
+
+
+def test_captions_of_a_random_classifier_are_answers_under_the_scored_noise(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    few, defense = test_set[torch.arange(8)], Defense(Shaken(classifier, 0.5), None).freeze()
+    x = few.pixels().flip(3)
+    state = torch.get_rng_state()
+    (panel,) = render(defense, few, {"full/a": x}, 7, 8).values()
+    assert torch.equal(torch.get_rng_state(), state)
+    counted = count_correct(defense, x, few.labels, few.ids, 7, "score", 1, 8)
+    assert [right for _, right in panel.rows["adversarial"]] == list(counted > 0)
 
 
 def test_the_difference_is_amplified_and_labelled_with_the_factor(
