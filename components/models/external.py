@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from components.config import Config
+from components.data.draws import Draws
 from components.data.shards import write_bytes
-from components.models.classifiers import Classifier
+from components.models.defense import Defense
 from components.models.foreign import (
     ForeignClassifier,
     ForeignPurifier,
     adopt_classifier,
     adopt_purifier,
+    anchored,
 )
 from components.models.preprocessing import ForeignError, Size, first_line, read_weights
 from components.models.purifiers.contract import Purifier
@@ -44,14 +46,16 @@ class External(Config):
     """A network of a user's code, and what was found out about it when it was imported.
 
     `factory` is `module:function` in the code, called with `arguments`; `code` is the digest of all
-    files. The rest is what `foreign` found: whether the network is random, whether a purifier has a
-    gradient, and the sizes between which a classifier resizes.
+    files. The rest is what `foreign` made of the network: whether it is `wrapped`, and if so
+    whether it is random, whether a purifier has a gradient, and the sizes between which a
+    classifier resizes.
     """
 
     kind: Literal["external"]
     factory: str
     arguments: dict[str, Any]
     code: str
+    wrapped: bool
     stochastic: bool
     differentiable: bool
     resized: tuple[Size, Size] | None
@@ -65,12 +69,11 @@ class External(Config):
             raise ForeignError("the code of the network is not the code that was imported")
         network = make(files, self.factory, self.arguments)
         if family == "purifier":
-            own = isinstance(network, Purifier)
-            return (
-                network if own else ForeignPurifier(network, self.stochastic, self.differentiable)
-            )
-        if isinstance(network, Classifier) and not self.stochastic:
-            return network
+            if not self.wrapped:
+                return network
+            return ForeignPurifier(network, self.stochastic, self.differentiable)
+        if not self.wrapped:
+            return anchored(network, "cpu")
         return ForeignClassifier(network, self.stochastic, self.resized)
 
 
@@ -131,7 +134,8 @@ def import_network(
     else:
         adopted = adopt_classifier(network, images, classes)
         with torch.no_grad():
-            columns = adopted(images[:2]).shape[1]
+            some, draws = images[:2], Draws(0, "clean", torch.arange(len(images[:2])))
+            columns = Defense(adopted, None).classify(some, draws).shape[1]
         if columns != classes:
             raise ForeignError(
                 f"the classifier has {columns} classes, and the images have {classes}; write a "
@@ -139,6 +143,7 @@ def import_network(
             )
     found = External(
         kind="external", factory=factory, arguments=dict(arguments), code=digest_of(files),
+        wrapped=isinstance(adopted, ForeignClassifier | ForeignPurifier),
         stochastic=getattr(adopted, "stochastic", False),
         differentiable=getattr(adopted, "differentiable", True),
         resized=getattr(adopted, "resized", None),

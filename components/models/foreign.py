@@ -56,7 +56,7 @@ class ForeignClassifier(nn.Module):
         super().__init__()
         self.network, self.stochastic, self.resized = network, stochastic, resized
         self.batchwise = stochastic
-        self.anchor = _anchor("cpu")
+        anchored(self, "cpu")
 
     def forward(self, x: Tensor, stream: NoiseStream | None = None) -> Tensor:
         """Return logits (N,K) of pixels (N,C,H,W) in [0,1].
@@ -120,9 +120,7 @@ def adopt_classifier(
     if draws_noise(copy):
         with torch.no_grad():
             _logits(copy, x, classes, NoiseStream(torch.arange(len(x), device=x.device)))
-        if next(copy.parameters(), None) is None:
-            copy.register_parameter("anchor", _anchor(x.device))
-        return copy
+        return anchored(copy, x.device)
     stochastic = is_random(copy, x, "classifier", lambda part: _logits(copy, part, classes))
     if isinstance(copy, Classifier) and not stochastic:
         return copy
@@ -164,9 +162,12 @@ def adopt_purifier(
     return ForeignPurifier(copy, stochastic, is_differentiable(copy, x)).eval()
 
 
-def _anchor(device: torch.device | str) -> nn.Parameter:
-    """Return a parameter by which a network without weights has a device and a type, too."""
-    return nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
+def anchored(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Return the network; one without weights gets an empty one, for its device and its type."""
+    if next(network.parameters(), None) is None:
+        empty = nn.Parameter(torch.zeros(0, device=device), requires_grad=False)
+        network.register_parameter("anchor", empty)
+    return network
 
 
 # What is given, what comes out, and the sentence that says what to change

@@ -40,14 +40,22 @@ class Noisy(nn.Module):
     def forward(self, x):
         return (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
 
+class Keyed(nn.Module):
+    stochastic = True
+    batchwise = False
+    def forward(self, x, stream):
+        return x.flatten(1)[:, :3] + stream.normal((3,), "logits").to(x)
+
 class Rounded(nn.Module):
     def forward(self, x):
         return (4 * x).round() / 4
 """
 MAKERS = """
-from {parts} import Net, Noisy, Rounded
+from {parts} import Keyed, Net, Noisy, Rounded
 def classifier(classes=3):
     return Net(classes)
+def keyed():
+    return Keyed()
 def noisy():
     return Noisy()
 def rounded():
@@ -110,7 +118,12 @@ def test_what_a_purifier_is_like_is_stored(tmp_path: Path, code: Mapping[str, by
     assert not rounded.stochastic and not rounded.differentiable
     draws = Draws(0, "attack", torch.arange(len(X))).stream("salt")
     assert torch.equal(noisy(X, draws), noisy(X, draws))
-    # A Purifier of Limpid keeps what it declares.
+    # A classifier of keyed noise, and a Purifier of Limpid, keep what they declare.
+    keyed = Defense(load(stored(tmp_path / "keyed", code, "keyed")), None).freeze()
+    assert keyed.stochastic and not keyed.batchwise
+    one = Draws(0, "attack", torch.arange(len(X)))
+    assert torch.equal(keyed(X, one), keyed(X, one))
+    assert not torch.equal(keyed(X, one), keyed(X, one.redraw(1)))
     own = load(stored(tmp_path / "own", code, "jpeg"))
     assert isinstance(own, Purifier) and own.stand_ins
 
