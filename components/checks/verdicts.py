@@ -83,8 +83,10 @@ def higher(one: Accuracies, other: Accuracies) -> float:
     return float(np.clip(chances[gained : most + 1].sum(), 0.0, 1.0))
 
 
-def difference(one: Accuracies, other: Accuracies) -> tuple[float, float, float]:
-    """Return the mean of `one` less `other`, with a paired interval of 99 %, all in [-1,1].
+def difference(one: Accuracies, other: Accuracies, z: float = Z99) -> tuple[float, float, float]:
+    """Return the mean of `one` less `other` and its paired interval, all in [-1,1].
+
+    `z` is the quantile of the normal distribution: by default the interval is one of 99 %.
 
     The interval is Newcombe's method 10 (Statistics in Medicine 17, 1998, pp. 2635-2650): squared
     distances of each mean to its own Wilson limits, joined by the correlation of the pairs with
@@ -97,7 +99,7 @@ def difference(one: Accuracies, other: Accuracies) -> tuple[float, float, float]
     corrected = max(covariance - 1 / (2 * n), min(covariance, 0.0))
     spread = sqrt(first * (1 - first) * second * (1 - second))
     correlation = corrected / spread if spread > 0 else 0.0
-    (low_1, high_1), (low_2, high_2) = wilson(first, n, Z99), wilson(second, n, Z99)
+    (low_1, high_1), (low_2, high_2) = wilson(first, n, z), wilson(second, n, z)
     down = _joined(first - low_1, high_2 - second, correlation)
     up = _joined(high_1 - first, second - low_2, correlation)
     mean = first - second

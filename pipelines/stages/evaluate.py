@@ -43,11 +43,14 @@ from pipelines.tasks.ladders import subject_of
 from pipelines.tasks.metrics import EntryRole, Metrics
 from pipelines.tasks.scoring import Result, merge, recount, score_sets, score_shard
 from pipelines.tasks.subject import Subject
-from pipelines.tasks.summary import compared, summary, threat_model
+from pipelines.tasks.summary import compared, headline, summary, threat_model
 from pipelines.tracking.registry import Registration
 
 # How many images are purified to time one of them.
 TIMED = 16
+# The name of the headline among the attacks of reports/scores.parquet, and the key of the digest of
+# the test images in its metadata.
+ROBUST, IMAGES = "robust", b"images"
 
 
 class EvaluateParams(SharedView):
@@ -117,12 +120,13 @@ def run(
 class Judged:
     """What was scored, what was counted, the metrics, and the seconds an image takes by defense.
 
-    `ids` (N,) are those of the test images.
+    `ids` (N,) are those of the test images, `digest` is that of `image_set.digest`.
     """
 
     entries: Sequence[Entry]
     plan: Plan
     ids: npt.NDArray[np.int64]
+    digest: str
     results: Sequence[Result]
     metrics: Metrics
     seconds: Mapping[str, float]
@@ -132,7 +136,8 @@ class Judged:
     ) -> None:
         """Write the metrics, the scores of every image, and the report with these networks."""
         metrics.write(out_metrics, self.metrics)
-        write_shard(out_scores, _score_table(self.entries, self.results, self.ids))
+        table = _score_table(self.entries, self.results, self.ids)
+        write_shard(out_scores, table.replace_schema_metadata({IMAGES: self.digest}))
         write_report(out_report, self.metrics, self.entries, self.results, self.plan, networks)
 
 
@@ -167,7 +172,8 @@ def judge(
         },
         defenses=compared(entries, results, scored),
     )
-    return Judged(entries, plan, images.ids.numpy(), results, found, seconds)
+    digest = image_set.digest(images)
+    return Judged(entries, plan, images.ids.numpy(), digest, results, found, seconds)
 
 
 def _selftest(path: Path) -> metrics.Selftest:
@@ -323,10 +329,14 @@ def registered(
 def _score_table(
     entries: Sequence[Entry], results: Sequence[Result], ids: npt.NDArray[np.int64]
 ) -> pa.Table:
-    """One row per defense, mode, attack, image and role: draws, and how many were right."""
+    """One row per defense, mode, attack, image and role: draws, and how many were right.
+
+    Clean images and the headline, the attack `robust`, have no mode.
+    """
     tables = []
     for entry, result in zip(entries, results, strict=True):
-        for name, score in result.scores.items():
+        scores = {**result.scores, ROBUST: headline(result)[1]}
+        for name, score in scores.items():
             mode, _, attack = name.rpartition("/")
             for role, correct in (("select", score.select), ("score", score.score)):
                 columns = {

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,21 @@ def test_read_returns_what_was_written(folder: Path) -> None:
     assert read.class_names == written.class_names and read.shape == (3, 4, 5)
     assert read.pixels().max() <= 1
     assert shards.shard_rows(folder) == [range(10), range(10, 20), range(20, 25)]
+
+
+def test_the_digest_is_that_of_images_labels_and_ids_in_any_order() -> None:
+    data = small_set()
+    same = replace(data, class_names=("0", "1", "2"))[torch.arange(len(data)).flip(0)]
+    assert image_set.digest(same) == image_set.digest(data)
+    images = data.images.clone()
+    images[3, 0, 0, 0] ^= 1
+    for other in (
+        data[torch.arange(24)],
+        replace(data, images=images),
+        replace(data, labels=data.labels.flip(0)),
+        replace(data, ids=data.ids + 1),
+    ):
+        assert image_set.digest(other) != image_set.digest(data)
 
 
 @pytest.mark.parametrize(

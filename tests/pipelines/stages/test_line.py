@@ -56,6 +56,22 @@ def test_the_metrics_agree_with_the_table_of_scores(reproduced: Path, metrics: d
     assert sum(right) / 60 == metrics["defenses"]["none"]["attacks"]["full/pgd"]["accuracy"]
 
 
+def test_the_headline_of_every_entry_is_in_the_table_of_scores(
+    reproduced: Path, metrics: dict
+) -> None:
+    table = pq.read_table(reproduced / "reports/scores.parquet")
+    test = image_set.read(reproduced / "data/test")
+    assert table.schema.metadata[b"images"].decode() == image_set.digest(test)
+    for name, found in metrics["defenses"].items():
+        right = [
+            row["correct"] / row["draws"]
+            for row in table.to_pylist()
+            if (row["defense"], row["attack"], row["role"]) == (name, "robust", "score")
+        ]
+        assert len(right) == 60
+        assert sum(right) / 60 == pytest.approx(found["headline"]["accuracy"], abs=1e-12), name
+
+
 def test_stored_examples_stay_within_the_threat(reproduced: Path) -> None:
     clean = image_set.read(reproduced / "data/test").pixels().double()
     eps = project.tiny()["threat"]["eps_255"] / 255
