@@ -22,6 +22,7 @@ from components.models.foreign import adopt_classifier, adopt_purifier
 from components.models.given import hold
 from components.models.purifiers.contract import Purifier
 from limpid import ladders
+from limpid.given import as_given, store, with_given
 from limpid.inputs import LEAST, as_images, as_threat
 from pipelines.commands.scores import score_table
 from pipelines.config.resources import Resources, TrainingWorkers, TrialWorkers, Workers
@@ -43,7 +44,7 @@ PURIFIER, UNSEEN = "purifier", "unseen"
 # Test images that are probed, draws that score a random defense, and images that are shown.
 CHECKED, DRAWS, SHOWN = 64, 32, 6
 # What an evaluation writes in its folder, and the mark that the folder is one.
-FOLDERS, MARK = ("data", "models", "ladders", "adversarial"), ROOT / "evaluation"
+FOLDERS, MARK = ("data", "models", "ladders", "adversarial", "given"), ROOT / "evaluation"
 # A defense of these standings is worth nothing beside its rivals.
 FALLEN = ("broken", "no better than a control")
 
@@ -112,7 +113,8 @@ def evaluate(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, purifier: nn.Module | None = None,
     threat: str | Linf | L2 = "linf:8/255", ladder: str | Mapping[str, Any] = "standard",
     validation: tuple[Tensor, Tensor] | None = None, unseen: nn.Module | None = None,
-    batch: int = 250, seed: int = 0, device: str | None = None, out: str | Path | None = None,
+    given: Mapping[str, Tensor] | None = None, batch: int = 250, seed: int = 0,
+    device: str | None = None, out: str | Path | None = None,
 ) -> Verdict:  # fmt: skip
     """Attack a classifier, alone and behind a purifier, and say what each is worth.
 
@@ -122,6 +124,8 @@ def evaluate(
     number. `ladder` is `standard`, `quick` (an upper bound by `a3`), or a dict of rungs
     (`ladders.choose`). `validation` are images and labels that nobody scores, and `unseen` a
     classifier that played no part in training: checks that need them are not asked without them.
+    `given` are adversarial images of your own by name, float32 (N,C,H,W), one for each test image,
+    inside the threat: they count as one more attack, of which no effort is asked.
     With `out`, metrics, scores, adversarial images and the report are kept there, and the same call
     goes on where it was. The score table is printed.
 
@@ -131,18 +135,20 @@ def evaluate(
     test = as_images(images, labels)
     held_out = None if validation is None else as_images(*validation, first_id=len(test))
     networks = {BARE: classifier, PURIFIER: purifier, UNSEEN: unseen}
-    return judge(networks, test, held_out, as_threat(threat), ladder, batch, seed, device, out)
+    settings = (as_threat(threat), ladder, batch, seed, device, out)
+    return judge(networks, test, held_out, *settings, given)
 
 
 def judge(
     networks: Mapping[str, nn.Module | None], test: ImageSet, validation: ImageSet | None,
     threat: Linf | L2, ladder: str | Mapping[str, Any], batch: int, seed: int, device: str | None,
-    out: str | Path | None,
+    out: str | Path | None, given: Mapping[str, Tensor] | None = None,
 ) -> Verdict:  # fmt: skip
     """Do what `evaluate` does, on image sets that have ids of their own: noise goes by them.
 
     `networks` are the classifier, the purifier and the unseen classifier, by these names.
     """
+    examples = as_given(given or {}, test, threat)
     some = test[torch.arange(min(CHECKED, len(test)))].pixels()
     adopted: dict[str, nn.Module] = {}
     for name, network in networks.items():
@@ -165,7 +171,7 @@ def judge(
         return _Job(
             root, threat, chosen, replace(test, class_names=names),
             replace(validation, class_names=names) if validation else None, PURIFIER in adopted,
-            UNSEEN in adopted, draws_noise(defense.classifier), batch, seed,
+            UNSEEN in adopted, draws_noise(defense.classifier), examples, batch, seed,
             device or ("cuda" if torch.cuda.is_available() else "cpu"),
         ).run()  # fmt: skip
 
@@ -213,6 +219,7 @@ class _Job:
     purified: bool
     unseen: bool
     random: bool
+    given: Mapping[str, Tensor]
     batch: int
     seed: int
     device: str
@@ -239,7 +246,11 @@ class _Job:
             front = models / PURIFIER if isinstance(entry, Defended) else None
             out = self.root / "adversarial" / name
             generate(path, params, held_out, test, models / BARE, front, out, context)
-        entries = stage.entries_of(params, models, path.parent, self.root / "adversarial")
+        given = {name: self.root / "given" / name for name in self.given}
+        for name, folder in given.items():
+            store(folder, self.given[name], self.test, self.batch)
+        own = stage.entries_of(params, models, path.parent, self.root / "adversarial")
+        entries = [with_given(entry, given) for entry in own]
         plan = Plan(
             threat=self.threat, scoring=params.scoring, checks=params.checks, seed=self.seed,
             batch=self.batch, val=held_out, test=test,

@@ -36,6 +36,9 @@ REPLAYED = ("transfer", "classifier")
 SURROGATE = "surrogate"
 # The rungs whose attacks never ask the defense: what they saw was the answer of something else.
 UNASKED = (*REPLAYED, "network")
+# The rung of images that somebody else crafted, and nobody knows how: no ladder names it.
+GIVEN = "given"
+RUNGS = (*MODES, GIVEN)
 # The stand-in without which a purifier cannot be attacked on a rung.
 NEEDED: dict[str, StandIn] = {**{kind: kind for kind in STAND_INS}, "network": "direct"}
 # Kinds of attacks that know the detector in a purifier.
@@ -287,6 +290,12 @@ class Attack(Config):
             self.run(target[some], images[some], labels[some], threat, draws[some])
             for some in rows.split(batch)  # type: ignore[no-untyped-call]
         ])  # fmt: skip
+
+
+class Given(Attack):
+    """The attack behind images that somebody else crafted: all that is known is what they are."""
+
+    kind: Literal["given"] = "given"
 
 
 def nan_as_fooled(margins: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from components.attacks.contract import MODES
+from components.attacks.contract import RUNGS
 from components.data import image_set
 from components.data.shards import write_bytes
 from components.evaluation.counting import Effort
@@ -132,7 +132,7 @@ def write_report(
         classes=len(test.class_names),
         labels={n: one.label for each in scored for n, one in each.scores.attacks.items()},
         scored=scored,
-        columns=[m for m in MODES if m in SHOWN or any(each.ladder[m] for each in scored)],
+        columns=[m for m in RUNGS if m in SHOWN or any(each.ladder[m] for each in scored)],
         hue_count=HUES,
         radius=describe_radius(metrics.threat_model),
         probed=sorted({point.n for points in probes.values() for point in points}),
@@ -206,7 +206,7 @@ def _shown(entry: Entry, found: Scored, result: Result, plan: Plan) -> Shown:
         not_beaten=not_beaten(found),
         no_better=no_better(entry.name, found),
         curve=_curve(found.detection) if found.detection else None,
-        ladder={mode: found.rungs.get(mode) for mode in MODES},
+        ladder={mode: found.rungs.get(mode) for mode in RUNGS},
         lacking=[kind for kind in STAND_INS if kind not in entry.subject.stand_ins()],
         sets={name: found.attacks.get(name) for name in entry.sets},
         failed=found.checks.failed(),
@@ -236,7 +236,7 @@ def _best(scored: Sequence[Shown]) -> Shown | None:
 
 def _lowest(found: Scored) -> str:
     """Return the rung with the lowest accuracy, void ones aside; "" where nothing was run."""
-    sound = [mode for mode in MODES if mode in found.rungs and mode not in found.void_rungs]
+    sound = [mode for mode in RUNGS if mode in found.rungs and mode not in found.void_rungs]
     return min(sound, key=lambda mode: found.rungs[mode].accuracy, default="")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, Attack, Crafted, Linf
-from components.attacks.contract import REPLAYED, UNASKED
+from components.attacks.contract import GIVEN, REPLAYED, UNASKED
 from components.attacks.sets import crafted_shards, joined, read_crafted
 from components.checks.sets import Part, agreement, effort, stored_probes, stored_set
 from components.data import image_set, shards
@@ -85,7 +85,7 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
         plan.val, plan.test,
     )  # fmt: skip
     rungs = dict.fromkeys(rung_of(name) for name in entry.sets)
-    modes = [cast(Mode, rung) for rung in rungs if rung not in UNASKED]
+    modes = [cast(Mode, rung) for rung in rungs if rung not in (*UNASKED, GIVEN)]
     names = required(
         modes, entry.subject.stochastic(), entry.subject.differentiable(), plan.checks.thorough
     )
@@ -123,6 +123,9 @@ def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
 
     threat = attack.within(plan.threat) if attack.bounded else None
     checks = stored_set(name, parts(), int(test["rows"]), threat)
+    if rung_of(name) == GIVEN:
+        # Nobody promised what it was crafted against, or what it cost.
+        return CheckedSet(checks, all(finding.passed for finding in checks), digest)
     checks.append(_provenance(name, folder, entry, plan))
     random = _attacked(name, entry, plan).stochastic() and rung_of(name) != "fixed_noise"
     classes = len(test["class_names"])

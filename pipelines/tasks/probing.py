@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from components import probes
 from components.attacks import L2, Attack, Linf
-from components.attacks.contract import REPLAYED
+from components.attacks.contract import GIVEN, REPLAYED
 from components.config import Config
 from components.data import shards
 from components.data.shards import write_json
 from components.models.identity import sources, stripped
 from components.probes import Finding
 from pipelines.config.sections import Checks
+from pipelines.tasks.metrics import rung_of
 from pipelines.tasks.subject import Subject
 
 
@@ -48,9 +49,9 @@ def facts(
     """Return what the findings on `subject` depend on: digests of models, images, sets and code.
 
     `attacks` are those of its ladder, and `sets` the folders of their sets, by rung/attack; those
-    that are replayed do not count.
+    that are replayed or given do not count.
     """
-    own = {name: one for name, one in attacks.items() if name.split("/")[0] not in REPLAYED}
+    own = {name: one for name, one in attacks.items() if rung_of(name) not in (*REPLAYED, GIVEN)}
     return {
         **subject.facts(),
         "data": shards.fingerprint(test),

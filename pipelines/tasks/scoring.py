@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.attacks import L2, SLACK, Linf
-from components.attacks.contract import UNASKED
+from components.attacks.contract import GIVEN, UNASKED
 from components.checks.sets import Answers, in_levels
 from components.data import image_set
 from components.data.draws import Role
@@ -176,7 +176,7 @@ def score_shard(
     answers = {
         name: Answers.of(one, defense.stochastic)
         for name, one in mine.items()
-        if rung_of(name) not in UNASKED
+        if rung_of(name) not in (*UNASKED, GIVEN)
     }
     findings = [state if attacked.state.passed else attacked.state]
     return Result(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.attacks import L2, Attack, Linf
-from components.attacks.contract import MODES, UNASKED
+from components.attacks.contract import MODES, RUNGS, UNASKED
 from components.checks.scores import (
     draws_enough,
     excused,
@@ -201,7 +201,7 @@ def _rungs(counted: Mapping[str, Score], about: Collection[str]) -> dict[str, Sc
     All sets of a rung take part, but one of them has to be `about` the threat that is counted.
     """
     rungs, run = {}, {rung_of(name) for name in about}
-    for mode in MODES:
+    for mode in RUNGS:
         if mode in run:
             sets = {n: s for n, s in counted.items() if n == CLEAN or rung_of(n) == mode}
             rungs[str(mode)] = worst(sets, list(sets))[1]
