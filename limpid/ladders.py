@@ -95,6 +95,8 @@ def _own(ladder: Mapping[str, Any], defense: Defense, threat: Linf | L2) -> Ladd
         if rung not in MODES or rung == "transfer":
             known = ", ".join(mode for mode in MODES if mode != "transfer")
             raise ConfigError(f"the ladder has a rung {rung!r}; there are {known}")
+        if not isinstance(some, Mapping | list | tuple):
+            raise ConfigError(f"the ladder's rung {rung} is {some!r}; give a list of attacks")
         settings = some if isinstance(some, Mapping) else {name: name for name in some}
         for name, given in settings.items():
             attacks[name] = _attack(f"{rung}/{name}", given)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from components.data.shards import DataError
-from components.sources.images import MAX_BYTES, EncodedSource, SplitBuilder
+from components.sources.images import ALL, MAX_BYTES, EncodedSource, SplitBuilder
 from components.sources.raw import Progress, RawData, RawSplit, silent
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -24,7 +24,7 @@ class ImageFolder(EncodedSource):
         root = Path(self.path)
         if not (root / "train").is_dir():
             raise DataError(f"{root} has no folder `train` with one folder of images per class")
-        names = tuple(path.name for path in _classes(root / "train"))
+        names = classes_of(root / "train")
         train = self._read(root, "train", names, None)
         if not (root / "test").exists():
             return RawData(train, None, names)
@@ -50,6 +50,17 @@ class ImageFolder(EncodedSource):
             for image in images:
                 _add(builder, image, names.index(path.name), _name(root, image))
         return builder.build()
+
+
+def read_classes(path: Path, names: tuple[str, ...]) -> RawSplit:
+    """Read one folder that has a folder of images for each of some classes."""
+    source = ImageFolder(**ALL, kind="image_folder", path=str(path))
+    return source._read(path.parent, path.name, names, None)
+
+
+def classes_of(path: Path) -> tuple[str, ...]:
+    """Return the sorted names of the classes in a folder."""
+    return tuple(one.name for one in _classes(path))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ Pillow itself reduces 16-bit colour to its high byte.
 
 import io
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,12 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 # YAML has lists and no tuples, so the tuple itself is not strict; its sides are.
 Size = Annotated[tuple[Side, Side], Field(strict=False)]
 Pixels = npt.NDArray[np.uint8]
+
+
+# The settings of a source of which nothing is cut, and no image may be left out.
+ALL: dict[str, Any] = {
+    "val": 1, "test": 0, "train_limit": None, "test_limit": None, "max_reject_fraction": 0.0
+}  # fmt: skip
 
 
 class EncodedSource(SourceConfig):

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from components.data.shards import DataError
 from components.sources import pages
-from components.sources.images import MAX_BYTES, EncodedSource, SplitBuilder
-from components.sources.raw import Progress, RawData, silent
+from components.sources.images import ALL, MAX_BYTES, EncodedSource, SplitBuilder
+from components.sources.raw import Progress, RawData, RawSplit, silent
 
 # A dictionary page gives one large value to many rows: few rows at a time bound the memory.
 BATCH_ROWS = 8
@@ -38,7 +38,7 @@ class ParquetFiles(EncodedSource):
     def load(self, scratch: Path, progress: Progress = silent) -> RawData:
         """Read the files of `train` and, if there are any, of `test`."""
         root = Path(self.path)
-        train_files, test_files = _files(root, "train"), _files(root, "test")
+        train_files, test_files = files_of(root, "train"), files_of(root, "test")
         if not train_files:
             raise DataError(
                 f"{root} has no train.parquet, train-*.parquet or train/*.parquet to read"
@@ -55,7 +55,15 @@ class ParquetFiles(EncodedSource):
         return RawData(split, test.build(), names)
 
 
-def _files(root: Path, split: str) -> list[Path]:
+def read_files(files: list[Path]) -> tuple[RawSplit, tuple[str, ...]]:
+    """Read the files of one split, and return its images and the names of the classes."""
+    root, names = files[0].parent, _class_names(files)
+    split = SplitBuilder(str(root), ParquetFiles(**ALL, kind="parquet", path=str(root)), None)
+    highest = _add_all(split, files, len(names) if names else None, root)
+    return split.build(), names or _number_names(highest, split)
+
+
+def files_of(root: Path, split: str) -> list[Path]:
     """Return the files of a split in order; raise DataError unless they are clearly complete."""
     patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
     found = [sorted(root.glob(pattern)) for pattern in patterns]

@@ -13,17 +13,24 @@ from pathlib import Path
 
 from pipelines import layout
 
-PACKAGE = Path(__file__).parent.parent
+# Where all packages of this project lie.
+ROOT = Path(__file__).parent.parent.parent
+STAGES = "pipelines.stages"
 
 
-def summary(group: str, name: str) -> str:
+def folder(package: str) -> Path:
+    """Return the folder of a package of this project, which is not imported."""
+    return ROOT.joinpath(*package.split("."))
+
+
+def summary(package: str, name: str) -> str:
     """Return the first line of the docstring of a stage or command."""
-    return (ast.get_docstring(_source(group, name), clean=False) or "").partition("\n")[0]
+    return (ast.get_docstring(_source(package, name), clean=False) or "").partition("\n")[0]
 
 
 def options_of(stage: str) -> list[str] | None:
     """Return the options of a stage in their order; None for one that has no `run`."""
-    for node in _source("stages", stage).body:
+    for node in _source(STAGES, stage).body:
         if isinstance(node, ast.FunctionDef) and node.name == "run":
             return [argument.arg for argument in node.args.kwonlyargs]
     return None
@@ -40,7 +47,7 @@ def parse(stage: str, words: Sequence[str]) -> dict[str, str]:
         raise KeyError(f"{stage} has a command line of its own")
     if "name" in names and words and not words[0].startswith("-"):
         words = ["--name", *words]
-    parser = argparse.ArgumentParser(prog=f"limpid {stage}", description=summary("stages", stage))
+    parser = argparse.ArgumentParser(prog=f"limpid {stage}", description=summary(STAGES, stage))
     for name in names:
         path = paths.get(name)
         # Without a name, the view lists the names there are.
@@ -53,5 +60,5 @@ def parse(stage: str, words: Sequence[str]) -> dict[str, str]:
     return {name: options[name] for name in names if name in options}
 
 
-def _source(group: str, name: str) -> ast.Module:
-    return ast.parse((PACKAGE / group / f"{name}.py").read_text(encoding="utf-8"))
+def _source(package: str, name: str) -> ast.Module:
+    return ast.parse((folder(package) / f"{name}.py").read_text(encoding="utf-8"))

@@ -19,20 +19,22 @@ from fake_evaluation import FakeEvaluation
 
 from components.data.shards import DataError
 from components.training import Diverged
+from limpid.__main__ import GROUPS, main
+from pipelines import __main__ as pipelines
 from pipelines import layout
-from pipelines.__main__ import main, names
+from pipelines.__main__ import names
 from pipelines.commands import scores
 from pipelines.errors import ConfigError, Failed
-from pipelines.runner.command_line import options_of, parse
+from pipelines.runner.command_line import STAGES, folder, options_of, parse
 from pipelines.tasks import metrics
 
 ROOT = project.ROOT
-EVERY = [(group, name) for group in ("stages", "commands") for name in names(group)]
-WITH_OPTIONS = [n for n in names("stages") if n not in ("selftest", "verdict")]
+EVERY = [(group, name) for group in GROUPS for name in names(group)]
+WITH_OPTIONS = [n for n in names(STAGES) if n not in ("selftest", "verdict")]
 HEAVY = ("torch", "ray", "mlflow", "dvc", "numpy", "pyarrow", "pydantic", "rich")
 IMPORTED = """
 import sys
-from pipelines.__main__ import main
+from limpid.__main__ import main
 assert main([]) == 0
 print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 """
@@ -41,7 +43,7 @@ print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
 SLOW = ("torch", "ray", "mlflow", "dvc", "pandas", "sklearn", "torchattacks", "optuna")
 LIGHT = """
 import json, sys
-from pipelines.__main__ import main
+from limpid.__main__ import main
 imported = {}
 commands, slow = map(json.loads, sys.argv[1:])
 for words in commands:
@@ -76,19 +78,21 @@ def test_the_overview_has_one_line_for_each_stage_and_command(
 ) -> None:
     assert main(["help"]) == 0
     overview = capsys.readouterr().out
-    stages, commands = overview.split("\ncommands:\n")
-    for group, text in (("stages", stages), ("commands", commands)):
+    _, *texts = re.split(
+        "|".join(f"\n{re.escape(title)}:\n" for title in GROUPS.values()), overview
+    )
+    for group, text in zip(GROUPS, texts, strict=True):
         lines = re.findall(r"^  (\w+) +(.+)$", text, re.MULTILINE)
         assert [name for name, _ in lines] == names(group)
         for name, summary in lines:
-            source = (ROOT / f"pipelines/{group}/{name}.py").read_text()
+            source = (folder(group) / f"{name}.py").read_text()
             assert (ast.get_docstring(ast.parse(source)) or "").startswith(summary)
     assert main([]) == 0 and capsys.readouterr().out == overview
 
 
 @pytest.mark.parametrize(("group", "name"), EVERY)
 def test_the_first_line_of_every_docstring_is_a_short_summary(group: str, name: str) -> None:
-    source = (ROOT / f"pipelines/{group}/{name}.py").read_text()
+    source = (folder(group) / f"{name}.py").read_text()
     summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     assert 0 < len(summary) <= 75 and summary.endswith("."), summary
 
@@ -131,7 +135,7 @@ def test_scores_doctor_and_what_they_refuse_import_nothing_slow(tmp_path: Path) 
     assert found == {"scores": [0, []], "scores --metrics none": [2, []], "doctor": [0, []]}
 
 
-@pytest.mark.parametrize("name", names("stages"))
+@pytest.mark.parametrize("name", names(STAGES))
 def test_the_options_that_are_read_are_those_of_the_signature(name: str) -> None:
     module = importlib.import_module(f"pipelines.stages.{name}")
     run = getattr(module, "run", None)
@@ -167,9 +171,18 @@ def test_the_code_of_another_checkout_is_not_run_in_a_folder_with_its_own(
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines/__main__.py").touch()
     monkeypatch.chdir(tmp_path)
-    assert main(["doctor"]) == 4
-    printed = capsys.readouterr().err
-    assert f"is that of {ROOT}; run `python -m pipelines doctor` here" in printed
+    for run, program in ((main, "limpid"), (pipelines.main, "pipelines")):
+        assert run(["doctor"]) == 4
+        printed = capsys.readouterr().err
+        assert f"is that of {ROOT}; run `python -m {program} doctor` here" in printed
+
+
+def test_the_pipelines_alone_know_nothing_of_what_stands_above_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert pipelines.main(["help"]) == 0
+    assert "attack" not in capsys.readouterr().out
+    assert pipelines.main(["attack"]) == 2
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)

@@ -1,0 +1,1 @@
+"""The commands that judge networks of your own, one module each: `limpid NAME` runs one."""

@@ -1,0 +1,150 @@
+"""What `limpid attack` does with its options: read, judge, and say whether it passes."""
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.data import image_set
+from components.data.image_set import ImageSet, stratified
+from components.data.shards import write_bytes
+from components.sources.labelled import read_labelled
+from limpid import comparing, junit
+from limpid.comparing import Stored
+from limpid.factory import networks_of
+from limpid.given import as_given, read_given
+from limpid.inputs import LEAST, as_threat
+from limpid.judging import Verdict, judge
+from limpid.junit import Case
+from pipelines.config.yaml_files import read_yaml
+from pipelines.errors import ConfigError, Failed
+from pipelines.reporting.wording import percent
+
+# So many test images are attacked where nobody says how many.
+N = 1000
+
+
+def attack(options: Namespace) -> int:
+    """Judge the networks of a factory; raise Failed, with exit code 5, where they do not pass."""
+    threat = as_threat(options.threat)
+    every = read_labelled(options.data, "test")
+    test = _some(every, options.n, options.seed)
+    validation = _validation(options.validation, test)
+    before = None if options.baseline is None else comparing.read(options.baseline)
+    if before is not None:
+        digest = image_set.digest(test)
+        comparing.require_same(before, "this attack", threat.label, digest)
+    files = {name: read_given(name, path, every, test) for name, path in options.rung.items()}
+    given = as_given(files, test, threat)
+    ladder: str | Mapping[str, Any] = "quick" if options.quick else "standard"
+    if options.ladder:
+        ladder = read_yaml(options.ladder)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, and torch sees no GPU here; leave it out, or say cpu")
+    if options.junit:
+        # Now, and not after hours; an older file would say something else.
+        write_bytes(options.junit, b"")
+        options.junit.unlink()
+    networks = networks_of(options.factory, options.unseen, options.weights)
+    with ExitStack() as stack:
+        out = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = judge(
+            networks, test, validation, threat, ladder, options.batch, options.seed,
+            options.device, out, given,
+        )  # fmt: skip
+        now = comparing.read(f"{out / 'metrics.json'}:{found.name}")
+    cases = [*junit.checks(found.metrics), *_fail_under(found, options.fail_under)]
+    if before is not None:
+        cases.append(_beside(replace(now, title=found.name), before))
+    if options.junit:
+        junit.write(options.junit, cases)
+    _say(found, options, threat.label, len(every))
+    for case in cases:
+        if case.name in ("fail_under", "baseline") and case.outcome == "passed":
+            print(case.detail)
+    failed = [case for case in cases if case.outcome == "failure"]
+    if failed:
+        raise Failed(5, _failures(failed))
+    return 0
+
+
+def _some(every: ImageSet, count: int | None, seed: int) -> ImageSet:
+    """Return the images that are attacked, drawn in proportion to classes."""
+    count = min(N, len(every)) if count is None else count
+    if not LEAST <= count <= len(every):
+        problem = f"{LEAST} or more" if count < LEAST else f"there are {len(every)}"
+        raise ConfigError(f"{count} test images are to be attacked; {problem}")
+    return every[torch.from_numpy(stratified(every.labels.numpy(), count, seed))]
+
+
+def _validation(path: Path | None, test: ImageSet) -> ImageSet | None:
+    """Return validation images; their ids are no ids of test images."""
+    if path is None:
+        return None
+    found = read_labelled(path, "val")
+    if found.shape != test.shape:
+        raise ConfigError(
+            f"images of {path} are {found.shape}, and the test images {test.shape}; give both alike"
+        )
+    if torch.isin(found.ids, test.ids).any():
+        found = replace(found, ids=found.ids - int(found.ids.min()) + int(test.ids.max()) + 1)
+    return found
+
+
+def _fail_under(found: Verdict, bound: float | None) -> list[Case]:
+    """Hold the lower bound of robust accuracy to the least that is allowed, if there is one."""
+    if bound is None:
+        return []
+    low = found.interval[0]
+    said = f"the lower bound of robust accuracy is {low:.4g}, and --fail-under is {bound:g}"
+    if low < bound:
+        return [Case(found.name, "fail_under", "failure", said)]
+    if found.upper_bound:
+        said += "; it belongs to an upper bound, so this can fail and never prove that it passes"
+    return [Case(found.name, "fail_under", "passed", said)]
+
+
+def _beside(now: Stored, before: Stored) -> Case:
+    """Compare with a verdict from before; a lower number fails, whatever it is a bound of."""
+    found = comparing.compared(now, before)
+    said = (
+        f"{percent(now.headline.accuracy)} beside {percent(before.headline.accuracy)} of "
+        f"{before.title}: {100 * found.mean:+.1f} points, paired 95 % interval "
+        f"{100 * found.low:+.1f} to {100 * found.high:+.1f}; {found.gained} images stand better, "
+        f"{found.lost} worse; p = {found.p_lower:.2g} that it is lower"
+    )
+    if before.headline.upper_bound:
+        said += ", where the baseline is an upper bound"
+    about = now.title
+    return Case(about, "baseline", "failure" if found.lower else "passed", said)
+
+
+def _say(found: Verdict, options: Namespace, threat: str, every: int) -> None:
+    """Print the verdict below the table of scores."""
+    head, bound = found.scored.headline, "at most " if found.upper_bound else ""
+    print(
+        f"\n{found.name}, {threat}, n = {head.n} of {every} test images, seed "
+        f"{options.seed}: robust accuracy {bound}{percent(head.accuracy)} (95 % "
+        f"{percent(head.low)} to {percent(head.high)})"
+    )
+    if found.scored.quick:
+        print("a quick ladder gives an upper bound: the whole one may leave less")
+    if found.not_asked:
+        print(f"not asked, so it is no candidate: {', '.join(found.not_asked)}")
+    if options.out:
+        print(f"kept in {options.out}; {options.out / 'report.html'} has every attack and check")
+
+
+def _failures(failed: Sequence[Case]) -> str:
+    """Say why the networks do not pass, checks first."""
+    checks = [case for case in failed if case.name not in ("fail_under", "baseline")]
+    said = [case.detail for case in failed if case not in checks]
+    if checks:
+        named = "; ".join(f"{case.about}: {case.name} ({case.detail})" for case in checks)
+        said.insert(0, f"blocking checks failed, so the score is an upper bound: {named}")
+    return "; ".join(said)
