@@ -148,13 +148,14 @@ def _metrics_of(given: str) -> tuple[Path, str]:
     if not path.exists() and ":" in given:
         before, _, name = given.rpartition(":")
         path = Path(before)
-    if not path.is_dir():
+    if path.is_file():
         return path, name
     places = [path / METRICS.name, path / METRICS]
     for place in places:
         if place.is_file():
             return place, name
-    raise ConfigError(f"{path} has neither {places[0].name} nor {METRICS}: no verdict was written")
+    problem = f"has neither {METRICS.name} nor {METRICS}" if path.exists() else "is not there"
+    raise ConfigError(f"{path} {problem}; name a folder with a verdict, or its metrics.json")
 
 
 def _row(name: str, found: Metrics, path: Path) -> str:

@@ -18,7 +18,7 @@ from pipelines.errors import ConfigError
 from pipelines.tasks.entries import Entry
 
 
-def read_given(name: str, path: Path, every: ImageSet, test: ImageSet) -> Tensor:
+def read_given(path: Path, every: ImageSet, test: ImageSet) -> Tensor:
     """Return the adversarial images of a file for the test images: (N,C,H,W) float32.
 
     Its rows have the ids of test images; without any, they are those of `every` image, in order.

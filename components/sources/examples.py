@@ -34,37 +34,38 @@ def read_examples(path: Path, shape: Shape, most: int) -> tuple[Tensor | None, T
     try:
         parquet = pq.ParquetFile(path, page_checksum_verification=True)
         rows, fields = parquet.metadata.num_rows, parquet.schema_arrow
-        paths = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
-        stored = [name for name in paths if name.partition(".")[0] == "image"]
-        unpacked = pages.unpacked_bytes(path, parquet.metadata, stored)
     except DAMAGE as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
     if "image" not in fields.names:
         raise DataError(f"{path} has the columns {', '.join(fields.names)}, and none called image")
-    if rows > most:
-        raise DataError(f"{path} has {rows} images, and there are {most} test images")
-    if unpacked > max(MAX_BYTES, VALUE_BYTES * rows * int(np.prod(shape))):
-        raise DataError(
-            f"{path} unpacks to {unpacked} bytes, too many for {rows} images of {shape}"
-        )
-    with_ids = "id" in fields.names and pa.types.is_integer(fields.field("id").type)
-    columns = ["image", "id"] if with_ids else ["image"]
+    if not 0 < rows <= most:
+        raise DataError(f"{path} has {rows or 'no'} images, and there are {most} test images")
+    known = "id" in fields.names and pa.types.is_integer(fields.field("id").type)
     ids, images = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.float32]]()
     try:
+        _require_small(path, parquet, VALUE_BYTES * rows * int(np.prod(shape)))
+        columns = ["image", "id"] if known else ["image"]
         for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
             if any(column.null_count for column in batch.columns):
                 raise DataError(f"{path} has rows without a value")
             images.append(_pixels(path, batch.column("image"), shape))
-            if with_ids:
+            if known:
                 ids.append(batch.column("id").to_numpy(zero_copy_only=False).astype(np.int64))
     except DataError:
         raise
     except DAMAGE as error:
         raise DataError(f"{path} is damaged: {error}") from None
-    if not images:
-        raise DataError(f"{path} has no images")
     found = torch.from_numpy(np.concatenate(images))
-    return (torch.from_numpy(np.concatenate(ids)) if with_ids else None), found
+    return (torch.from_numpy(np.concatenate(ids)) if known else None), found
+
+
+def _require_small(path: Path, parquet: pq.ParquetFile, most: int) -> None:
+    """Raise DataError for a file whose images unpack to more bytes than images can have."""
+    columns = [parquet.schema.column(index).path for index in range(len(parquet.schema))]
+    stored = [name for name in columns if name.partition(".")[0] == "image"]
+    unpacked = pages.unpacked_bytes(path, parquet.metadata, stored)
+    if unpacked > max(MAX_BYTES, most):
+        raise DataError(f"{path} unpacks to {unpacked} bytes, too many for the test images")
 
 
 def _pixels(path: Path, column: pa.Array, shape: Shape) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,13 @@ from components.sources.labelled import read_labelled
 from limpid import comparing, junit
 from limpid.comparing import Stored
 from limpid.factory import networks_of
-from limpid.given import as_given, read_given
+from limpid.given import read_given
 from limpid.inputs import LEAST, as_threat
 from limpid.judging import Verdict, judge
 from limpid.junit import Case
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError, Failed
+from pipelines.layout import METRICS
 from pipelines.reporting.wording import percent
 
 # So many test images are attacked where nobody says how many.
@@ -39,11 +40,8 @@ def attack(options: Namespace) -> int:
     if before is not None:
         digest = image_set.digest(test)
         comparing.require_same(before, "this attack", threat.label, digest)
-    files = {name: read_given(name, path, every, test) for name, path in options.rung.items()}
-    given = as_given(files, test, threat)
-    ladder: str | Mapping[str, Any] = "quick" if options.quick else "standard"
-    if options.ladder:
-        ladder = read_yaml(options.ladder)
+    given = {name: read_given(path, every, test) for name, path in options.rung.items()}
+    ladder = _ladder(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and torch sees no GPU here; leave it out, or say cpu")
     if options.junit:
@@ -57,28 +55,37 @@ def attack(options: Namespace) -> int:
             networks, test, validation, threat, ladder, options.batch, options.seed,
             options.device, out, given,
         )  # fmt: skip
-        now = comparing.read(f"{out / 'metrics.json'}:{found.name}")
-    cases = [*junit.checks(found.metrics), *_fail_under(found, options.fail_under)]
-    if before is not None:
-        cases.append(_beside(replace(now, title=found.name), before))
+        bounds = _fail_under(found, options.fail_under)
+        if before is not None:
+            now = comparing.read(f"{out / METRICS.name}:{found.name}")
+            bounds.append(_beside(replace(now, title=found.name), before))
+    checks = junit.checks(found.metrics)
     if options.junit:
-        junit.write(options.junit, cases)
+        junit.write(options.junit, [*checks, *bounds])
     _say(found, options, threat.label, len(every))
-    for case in cases:
-        if case.name in ("fail_under", "baseline") and case.outcome == "passed":
+    for case in bounds:
+        if case.outcome == "passed":
             print(case.detail)
-    failed = [case for case in cases if case.outcome == "failure"]
-    if failed:
-        raise Failed(5, _failures(failed))
+    _require_passed(checks, bounds)
     return 0
+
+
+def _ladder(options: Namespace) -> str | dict[str, Any]:
+    """Return the ladder that is asked for, or the rungs of a file."""
+    if options.ladder is None:
+        return "quick" if options.quick else "standard"
+    if not options.ladder.is_file():
+        raise ConfigError(f"{options.ladder} is not there; name a YAML file of rungs")
+    return read_yaml(options.ladder)
 
 
 def _some(every: ImageSet, count: int | None, seed: int) -> ImageSet:
     """Return the images that are attacked, drawn in proportion to classes."""
+    if len(every) < LEAST:
+        raise ConfigError(f"there are {len(every)} test images; it takes {LEAST} or more")
     count = min(N, len(every)) if count is None else count
     if not LEAST <= count <= len(every):
-        problem = f"{LEAST} or more" if count < LEAST else f"there are {len(every)}"
-        raise ConfigError(f"{count} test images are to be attacked; {problem}")
+        raise ConfigError(f"--n is {count}; it may be {LEAST} to {len(every)}, all that there are")
     return every[torch.from_numpy(stratified(every.labels.numpy(), count, seed))]
 
 
@@ -101,12 +108,12 @@ def _fail_under(found: Verdict, bound: float | None) -> list[Case]:
     if bound is None:
         return []
     low = found.interval[0]
-    said = f"the lower bound of robust accuracy is {low:.4g}, and --fail-under is {bound:g}"
+    said = f"the lower bound of robust accuracy, {low:.6g}, is {{}} --fail-under {bound:g}"
     if low < bound:
-        return [Case(found.name, "fail_under", "failure", said)]
+        return [Case(found.name, "fail_under", "failure", said.format("under"))]
     if found.upper_bound:
-        said += "; it belongs to an upper bound, so this can fail and never prove that it passes"
-    return [Case(found.name, "fail_under", "passed", said)]
+        said += "; but it is that of an upper bound, which can fail here and never proves anything"
+    return [Case(found.name, "fail_under", "passed", said.format("not under"))]
 
 
 def _beside(now: Stored, before: Stored) -> Case:
@@ -116,12 +123,11 @@ def _beside(now: Stored, before: Stored) -> Case:
         f"{percent(now.headline.accuracy)} beside {percent(before.headline.accuracy)} of "
         f"{before.title}: {100 * found.mean:+.1f} points, paired 95 % interval "
         f"{100 * found.low:+.1f} to {100 * found.high:+.1f}; {found.gained} images stand better, "
-        f"{found.lost} worse; p = {found.p_lower:.2g} that it is lower"
+        f"{found.lost} worse; one-sided p = {found.p_lower:.2g} that it is lower"
     )
     if before.headline.upper_bound:
         said += ", where the baseline is an upper bound"
-    about = now.title
-    return Case(about, "baseline", "failure" if found.lower else "passed", said)
+    return Case(now.title, "baseline", "failure" if found.lower else "passed", said)
 
 
 def _say(found: Verdict, options: Namespace, threat: str, every: int) -> None:
@@ -140,11 +146,12 @@ def _say(found: Verdict, options: Namespace, threat: str, every: int) -> None:
         print(f"kept in {options.out}; {options.out / 'report.html'} has every attack and check")
 
 
-def _failures(failed: Sequence[Case]) -> str:
-    """Say why the networks do not pass, checks first."""
-    checks = [case for case in failed if case.name not in ("fail_under", "baseline")]
-    said = [case.detail for case in failed if case not in checks]
-    if checks:
-        named = "; ".join(f"{case.about}: {case.name} ({case.detail})" for case in checks)
+def _require_passed(checks: Sequence[Case], bounds: Sequence[Case]) -> None:
+    """Raise Failed where a check that blocks failed, or a bound is not kept."""
+    failed = [case for case in checks if case.outcome == "failure"]
+    said = [case.detail for case in bounds if case.outcome == "failure"]
+    if failed:
+        named = "; ".join(f"{case.about}: {case.name} ({case.detail})" for case in failed)
         said.insert(0, f"blocking checks failed, so the score is an upper bound: {named}")
-    return "; ".join(said)
+    if said:
+        raise Failed(5, "; ".join(said))

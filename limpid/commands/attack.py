@@ -107,7 +107,5 @@ def _require_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--fail-under is {bound:g}; robust accuracy lies in [0,1], so 45 % is 0.45"
         )
-    for name in ("n", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it is 1 or more")
+    if options.batch < 1:
+        raise ConfigError(f"--batch is {options.batch}; it is 1 or more")
