@@ -65,6 +65,10 @@ def raises():
     raise RuntimeError("no such weights\\nanywhere")
 
 
+def leaves():
+    raise SystemExit(3)
+
+
 def triple():
     return Patterns(), Patterns(), Patterns()
 
@@ -372,6 +376,17 @@ def _file() -> None:
     Path("file").write_text("a file in place of the folder")
 
 
+def _wide() -> None:
+    images = ImageSet(
+        torch.zeros(40, 1, 8, 9).byte(), torch.arange(40) % 3, torch.arange(40), ("a", "b", "c")
+    )
+    image_set.write(Path("wide"), images, 20)
+
+
+def _too_few() -> None:
+    image_set.write(Path("few"), data(20), 20)
+
+
 def _wrong_shape() -> None:
     save_file({"weight": torch.zeros(10, 64), "extra": torch.zeros(1)}, "ten.safetensors")
 
@@ -380,10 +395,11 @@ FAULTS: list[tuple[dict[str, Any], tuple[str, ...], Any, int, str]] = [
     ({"factory": "mine"}, (), None, 2, "the factory is 'mine'; write module:function"),
     ({"factory": "mime:bare"}, (), None, 2, "there is no module mime here or among what is"),
     ({"factory": "mime.py:bare"}, (), None, 2, "mime.py is not there; write module:function"),
-    ({"factory": "mine:bear"}, (), None, 2, "mine has no function bear, did you mean bare?"),
+    ({"factory": "mine:bar"}, (), None, 2, "mine has no function bar, did you mean bare?"),
     ({"factory": "mine:number"}, (), None, 2, "mine has a number that is no function"),
     ({"factory": "broken:bare"}, (), _broken, 2, "broken cannot be imported: it raised ModuleNot"),
     ({"factory": "mine:raises"}, (), None, 2, "mine:raises raised RuntimeError: no such weights ("),
+    ({"factory": "mine:leaves"}, (), None, 2, "mine:leaves raised SystemExit: 3 ("),
     ({"factory": "mine:argument"}, (), None, 2, "mine:argument raised TypeError: argument() miss"),
     ({"factory": "mine:text"}, (), None, 2, "mine:text returned str; it must return a classifier"),
     ({"factory": "mine:triple"}, (), None, 2, "mine:triple returned tuple of Patterns, Patterns"),
@@ -414,6 +430,8 @@ FAULTS: list[tuple[dict[str, Any], tuple[str, ...], Any, int, str]] = [
     ({}, ("--out", "full"), _own_files, 2, "holds other files; name a new folder"),
     ({}, ("--out", "file/out"), _file, 4, "NotADirectoryError: "),
     ({}, ("--junit", "file/junit.xml"), _file, 4, "Error: "),
+    ({}, ("--validation", "wide"), _wide, 2, "wide are (1, 8, 9), and the test images (1, 8, 8)"),
+    ({}, ("--data", "few"), _too_few, 2, "there are 20 test images; it takes 32 or more"),
     ({"ladder": "no.yaml"}, (), None, 2, "no.yaml is not there; name a YAML file of rungs"),
     ({}, ("--validation", "nowhere"), None, 3, "nowhere is not there; name a folder of labelled"),
 ]  # fmt: skip
@@ -431,3 +449,11 @@ def test_what_is_wrong_gets_one_sentence(
     said = capsys.readouterr().err
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
     assert "Traceback" not in said and not (here / ".limpid/last_error.txt").exists()
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert attack("--device", "cuda") == 2
+    assert "--device is cuda, and torch sees no GPU here" in capsys.readouterr().err

@@ -208,6 +208,24 @@ def test_images_that_are_none_get_one_sentence(images: Any, labels: Any, sentenc
         limpid.evaluate(Patterns(), images, labels)
 
 
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (data()[0][:40], "the set mine is torch.float32 of shape .*40, 1, 8, 8.*give float32"),
+        ((255 * data()[0]).byte(), "the set mine is torch.uint8 of shape"),
+        (data()[0] + 1.5, "48 images of the set mine have pixels outside of .0,1."),
+        (torch.full_like(data()[0], torch.nan), "48 images of the set mine have pixels outside"),
+        (
+            1 - data()[0],
+            "images of the set mine leave the ball, up to .*; linf 2/255 allows 0.0078",
+        ),
+    ],
+)
+def test_adversarial_images_that_are_none_get_one_sentence(images: Tensor, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        judged(given={"mine": images})
+
+
 @pytest.mark.parametrize("name", limpid.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(limpid, name) is not None
