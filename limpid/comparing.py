@@ -26,7 +26,7 @@ class Stored:
     """A verdict that was written: the headline of one row, and what it is about.
 
     `right` (N,) is how often each test image is classified right under the worst attack, in the
-    order of the `ids` (N,); `images` is the digest of the test images (`image_set.digest`).
+    order of the `ids` (N,); `images` is the digest of the test images (`digests.digest`).
     """
 
     title: str

@@ -5,7 +5,6 @@ folder of Parquet shards (`components.data.shards`) with columns `id` (int64, un
 splits), `image` (fixed-size binary: uint8, C x H x W) and `label` (int64).
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +87,6 @@ def read(folder: Path, rows: range | None = None) -> ImageSet:
     if len(data) and (data.labels.min() < 0 or data.labels.max() >= len(names)):
         raise DataError(f"{folder} has labels outside 0..{len(names) - 1}")
     return data
-
-
-def digest(data: ImageSet) -> str:
-    """Return the hex sha256 of ids, labels and images.
-
-    It is the same in every order of rows, and whatever the classes are called.
-    """
-    order, found = data.ids.argsort(), hashlib.sha256(str(data.shape).encode())
-    for column in (data.ids, data.labels, data.images):
-        found.update(column[order].contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def stratified(labels: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from components.data import image_set
+from components.data.digests import digest
 from components.data.image_set import ImageSet, stratified
 from components.data.shards import write_bytes
 from components.sources.labelled import read_labelled
@@ -38,8 +38,7 @@ def attack(options: Namespace) -> int:
     validation = _validation(options.validation, test)
     before = None if options.baseline is None else comparing.read(options.baseline)
     if before is not None:
-        digest = image_set.digest(test)
-        comparing.require_same(before, "this attack", threat.label, digest)
+        comparing.require_same(before, "this attack", threat.label, digest(test))
     given = {name: read_given(path, every, test) for name, path in options.rung.items()}
     ladder = _ladder(options)
     if options.device == "cuda" and not torch.cuda.is_available():

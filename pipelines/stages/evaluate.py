@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from components.attacks import Threat
 from components.attacks.contract import SURROGATE
-from components.data import image_set
+from components.data import digests, image_set
 from components.data.shards import DataError, shard_rows, write_shard
 from components.evaluation.counting import CLEAN
 from components.probes.models import leakage
@@ -120,7 +120,7 @@ def run(
 class Judged:
     """What was scored, what was counted, the metrics, and the seconds an image takes by defense.
 
-    `ids` (N,) are those of the test images, `digest` is that of `image_set.digest`.
+    `ids` (N,) are those of the test images, `digest` is that of `digests.digest`.
     """
 
     entries: Sequence[Entry]
@@ -172,8 +172,8 @@ def judge(
         },
         defenses=compared(entries, results, scored),
     )
-    digest = image_set.digest(images)
-    return Judged(entries, plan, images.ids.numpy(), digest, results, found, seconds)
+    ids = images.ids.numpy()
+    return Judged(entries, plan, ids, digests.digest(images), results, found, seconds)
 
 
 def _selftest(path: Path) -> metrics.Selftest:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from components.data import image_set, shards
+from components.data import image_set
+from components.data.digests import digest, shards
 from components.data.image_set import ImageSet, stratified
 from components.data.shards import DataError
 
@@ -38,7 +39,7 @@ def test_read_returns_what_was_written(folder: Path) -> None:
 def test_the_digest_is_that_of_images_labels_and_ids_in_any_order() -> None:
     data = small_set()
     same = replace(data, class_names=("0", "1", "2"))[torch.arange(len(data)).flip(0)]
-    assert image_set.digest(same) == image_set.digest(data)
+    assert digest(same) == digest(data)
     images = data.images.clone()
     images[3, 0, 0, 0] ^= 1
     for other in (
@@ -47,7 +48,7 @@ def test_the_digest_is_that_of_images_labels_and_ids_in_any_order() -> None:
         replace(data, labels=data.labels.flip(0)),
         replace(data, ids=data.ids + 1),
     ):
-        assert image_set.digest(other) != image_set.digest(data)
+        assert digest(other) != digest(data)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from components.attacks.sets import read_crafted
 from components.data import image_set
+from components.data.digests import digest
 from components.data.shards import sha256
 from components.models.checkpoints import load, read_card, save
 from components.models.purifiers.apudae import Apudae
@@ -61,7 +62,7 @@ def test_the_headline_of_every_entry_is_in_the_table_of_scores(
 ) -> None:
     table = pq.read_table(reproduced / "reports/scores.parquet")
     test = image_set.read(reproduced / "data/test")
-    assert table.schema.metadata[b"images"].decode() == image_set.digest(test)
+    assert table.schema.metadata[b"images"].decode() == digest(test)
     for name, found in metrics["defenses"].items():
         right = [
             row["correct"] / row["draws"]
