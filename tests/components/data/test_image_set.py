@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from components.data import image_set
-from components.data.digests import digest, shards
+from components.data import image_set, shards
+from components.data.digests import digest
 from components.data.image_set import ImageSet, stratified
 from components.data.shards import DataError
 
