@@ -194,10 +194,11 @@ def test_the_verdict_on_a_linear_classifier_is_its_closed_form_and_that_of_evalu
 def test_a_bound_that_is_missed_and_a_check_that_blocks_end_with_5(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert attack("--fail-under", "0.99", "--junit", "junit.xml") == 5
+    reached = str(standing(data()))
+    assert attack("--fail-under", reached, "--junit", "junit.xml") == 5
     said = capsys.readouterr().err
     assert said.startswith("error: the lower bound of robust accuracy, ") and said.count("\n") == 1
-    assert "is under --fail-under 0.99" in said
+    assert f"is under --fail-under {float(reached):g}" in said
     cases = {one.get("name"): one for one in ElementTree.parse("junit.xml").getroot()}
     assert cases["fail_under"].find("failure") is not None
     assert cases["strong_attack"].find("failure") is None

@@ -17,7 +17,7 @@ from limpid.__main__ import main
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import CleanScore, Headline, L2Threat, LinfThreat, Metrics, Selftest
 
-N = 100
+N, ORDERS = 100, np.random.default_rng(0)
 
 
 def right(*parts: tuple[int, float]) -> Any:
@@ -50,8 +50,8 @@ def verdict(
         defenses=dict.fromkeys(rows, scored),
     )  # fmt: skip
     metrics.write(folder / "metrics.json", found)
-    # Out of order, as another evaluation may have it, and beside another row and another attack.
-    order = np.arange(N)[::-1]
+    # Out of order, each in another one, and beside another row and another attack.
+    order = ORDERS.permutation(N)
     table = pa.table({
         "defense": [name for name in (*rows, "none") for _ in order],
         "attack": ["robust"] * N * (len(rows) + 1),
