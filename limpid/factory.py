@@ -4,7 +4,7 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from components.models.defense import Defense
-from components.models.preprocessing import first_line, read_weights
+from components.models.external import load_weights
+from components.models.preprocessing import first_line
 from limpid.judging import BARE, PURIFIER, UNSEEN
 from pipelines.errors import ConfigError, near
 
@@ -27,8 +28,8 @@ def networks_of(
     """Return the classifier, the purifier and the unseen classifier that factories return.
 
     A factory takes no arguments, and returns a classifier, a pair (classifier, purifier) or a
-    `Defense`. `weights` are files by network; each has to fit it, name by name. Raises ConfigError,
-    in one sentence, for anything else.
+    `Defense`. `weights` are files by network; each has to fit it, name by name. Raises ConfigError
+    or ForeignError, in one sentence, for anything else.
     """
     made = _call(factory)
     if isinstance(made, Defense):
@@ -44,7 +45,10 @@ def networks_of(
         if not isinstance(other, nn.Module):
             raise ConfigError(_strange(unseen, other, "a classifier"))
     for name, path in weights.items():
-        _load(name, networks[name], path)
+        network = networks[name]
+        if network is None:
+            raise ConfigError(f"{path} is for the {name}, and there is no {name} to load it into")
+        load_weights(network, path)
     return networks
 
 
@@ -110,27 +114,3 @@ def _strange(factory: str, made: Any, wanted: str) -> str:
     elif isinstance(made, type):
         kind = f"the class {made.__name__}"
     return f"{factory} returned {kind}; it must return {wanted}, each a torch.nn.Module"
-
-
-def _load(name: str, network: nn.Module | None, path: Path) -> None:
-    """Load the weights of a network; raise ConfigError where a name or a shape does not fit."""
-    if network is None:
-        raise ConfigError(f"there are weights for the {name}, and no {name} to load them into")
-    stored, own = read_weights(path), network.state_dict()
-    lacking = {
-        "it lacks": [key for key in own if key not in stored],
-        "the network has no": [key for key in stored if key not in own],
-        "of another shape are": [
-            f"{key} {tuple(stored[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in stored and stored[key].shape != own[key].shape
-        ],
-    }
-    problems = [f"{problem} {_some(keys)}" for problem, keys in lacking.items() if keys]
-    if problems:
-        raise ConfigError(f"{path} does not fit the {name}: {'; '.join(problems)}")
-    network.load_state_dict(stored)
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

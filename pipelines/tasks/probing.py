@@ -22,7 +22,6 @@ from components.data.shards import write_json
 from components.models.identity import sources, stripped
 from components.probes import Finding
 from pipelines.config.sections import Checks
-from pipelines.tasks.metrics import rung_of
 from pipelines.tasks.subject import Subject
 
 
@@ -51,7 +50,8 @@ def facts(
     `attacks` are those of its ladder, and `sets` the folders of their sets, by rung/attack; those
     that are replayed or given do not count.
     """
-    own = {name: one for name, one in attacks.items() if rung_of(name) not in (*REPLAYED, GIVEN)}
+    others = (*REPLAYED, GIVEN)
+    own = {name: one for name, one in attacks.items() if name.split("/")[0] not in others}
     return {
         **subject.facts(),
         "data": shards.fingerprint(test),

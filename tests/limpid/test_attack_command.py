@@ -389,7 +389,11 @@ def _too_few() -> None:
 
 
 def _wrong_shape() -> None:
-    save_file({"weight": torch.zeros(10, 64), "extra": torch.zeros(1)}, "ten.safetensors")
+    save_file({"weight": torch.zeros(10, 64)}, "ten.safetensors")
+
+
+def _wrong_names() -> None:
+    save_file({"module.weight": torch.zeros(3, 64)}, "two.safetensors")
 
 
 FAULTS: list[tuple[dict[str, Any], tuple[str, ...], Any, int, str]] = [
@@ -406,9 +410,10 @@ FAULTS: list[tuple[dict[str, Any], tuple[str, ...], Any, int, str]] = [
     ({"factory": "mine:triple"}, (), None, 2, "mine:triple returned tuple of Patterns, Patterns"),
     ({}, ("--unseen", "mine:pair"), None, 2, "mine:pair returned tuple of Patterns, Smooth; it mu"),
     ({}, ("--weights", "ten.safetensors"), _wrong_shape, 2,
-     "ten.safetensors does not fit the classifier: the network has no extra; of another shape are "
-     "weight (10, 64) for (3, 64)"),
-    ({}, ("--weights", "purifier=w.safetensors"), None, 2, "and no purifier to load them into"),
+     "ten.safetensors does not fit the network: size mismatch for weight"),
+    ({}, ("--weights", "two.safetensors"), _wrong_names, 2,
+     "two.safetensors lacks weight, which the network has; the names must be those of its state"),
+    ({}, ("--weights", "purifier=w.safetensors"), None, 2, "there is no purifier to load it into"),
     ({}, ("--weights", "whole.pt"), _raw_pickle, 2, "whole.pt holds pickled objects"),
     ({}, ("--weights", "no.pt"), None, 2, "no.pt is not there; name a file of weights"),
     ({}, ("--data", "nowhere"), None, 3, "nowhere is not there; name a folder of labelled images"),
