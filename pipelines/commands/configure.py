@@ -13,6 +13,10 @@ params.yaml, and leaves everything else there as it is written.
 
 `limpid configure --migrate` adds the keys to params.yaml that this version needs and an older one
 did not have, with the values that the older one took.
+
+`limpid configure --plugins` writes into every section of a plugin's kind which plugin is installed:
+name, version and digest of its code. What depends on these sections is then out of date for DVC. A
+profile with such kinds gets them right away.
 """
 
 import argparse
@@ -20,7 +24,9 @@ import copy
 import difflib
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from io import StringIO
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--migrate", action="store_true", help="add the keys that an older params.yaml lacks"
     )
+    parser.add_argument(
+        "--plugins", action="store_true", help="name the plugins that are installed now"
+    )
     options = parser.parse_args(argv)
-    if sum(map(bool, (options.profile, options.found, options.migrate))) != 1:
-        raise ConfigError("give a profile, or --from a file of values, or --migrate, and only one")
+    given = (options.profile, options.found, options.migrate, options.plugins)
+    if sum(map(bool, given)) != 1:
+        raise ConfigError(
+            "give a profile, or --from a file of values, or --migrate, or --plugins, and only one"
+        )
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
-    if options.migrate:
+    if options.plugins:
+        text, origin = renewed(before), "what it was, with the plugins that are installed"
+    elif options.migrate:
         text, origin = migrated(before), "up to date with this version"
     elif options.found:
         text, origin = adopt(before, options.found), f"what it was, with {options.found}"
@@ -94,6 +108,64 @@ def adopt(text: str, file: Path) -> str:
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     return edit_yaml(text, values)
+
+
+def renewed(text: str) -> str:
+    """Return the YAML `text` of params.yaml with the plugins that are installed in it.
+
+    Everything else stays as a person wrote it. Raises ConfigError where the result is not valid.
+    """
+    # Imports torch.
+    from pipelines.config.schema import Params, explain
+
+    value, yaml = read_yaml(PARAMS), round_trip()
+    document, pins = yaml.load(text), _pins(value)
+    _name_plugins(value, pins)
+    _name_plugins(document, pins)
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{PARAMS}: {explain(error)}") from None
+    written = StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
+
+
+def _pins(value: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
+    """Return what `plugin` must be in the sections that name another plugin or none, by path."""
+    # Imports torch.
+    from components.plugins import OTHER
+    from pipelines.config.schema import Params
+
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        return {
+            _path(value, one["loc"][:-1]): one["ctx"]["installed"]
+            for one in error.errors()
+            if one["type"] == OTHER
+        }
+    return {}
+
+
+def _path(value: Any, location: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the keys to a place; pydantic has the tags of unions among them."""
+    keys = []
+    for part in location:
+        if not isinstance(value, Mapping) or value.get("kind") != part:
+            value = value[part]
+            keys.append(part)
+    return tuple(keys)
+
+
+def _name_plugins(document: Any, pins: Mapping[tuple[Any, ...], str]) -> None:
+    """Put `plugin` into sections of a document, after the kind where it is new."""
+    for path, pin in pins.items():
+        section = reduce(getitem, path, document)
+        if "plugin" in section or not isinstance(section, CommentedMap):
+            section["plugin"] = pin
+        else:
+            section.insert(list(section).index("kind") + 1, "plugin", pin)
 
 
 def migrated(text: str) -> str:
@@ -158,6 +230,7 @@ def compose(profile: str, overrides: list[str]) -> str:
     kind = value["data"]["kind"]
     for change in changes:
         value = merge(value, change)
+    _name_plugins(value, _pins(value))
     try:
         Params.model_validate(value)
     except ValidationError as error:
@@ -172,7 +245,8 @@ def merge(
 ) -> dict[str, Any]:
     """Return `base` with `over` laid on it; the sections in `replaced` come from `over` alone."""
     # Imports torch.
-    from components.sources import DATASETS
+    from components.plugins import members
+    from components.sources import DataConfig
 
     merged = dict(base)
     for key, value in over.items():
@@ -183,8 +257,8 @@ def merge(
             same = all(value.get(tag, old.get(tag)) == old.get(tag) for tag in ("kind", "norm"))
             if not whole and same:
                 merged[key] = merge(old, value, replaced, f"{path}{key}.")
-            elif key == "data" and not path and value["kind"] in DATASETS:
-                fields = DATASETS[value["kind"]].model_fields
+            elif key == "data" and not path and value["kind"] in members(DataConfig):
+                fields = members(DataConfig)[value["kind"]].model_fields
                 merged[key] = {k: v for k, v in {**old, **value}.items() if k in fields}
     return merged
 
