@@ -170,7 +170,7 @@ def load(point: EntryPoint) -> Any:
 def pin(point: EntryPoint) -> str:
     """Return name, version and digest of the plugin of an entry point that was loaded."""
     assert point.dist is not None
-    return f"{point.dist.name} {point.dist.version} sha256:{_digest(package_of(point.module))}"
+    return f"{point.dist.name} {point.dist.version} sha256-{_digest(package_of(point.module))}"
 
 
 @cache
