@@ -17,6 +17,9 @@ did not have, with the values that the older one took.
 `limpid configure --plugins` writes into every section of a plugin's kind which plugin is installed:
 name, version and digest of its code. What depends on these sections is then out of date for DVC. A
 profile with such kinds gets them right away.
+
+Where Limpid is installed without its sources, every form also writes dvc.yaml and code.yaml, by
+which DVC sees which code is installed (`pipelines/runner/installed.py`).
 """
 
 import argparse
@@ -87,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(PARAMS),
         )
     )
+    # Imports torch.
+    from pipelines.runner import installed
+
+    if installed.needed():
+        installed.write()
     write_bytes(PARAMS, text.encode())
     print(f"{PARAMS} is now {origin}; `dvc repro` runs it")
     return 0
