@@ -100,6 +100,28 @@ def hint(error: ErrorDetails) -> str:
     return ""
 
 
+def checks(named: Mapping[str, str]) -> Mapping[str, Callable[..., Any]]:
+    """Return the checks that are `named`, with the plugin that each comes from.
+
+    Raises PluginError for one that no plugin here has, and the error of a pin (`OTHER`) where
+    another plugin is installed than is named.
+    """
+    there = {point.name: point for point in entry_points(group="limpid.checks")}
+    found = {}
+    for name in named:
+        if name not in there:
+            known = f"there are {', '.join(sorted(there))}" if there else "there is none"
+            raise PluginError(f"no plugin here has the check {name}; {known}")
+        found[name] = load(there[name])
+        if not callable(found[name]):
+            raise PluginError(f"{_named(there[name])} is {there[name].value}, which is no function")
+    pins = {name: pin(there[name]) for name in named}
+    other = [name for name in named if named[name] != pins[name]]
+    if other:
+        raise _other(f"{_says(named[other[0]])} for {other[0]}", pins[other[0]], pins)
+    return found
+
+
 def is_plugin(module: str) -> bool:
     """Say whether a module that was imported belongs to the package of an installed plugin."""
     return any(_inside(module, package) for package in _packages())
@@ -201,11 +223,7 @@ def _pinned(section: type[Config], name: str, installed: str) -> type[Config]:
 
     def same(given: str) -> str:
         if given != installed:
-            named = f"names {given}" if given else "is missing"
-            raise PydanticCustomError(
-                OTHER, "{named}, and {installed} is installed",
-                {"named": named, "installed": installed},
-            )  # fmt: skip
+            raise _other(_says(given), installed, installed)
         return given
 
     # The default is refused too: that way all that is missing is found together.
@@ -216,6 +234,18 @@ def _pinned(section: type[Config], name: str, installed: str) -> type[Config]:
     )  # fmt: skip
     made.__qualname__ = name
     return made
+
+
+def _says(named: str) -> str:
+    return f"names {named}" if named else "is missing"
+
+
+def _other(says: str, installed: str, right: Any) -> PydanticCustomError:
+    """Return the error for another plugin than is installed; `right` is what should be given."""
+    return PydanticCustomError(
+        OTHER, "{says}, and {installed} is installed",
+        {"says": says, "installed": installed, "right": right},
+    )  # fmt: skip
 
 
 @cache

@@ -139,8 +139,8 @@ def renewed(text: str) -> str:
     return written.getvalue()
 
 
-def _pins(value: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
-    """Return what `plugin` must be in the sections that name another plugin or none, by path."""
+def _pins(value: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
+    """Return what must stand where another plugin is named than is installed, or none, by path."""
     # Imports torch.
     from components.plugins import OTHER
     from pipelines.config.schema import Params
@@ -149,7 +149,7 @@ def _pins(value: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
         Params.model_validate(value)
     except ValidationError as error:
         return {
-            _path(value, one["loc"][:-1]): one["ctx"]["installed"]
+            (*_path(value, one["loc"][:-1]), one["loc"][-1]): one["ctx"]["right"]
             for one in error.errors()
             if one["type"] == OTHER
         }
@@ -166,14 +166,14 @@ def _path(value: Any, location: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(keys)
 
 
-def _name_plugins(document: Any, pins: Mapping[tuple[Any, ...], str]) -> None:
-    """Put `plugin` into sections of a document, after the kind where it is new."""
-    for path, pin in pins.items():
+def _name_plugins(document: Any, pins: Mapping[tuple[Any, ...], Any]) -> None:
+    """Put pins into a document, after the kind of a section where they are new."""
+    for (*path, key), pin in pins.items():
         section = reduce(getitem, path, document)
-        if "plugin" in section or not isinstance(section, CommentedMap):
-            section["plugin"] = pin
+        if key in section or not isinstance(section, CommentedMap):
+            section[key] = pin
         else:
-            section.insert(list(section).index("kind") + 1, "plugin", pin)
+            section.insert(list(section).index("kind") + 1, key, pin)
 
 
 def migrated(text: str) -> str:

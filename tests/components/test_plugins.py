@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from components import plugins
 from components.data.shards import DataError
@@ -118,7 +119,7 @@ def named_in(union: Any, kind: str = "grey") -> str:
         TypeAdapter(union).validate_python({"kind": kind})
     (error,) = caught.value.errors()
     assert error["type"] == plugins.OTHER
-    return str(error["ctx"]["installed"])
+    return str(error["ctx"]["right"])
 
 
 def test_a_kind_of_a_plugin_is_in_the_union_of_its_base_class(install: Install) -> None:
@@ -249,6 +250,37 @@ def test_a_plugin_that_is_imported_first_finds_the_rooms_of_its_base_classes(
     first = importlib.import_module("first_kinds")
     assert issubclass(members(built())["grey"], first.Grey)
     assert first.Grey(kind="grey").build((1, 8, 8)), "by itself it needs no plugin to be named"
+
+
+def test_a_check_is_asked_for_by_name_and_names_its_plugin(install: Install) -> None:
+    text = "def dark(bench):\n    return bench\n\n\nlight = 3\n"
+    assert plugins.checks({}) == {}
+    with pytest.raises(PluginError, match="no plugin here has the check dark; there is none"):
+        plugins.checks({"dark": ""})
+    install("dark light", text, group="checks")
+
+    def refused(**named: str) -> PydanticCustomError:
+        with pytest.raises(PydanticCustomError) as caught:
+            plugins.checks(named)
+        assert caught.value.type == plugins.OTHER
+        return caught.value
+
+    error = refused(dark="")
+    assert error.context is not None
+    pins = error.context["right"]
+    assert list(pins) == ["dark"] and pins["dark"].startswith("first 1.0 sha256-")
+    assert error.message() == f"is missing for dark, and {pins['dark']} is installed"
+    assert refused(dark="old").message().startswith("names old for dark, and first 1.0 sha256-")
+    assert plugins.checks(pins)["dark"](5) == 5
+    for name, reason in (
+        ("gray", "no plugin here has the check gray; there are dark, light"),
+        (
+            "light",
+            r"the plugin first \(limpid.checks: light\) is first_kinds:light, which is no fun",
+        ),
+    ):
+        with pytest.raises(PluginError, match=reason):
+            plugins.checks({name: ""})
 
 
 # What it computes
