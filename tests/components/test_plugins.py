@@ -310,6 +310,8 @@ def test_a_package_is_found_inside_of_a_namespace(install: Install) -> None:
     assert package_of("space.first_kinds.sections") == "space.first_kinds"
     assert is_plugin("space.first_kinds") and is_plugin("space.first_kinds.sections")
     assert not is_plugin("space.neighbour") and not is_plugin("space")
+    network = importlib.import_module("space.first_kinds.sections").Half()
+    assert "space.first_kinds.sections" in identities.sources(identities.modules_of(network))
 
 
 @pytest.fixture
