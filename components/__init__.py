@@ -4,6 +4,7 @@ The layers, lowest first; a package imports only from layers below its own (held
 contracts in `pyproject.toml`)::
 
     config                  base class of every section of the parameters
+    plugins                 kinds that other installed packages add
     data                    labelled images, Parquet shards, noise keyed per image
     sources                 where raw images come from
     models                  classifiers, purifiers, checkpoints; `Defense` and `Target`

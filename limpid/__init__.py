@@ -9,6 +9,8 @@ purifiers, attacks and classifiers. All are imported when they are first used: t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from limpid.shadowed import require_ours
+
 if TYPE_CHECKING:
     from components.models.preprocessing import (
         from_hugging_face,
@@ -36,6 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    require_ours()
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     if name == "testing":

@@ -84,6 +84,11 @@ def _run(name: str, words: Sequence[str], groups: Mapping[str, str]) -> int:
         if _own(error):
             raise
         return _refuse_import(error)
+    except ValueError as error:
+        # A plugin that cannot be used.
+        from pipelines.runner.exit_codes import report
+
+        return report(error)
     try:
         return run()
     except (Exception, KeyboardInterrupt) as error:

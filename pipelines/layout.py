@@ -14,8 +14,12 @@ RUNNING, WORK, SPOOL = ROOT / "running", ROOT / "work", ROOT / "spool"
 CRAFTED, DOWNLOADS = ROOT / "sets", ROOT / "downloads"
 LAST_ERROR = ROOT / "last_error.txt"
 MLFLOW_DB = Path("mlflow.db")
-PARAMS, PROFILES = Path("params.yaml"), Path("profiles")
-DVC_LOCK = Path("dvc.lock")
+PARAMS, CODE = Path("params.yaml"), Path("code.yaml")
+DVC_YAML, DVC_LOCK = Path("dvc.yaml"), Path("dvc.lock")
+# What a project is made from: where the wheel has it, else at the root of the checkout.
+_WHEEL = Path(__file__).parent / "templates"
+TEMPLATES = _WHEEL if _WHEEL.is_dir() else Path(__file__).parent.parent
+PROFILES = TEMPLATES / "profiles"
 MODELS = Path("models")
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 PICTURES = Path("reports/plots/pictures")

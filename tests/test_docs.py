@@ -9,7 +9,8 @@ import pytest
 from project import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "components|pipelines|tests|benchmarks|profiles|deploy|docs"
+PAGES += sorted((ROOT / "examples").glob("*/*.md"))
+FOLDERS = "components|pipelines|tests|benchmarks|profiles|deploy|docs|examples"
 NAMED = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*\w")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -7,6 +7,7 @@ import pytest
 from project import ROOT
 
 FOLDERS = ("components", "pipelines", "tests", "docs", "benchmarks", "deploy", ".ci", "profiles")
+FOLDERS = (*FOLDERS, "limpid", "examples")
 FILES = ("README.md", "CONTRIBUTING.md", "Makefile", "params.yaml", "dvc.yaml")
 TEXT = (".py", ".md", ".j2", ".yaml", ".sh", "")
 PEOPLE = "".join(

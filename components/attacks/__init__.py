@@ -6,12 +6,13 @@ pixel range are measured on the images that come back: an attack never grades it
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from components import plugins
 from components.attacks.a3 import A3
 from components.attacks.apgd import ApgdCe, ApgdDlr, ApgdMargin, ApgdT
 from components.attacks.autoattack import AutoAttack
@@ -36,12 +37,17 @@ from components.models.precision import full_precision
 # The one place where an attack is added: a kind listed here can be used in params.yaml and by every
 # stage. Only a kind that has a rank in the order of strength is named once more, with its tier, in
 # `components/checks/scores.py`.
-AttackConfig = Annotated[
+# Plugins add theirs (`components.plugins`).
+_Attack = (
     Noise | Fgsm | RFgsm | Bim | Pgd | MiFgsm | CwL2 | DeepFool | ElasticNet | StAdv
     | ApgdCe | ApgdDlr | ApgdMargin | ApgdT | FabT | AutoAttack | A3 | Square | Flip
-    | DetectorAware,
-    Field(discriminator="kind"),
-]  # fmt: skip
+    | DetectorAware
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    AttackConfig = Annotated[_Attack, Field(discriminator="kind")]
+else:
+    __getattr__ = plugins.unions(__name__, "attacks", {"AttackConfig": (_Attack, Attack)})
 
 # How often a random defense is asked about every finished image, as an attack would ask.
 ASKED = 4

@@ -22,13 +22,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from components import plugins
 from components.config import Config
 from components.data.image_set import ImageSet, Shape
 from components.data.shards import MANIFEST, DataError, sha256, write_bytes, write_json
-from components.models.classifiers import ClassifierConfig
+from components.models import classifiers, purifiers
 from components.models.external import External, read_code, write_code
 from components.models.given import Given
-from components.models.purifiers import Inference, Purifier, PurifierConfig
+from components.models.purifiers import Inference, Purifier, PurifierSection
 
 CONFIG, WEIGHTS, CODE = "config.json", "weights.safetensors", "code"
 GIVEN, EXTERNAL = "given", "external"
@@ -59,10 +60,11 @@ def build(card: ModelCard, folder: Path | None = None) -> nn.Module:
     if card.model.get("kind") == EXTERNAL:
         code = read_code((folder or Path()) / CODE)
         return External.model_validate(card.model).build(code, card.family)
+    # The unions are those of the modules: plugins are loaded when they are first asked for.
     if card.family == "classifier":
-        classifier = TypeAdapter(ClassifierConfig).validate_python(card.model)
+        classifier = TypeAdapter(classifiers.ClassifierConfig).validate_python(card.model)
         return classifier.build(shape, len(card.class_names))
-    purifier = TypeAdapter(PurifierConfig).validate_python(card.model)
+    purifier = TypeAdapter(purifiers.PurifierConfig).validate_python(card.model)
     return purifier.build(shape)
 
 
@@ -88,13 +90,16 @@ def save(
 def load(folder: Path | str, device: str = "cpu") -> Any:
     """Return the network of a model folder, frozen, in eval mode, on `device`.
 
-    Raises DataError if the folder is incomplete or altered, or its weights do not fit its config.
+    Raises DataError if the folder is incomplete or altered, its weights do not fit its config, or
+    its plugin is not installed as it was when the folder was written.
     """
     folder = Path(folder)
     card = read_card(folder)
     try:
         module = build(card, folder)
-    except (ValidationError, ValueError) as error:
+    except ValidationError as error:
+        raise _refusal(folder, error) from None
+    except ValueError as error:
         raise DataError(f"{folder / CONFIG} describes no valid network: {error}") from None
     try:
         tensors = load_tensors((folder / WEIGHTS).read_bytes())
@@ -118,6 +123,17 @@ def load_purifier(
         kind = read_card(folder).model["kind"]
         raise DataError(f"{folder} holds a {kind}, which is no purifier by itself")
     return module
+
+
+def read_section(folder: Path) -> PurifierSection:
+    """Return the section of the network in a purifier's folder; DataError as in `load`."""
+    try:
+        section: PurifierSection = TypeAdapter(purifiers.PurifierConfig).validate_python(
+            read_card(folder).model
+        )
+    except ValidationError as error:
+        raise _refusal(folder, error) from None
+    return section
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -214,6 +230,21 @@ def latest_state(
         if (path / MANIFEST).exists():
             on_damaged(path)
     return None
+
+
+def _refusal(folder: Path, error: ValidationError) -> DataError:
+    """Return the error for a section that cannot be built here: one sentence."""
+    first, message = plugins.in_words(error)
+    if first["type"] == plugins.OTHER:
+        return DataError(
+            f"{folder / CONFIG}: the plugin of its network {message}: install the one that it "
+            "names, or train the network again"
+        )
+    # The tag of the union comes first.
+    where = ".".join(str(part) for part in first["loc"][1:])
+    return DataError(
+        f"{folder / CONFIG} describes no valid network: {where + ': ' if where else ''}{message}"
+    )
 
 
 def _load_weights(module: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Image classifiers: pixels (N,C,H,W) in [0,1] to logits (N,K), normalisation included.
 
 One section per kind; `build` makes the network. `ClassifierConfig` is their union: a new classifier
-is added there. The ResNets are those of He et al. 2016 for 32 x 32 images: `resnet` is the CIFAR
-form of depth 6n+2 (20, 56), `resnet18`, `resnet34` and `resnet50` the wide form with four stages.
+is added there, or by a plugin (`components.plugins`).
+
+The ResNets are those of He et al. 2016 for 32 x 32 images: `resnet` is the CIFAR form of depth 6n+2
+(20, 56), `resnet18`, `resnet34` and `resnet50` the wide form with four stages.
 Deviations: where the shape changes, the shortcut of `resnet` is a 1 x 1 convolution; the paper's
 has no parameters. The wide forms begin with a 3 x 3 convolution and do not pool; `resnet50` has its
 stride in the 3 x 3 convolution, as later implementations do. `wide_resnet` is that of Zagoruyko and
@@ -12,13 +14,14 @@ paddings of DiffDefense (Silva et al. 2023); their sizes are fixed.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components import plugins
 from components.config import Config
 from components.data.draws import Draws
 from components.data.image_set import Shape
@@ -55,19 +58,25 @@ class Classifier(nn.Module):
         return logits
 
 
-class _Section(Config):
-    """What the sections of all kinds share.
+class ClassifierSection(Config):
+    """Base of the section of every classifier: a subclass has `kind: Literal[...]` and `build`.
 
     `raw_pixels` gives the network pixels in [0,1]; where it is absent, they are normalised.
     """
 
+    kind: str
     raw_pixels: bool = False
 
-    def _behind(self, network: nn.Module, shape: Shape, classes: int) -> Classifier:
+    def build(self, shape: Shape, classes: int) -> Classifier:
+        """Make the untrained network for images of `shape`; raise ValueError if it has none."""
+        raise NotImplementedError
+
+    def behind(self, network: nn.Module, shape: Shape, classes: int) -> Classifier:
+        """Return a network of logits behind the normalisation that the section asks for."""
         return Classifier(network, shape[0], classes, self.raw_pixels)
 
 
-class SmallCnn(_Section):
+class SmallCnn(ClassifierSection):
     """Three 3 x 3 convolutions, two of them strided, and a linear layer: for digits and MNIST."""
 
     kind: Literal["small_cnn"]
@@ -83,10 +92,10 @@ class SmallCnn(_Section):
             previous = width
         height, width = -(-shape[1] // 4), -(-shape[2] // 4)
         layers += [nn.Flatten(), nn.Linear(previous * height * width, classes)]
-        return self._behind(nn.Sequential(*layers), shape, classes)
+        return self.behind(nn.Sequential(*layers), shape, classes)
 
 
-class ResNet(_Section):
+class ResNet(ClassifierSection):
     """The CIFAR ResNet of depth 6n+2: three stages of n blocks; widths 1, 2 and 4 times `width`."""
 
     kind: Literal["resnet"]
@@ -103,10 +112,10 @@ class ResNet(_Section):
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
         blocks = [(self.depth - 2) // 6] * 3
-        return self._behind(_residual(shape, classes, self.width, blocks, _Block), shape, classes)
+        return self.behind(_residual(shape, classes, self.width, blocks, _Block), shape, classes)
 
 
-class ResNet18(_Section):
+class ResNet18(ClassifierSection):
     """ResNet-18 with a 3 x 3 stem: four stages of two blocks; widths 1, 2, 4, 8 times `width`."""
 
     kind: Literal["resnet18"]
@@ -115,10 +124,10 @@ class ResNet18(_Section):
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
         network = _residual(shape, classes, self.width, (2, 2, 2, 2), _Block)
-        return self._behind(network, shape, classes)
+        return self.behind(network, shape, classes)
 
 
-class ResNet34(_Section):
+class ResNet34(ClassifierSection):
     """ResNet-34 with a 3 x 3 stem: four stages of 3, 4, 6 and 3 blocks; widths as in ResNet-18."""
 
     kind: Literal["resnet34"]
@@ -127,10 +136,10 @@ class ResNet34(_Section):
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
         network = _residual(shape, classes, self.width, (3, 4, 6, 3), _Block)
-        return self._behind(network, shape, classes)
+        return self.behind(network, shape, classes)
 
 
-class ResNet50(_Section):
+class ResNet50(ClassifierSection):
     """ResNet-50 with a 3 x 3 stem: the stages of ResNet-34, of bottlenecks four times as wide."""
 
     kind: Literal["resnet50"]
@@ -139,10 +148,10 @@ class ResNet50(_Section):
     def build(self, shape: Shape, classes: int) -> Classifier:
         """Make the untrained network for images of `shape`."""
         network = _residual(shape, classes, self.width, (3, 4, 6, 3), _Bottleneck)
-        return self._behind(network, shape, classes)
+        return self.behind(network, shape, classes)
 
 
-class WideResNet(_Section):
+class WideResNet(ClassifierSection):
     """WRN-`depth`-`widen`: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 times `widen`."""
 
     kind: Literal["wide_resnet"]
@@ -162,10 +171,10 @@ class WideResNet(_Section):
         blocks = [(self.depth - 4) // 6] * 3
         channels = _stages(layers, 16, 16 * self.widen, blocks, _PreBlock)
         layers += [nn.BatchNorm2d(channels), nn.ReLU(), *_pooled(channels, classes)]
-        return self._behind(nn.Sequential(*layers), shape, classes)
+        return self.behind(nn.Sequential(*layers), shape, classes)
 
 
-class DefenseGanA(_Section):
+class DefenseGanA(ClassifierSection):
     """Defense-GAN's classifier A: two 5 x 5 convolutions of 64, strides 1 and 2, and 128 features.
 
     Nothing is padded, so on 28 x 28 images the last row and column of pixels have no effect.
@@ -186,10 +195,10 @@ class DefenseGanA(_Section):
             KeyedDropout(0.5, "head"),
         )
         network = nn.Sequential(body, *head, nn.Linear(128, classes))
-        return self._behind(network, shape, classes)
+        return self.behind(network, shape, classes)
 
 
-class DefenseGanB(_Section):
+class DefenseGanB(ClassifierSection):
     """Defense-GAN's classifier B: convolutions 8 x 8 of 64, 6 x 6 and 5 x 5 of 128, then linear.
 
     Only the last convolution is padded, so on 28 x 28 images the last two rows and columns of
@@ -207,13 +216,19 @@ class DefenseGanB(_Section):
         features = _feature_count(self.kind, body, shape, 26)
         head = (KeyedDropout(0.5, "head"), nn.Linear(features, classes))
         network = nn.Sequential(KeyedDropout(0.2, "pixels"), body, *head)
-        return self._behind(network, shape, classes)
+        return self.behind(network, shape, classes)
 
 
-ClassifierConfig = Annotated[
-    SmallCnn | ResNet | ResNet18 | ResNet34 | ResNet50 | WideResNet | DefenseGanA | DefenseGanB,
-    Field(discriminator="kind"),
-]
+_Classifier = (
+    SmallCnn | ResNet | ResNet18 | ResNet34 | ResNet50 | WideResNet | DefenseGanA | DefenseGanB
+)
+
+if TYPE_CHECKING:
+    ClassifierConfig = Annotated[_Classifier, Field(discriminator="kind")]
+else:
+    __getattr__ = plugins.unions(
+        __name__, "classifiers", {"ClassifierConfig": (_Classifier, ClassifierSection)}
+    )
 
 
 class KeyedDropout(nn.Module):

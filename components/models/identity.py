@@ -18,6 +18,7 @@ from types import ModuleType
 from torch import nn
 
 from components.config import Config
+from components.plugins import is_plugin, package_of
 
 # Every defense runs through these modules, whatever it is made of.
 ALWAYS = ("components.models.defense", "components.data.draws")
@@ -41,7 +42,7 @@ def code_digest(module: nn.Module) -> str:
     """Return one sha256 of the source that a network is made of, without comments and docstrings.
 
     These are the files that define the classes of its parts, and the files of the same packages or
-    folders that these import. Torch and other libraries are left out.
+    folders that these import. Torch and other libraries are left out, but not plugins.
     """
     return _digest_of(frozenset(modules_of(module)))
 
@@ -114,9 +115,9 @@ def _digest_of(names: frozenset[str]) -> str:
 
 
 def _is_library(name: str) -> bool:
-    """Say whether a module belongs to Python or to an installed library other than this one."""
+    """Say whether a module belongs to Python or to an installed library, but for our plugins."""
     top = name.partition(".")[0]
-    if top == "components":
+    if top == "components" or is_plugin(name):
         return False
     path = _file(sys.modules.get(name))
     if path is None or top in sys.stdlib_module_names:
@@ -126,7 +127,7 @@ def _is_library(name: str) -> bool:
 
 def _root(name: str) -> Path | None:
     """Return the folder of the top package of a module; of a module without one, its folder."""
-    path = _file(sys.modules.get(name.partition(".")[0]))
+    path = _file(sys.modules.get(package_of(name)))
     return path.parent if path else None
 
 

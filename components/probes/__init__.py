@@ -5,7 +5,7 @@ components/checks. The table in docs/evaluation.md says of every check when it f
 means and what to do next; the numbers of checks are those of the table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -31,13 +31,16 @@ LEADING = ("gradient_honest", "gradient_pays", "gradient_adds_up")
 def probe(
     defense: Defense, modes: Sequence[Mode], data: ImageSet, threat: Linf | L2, seed: int,
     images: int, eot: int, batch: int, stored: Stored | None, val: ImageSet | None, thorough: bool,
+    others: Mapping[str, Callable[[Bench], Finding]] = {},
 ) -> list[Finding]:  # fmt: skip
     """Probe a defense on `images` images drawn from `data`, in the gradient modes of its ladder.
 
     The images are those that `spread` draws. `eot` is the number of draws that its attacks average
     over, `batch` their batch size. `stored` is what they left behind, if there were any. `val` are
-    images that nobody scores. `thorough` adds probes that cost attacks of their own. In full
-    float32 (`full_precision`).
+    images that nobody scores. `thorough` adds probes that cost attacks of their own. `others` are
+    checks from elsewhere, by the names of their findings. In full float32 (`full_precision`).
+
+    Raises ValueError where one of those has the name of a check of ours, or returns no finding.
     """
     device = next(defense.classifier.parameters()).device
     stored = stored or Stored([], defense.digest, 0)
@@ -83,7 +86,20 @@ def probe(
         findings += _thorough(
             bench, [one.to(device) for one in stored.examples(data.ids[rows])], eot
         )
-    return findings
+    taken = {finding.name.partition("/")[0] for finding in findings}
+    return findings + [_asked(name, check, bench, taken) for name, check in others.items()]
+
+
+def _asked(
+    name: str, check: Callable[[Bench], Finding], bench: Bench, taken: Collection[str]
+) -> Finding:
+    """Return the finding of a check from elsewhere, under its name."""
+    if name in taken:
+        raise ValueError(f"the check {name} of a plugin has the name of one of ours: rename it")
+    found = check(bench)
+    if not isinstance(found, Finding):
+        raise ValueError(f"the check {name} of a plugin returned {found!r}, which is no Finding")
+    return found.model_copy(update={"name": name})
 
 
 def required(

@@ -9,7 +9,7 @@ import itertools
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from components import plugins
 from components.data.image_set import ImageSet, stratified
 from components.data.shards import DataError
 from components.sources.archives import Cifar10, Cifar100, Kmnist, Mnist
@@ -25,14 +26,13 @@ from components.sources.folder import ImageFolder
 from components.sources.parquet import ParquetFiles
 from components.sources.raw import Progress, RawData, RawSplit, Reject, SourceConfig, silent
 
-DataConfig = Annotated[
-    Digits | ParquetFiles | ImageFolder | Mnist | Kmnist | Cifar10 | Cifar100,
-    Field(discriminator="kind"),
-]
-DATASETS: dict[str, type[SourceConfig]] = {
-    get_args(source.model_fields["kind"].annotation)[0]: source
-    for source in get_args(get_args(DataConfig)[0])
-}
+# Plugins add theirs (`components.plugins`).
+_Source = Digits | ParquetFiles | ImageFolder | Mnist | Kmnist | Cifar10 | Cifar100
+
+if TYPE_CHECKING:
+    DataConfig = Annotated[_Source, Field(discriminator="kind")]
+else:
+    __getattr__ = plugins.unions(__name__, "datasets", {"DataConfig": (_Source, SourceConfig)})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,13 @@ params.yaml, and leaves everything else there as it is written.
 
 `limpid configure --migrate` adds the keys to params.yaml that this version needs and an older one
 did not have, with the values that the older one took.
+
+`limpid configure --plugins` writes into every section of a plugin's kind which plugin is installed:
+name, version and digest of its code. What depends on these sections is then out of date for DVC. A
+profile with such kinds gets them right away.
+
+Where Limpid is installed without its sources, every form also writes dvc.yaml and code.yaml, by
+which DVC sees which code is installed (`pipelines/runner/installed.py`).
 """
 
 import argparse
@@ -21,7 +28,9 @@ import copy
 import difflib
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from io import StringIO
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--migrate", action="store_true", help="add the keys that an older params.yaml lacks"
     )
+    parser.add_argument(
+        "--plugins", action="store_true", help="name the plugins that are installed now"
+    )
     options = parser.parse_args(argv)
-    if sum(map(bool, (options.profile, options.found, options.migrate))) != 1:
-        raise ConfigError("give a profile, or --from a file of values, or --migrate, and only one")
+    given = (options.profile, options.found, options.migrate, options.plugins)
+    if sum(map(bool, given)) != 1:
+        raise ConfigError(
+            "give a profile, or --from a file of values, or --migrate, or --plugins, and only one"
+        )
     before = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
-    if options.migrate:
+    if options.plugins:
+        text, origin = renewed(before), "what it was, with the plugins that are installed"
+    elif options.migrate:
         text, origin = migrated(before), "up to date with this version"
     elif options.found:
         text, origin = adopt(before, options.found), f"what it was, with {options.found}"
@@ -74,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(PARAMS),
         )
     )
+    # Imports torch.
+    from pipelines.runner import installed
+
+    if installed.needed():
+        installed.write()
     write_bytes(PARAMS, text.encode())
     print(f"{PARAMS} is now {origin}; `dvc repro` runs it")
     return 0
@@ -95,6 +117,64 @@ def adopt(text: str, file: Path) -> str:
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     return edit_yaml(text, values)
+
+
+def renewed(text: str) -> str:
+    """Return the YAML `text` of params.yaml with the plugins that are installed in it.
+
+    Everything else stays as a person wrote it. Raises ConfigError where the result is not valid.
+    """
+    # Imports torch.
+    from pipelines.config.schema import Params, explain
+
+    value, yaml = read_yaml(PARAMS), round_trip()
+    document, pins = yaml.load(text), _pins(value)
+    _name_plugins(value, pins)
+    _name_plugins(document, pins)
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{PARAMS}: {explain(error)}") from None
+    written = StringIO()
+    yaml.dump(document, written)
+    return written.getvalue()
+
+
+def _pins(value: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
+    """Return what must stand where another plugin is named than is installed, or none, by path."""
+    # Imports torch.
+    from components.plugins import OTHER
+    from pipelines.config.schema import Params
+
+    try:
+        Params.model_validate(value)
+    except ValidationError as error:
+        return {
+            (*_path(value, one["loc"][:-1]), one["loc"][-1]): one["ctx"]["right"]
+            for one in error.errors()
+            if one["type"] == OTHER
+        }
+    return {}
+
+
+def _path(value: Any, location: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the keys to a place; pydantic has the tags of unions among them."""
+    keys = []
+    for part in location:
+        if not isinstance(value, Mapping) or value.get("kind") != part:
+            value = value[part]
+            keys.append(part)
+    return tuple(keys)
+
+
+def _name_plugins(document: Any, pins: Mapping[tuple[Any, ...], Any]) -> None:
+    """Put pins into a document, after the kind of a section where they are new."""
+    for (*path, key), pin in pins.items():
+        section = reduce(getitem, path, document)
+        if key in section or not isinstance(section, CommentedMap):
+            section[key] = pin
+        else:
+            section.insert(list(section).index("kind") + 1, key, pin)
 
 
 def migrated(text: str) -> str:
@@ -163,6 +243,7 @@ def compose(profile: str, overrides: list[str]) -> str:
     kind = value["data"]["kind"]
     for change in changes:
         value = merge(value, change)
+    _name_plugins(value, _pins(value))
     try:
         Params.model_validate(value)
     except ValidationError as error:
@@ -177,7 +258,8 @@ def merge(
 ) -> dict[str, Any]:
     """Return `base` with `over` laid on it; the sections in `replaced` come from `over` alone."""
     # Imports torch.
-    from components.sources import DATASETS
+    from components.plugins import members
+    from components.sources import DataConfig
 
     merged = dict(base)
     for key, value in over.items():
@@ -188,8 +270,8 @@ def merge(
             same = all(value.get(tag, old.get(tag)) == old.get(tag) for tag in ("kind", "norm"))
             if not whole and same:
                 merged[key] = merge(old, value, replaced, f"{path}{key}.")
-            elif key == "data" and not path and value["kind"] in DATASETS:
-                fields = DATASETS[value["kind"]].model_fields
+            elif key == "data" and not path and value["kind"] in members(DataConfig):
+                fields = members(DataConfig)[value["kind"]].model_fields
                 merged[key] = {k: v for k, v in {**old, **value}.items() if k in fields}
     return merged
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from components import plugins
 from components.attacks import L2, Attack, AttackConfig, Linf, Threat
 from components.attacks.contract import MODES, NEEDED, REPLAYED, SURROGATE, WRITTEN_ATTACKS
 from components.models.defense import STAND_INS
-from components.models.purifiers import PurifierConfig, stochastic
+from components.models.purifiers import PurifierSection, stochastic
 from components.sources import DataConfig
 from pipelines.config.resources import Count, Resources
 from pipelines.config.search_space import get
@@ -48,6 +49,7 @@ OBJECTIVES = {"magnet": "reformer_detectors", "ddpm": "noise_prediction", "gan":
 ADDED = ("training_threat", "classifier", "early_stop", "loss", "teachers", "external")
 DROPPED = ("adversarial_teacher", "normal_teacher")
 MIGRATE = "; `limpid configure --migrate` brings an older file up to date"
+PIN = ": `limpid configure --plugins` writes it"
 # Kinds of networks that map no image to an image.
 GENERATIVE = ("ddpm", "gan")
 
@@ -118,8 +120,10 @@ def explain(error: ValidationError) -> str:
             return f"{where} is missing{MIGRATE if old else ''}"
         return f"unknown key {where}{MIGRATE if old else near(key, fields)}"
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
+    if first["type"] == plugins.OTHER:
+        return f"{where} {message}{PIN}"
     if first["type"] == "union_tag_invalid":
-        message += near(str(first["ctx"]["tag"]), kinds)
+        message += near(str(first["ctx"]["tag"]), kinds) or plugins.hint(first)
     shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
@@ -292,7 +296,7 @@ def _require_purifier(name: str, defended: Defended, params: Params) -> None:
         )
 
 
-def _require_usable(where: str, defended: Defended, model: PurifierConfig) -> None:
+def _require_usable(where: str, defended: Defended, model: PurifierSection) -> None:
     """Refuse an inference that does not fit the network, and stand-ins that it does not offer."""
     inference = defended.inference
     if inference is None:

@@ -7,8 +7,9 @@ What one section can check by itself is checked here; what depends on several of
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from components import plugins
 from components.attacks import AttackConfig, Threat
 from components.config import Config
 from components.models.classifiers import ClassifierConfig
@@ -162,11 +163,20 @@ class Scoring(Config):
         return self
 
 
+def _installed(named: dict[str, str]) -> dict[str, str]:
+    plugins.checks(named)
+    return named
+
+
 class Checks(Config):
-    """How many test images each probe uses, and whether the probes that cost attacks are run."""
+    """How many test images each probe uses, and whether the probes that cost attacks are run.
+
+    `plugins` are the checks from outside that are asked, too, with the plugin of each.
+    """
 
     images: Annotated[int, Field(ge=32)]
     thorough: bool
+    plugins: Annotated[dict[Name, str], AfterValidator(_installed)] = {}
 
 
 class Resolved(Config):

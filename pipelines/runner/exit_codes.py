@@ -9,6 +9,7 @@ import traceback
 from typing import NoReturn
 
 from components.data.shards import DataError
+from components.plugins import PluginError
 from components.training import Diverged
 from pipelines import PARENT
 from pipelines.errors import ConfigError, Failed, Interrupted
@@ -19,7 +20,7 @@ from pipelines.runner.console import without_credentials
 INTERRUPTED = "interrupted; the same command goes on from where it was"
 # In this order: the first kind that fits decides.
 CODES: tuple[tuple[type[BaseException], int], ...] = (
-    (ConfigError, 2), (DataError, 3), (Diverged, 5), (ValueError, 2),
+    (ConfigError, 2), (DataError, 3), (Diverged, 5), (PluginError, 4), (ValueError, 2),
 )  # fmt: skip
 _interrupted = threading.Event()
 # A stuck process ends before the next one of its name stops waiting for it (`locks.ENDING_S`).

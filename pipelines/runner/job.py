@@ -14,9 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from pydantic import ValidationError
+
 from pipelines.cluster import session, submission
 from pipelines.cluster.job_events import Emitter
 from pipelines.config.resources import Resources
+from pipelines.config.schema import explain
+from pipelines.config.views import View
 from pipelines.errors import ConfigError
 from pipelines.runner.call import StageCall, is_out
 from pipelines.runner.context import Context
@@ -90,7 +94,7 @@ def _run(spec: Spec, emitter: Emitter) -> Result:
     jobs.home().mkdir(parents=True, exist_ok=True)
     os.chdir(jobs.home())
     module = importlib.import_module(f"pipelines.stages.{spec.stage}")
-    view = get_type_hints(module.run)["params"].model_validate_json(json.dumps(spec.view))
+    view = view_of(module, spec.view)
     resources = Resources.model_validate_json(json.dumps(spec.resources)).on(session.gpus)
     options: dict[str, Any] = {
         name: value if name == "name" else Path(value) for name, value in spec.options.items()
@@ -106,6 +110,19 @@ def _run(spec: Spec, emitter: Emitter) -> Result:
         outs={name: jobs.store().push(path) for name, path in outs.items()},
         events=emitter.events,
     )
+
+
+def view_of(module: Any, values: Mapping[str, Any]) -> View:
+    """Return the parameters that a stage module sees, as they travel; ConfigError where they fail.
+
+    They were valid where they come from: what fails here is a plugin that this node lacks, or has
+    in another version.
+    """
+    view_type: type[View] = get_type_hints(module.run)["params"]
+    try:
+        return view_type.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(f"this node cannot run what it was sent: {explain(error)}") from None
 
 
 def require_versions(theirs: Mapping[str, str]) -> None:

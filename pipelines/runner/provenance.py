@@ -16,10 +16,14 @@ from pipelines.storage.object_store import Listing
 
 SCHEMA = 1
 SOURCES = Path(__file__).parent.parent.parent
-# No result depends on these packages: a change of them must not retrain anything.
-PLUMBING = tuple(
-    f"pipelines.{name}"
-    for name in ("cluster", "config", "errors", "layout", "runner", "storage", "tracking")
+# No result depends on these packages: a change of them must not retrain anything. What a plugin
+# computes depends on its own code, which the parameters name.
+PLUMBING = (
+    "components.plugins",
+    *(
+        f"pipelines.{name}"
+        for name in ("cluster", "config", "errors", "layout", "runner", "storage", "tracking")
+    ),
 )
 
 

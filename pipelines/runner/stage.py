@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pipelines.cluster import session, submission
 from pipelines.cluster.job_events import Listener, MetricLogger, Progress
 from pipelines.config import schema
-from pipelines.runner import job
+from pipelines.runner import installed, job
 from pipelines.runner.call import StageCall
 from pipelines.runner.console import ConsoleProgress
 from pipelines.runner.context import Context
@@ -46,6 +46,7 @@ def main(module_name: str, given: Mapping[str, str]) -> NoReturn:
 
 
 def _run(call: StageCall) -> int:
+    installed.require(call.stage)
     if submission.submitted_by_hand():
         return job.run_by_hand(call)
     on_cluster = not getattr(call.module, "LOCAL", False) and submission.cluster_is_named()

@@ -5,10 +5,7 @@ Reads data/{train,val}, the classifier, the pool and the purifier, writes models
 
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from components.models.checkpoints import read_card
-from components.models.purifiers import PurifierConfig
+from components.models.checkpoints import read_section
 from pipelines.config.sections import Finetuned
 from pipelines.config.views import TrainingView
 from pipelines.runner.context import Context
@@ -36,7 +33,7 @@ def run(
 ) -> dict[str, float]:
     """Fine-tune the purifier `base` through the frozen classifier."""
     section = params.atop
-    model = TypeAdapter(PurifierConfig).validate_python(read_card(base).model)
+    model = read_section(base)
     return training.train(
         name,
         "purifier",

@@ -91,7 +91,10 @@ def probes_of(entry: Entry, plan: Plan) -> list[Finding]:
     )
     facts = {key: (_plain(stored.facts.get(key)), _plain(value)) for key, value in now.items()}
     found = [finding.name for finding in stored.findings]
-    return [*stored.findings, *stored_probes([*names, "state_unchanged"], found, facts)]
+    return [
+        *stored.findings,
+        *stored_probes([*names, *plan.checks.plugins, "state_unchanged"], found, facts),
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from components import plugins
 from components.attacks import Attack
 from components.attacks.contract import NEEDED, REPLAYED, UNASKED, Rung
 from components.attacks.sets import crafted_shards, joined
@@ -139,5 +140,6 @@ def probe_subject(
         defense, modes, image_set.read(test), entry.threat, seed, entry.checks.images,
         max((getattr(attack, "eot", 1) for attack in full), default=1),
         batch, stored, image_set.read(val) if val else None, entry.checks.thorough,
+        plugins.checks(entry.checks.plugins),
     )  # fmt: skip
     return [*findings, unchanged(before, state_digest(defense), defense.training)]

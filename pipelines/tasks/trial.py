@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from components.attacks import L2, Attack, Linf, craft
 from components.attacks.contract import Rung
 from components.data import image_set
 from components.data.image_set import ImageSet
 from components.evaluation.counting import CLEAN, count_score, worst
-from components.models.checkpoints import load, read_card
+from components.models.checkpoints import load, read_section
 from components.models.defense import Defense
-from components.models.purifiers import Inference, PurifierConfig
+from components.models.purifiers import Inference
 from components.probes.statistics import summarise
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
@@ -246,8 +246,7 @@ def _recipe(setup: StudySetup, sections: Trained, name: str, folders: Mapping[st
         extra["teachers"] = [folders[teacher] for teacher in section.teachers]
     if name in sections.atop:
         extra["base"] = folders[sections.atop[name].base]
-        card = read_card(extra["base"]).model
-        model = TypeAdapter(PurifierConfig).validate_python(card)
+        model = read_section(extra["base"])
     else:
         model = sections.model_of(name)
     return recipe_of(

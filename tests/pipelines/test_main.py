@@ -19,7 +19,7 @@ from fake_evaluation import FakeEvaluation
 
 from components.data.shards import DataError
 from components.training import Diverged
-from limpid.__main__ import GROUPS, main
+from limpid.__main__ import groups, main
 from pipelines import __main__ as pipelines
 from pipelines import layout
 from pipelines.__main__ import names
@@ -29,6 +29,7 @@ from pipelines.runner.command_line import STAGES, folder, options_of, parse
 from pipelines.tasks import metrics
 
 ROOT = project.ROOT
+GROUPS = groups()
 EVERY = [(group, name) for group in GROUPS for name in names(group)]
 WITH_OPTIONS = [n for n in names(STAGES) if n not in ("selftest", "verdict")]
 HEAVY = ("torch", "ray", "mlflow", "dvc", "numpy", "pyarrow", "pydantic", "rich")
@@ -270,6 +271,26 @@ def test_an_unforeseen_error_is_reported_where_no_file_can_be_written(
     monkeypatch.setattr(scores, "main", failing)
     assert main(["scores"]) == 4
     assert "error: RuntimeError: odd (its traceback is lost: " in capsys.readouterr().err
+
+
+def test_a_plugin_that_cannot_be_used_ends_a_stage_and_a_command_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    about = tmp_path / "broken.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[limpid.attacks]\nworst = absent:Worst\n")
+    for words in (["configure", "digits"], ["train_purifier", "koo"]):
+        code, printed = project.run(
+            tmp_path, sys.executable, "-m", "pipelines", *words,
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+        )  # fmt: skip
+        assert code == 4
+        assert printed == (
+            "error: the plugin broken (limpid.attacks: worst) cannot be imported, "
+            "ModuleNotFoundError: No module named 'absent'; repair it, or uninstall it\n"
+        )
+    assert not (tmp_path / "params.yaml").exists()
 
 
 def test_an_interruption_while_packages_are_imported_is_no_traceback(

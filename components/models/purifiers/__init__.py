@@ -3,16 +3,18 @@
 This is the one place where a new purifier is registered: import its section and add it to a union.
 `PurifierConfig` lists the networks that can be built and trained; all except `ddpm` and `gan` are
 purifiers by themselves. `InferenceConfig` lists the ways to use a trained network as a purifier.
-`ControlConfig` lists the purifiers that need no training; `PurifierConfig` has them too.
+`ControlConfig` lists the purifiers that need no training; `PurifierConfig` has them too. The
+networks of plugins (`components.plugins`) are in both: a control shows what they are untrained.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from components import plugins
 from components.models.purifiers.apudae import Apudae
 from components.models.purifiers.autoencoder import ConvAutoencoder
-from components.models.purifiers.contract import Inference, Purifier
+from components.models.purifiers.contract import Inference, Purifier, PurifierSection
 from components.models.purifiers.controls import (
     BitDepth,
     GaussianNoise,
@@ -30,27 +32,30 @@ from components.models.purifiers.jpeg import Jpeg
 from components.models.purifiers.magnet import MagNet
 from components.models.purifiers.transforms import RandomTransform
 
-PurifierConfig = Annotated[
-    ConvAutoencoder | RandomTransform | Denoiser | RedNet | MagNet | Ddpm | Gan
-    | Identity | GaussianNoise | BitDepth | Median | Threshold | Jpeg | RandomNetwork
-    | UntrainedDiffusion,
-    Field(discriminator="kind"),
-]  # fmt: skip
-ControlConfig = Annotated[
+_Control = (
     Identity | GaussianNoise | BitDepth | Median | Threshold | Jpeg | RandomNetwork
-    | UntrainedDiffusion,
-    Field(discriminator="kind"),
-]  # fmt: skip
-InferenceConfig = Annotated[
-    Apudae | DiffDefense | DiffPure | DefenseGan, Field(discriminator="kind")
-]
+    | UntrainedDiffusion
+)  # fmt: skip
+_Purifier = (
+    ConvAutoencoder | RandomTransform | Denoiser | RedNet | MagNet | Ddpm | Gan | _Control
+)  # fmt: skip
+_Inference = Apudae | DiffDefense | DiffPure | DefenseGan
+
+if TYPE_CHECKING:
+    PurifierConfig = Annotated[_Purifier, Field(discriminator="kind")]
+    ControlConfig = Annotated[_Control, Field(discriminator="kind")]
+    InferenceConfig = Annotated[_Inference, Field(discriminator="kind")]
+else:
+    __getattr__ = plugins.unions(__name__, "purifiers", {
+        "PurifierConfig": (_Purifier, PurifierSection),
+        "ControlConfig": (_Control, PurifierSection),
+        "InferenceConfig": (_Inference, Inference),
+    })  # fmt: skip
 
 
-def stochastic(model: PurifierConfig, inference: InferenceConfig | None) -> bool:
+def stochastic(model: PurifierSection, inference: Inference | None) -> bool:
     """Say whether a purifier draws noise (`Purifier.stochastic`), from its sections alone."""
-    if inference is not None:
-        return inference.stochastic()
-    return isinstance(model, RandomTransform | GaussianNoise | UntrainedDiffusion)
+    return model.stochastic() if inference is None else inference.stochastic()
 
 
 __all__ = [
@@ -59,5 +64,6 @@ __all__ = [
     "InferenceConfig",
     "Purifier",
     "PurifierConfig",
+    "PurifierSection",
     "stochastic",
 ]

@@ -17,13 +17,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Purifier
+from components.models.purifiers.contract import Purifier, PurifierSection
 
 
-class ConvAutoencoder(Config):
+class ConvAutoencoder(PurifierSection):
     """`blocks` convolutions and as many deconvolutions of `width` channels.
 
     `strided` lists the encoder blocks (from 1) that halve the resolution; the matching decoder

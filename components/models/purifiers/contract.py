@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from components.config import Config
 from components.data.draws import NoiseStream, fresh
+from components.data.image_set import Shape
 
 # `direct` is one pass of the network in place of the descent, at the image that the descent made.
 # `plain` descends along the plain gradient in place of Adam's direction.
@@ -85,6 +86,23 @@ class Purifier(nn.Module):
         if self.stochastic and stream is None:
             stream = fresh(len(x), x.device)
         return stream
+
+
+class PurifierSection(Config):
+    """Base of the section of every network that can be built and trained as a purifier, or for one.
+
+    A subclass has `kind: Literal[...]` and implements `build`.
+    """
+
+    kind: str
+
+    def stochastic(self) -> bool:
+        """Say whether the purifier will draw noise (`Purifier.stochastic`)."""
+        return False
+
+    def build(self, shape: Shape) -> nn.Module:
+        """Make the untrained network for images of `shape`; raise ValueError if it has none."""
+        raise NotImplementedError
 
 
 class Inference(Config):

@@ -13,14 +13,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.autoencoder import ConvAutoencoder
-from components.models.purifiers.contract import Purifier, StandIn
+from components.models.purifiers.contract import Purifier, PurifierSection, StandIn
 
 
-class Identity(Config):
+class Identity(PurifierSection):
     """Leave images as they are."""
 
     kind: Literal["identity"]
@@ -30,18 +29,22 @@ class Identity(Config):
         return _Identity()
 
 
-class GaussianNoise(Config):
+class GaussianNoise(PurifierSection):
     """Add Gaussian noise of standard deviation `sigma` (pixels in [0,1]) and clip."""
 
     kind: Literal["gaussian_noise"]
     sigma: Annotated[float, Field(gt=0)]
+
+    def stochastic(self) -> bool:
+        """Say that the purifier draws noise."""
+        return True
 
     def build(self, shape: Shape) -> Purifier:
         """Make the purifier."""
         return _GaussianNoise(self.sigma)
 
 
-class BitDepth(Config):
+class BitDepth(PurifierSection):
     """Round to `bits` bits per pixel (Xu et al. 2018)."""
 
     kind: Literal["bit_depth"]
@@ -52,7 +55,7 @@ class BitDepth(Config):
         return _BitDepth(self.bits)
 
 
-class Median(Config):
+class Median(PurifierSection):
     """Take the median over a window of odd side `size`, edges replicated (Xu et al. 2018)."""
 
     kind: Literal["median"]
@@ -63,7 +66,7 @@ class Median(Config):
         return _Median(self.size)
 
 
-class Threshold(Config):
+class Threshold(PurifierSection):
     """Binarise every pixel at `at`: the control that DiffDefense must beat on MNIST."""
 
     kind: Literal["threshold"]
@@ -74,7 +77,7 @@ class Threshold(Config):
         return _Threshold(self.at)
 
 
-class RandomNetwork(Config):
+class RandomNetwork(PurifierSection):
     """The network `inner` untrained, with the initial weights drawn from `seed`."""
 
     kind: Literal["random_network"]

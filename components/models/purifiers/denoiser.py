@@ -17,15 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Purifier
+from components.models.purifiers.contract import Purifier, PurifierSection
 
 Width = Annotated[int, Field(ge=1)]
 
 
-class Denoiser(Config):
+class Denoiser(PurifierSection):
     """Two convolutions and two deconvolutions of `width` channels; the paper has width 64."""
 
     kind: Literal["denoiser"]
@@ -37,7 +36,7 @@ class Denoiser(Config):
         return _TableOneNet(shape[0], self.width)
 
 
-class RedNet(Config):
+class RedNet(PurifierSection):
     """`blocks` convolutions and as many deconvolutions of `width` channels.
 
     The authors' code has blocks 15, width 64.

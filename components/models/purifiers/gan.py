@@ -26,17 +26,22 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
+from components.models.purifiers.contract import (
+    Inference,
+    Purifier,
+    PurifierSection,
+    StandIn,
+    mean_squared_error,
+)
 from components.models.purifiers.descent import State, descend, gradient_at
 
 PENALTY = 10.0
 MOMENTUM = 0.7
 
 
-class Gan(Config):
+class Gan(PurifierSection):
     """A generator from `latent` normal numbers, and its critic; the paper has 128 and width 64."""
 
     kind: Literal["gan"]

@@ -19,10 +19,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Purifier, StandIn
+from components.models.purifiers.contract import Purifier, PurifierSection, StandIn
 
 # ITU-T T.81, annex K, tables K.1 (luminance) and K.2 (chrominance).
 LUMINANCE = (
@@ -54,7 +53,7 @@ YCBCR = (
 TIE = 1 / 4080
 
 
-class Jpeg(Config):
+class Jpeg(PurifierSection):
     """Compress as a JPEG file of `quality` does, and decompress."""
 
     kind: Literal["jpeg"]

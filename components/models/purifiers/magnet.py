@@ -17,13 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Purifier
+from components.models.purifiers.contract import Purifier, PurifierSection
 
 
-class MagNet(Config):
+class MagNet(PurifierSection):
     """Autoencoders of `width` channels; the paper has width 3."""
 
     kind: Literal["magnet"]

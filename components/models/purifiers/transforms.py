@@ -25,7 +25,7 @@ from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
 from components.models.purifiers.autoencoder import ConvAutoencoder
-from components.models.purifiers.contract import Purifier
+from components.models.purifiers.contract import Purifier, PurifierSection
 from components.models.purifiers.denoiser import Denoiser, RedNet
 
 
@@ -117,7 +117,7 @@ class Rt3(_Noise, Transform):
         return group[:, None] == torch.arange(self.masks, device=order.device)[:, None]
 
 
-class RandomTransform(Config):
+class RandomTransform(PurifierSection):
     """The purifier `inner` behind the random transform `transform`.
 
     With `mask_channel`, the mask is one more channel of the images that `inner` takes (1 where a
@@ -128,6 +128,10 @@ class RandomTransform(Config):
     transform: Annotated[Rt1 | Rt2 | Rt3, Field(discriminator="kind")]
     inner: Annotated[ConvAutoencoder | Denoiser | RedNet, Field(discriminator="kind")]
     mask_channel: bool = False
+
+    def stochastic(self) -> bool:
+        """Say that the purifier draws noise."""
+        return True
 
     def build(self, shape: Shape) -> Purifier:
         """Make the untrained network.

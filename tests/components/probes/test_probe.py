@@ -92,6 +92,38 @@ def run(defense: Defense, modes: tuple[Mode, ...], data: ImageSet) -> list[Findi
     return probes.probe(defense, modes, test, LINF, 0, 64, 4, 50, None, val, thorough=False)
 
 
+def test_a_check_from_elsewhere_is_asked_like_any_other(
+    classifier: Classifier, test_set: ImageSet
+) -> None:
+    """It gets the images that our own probes look at, and its finding has its name."""
+    defense = Defense(classifier, None).freeze()
+    found = Finding(name="anything", level="block", passed=False, detail="It is dark.")
+    benches: list[Bench] = []
+
+    def ask(name: str, answer: object) -> list[Finding]:
+        def check(bench: Bench) -> Finding:
+            benches.append(bench)
+            return answer  # type: ignore[return-value]
+
+        data = head(test_set, 200)
+        return probes.probe(
+            defense, (), data, LINF, 0, 64, 4, 50, None, None, thorough=False,
+            others={name: check},
+        )  # fmt: skip
+
+    *ours, last = ask("too_dark", found)
+    assert last == found.model_copy(update={"name": "too_dark"}) and "logits" in [
+        one.name for one in ours
+    ]
+    assert benches[0].x.shape[0] == 64 and benches[0].defense is defense
+    for name, answer, reason in (
+        ("logits", found, "the check logits of a plugin has the name of one of ours: rename it"),
+        ("too_dark", True, "the check too_dark of a plugin returned True, which is no Finding"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ask(name, answer)
+
+
 FULL: tuple[Mode, ...] = ("full",)
 BOTH: tuple[Mode, ...] = ("full", "bpda")
 

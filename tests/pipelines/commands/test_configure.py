@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines.commands import configure
+from pipelines.config import schema
 from pipelines.config.schema import Params
 from pipelines.errors import ConfigError
 
@@ -68,6 +69,31 @@ def test_published_accuracies_are_dropped_for_another_data_set(
     text = configure.compose("diffdefense-table1", overrides)
     made = YAML(typ="safe", pure=True).load(text)
     assert bool(made["published"]) == kept
+
+
+def test_a_check_of_a_plugin_is_named_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "darkness.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: darkness\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[limpid.checks]\ntoo_dark = darkness_check:check\n")
+    (tmp_path / "darkness_check.py").write_text("def check(bench): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "profiles/digits.yaml").read_text()
+    kept, asked = "thorough: false}", "thorough: false, plugins: {too_dark: ''}}"
+    Path("params.yaml").write_text(text.replace(kept, asked))
+    with pytest.raises(ConfigError, match=r"checks\.plugins is missing for too_dark, and darkness"):
+        schema.load()
+    renewed = configure.renewed(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(renewed)
+    pin = schema.load().checks.plugins["too_dark"]
+    assert pin.startswith("darkness 1.0 sha256-")
+    assert renewed == text.replace(kept, f"thorough: false, plugins: {{too_dark: {pin}}}}}")
+    Path("params.yaml").write_text(renewed.replace("too_dark", "too_light"))
+    with pytest.raises(ConfigError, match="no plugin here has the check too_light; there are too"):
+        schema.load()
 
 
 def test_a_refused_command_writes_nothing(tmp_path: Path) -> None:

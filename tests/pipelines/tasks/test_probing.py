@@ -122,6 +122,15 @@ def test_the_thorough_probes_are_demanded_where_they_were_asked_for(probed: Prob
     assert probed.failed(plan=plan) == BOTH
 
 
+def test_the_checks_of_plugins_are_demanded_where_they_were_asked_for(probed: Probed) -> None:
+    # As it is once it was read: the plugin itself is not needed to demand it.
+    asked = Checks.model_construct(images=32, thorough=False, plugins={"dark": "first 1.0"})
+    plan = replace(probed.plan, checks=asked)
+    assert probed.failed(plan=plan) == BOTH
+    (found,) = [f for f in probes_of(probed.entry, plan) if f.name == "probes_complete"]
+    assert "dark" in found.detail
+
+
 def test_probes_of_something_else_block(probed: Probed, tmp_path: Path) -> None:
     entry, plan, subject = probed.entry, probed.plan, probed.entry.subject
     others = {

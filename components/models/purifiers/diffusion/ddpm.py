@@ -24,8 +24,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.config import Config
 from components.data.image_set import Shape
+from components.models.purifiers.contract import PurifierSection
 from components.models.purifiers.descent import State, descend
 
 # Columns of the time embedding, as in the authors' code.
@@ -37,7 +37,7 @@ Noise = Callable[[str], Tensor]  # what the noise is for -> standard normal nois
 ReverseStep = Callable[[Tensor, Tensor, float, float, Tensor | None], Tensor]
 
 
-class Ddpm(Config):
+class Ddpm(PurifierSection):
     """A U-Net of `width` for `steps` steps of noise, beta linear from `beta_start` to `beta_end`.
 
     DiffDefense has width 10, steps 100, betas 1e-5 to 0.02, images as they are, and a normalised

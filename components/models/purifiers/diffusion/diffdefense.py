@@ -41,7 +41,13 @@ from torch import Tensor, nn
 from components.config import Config
 from components.data.draws import NoiseStream
 from components.data.image_set import Shape
-from components.models.purifiers.contract import Inference, Purifier, StandIn, mean_squared_error
+from components.models.purifiers.contract import (
+    Inference,
+    Purifier,
+    PurifierSection,
+    StandIn,
+    mean_squared_error,
+)
 from components.models.purifiers.descent import State, adam_direction, descend, gradient_at
 from components.models.purifiers.diffusion.ddpm import (
     Ddpm,
@@ -106,7 +112,7 @@ class DiffDefense(Inference):
         return modes[self.mode](self, network)
 
 
-class UntrainedDiffusion(Config):
+class UntrainedDiffusion(PurifierSection):
     """DiffDefense on an untrained network: its accuracy is no merit of the diffusion model.
 
     `random` has the initial weights drawn from `seed`; `zero` predicts no noise at all.
@@ -117,6 +123,10 @@ class UntrainedDiffusion(Config):
     inference: DiffDefense
     weights: Literal["random", "zero"]
     seed: int
+
+    def stochastic(self) -> bool:
+        """Say that the purifier draws noise."""
+        return True
 
     def build(self, shape: Shape) -> Purifier:
         """Make the purifier; raise ValueError where `inference` does not fit `network`."""
