@@ -1,4 +1,4 @@
-"""Import a network of the user's own: its code, the function that makes it, its weights.
+"""Import a network of one's own, by the function that makes it.
 
 Reads the code and the weights, and data/val to try the network on, writes models/<name>.
 """

@@ -190,6 +190,7 @@ def test_the_pipelines_alone_know_nothing_of_what_stands_above_them(
 def test_the_options_of_a_stage_default_to_the_table_of_paths(name: str) -> None:
     table = {option: path.format(name="koo") for option, path in layout.STAGES[name].items()}
     extra = {
+        "import_model": ["--code=a.py", "--weights=a.safetensors"],
         "distill_purifier": ["--first-teacher=models/a", "--last-teacher=models/b"],
         "finetune_atop": ["--base=models/a"],
         "generate_baseline": ["--classifier=models/a"],
