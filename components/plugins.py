@@ -25,6 +25,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from components.config import Config
 
 GROUPS = ("purifiers", "attacks", "classifiers", "datasets", "checks")
+# Kinds of cards that no section of params.yaml has.
+RESERVED = ("given", "external")
 # The type of the error where another plugin is installed than the one that is named.
 OTHER = "other_plugin"
 KIND = re.compile(r"[a-z][a-z0-9_]*")
@@ -56,7 +58,7 @@ def unions(
         built_in, base = table[name]
         sections = list(get_args(built_in))
         for kind, (point, section) in _loaded(group).items():
-            if kind in own:
+            if kind in own or kind in RESERVED:
                 raise PluginError(f"{_named(point)} has the kind {kind}, which Limpid has: {CLASH}")
             if not issubclass(section, bases):
                 allowed = " or ".join(f"{one.__module__}.{one.__qualname__}" for one in bases)

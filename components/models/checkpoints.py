@@ -240,8 +240,9 @@ def _refusal(folder: Path, error: ValidationError) -> DataError:
             f"{folder / CONFIG}: the plugin of its network {message}: install the one that it "
             "names, or train the network again"
         )
-    # The tag of the union comes first.
-    where = ".".join(str(part) for part in first["loc"][1:])
+    kind = read_card(folder).model.get("kind")
+    # The tag of a union is no key.
+    where = ".".join(str(part) for part in first["loc"] if part != kind)
     return DataError(
         f"{folder / CONFIG} describes no valid network: {where + ': ' if where else ''}{message}"
     )

@@ -148,6 +148,7 @@ def test_a_kind_of_a_plugin_is_in_the_union_of_its_base_class(install: Install) 
             "which is no components.models.purifiers.contract.PurifierSection or components.models",
         ),
         ("Grey", SECTION.replace('"grey"', '"median"'), "has the kind median, which Limpid has:"),
+        ("Grey", SECTION.replace('"grey"', '"external"'), "has the kind external, which Limpid"),
         ("Grey", SECTION.replace('"grey"', '"other_use"'), "has the kind other_use, which Limpid"),
         (
             "Grey", "import half_made\n\nhalf_made.absent",
