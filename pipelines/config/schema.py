@@ -141,11 +141,6 @@ def _vocabulary() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(fields), frozenset(kinds)
 
 
-@functools.cache
-def _attack_kinds() -> frozenset[str]:
-    return frozenset(TypeAdapter(AttackConfig).json_schema()["discriminator"]["mapping"])
-
-
 def _check_names(params: Params) -> None:
     """Refuse a name that is used twice, and parameters without the models every line needs.
 
@@ -157,7 +152,7 @@ def _check_names(params: Params) -> None:
         if twice:
             raise ValueError(f"two {kind} share the name {', '.join(sorted(twice))}")
     for name, attack in params.attacks.items():
-        if name != attack.kind and name in _attack_kinds():
+        if name != attack.kind and name in plugins.members(AttackConfig):
             raise ValueError(
                 f"attacks.{name} is of kind {attack.kind}: name it otherwise, since {name} is the "
                 "name of another kind"
