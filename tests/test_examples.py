@@ -173,6 +173,5 @@ def test_a_changed_plugin_makes_its_stages_stale_and_no_other(folder: Path, site
     stale = {
         line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")
     }
-    assert {"train_purifier@smooth", "generate_adversarial@smooth"} <= stale
-    kept = {"train_purifier@adversarial_teacher", "generate_adversarial@koo", "prepare_data"}
-    assert not stale & (kept | {"train_classifier@standard", "generate_baseline@none"})
+    # All else that uses it depends on the folder that this one writes.
+    assert stale == {"train_purifier@smooth"}
