@@ -162,8 +162,6 @@ def judge(
     names = tuple(str(k) for k in range(logits.shape[1]))
     chosen = ladders.choose(ladder, defense, len(names), threat)
     with contextlib.ExitStack() as stack:
-        # Tasks set the threads of their process.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
         root = Path(out or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
         _clear(root)
         for name, network in adopted.items():
@@ -278,7 +276,7 @@ class _Job:
         )  # fmt: skip
 
     def context(self) -> Context:
-        """Return a context without Ray and MLflow: all work is done in this process."""
+        """Return a context without Ray and MLflow: this process does all the work, on all cores."""
         gpus = 1.0 if self.device == "cuda" else 0.0
         resources = Resources(
             train=TrainingWorkers(workers=0, cpus=1, gpus=gpus),
@@ -288,5 +286,5 @@ class _Job:
         )
         return Context(
             ConsoleProgress("evaluate"), _Unlogged(), resources, self.root / "work",
-            lambda name, seconds: None, self.root / CRAFTED,
+            lambda name, seconds: None, self.root / CRAFTED, torch.get_num_threads(),
         )  # fmt: skip

@@ -40,13 +40,14 @@ def map_shards(
     workers: Workers,
     done: Done,
     say: Callable[[str], None],
+    threads: int = 1,
 ) -> list[Any]:
     """Call `function(**task, device=...)` for every task; return the results in order.
 
     Uses Ray workers, which must be able to import `function` by name; without workers, and outside
-    of a job, this process makes the calls. `done` receives how many of how many tasks are done,
-    `say` a line whenever the cluster has too few nodes. Raises what a call raises, and
-    ConnectionError where the cluster has had too few nodes for too long.
+    of a job, this process makes the calls, with so many threads of torch. `done` receives how many
+    of how many tasks are done, `say` a line whenever the cluster has too few nodes. Raises what a
+    call raises, and ConnectionError where the cluster has had too few nodes for too long.
     """
     calls = [{**task, "device": workers.device} for task in tasks]
     if not calls:
@@ -57,7 +58,7 @@ def map_shards(
         for arguments in calls:
             # The copy lies elsewhere than between large blocks that the call has freed, which the
             # next call could then not use again.
-            results.append(copy.deepcopy(call(function, arguments)))
+            results.append(copy.deepcopy(call(function, arguments, threads)))
             done(len(results), len(calls))
         return results
     with session.hold(workers), capacity.watch_capacity(workers, 1, say) as watch:
@@ -82,12 +83,19 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Call a function; raise MemoryError where its GPU has too little memory."""
+def call(function: Callable[..., Any], arguments: Mapping[str, Any], threads: int = 1) -> Any:
+    """Call a function with so many threads of torch: workers side by side would share the cores.
+
+    Raises MemoryError where its GPU has too little memory.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         return function(**arguments)
     except torch.OutOfMemoryError:
         raise MemoryError(OUT_OF_MEMORY) from None
+    finally:
+        torch.set_num_threads(before)
 
 
 def _losses() -> tuple[type[Exception], ...]:

@@ -16,7 +16,8 @@ from pipelines.layout import CRAFTED
 class Context:
     """Where a stage reports its progress and metrics, what it may use, and its folders.
 
-    `work` is for what it continues, `crafted` for shards that other calls may use again.
+    `work` is for what it continues, `crafted` for shards that other calls may use again. `threads`
+    are those of torch where tasks run in this process.
     """
 
     progress: Progress
@@ -25,6 +26,7 @@ class Context:
     work: Path
     record_time: Callable[[str, float], None]
     crafted: Path = CRAFTED
+    threads: int = 1
 
     def epoch(self, total: int) -> Callable[[int, Mapping[str, float]], None]:
         """Return a callback for the end of each of `total` epochs: it shows and logs the epoch."""
@@ -46,5 +48,5 @@ class Context:
             self.progress.advance(done, total, "tasks")
 
         return worker_pool.map_shards(
-            function, tasks, self.resources.shards, shown, self.progress.say
+            function, tasks, self.resources.shards, shown, self.progress.say, self.threads
         )

@@ -79,7 +79,6 @@ def craft_all(specs: Sequence[SetSpec], context: Context) -> None:
 
 def craft_shard(spec: SetSpec, shard: int, path: Path, device: str) -> None:
     """Craft one shard of one set; runs in a worker."""
-    torch.set_num_threads(1)
     images = image_set.read(spec.images, shard_rows(spec.images)[shard])
     crafted = craft(
         spec.attack, spec.subject.defense(device), spec.mode, images, spec.threat, spec.seed,

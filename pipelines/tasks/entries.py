@@ -115,7 +115,6 @@ def check_set(entry: Entry, name: str, plan: Plan, device: str) -> CheckedSet:
 
     No model is asked anything. Raises DataError if a byte of the set or the images has changed.
     """
-    torch.set_num_threads(1)
     folder, attack, test = entry.sets[name], entry.attacks[name], read_manifest(plan.test)
     digest, costs = shards.fingerprint(folder), list[Crafted]()
 

@@ -131,7 +131,6 @@ def probe_subject(
     stored: Stored, device: str,
 ) -> list[Finding]:  # fmt: skip
     """Probe one subject in the modes of its ladder; runs in a worker."""
-    torch.set_num_threads(1)
     defense = subject.defense(device)
     before = state_digest(defense)
     full = entry.ladder.get("full", {}).values()

@@ -109,7 +109,6 @@ def score_sets(entry: Entry, plan: Plan, sound: Sound, shard: int, device: str) 
     The defense is newly loaded: the sets are the first that it is asked about. The worst examples
     of other baselines take turns with them.
     """
-    torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
     rows = shard_rows(plan.test)[shard]
@@ -134,7 +133,6 @@ def score_shard(
 
     The defense is loaded anew, and is asked about clean images first.
     """
-    torch.set_num_threads(1)
     defense = entry.subject.defense(device)
     before = state_digest(defense)
     parts = shard_rows(plan.test)
@@ -190,7 +188,6 @@ def recount(classifier: Path, plan: Plan, device: str) -> Finding | None:
 
     None for a classifier whose card has no accuracy from its training.
     """
-    torch.set_num_threads(1)
     then: dict[str, int] | None = read_card(classifier).provenance.get("validation")
     if then is None:
         return None

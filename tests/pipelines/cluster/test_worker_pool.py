@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from components.data.shards import DataError
 from pipelines.cluster import session, worker_pool
@@ -107,3 +108,12 @@ def test_an_error_of_a_task_is_raised_as_it_is_and_not_retried(tmp_path: Path) -
 )
 def test_lost_workers_end_in_a_sentence(ended: str, kind: type[Exception]) -> None:
     assert type(worker_pool.given_up(RuntimeError(ended))) is kind
+
+
+def test_a_call_has_its_own_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    assert worker_pool.call(torch.get_num_threads, {}) == 1
+    assert worker_pool.call(torch.get_num_threads, {}, 2) == 2
+    with pytest.raises(TypeError):
+        worker_pool.call(torch.get_num_threads, {"unknown": 1}, 2)
+    assert torch.get_num_threads() == before
