@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import project
+import pyarrow.parquet as pq
 import pytest
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from components.attacks.sets import read_crafted
@@ -43,6 +46,15 @@ class Blur(nn.Module):
 def purifier():
     return Blur()
 """
+FACTORY = """
+from blur.net import purifier
+from mine_code import classifier
+
+
+def make():
+    return classifier(16), purifier()
+"""
+LADDER = {"classifier": ["pgd"], "full": ["pgd"]}
 EXTERNAL = {
     "mine": {
         "code": "mine_code.py", "factory": "mine_code:classifier", "arguments": {"width": 16},
@@ -64,7 +76,7 @@ def params() -> dict[str, Any]:
     found["defenses"] = {
         "blurred": {
             "classifier": "mine", "model": "blur",
-            "ladder": {"classifier": ["pgd"], "full": ["pgd"]},
+            "ladder": LADDER,
         }
     }  # fmt: skip
     found["controls"], found["published"] = {}, {}
@@ -133,6 +145,43 @@ def test_it_is_attacked_and_scored_by_name_as_ours_are(imported: Path, reproduce
     blurred = found["blurred"]
     assert not blurred.stochastic and blurred.verdict is not None
     assert blurred.headline.accuracy <= blurred.rungs["full"].accuracy
+
+
+def test_the_same_networks_from_the_shell_get_the_same_scores(
+    imported: Path, tmp_path: Path
+) -> None:
+    """After the stages: image by image, on every set."""
+    for name in ("mine_code.py", "mine.safetensors"):
+        shutil.copy(imported / name, tmp_path)
+    shutil.copytree(imported / "blur", tmp_path / "blur")
+    (tmp_path / "factory.py").write_text(FACTORY)
+    attacks = params()["attacks"]
+    ladder = {rung: {n: attacks[n] for n in some} for rung, some in LADDER.items()}
+    YAML(typ="safe").dump(ladder, tmp_path / "ladder.yaml")
+    code, printed = project.run(
+        tmp_path, sys.executable, "-m", "limpid", "attack", "factory:make", "--out", "out",
+        f"--data={imported / 'data/test'}", f"--validation={imported / 'data/val'}",
+        "--threat=linf:51/255", "--ladder=ladder.yaml", "--batch=30",
+        "--weights=classifier=mine.safetensors", PYTHONPATH=f"{project.ROOT}:{tmp_path}",
+    )  # fmt: skip
+    assert code in (0, 5) and "Traceback" not in printed, printed
+    ours, theirs = imported / "reports/scores.parquet", tmp_path / "out/scores.parquet"
+    there, here = counts(ours, "blurred"), counts(theirs, "defense")
+    assert there and there.keys() == here.keys()
+    for name, right in there.items():
+        assert right == here[name], name
+    some = [0 < sum(right) < len(right) for right in there.values()]
+    assert any(some)
+
+
+def counts(path: Path, defense: str) -> dict[str, list[int]]:
+    """Return how often each image was right, by role, rung and attack."""
+    found: dict[str, list[int]] = {}
+    for row in sorted(pq.read_table(path).to_pylist(), key=lambda row: row["id"]):
+        if row["defense"] == defense:
+            name = f"{row['role']} {row['mode']}/{row['attack']}"
+            found.setdefault(name, []).append(row["correct"])
+    return found
 
 
 @pytest.mark.parametrize(
