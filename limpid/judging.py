@@ -18,7 +18,7 @@ from components.data.image_set import ImageSet, Shape
 from components.data.shards import write_bytes
 from components.models.checkpoints import ModelCard, save
 from components.models.defense import Defense, draws_noise
-from components.models.foreign import adopt_classifier, adopt_purifier
+from components.models.foreign import adopt_classifier, adopt_purifier, resizing
 from components.models.given import hold
 from components.models.purifiers.contract import Purifier
 from limpid import ladders
@@ -166,12 +166,16 @@ def judge(
         _clear(root)
         for name, network in adopted.items():
             _store(stack, root / "models" / name, network, test.shape, names)
-        return _Job(
+        verdict = _Job(
             root, threat, chosen, replace(test, class_names=names),
             replace(validation, class_names=names) if validation else None, PURIFIER in adopted,
             UNSEEN in adopted, draws_noise(defense.classifier), examples, batch, seed,
             device or ("cuda" if torch.cuda.is_available() else "cpu"),
         ).run()  # fmt: skip
+    for name, network in adopted.items():
+        if note := resizing(network):
+            print(f"The {name} {note}.")
+    return verdict
 
 
 def _clear(root: Path) -> None:
@@ -194,10 +198,11 @@ def _store(
     names: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Write the model folder of a network that is held until the stack ends."""
-    given = stack.enter_context(hold(network))
+    given, note = stack.enter_context(hold(network)), resizing(network)
     card = ModelCard(
         format=1, family="purifier" if isinstance(network, Purifier) else "classifier",
-        model=given.model_dump(), shape=list(shape), class_names=list(names), provenance={},
+        model=given.model_dump(), shape=list(shape), class_names=list(names),
+        provenance={"note": note} if note else {},
     )  # fmt: skip
     save(folder, network, card)
 

@@ -59,7 +59,8 @@ def build(card: ModelCard, folder: Path | None = None) -> nn.Module:
         return Given.model_validate(card.model).build()
     if card.model.get("kind") == EXTERNAL:
         code = read_code((folder or Path()) / CODE)
-        return External.model_validate(card.model).build(code, card.family)
+        # As JSON, in which a pair is a list.
+        return External.model_validate_json(json.dumps(card.model)).build(code, card.family)
     # The unions are those of the modules: plugins are loaded when they are first asked for.
     if card.family == "classifier":
         classifier = TypeAdapter(classifiers.ClassifierConfig).validate_python(card.model)

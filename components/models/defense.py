@@ -40,6 +40,20 @@ def draws_noise(half: nn.Module | None) -> bool:
     return bool(getattr(half, "stochastic", False))
 
 
+class SeededByBatch:
+    """A mark of what wraps a random network from elsewhere: one seed serves a whole batch.
+
+    A network that said so of itself would be asked less.
+    """
+
+    batchwise: bool
+
+
+def batchwise(half: nn.Module | None) -> bool:
+    """Say whether the noise of an image depends on the batch that it is in."""
+    return isinstance(half, SeededByBatch) and half.batchwise
+
+
 class Defense(nn.Module):
     """A classifier behind a purifier, or without one if `purifier` is None.
 
@@ -75,7 +89,7 @@ class Defense(nn.Module):
     @property
     def batchwise(self) -> bool:
         """Whether the noise of an image depends on the batch that it is in, in either half."""
-        return any(getattr(half, "batchwise", False) for half in (self.purifier, self.classifier))
+        return batchwise(self.purifier) or batchwise(self.classifier)
 
     @property
     def differentiable(self) -> bool:

@@ -15,7 +15,8 @@ import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +34,15 @@ from components.models.foreign import (
     adopt_classifier,
     adopt_purifier,
     anchored,
+    unwrapped,
 )
+from components.models.identity import INSTALLED
 from components.models.preprocessing import ForeignError, Size, first_line, read_weights
 from components.models.purifiers.contract import Purifier
 
 Family = Literal["classifier", "purifier"]
+# Packages of Limpid, which may lie in the current folder.
+OWN = ("limpid", "components", "pipelines")
 # Digests of the code that this process has imported, by the names of its modules.
 _IMPORTED: dict[str, str] = {}
 
@@ -111,6 +116,25 @@ def digest_of(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def no_files_beside() -> Iterator[None]:
+    """Raise ForeignError if a file of the current folder is imported meanwhile, but for Limpid's.
+
+    The code is stored without it, and other processes would lack it.
+    """
+    here, before = Path.cwd(), set(sys.modules)
+    yield
+    for name in sorted(set(sys.modules) - before):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "/")
+        foreign = path.is_relative_to(here) and INSTALLED.isdisjoint(path.parts)
+        if foreign and name.partition(".")[0] not in OWN:
+            raise ForeignError(
+                f"the code imports {name} from {path}, which is not one of its files; put both "
+                "into one folder, and name that as the code"
+            )
+
+
+@no_files_beside()
 def import_network(
     files: Mapping[str, bytes], factory: str, arguments: Mapping[str, Any], weights: Path | None,
     images: Tensor, classes: int,
@@ -178,7 +202,7 @@ def make(files: Mapping[str, bytes], factory: str, arguments: Mapping[str, Any])
         raise ForeignError(f"{name} has no function {function}; name module:function")
     try:
         network = found(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ForeignError(
             f"{factory} fails with the arguments {dict(arguments)}: {first_line(error)}"
         ) from error
@@ -186,7 +210,28 @@ def make(files: Mapping[str, bytes], factory: str, arguments: Mapping[str, Any])
         raise ForeignError(
             f"{factory} returns a {type(network).__name__}; it must return a torch.nn.Module"
         )
-    return network
+    return unwrapped(network)
+
+
+def require_equal(network: nn.Module, again: nn.Module, images: Tensor) -> None:
+    """Raise ForeignError where a network that was built again answers otherwise.
+
+    Its state_dict is stored, and the function called anew in every process.
+    """
+    noise = Draws(0, "clean", torch.arange(len(images))).stream("import")
+
+    def answer(one: nn.Module) -> Tensor:
+        with torch.no_grad():
+            if isinstance(one, Purifier):
+                purified: Tensor = one(images, noise if one.stochastic else None)
+                return purified
+            return Defense(one, None).classify(images, noise)
+
+    if not torch.allclose(answer(network), answer(again), rtol=1e-4, atol=1e-5):
+        raise ForeignError(
+            "the function makes another network at every call; keep all that it draws or reads in "
+            "parameters and buffers, or seed it"
+        )
 
 
 def _import(files: Mapping[str, bytes], name: str) -> Any:
@@ -203,15 +248,10 @@ def _import(files: Mapping[str, bytes], name: str) -> Any:
         importlib.invalidate_caches()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    here, before = Path.cwd(), list(sys.path)
-    # Files beside the code are not stored with it, and other processes would lack them.
-    sys.path[:] = [path for path in before if Path(path).resolve() != here]
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ForeignError(f"the code of {name} cannot be imported: {first_line(error)}") from error
-    finally:
-        sys.path[:] = before
 
 
 def _require_free(top: str, digest: str) -> None:
@@ -223,9 +263,16 @@ def _require_free(top: str, digest: str) -> None:
     if top in _IMPORTED:
         return
     found = sys.modules.get(top)
-    if found is None and top not in sys.stdlib_module_names:
-        return
-    of = getattr(found, "__file__", None) or "Python"
+    if found is not None:
+        of = getattr(found, "__file__", None) or "Python"
+    elif top in sys.stdlib_module_names:
+        of = "Python"
+    else:
+        spec = importlib.util.find_spec(top)
+        of = (spec and spec.origin) or ""
+        # A file of the current folder may be the code itself.
+        if INSTALLED.isdisjoint(Path(of).parts):
+            return
     raise ForeignError(f"the code has {top}, which is also the name of a module of {of}; rename it")
 
 

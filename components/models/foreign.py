@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from components.data.draws import NoiseStream
 from components.models.behaviour import is_differentiable, is_random, noise, seeded
 from components.models.classifiers import Classifier
-from components.models.defense import draws_noise
+from components.models.defense import SeededByBatch, draws_noise
 from components.models.precision import full_precision
 from components.models.preprocessing import ForeignError, Preprocessed, Size, first_line
 from components.models.purifiers.contract import Purifier
@@ -42,7 +42,7 @@ TRIED = 8
 ROUNDING = 1e-6
 
 
-class ForeignClassifier(nn.Module):
+class ForeignClassifier(nn.Module, SeededByBatch):
     """A frozen classifier from elsewhere: see `adopt_classifier`.
 
     `stochastic` says whether its logits depend on noise, `batchwise` whether the noise of an image
@@ -69,7 +69,7 @@ class ForeignClassifier(nn.Module):
             return _logits_of(self.network(x))
 
 
-class ForeignPurifier(Purifier):
+class ForeignPurifier(Purifier, SeededByBatch):
     """A frozen purifier from elsewhere: see `adopt_purifier`.
 
     `batchwise` says whether the noise of an image depends on the batch that it is in.
@@ -162,6 +162,18 @@ def adopt_purifier(
     return ForeignPurifier(copy, stochastic, is_differentiable(copy, x)).eval()
 
 
+def resizing(network: nn.Module) -> str:
+    """Say that a network resizes images, which makes the radius another threat, or return ""."""
+    found = getattr(network, "resized", None)
+    if not found:
+        return ""
+    given, wanted = (f"{height} x {width}" for height, width in found)
+    return (
+        f"resizes images of {given} to {wanted}: the radius is one on pixels of {given}, another "
+        f"threat than the same radius on {wanted}"
+    )
+
+
 def anchored(network: nn.Module, device: torch.device | str) -> nn.Module:
     """Return the network; one without weights gets an empty one, for its device and its type."""
     if next(network.parameters(), None) is None:
@@ -173,22 +185,28 @@ def anchored(network: nn.Module, device: torch.device | str) -> nn.Module:
 # What is given, what comes out, and the sentence that says what to change
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside of wrappers for several GPUs, and of torch.compile."""
+    while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        network = network.module
+    inner: nn.Module = getattr(network, "_orig_mod", network)
+    return inner
+
+
 def _frozen(network: Any, what: str, device: torch.device | str) -> nn.Module:
     """Return a frozen copy on `device`, in eval mode, out of its wrappers for several GPUs."""
     if not isinstance(network, nn.Module):
         raise ForeignError(
             f"the {what} is {_kind(network)}; it must be a torch.nn.Module: {_cure(network)}"
         )
-    while isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        network = network.module
+    network = unwrapped(network)
     if isinstance(network, torch.jit.ScriptModule):
         raise ForeignError(
             f"the {what} is TorchScript, whose code cannot be read for its identity; give the "
             "torch.nn.Module that it was made of"
         )
     try:
-        # What torch.compile returns has the module itself in there.
-        copy: nn.Module = deepcopy(getattr(network, "_orig_mod", network))
+        copy: nn.Module = deepcopy(network)
     except Exception as error:
         raise ForeignError(
             f"the {what} cannot be copied ({first_line(error)}); build it anew, or remove what "

@@ -22,6 +22,8 @@ from components.plugins import is_plugin, package_of
 
 # Every defense runs through these modules, whatever it is made of.
 ALWAYS = ("components.models.defense", "components.data.draws")
+# No answer of a network depends on how plugins are found, and no result on a change of that.
+APART = ("components.plugins",)
 # Attributes of these types are settings. Tensors are in the state, and other objects have no text
 # that is the same in every process.
 SETTINGS = (bool, int, float, str, Config)
@@ -80,7 +82,11 @@ def sources(names: Iterable[str]) -> dict[str, Path]:
     while waiting:
         name = waiting.pop()
         path = _file(sys.modules.get(name))
-        if name in found or path is None or not any(path.is_relative_to(root) for root in roots):
+        if (
+            name in (*found, *APART)
+            or path is None
+            or not any(path.is_relative_to(root) for root in roots)
+        ):
             continue
         found[name] = path
         waiting += [other for other in _imports(name, path) if not _is_library(other)]

@@ -19,7 +19,9 @@ from components.models.defense import (
     Evaluation,
     Loss,
     Mode,
+    SeededByBatch,
     Target,
+    batchwise,
     bind,
     draws_noise,
     fold_batch_norm,
@@ -55,14 +57,14 @@ def rough(defense: Defense) -> bool:
     return purifier is not None and bool(purifier.stand_ins or not purifier.differentiable)
 
 
-class Headed(nn.Module):
+class Headed(nn.Module, SeededByBatch):
     """A frozen classifier whose logits (N,K) pass through `head`; it draws the same noise."""
 
     def __init__(self, classifier: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.classifier, self.head = classifier, head
         self.stochastic = draws_noise(classifier)
-        self.batchwise = bool(getattr(classifier, "batchwise", False))
+        self.batchwise = batchwise(classifier)
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, *noise: NoiseStream | None) -> Tensor:

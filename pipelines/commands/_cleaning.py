@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.data.shards import DataError, write_bytes
-from components.models.checkpoints import build, load, read_card
+from components.models.checkpoints import CODE, EXTERNAL, build, load, read_card
 from components.models.purifiers import Inference, Purifier
 from components.models.purifiers.contract import mean_squared_error
 from components.sources.folder import SUFFIXES
@@ -39,6 +39,15 @@ def clean(
     purifier = Model(model, inference)
     targets = _targets(_files(images), out)
     _clean_all(purifier, targets, out if side_by_side else None)
+
+
+def require_no_code(folder: Path) -> None:
+    """Raise ConfigError where loading a model folder would run code that lies in it."""
+    if read_card(folder).model.get("kind") == EXTERNAL:
+        raise ConfigError(
+            f"{folder} holds code, which runs when it is loaded; read {folder / CODE}, and say "
+            "--trust-code if you trust it"
+        )
 
 
 class Model:

@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument(
         "--defense", metavar="NAME", help=f"a defense of {PARAMS}: its model and inference"
     )
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="run the code that the folder of an external network holds",
+    )  # fmt: skip
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of such")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
@@ -33,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imports torch.
         from pipelines.commands import _cleaning
 
+        if options.model is not None and not options.trust_code:
+            _cleaning.require_no_code(options.model)
         _cleaning.clean(
             options.model, options.defense, options.images, options.out, options.side_by_side
         )

@@ -16,8 +16,13 @@ from components.data.shards import DataError
 from components.models import external
 from components.models.checkpoints import ModelCard, fingerprint, load, read_card, save
 from components.models.defense import Defense
-from components.models.external import import_network, read_code
-from components.models.foreign import ForeignClassifier, ForeignError, ForeignPurifier
+from components.models.external import import_network, read_code, require_equal
+from components.models.foreign import (
+    ForeignClassifier,
+    ForeignError,
+    ForeignPurifier,
+    resizing,
+)
 from components.models.identity import identity
 from components.models.purifiers.contract import Purifier
 from limpid.testing.check import grey_levels
@@ -51,9 +56,21 @@ class Rounded(nn.Module):
         return (4 * x).round() / 4
 """
 MAKERS = """
+import torch
+from torch import nn
+from components.models.preprocessing import preprocessed
 from {parts} import Keyed, Net, Noisy, Rounded
 def classifier(classes=3):
     return Net(classes)
+def wrapped():
+    return nn.DataParallel(Net(3))
+def resizing():
+    return preprocessed(Net(3), [0.5], [0.25], 8)
+def drawn():
+    net = Net(3)
+    net.order = torch.randperm(64)
+    net.forward = lambda x: net.linear(x.flatten(1)[:, net.order])
+    return net
 def keyed():
     return Keyed()
 def noisy():
@@ -109,6 +126,42 @@ def test_a_classifier_comes_back_with_its_weights(
     torch.manual_seed(0)
     linear = nn.Linear(64, CLASSES)
     assert torch.equal(network(X), linear(X.flatten(1)))
+
+
+def test_a_network_inside_of_a_wrapper_is_the_network(
+    tmp_path: Path, code: Mapping[str, bytes]
+) -> None:
+    wrapped, plain = (stored(tmp_path / n, code, n) for n in ("wrapped", "classifier"))
+    assert torch.equal(load(wrapped)(X), load(plain)(X))
+
+
+def test_a_network_that_resizes_comes_back_and_says_so(
+    tmp_path: Path, code: Mapping[str, bytes]
+) -> None:
+    large = grey_levels(12, (1, 16, 16))
+    factory = f"{main_of(code)}:resizing"
+    network, family, found = import_network(code, factory, {}, None, large, CLASSES)
+    card = ModelCard(
+        format=1, family=family, model=found.model_dump(mode="json"), shape=[1, 16, 16],
+        class_names=["0", "1", "2"], provenance={},
+    )  # fmt: skip
+    save(tmp_path / "net", network, card, code)
+    again = load(tmp_path / "net")
+    assert torch.equal(again(large), network(large))
+    assert "resizes images of 16 x 16 to 8 x 8" in resizing(again)
+    assert resizing(load(stored(tmp_path / "plain", code, "classifier"))) == ""
+
+
+def test_a_function_that_makes_another_network_at_every_call_is_refused(
+    tmp_path: Path, code: Mapping[str, bytes]
+) -> None:
+    network = import_network(code, f"{main_of(code)}:drawn", {}, None, X, CLASSES)[0]
+    other = load(stored(tmp_path / "net", code, "drawn"))
+    with pytest.raises(ForeignError, match="makes another network at every call"):
+        require_equal(network, other, X)
+    for name in ("classifier", "noisy", "keyed", "jpeg"):
+        network = load(stored(tmp_path / name, code, name))
+        require_equal(network, load(tmp_path / name), X)
 
 
 def test_what_a_purifier_is_like_is_stored(tmp_path: Path, code: Mapping[str, bytes]) -> None:
@@ -227,8 +280,11 @@ def test_files_beside_the_code_are_not_found(
     (tmp_path / "beside_the_code.py").write_text("x = 1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    files = {"reaches_beside.py": b"import beside_the_code"}
-    assert "No module named 'beside_the_code'" in sentence(files, "reaches_beside:make")
+    late = (
+        b"from torch import nn\ndef make():\n    import beside_the_code\n    return nn.Identity()"
+    )
+    said = sentence({"reaches_beside.py": late}, "reaches_beside:make")
+    assert "imports beside_the_code from" in said and "which is not one of its files" in said
 
 
 def test_a_name_that_is_taken_is_refused(code: Mapping[str, bytes]) -> None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import project
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
@@ -45,6 +47,23 @@ class Blur(nn.Module):
 
 def purifier():
     return Blur()
+"""
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.rand(8, 8)
+
+    def forward(self, x):
+        return (0.5 * x + 0.5 * self.shift).clamp(0, 1)
+
+
+def make():
+    return Odd()
 """
 FACTORY = """
 from blur.net import purifier
@@ -209,6 +228,30 @@ def test_a_wrong_section_ends_in_one_sentence(
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")) as caught:
         schema.load(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_code_in_a_model_folder_runs_where_it_is_trusted(imported: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (12, 9), dtype=np.uint8)
+    Image.fromarray(grey).save(imported / "in.png")
+    words = [sys.executable, "-m", "pipelines", "purify", "--model", "models/blur", "in.png"]
+    code, printed = project.run(imported, *words, "--out", "cleaned")
+    assert code == 2 and "say --trust-code if you trust it" in printed
+    code, printed = project.run(imported, *words, "--trust-code", "--out", "cleaned")
+    assert code == 0, printed
+    with Image.open(imported / "cleaned/in.png") as image:
+        assert np.asarray(image).std() < grey.std()
+
+
+def test_a_function_that_makes_another_network_each_time_is_refused(imported: Path) -> None:
+    (imported / "odd_code.py").write_text(ODD)
+    document = params()
+    document["external"]["odd"] = {**EXTERNAL["blur"], "factory": "odd_code:make"}
+    project.write_params(imported, document)
+    code, printed = project.stage(
+        imported, "import_model", name="odd", code="odd_code.py", weights="odd_code.py"
+    )
+    assert code == 2 and "makes another network at every call" in printed
+    assert not (imported / "models/odd").exists()
 
 
 def test_code_that_fails_ends_in_one_sentence(imported: Path) -> None:
