@@ -227,16 +227,15 @@ def _check_scored(params: Params) -> None:
                 _require(f"ladder of {name}: transfer", SURROGATE, params.baselines)
             for attack in attacks:
                 _require(f"ladder of {name}", attack, params.attacks)
-        random = isinstance(scored, Control) and stochastic(scored.purifier, None)
-        ladder = scored.ladder
-        if isinstance(scored, Defended):
-            if scored.model in params.external:
-                # Whether it is random is found out when it is imported; crafting refuses what
-                # does not fit.
-                ladder = {mode: ladder[mode] for mode in ladder if mode in REPLAYED}
-            else:
-                random = params.stochastic(name)
-        require_fit(f"ladder of {name}", ladder, params.attacks, random, params.threat)
+        random: bool | None = isinstance(scored, Control) and stochastic(scored.purifier, None)
+        if isinstance(scored, Defended) and scored.model not in params.external:
+            random = params.stochastic(name)
+        if params.external.keys() & {scored.classifier, getattr(scored, "model", None)}:
+            # One random half makes a random defense, whatever the other is.
+            random = random or None
+        bare = None if params.external else False
+        where = f"ladder of {name}"
+        require_fit(where, scored.ladder, params.attacks, random, params.threat, bare)
         if not isinstance(scored, Baseline):
             _require_bare(name, scored, params)
 
@@ -374,20 +373,22 @@ def require_fit(
     where: str,
     ladder: Ladder,
     attacks: Mapping[str, Attack],
-    stochastic: bool,
+    stochastic: bool | None,
     threat: Linf | L2,
-    bare: bool = False,
+    bare: bool | None = False,
 ) -> None:
     """Raise ValueError where an attack of a ladder is not for the defense, or not for its threat.
 
     `stochastic` says whether the defense draws noise. Where sets are replayed they were crafted
-    against a bare classifier, and `bare` says whether that draws any: those of params.yaml do not.
+    against a bare classifier, and `bare` says whether that draws any. None is for what is known
+    only when an external network is imported: crafting refuses what does not fit it.
     """
     for mode, names in ladder.items():
         random = bare if mode in REPLAYED else stochastic
         for name in names:
             try:
-                attacks[name].require_fit(random and mode != "fixed_noise")
+                if random is not None:
+                    attacks[name].require_fit(random and mode != "fixed_noise")
                 attacks[name].require_norm(threat)
             except ValueError as error:
                 raise ValueError(f"{where} names {name} on the rung {mode}: {error}") from None

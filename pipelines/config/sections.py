@@ -86,6 +86,16 @@ class Finetuned(Section):
     objective: Atop
 
 
+def _unspaced(path: str) -> str:
+    if path.split() != [path]:
+        raise ValueError("a path here is neither empty nor has white space: rename the file")
+    return path
+
+
+# It stands in a command line of dvc.yaml.
+Unspaced = Annotated[str, AfterValidator(_unspaced)]
+
+
 class External(Config):
     """A network of a user's own: a classifier, or a purifier in front of one.
 
@@ -94,10 +104,10 @@ class External(Config):
     where the function needs none: dvc.yaml depends on both.
     """
 
-    code: Annotated[str, Field(min_length=1)]
+    code: Unspaced
     factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     arguments: dict[str, Any]
-    weights: Annotated[str, Field(min_length=1)]
+    weights: Unspaced
 
 
 class Pool(Config):

@@ -56,8 +56,7 @@ def resolve(
 ) -> Resolved:
     """Return all that the sets of one scored entry depend on, attacks in the order of params.yaml.
 
-    The order breaks ties. `random` says whether its classifier draws noise; those of params.yaml
-    draw none.
+    The order breaks ties. `random` says whether its classifier is known to draw noise.
     """
     bare = bare_baseline(params.baselines, entry.classifier)
     replayed = {"classifier": bare, "transfer": SURROGATE}

@@ -207,6 +207,11 @@ def counts(path: Path, defense: str) -> dict[str, list[int]]:
     ("change", "said"),
     [
         ({"external": {"mine": {**EXTERNAL["mine"], "factory": "mine"}}}, "factory"),
+        *(
+            ({"external": {"mine": {**EXTERNAL["mine"], key: given}}}, f"mine.{key}: a path here")
+            for key in ("code", "weights")
+            for given in ("my code.py", "mine\t", "")
+        ),
         ({"external": {**EXTERNAL, "standard": EXTERNAL["mine"]}}, "share the name standard"),
         (
             {"defenses": {"blurred": {**params()["defenses"]["blurred"], "model": "blurr"}}},
@@ -252,6 +257,29 @@ def test_a_function_that_makes_another_network_each_time_is_refused(imported: Pa
     )
     assert code == 2 and "makes another network at every call" in printed
     assert not (imported / "models/odd").exists()
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_attacks_on_an_external_classifier_may_be_for_random_ones_or_for_others(
+    tmp_path: Path, version: str
+) -> None:
+    """Whether it draws noise is known when it is imported; its norm is known before."""
+    from pipelines.config import schema
+    from pipelines.errors import ConfigError
+
+    given, ladder = params(), {"full": ["pgd", "apgd_t", "aa"]}
+    given["attacks"]["aa"] = {"kind": "autoattack", "version": version}
+    given["baselines"]["alone"]["ladder"] = ladder
+    given["defenses"]["blurred"]["ladder"] = {**ladder, "classifier": ["aa"]}
+    project.write_params(tmp_path, given)
+    schema.load(tmp_path / "params.yaml")
+    given["attacks"]["aa"] = {
+        "kind": "flip", "at": 0.5, "steps": 1, "candidates": 1, "eot": 1,
+        "threat": {"norm": "l2", "eps_l2": 1.0},
+    }  # fmt: skip
+    project.write_params(tmp_path, given)
+    with pytest.raises(ConfigError, match="ladder of alone names aa on the rung full: flip is for"):
+        schema.load(tmp_path / "params.yaml")
 
 
 def test_code_that_fails_ends_in_one_sentence(imported: Path) -> None:
