@@ -69,10 +69,10 @@ class Result:
 
     `scores` by rung/attack and `clean`; `agreed` (N,) by the same names is how often, of all draws,
     the prediction is that of the bare classifier on the clean image, of a random one the first;
-    `inside` (N,) bool and `distance` (N,) L2 of every set; `elsewhere` says by the labels of further
-    threats what `inside` says of the primary one; `unseen` are right answers (clean, under the
-    worst examples) of a classifier that played no part in training, behind the same purifier, or
-    None; `rounded` those on the worst examples rounded to 8 bits, among equal ones the last;
+    `inside` (N,) bool and `distance` (N,) L2 of every set; `elsewhere` says by the labels of
+    further threats what `inside` says of the primary one; `unseen` are right answers (clean, under
+    the worst examples) of a classifier that played no part in training, behind the same purifier,
+    or None; `rounded` those on the worst examples rounded to 8 bits, among equal ones the last;
     `detector` are the detector scores, None where the purifier is no detector or no image fixes its
     thresholds; `panels` are pictures of every set; `efforts` are the passes that white-box sets
     cost whose attack stops at success; `answers` are what attacks were answered about the sets that

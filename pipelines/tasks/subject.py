@@ -31,10 +31,14 @@ class Subject:
         return self.purifier is None and self.control is None
 
     def require_fit(self, images: ImageSet) -> None:
-        """Raise ValueError where a model was made for other images or classes."""
-        for folder in (self.classifier, self.purifier):
-            if folder is not None:
-                require_fit(folder, images)
+        """Raise ValueError where a model is none of its half, or for other images or classes."""
+        for half, folder in (("classifier", self.classifier), ("purifier", self.purifier)):
+            if folder is None:
+                continue
+            family = read_card(folder).family
+            if family != half:
+                raise ValueError(f"{folder} holds a {family}, and a {half} is needed here")
+            require_fit(folder, images)
 
     def defense(self, device: str = "cpu") -> Defense:
         """Load the defense, frozen."""

@@ -30,7 +30,7 @@ from components.models.checkpoints import (
     require_fit,
 )
 from components.models.classifiers import Classifier
-from components.models.defense import Defense, channels_last
+from components.models.defense import Defense, channels_last, draws_noise
 from components.models.purifiers import Purifier
 from components.training.contract import Frozen, Teacher, takes_pool
 from components.training.loop import Training
@@ -122,7 +122,10 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def build_task(recipe: Recipe, device: str) -> TrainingTask:
-    """Build the training of a recipe on a device; ValueError where folders do not fit together."""
+    """Build the training of a recipe on a device.
+
+    Raises ValueError where folders do not fit together, or the frozen classifier draws noise.
+    """
     train, val = image_set.read(recipe.train), image_set.read(recipe.val)
     for folder in (recipe.classifier, recipe.base, *recipe.teachers):
         if folder is not None:
@@ -133,6 +136,11 @@ def build_task(recipe: Recipe, device: str) -> TrainingTask:
     if isinstance(model, Classifier):
         model.normalise_by(train.pixels())
     classifier = load(recipe.classifier, device) if recipe.classifier else None
+    if draws_noise(classifier):
+        raise ValueError(
+            f"{recipe.classifier} is random: purifiers are trained in front of a deterministic "
+            "classifier"
+        )
     teachers = [_teacher(folder, device) for folder in recipe.teachers]
     model.to(device)
     for network in (model, classifier, *(teacher.purifier for teacher in teachers)):

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from components.data import image_set
 from components.data.image_set import ImageSet
 from components.models.checkpoints import save
+from components.models.classifiers import Classifier
 from components.models.identity import state_digest
 from components.training.batches import Batches
 from pipelines.cluster import trainer
 from pipelines.cluster.trainer import TrainingTask
 from pipelines.config.schema import Params
 from pipelines.stages import distill_purifier, train_purifier
+from pipelines.tasks.subject import Subject
 from pipelines.tasks.training import Recipe, build_task, recipe_of, seed_of
 from pipelines.tasks.trial import StudySetup, _recipe
 
@@ -90,17 +92,44 @@ def test_the_same_name_trains_from_the_same_bytes(params: Params, data: Path) ->
     assert torch.equal(batches(first)[1], batches(again)[1])
 
 
-def test_a_fine_tuned_network_starts_from_its_base_and_draws_its_own_batches(
-    params: Params, data: Path, tmp_path: Path
-) -> None:
-    standard, section = tmp_path / "standard", params.classifiers["standard"]
+@pytest.fixture(scope="module")
+def standard(params: Params, data: Path) -> Path:
+    """Return the folder of an untrained classifier."""
+    folder, section = data / "standard", params.classifiers["standard"]
     first = build_task(
         recipe_of(
             "standard", "classifier", section.model, section, params, train=data / "train",
             val=data / "val",
         ), "cpu",
     )  # fmt: skip
-    save(standard, first.model, first.card(first.model))
+    save(folder, first.model, first.card(first.model))
+    return folder
+
+
+def test_no_purifier_is_trained_in_front_of_a_random_classifier(
+    params: Params, data: Path, standard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "stochastic", True, raising=False)
+    with pytest.raises(ValueError, match="standard is random: purifiers are trained in front of a"):
+        task(params, data, "masked", classifier=standard)
+
+
+def test_a_model_of_the_other_half_is_refused_in_one_sentence(
+    params: Params, data: Path, standard: Path, tmp_path: Path
+) -> None:
+    base, images = task(params, data, "masked", classifier=standard), image_set.read(data / "val")
+    purifier = tmp_path / "masked"
+    save(purifier, base.model, base.card(base.model))
+    Subject(standard, purifier).require_fit(images)
+    with pytest.raises(ValueError, match="masked holds a purifier, and a classifier is needed"):
+        Subject(purifier).require_fit(images)
+    with pytest.raises(ValueError, match="standard holds a classifier, and a purifier is needed"):
+        Subject(standard, standard).require_fit(images)
+
+
+def test_a_fine_tuned_network_starts_from_its_base_and_draws_its_own_batches(
+    params: Params, data: Path, standard: Path, tmp_path: Path
+) -> None:
     base = task(params, data, "masked", classifier=standard)
     save(tmp_path / "masked", base.model, base.card(base.model))
     tuned = task(params, data, "atop", classifier=standard, base=tmp_path / "masked")
