@@ -18,7 +18,11 @@ from pipelines.errors import ConfigError
 from pipelines.layout import CODE, DVC_YAML, TEMPLATES
 from pipelines.runner.provenance import SOURCES, code_digests
 
-HEAD = "# Written by `limpid configure`, for the Limpid that is installed.\n"
+WRITTEN = "# Written by `limpid configure`, for the Limpid that is installed.\n"
+HEAD = (
+    WRITTEN
+    + "# The next `configure` writes it anew: changes of yours, such as stages, are lost then.\n"
+)
 PACKAGES = ("components", "pipelines")
 RUN = ("exec pipelines/limpid ", "exec limpid ")
 
@@ -30,7 +34,7 @@ def needed() -> bool:
 
 def write() -> None:
     """Write dvc.yaml and code.yaml; raise ConfigError where another hand has written a dvc.yaml."""
-    if DVC_YAML.exists() and not DVC_YAML.read_text(encoding="utf-8").startswith(HEAD):
+    if DVC_YAML.exists() and not DVC_YAML.read_text(encoding="utf-8").startswith(WRITTEN):
         raise ConfigError(
             f"this folder has a {DVC_YAML} of its own: run this in another folder, or remove it"
         )
