@@ -19,6 +19,7 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 from pydantic import AfterValidator, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -105,23 +106,52 @@ def hint(error: ErrorDetails) -> str:
 def checks(named: Mapping[str, str]) -> Mapping[str, Callable[..., Any]]:
     """Return the checks that are `named`, with the plugin that each comes from.
 
-    Raises PluginError for one that no plugin here has, and the error of a pin (`OTHER`) where
-    another plugin is installed than is named.
+    Raises PluginError for one that no plugin here has, or two have, and the error of a pin
+    (`OTHER`) where another plugin is installed than is named. A check that fails raises
+    PluginError, too.
     """
-    there = {point.name: point for point in entry_points(group="limpid.checks")}
-    found = {}
+    there: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group="limpid.checks"), key=_named):
+        if point.name in there and point.name in named:
+            other = _named(there[point.name])
+            raise PluginError(
+                f"{_named(point)} has the check {point.name}, and so has {other}: {CLASH}"
+            )
+        there[point.name] = point
+    found: dict[str, Callable[..., Any]] = {}
     for name in named:
         if name not in there:
             known = f"there are {', '.join(sorted(there))}" if there else "there is none"
             raise PluginError(f"no plugin here has the check {name}; {known}")
-        found[name] = load(there[name])
-        if not callable(found[name]):
+        check = load(there[name])
+        if not callable(check):
             raise PluginError(f"{_named(there[name])} is {there[name].value}, which is no function")
+        found[name] = _in_one_sentence(there[name], check)
     pins = {name: pin(there[name]) for name in named}
-    other = [name for name in named if named[name] != pins[name]]
-    if other:
-        raise _other(f"{_says(named[other[0]])} for {other[0]}", pins[other[0]], pins)
+    stale = [name for name in named if named[name] != pins[name]]
+    if stale:
+        raise _other(f"{_says(named[stale[0]])} for {stale[0]}", pins[stale[0]], pins)
     return found
+
+
+def _in_one_sentence(point: EntryPoint, check: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a check whose own errors are raised as PluginError."""
+
+    def asked(*given: Any) -> Any:
+        try:
+            return check(*given)
+        # Where tasks are run there is advice for these.
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        # Any code may run in a check.
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise PluginError(
+                f"{_named(point)} failed in its check, {type(error).__name__}: {reason}; repair "
+                "it, or leave it out of checks.plugins"
+            ) from error
+
+    return asked
 
 
 def is_plugin(module: str) -> bool:

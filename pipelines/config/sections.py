@@ -25,6 +25,7 @@ from components.training.contract import takes_pool
 from components.training.koo import Distillation
 from components.training.loop import Training
 from components.training.objectives import ClassifierObjective, PurifierObjective
+from pipelines.config.meanings import MEANINGS
 from pipelines.config.resources import Count
 from pipelines.config.search_space import Domain
 
@@ -174,6 +175,11 @@ class Scoring(Config):
 
 
 def _installed(named: dict[str, str]) -> dict[str, str]:
+    ours = [name for name in named if name in MEANINGS]
+    if ours:
+        raise ValueError(
+            f"{ours[0]} is the name of one of Limpid's own checks: ask for the plugin's by another"
+        )
     plugins.checks(named)
     return named
 

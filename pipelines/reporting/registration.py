@@ -12,12 +12,12 @@ from pathlib import Path
 from components.data.shards import DataError
 from components.models.checkpoints import fingerprint, read_card
 from pipelines.config import dvc_lock
+from pipelines.config.meanings import MEANINGS
 from pipelines.config.sections import Defended
 from pipelines.config.yaml_files import read_yaml
 from pipelines.layout import DVC_LOCK, PARAMS, PICTURES, REPORT, STANDARD
 from pipelines.reporting.networks import describe_subject
 from pipelines.reporting.wording import (
-    MEANINGS,
     ROBUST,
     describe_threat,
     illusion,

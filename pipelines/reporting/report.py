@@ -20,6 +20,7 @@ from components.data.shards import write_bytes
 from components.evaluation.counting import Effort
 from components.evaluation.detection import CURVE, RATES
 from components.models.defense import STAND_INS
+from pipelines.config.meanings import MEANINGS
 from pipelines.reporting.charts import (
     HUES,
     Chart,
@@ -31,7 +32,6 @@ from pipelines.reporting.charts import (
 from pipelines.reporting.claims import claims, compared_baseline, conclusion
 from pipelines.reporting.networks import Model, describe_subject
 from pipelines.reporting.wording import (
-    MEANINGS,
     ROLES,
     describe_radius,
     describe_threat,

@@ -284,6 +284,34 @@ def test_a_check_is_asked_for_by_name_and_names_its_plugin(install: Install) -> 
             plugins.checks({name: ""})
 
 
+def test_a_check_that_fails_ends_in_one_sentence(install: Install) -> None:
+    text = (
+        "import torch\n\n\ndef dark(bench):\n    raise KeyError(bench)\n\n\n"
+        "def full(bench):\n    raise torch.OutOfMemoryError(bench)\n"
+    )
+    install("dark full", text, group="checks")
+    with pytest.raises(PydanticCustomError) as caught:
+        plugins.checks({"dark": "", "full": ""})
+    assert caught.value.context is not None
+    found = plugins.checks(caught.value.context["right"])
+    said = r"the plugin first \(limpid.checks: dark\) failed in its check, KeyError: 7; repair it"
+    with pytest.raises(PluginError, match=said):
+        found["dark"](7)
+    with pytest.raises(torch.OutOfMemoryError):
+        found["full"]("no room")
+
+
+def test_two_plugins_with_one_check_are_refused_where_it_is_asked_for(install: Install) -> None:
+    text = "def dark(bench):\n    return bench\n"
+    install("dark", text, group="checks")
+    install("dark", text, group="checks", name="second")
+    assert plugins.checks({}) == {}
+    with pytest.raises(
+        PluginError, match=r"has the check dark, and so has the plugin first .*: re"
+    ):
+        plugins.checks({"dark": ""})
+
+
 # What it computes
 
 

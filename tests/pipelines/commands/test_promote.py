@@ -18,10 +18,10 @@ from components.models import identity as identities
 from components.models.checkpoints import load as load_model
 from components.models.checkpoints import read_card, save
 from pipelines.__main__ import main
+from pipelines.config.meanings import MEANINGS
 from pipelines.config.schema import Params, load
 from pipelines.config.sections import Defended
 from pipelines.reporting import registration
-from pipelines.reporting.wording import MEANINGS
 from pipelines.storage import timings
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import (

@@ -35,6 +35,12 @@ def test_the_default_parameters_are_the_digits_profile() -> None:
     assert schema.load(ROOT / "params.yaml").threat.eps == 0.2
 
 
+@pytest.mark.parametrize("name", ["state_unchanged", "quantisation", "radius_pays"])
+def test_no_check_of_a_plugin_has_the_name_of_one_of_ours(name: str, tmp_path: Path) -> None:
+    text = TEXT.replace("thorough: false}", f"thorough: false, plugins: {{{name}: first 1.0}}}}")
+    assert f"{name} is the name of one of Limpid's own checks" in refusal(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [

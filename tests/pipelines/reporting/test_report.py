@@ -15,9 +15,10 @@ from components.models.checkpoints import ModelCard, build, fingerprint, save
 from components.models.defense import STAND_INS
 from components.models.purifiers.apudae import Apudae
 from components.probes.statistics import wilson
+from pipelines.config.meanings import MEANINGS
 from pipelines.reporting import report
 from pipelines.reporting.networks import describe_subject
-from pipelines.reporting.wording import BLIND, MEANINGS, settings
+from pipelines.reporting.wording import BLIND, settings
 from pipelines.tasks.subject import Subject
 
 APUDAE = Apudae(
