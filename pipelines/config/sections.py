@@ -178,7 +178,7 @@ def _installed(named: dict[str, str]) -> dict[str, str]:
     ours = [name for name in named if name in MEANINGS]
     if ours:
         raise ValueError(
-            f"{ours[0]} is the name of one of Limpid's own checks: ask for the plugin's by another"
+            f"{ours[0]} is the name of one of Limpid's own checks: the plugin's needs another name"
         )
     plugins.checks(named)
     return named
