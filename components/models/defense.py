@@ -49,11 +49,6 @@ class SeededByBatch:
     batchwise: bool
 
 
-def batchwise(half: nn.Module | None) -> bool:
-    """Say whether the noise of an image depends on the batch that it is in."""
-    return isinstance(half, SeededByBatch) and half.batchwise
-
-
 class Defense(nn.Module):
     """A classifier behind a purifier, or without one if `purifier` is None.
 
@@ -89,7 +84,8 @@ class Defense(nn.Module):
     @property
     def batchwise(self) -> bool:
         """Whether the noise of an image depends on the batch that it is in, in either half."""
-        return batchwise(self.purifier) or batchwise(self.classifier)
+        halves = (self.purifier, self.classifier)
+        return any(isinstance(half, SeededByBatch) and half.batchwise for half in halves)
 
     @property
     def differentiable(self) -> bool:

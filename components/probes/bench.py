@@ -21,7 +21,6 @@ from components.models.defense import (
     Mode,
     SeededByBatch,
     Target,
-    batchwise,
     bind,
     draws_noise,
     fold_batch_norm,
@@ -64,7 +63,7 @@ class Headed(nn.Module, SeededByBatch):
         super().__init__()
         self.classifier, self.head = classifier, head
         self.stochastic = draws_noise(classifier)
-        self.batchwise = batchwise(classifier)
+        self.batchwise = isinstance(classifier, SeededByBatch) and classifier.batchwise
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, *noise: NoiseStream | None) -> Tensor:
