@@ -77,7 +77,13 @@ def read(given: str) -> Stored:
     try:
         table = pq.read_table(
             scores,
-            filters=[("defense", "=", name), ("attack", "=", ROBUST), ("role", "=", "score")],
+            # An attack may have the name of the headline, but no attack is without a mode.
+            filters=[
+                ("defense", "=", name),
+                ("attack", "=", ROBUST),
+                ("mode", "=", ""),
+                ("role", "=", "score"),
+            ],
         )
         images = (table.schema.metadata or {}).get(IMAGES, b"").decode()
         table = table.sort_by("id")

@@ -45,6 +45,8 @@ PURIFIER, UNSEEN = "purifier", "unseen"
 CHECKED, DRAWS, SHOWN = 64, 32, 6
 # What an evaluation writes in its folder, and the mark that the folder is one.
 FOLDERS, MARK = ("data", "models", "ladders", "adversarial", "given"), ROOT / "evaluation"
+# What it says in the end: metrics, scores and the report.
+ENDS = ("metrics.json", "scores.parquet", "report.html")
 # A defense of these standings is worth nothing beside its rivals.
 FALLEN = ("broken", "no better than a control")
 
@@ -188,6 +190,9 @@ def _clear(root: Path) -> None:
         raise ConfigError(
             f"{root} holds other files; name a new folder, or one that an evaluation wrote"
         )
+    for name in ENDS:
+        # Else a call that is interrupted would leave them beside other networks.
+        (root / name).unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(root / name, ignore_errors=True)
     write_bytes(mark, b"")
@@ -264,8 +269,7 @@ class _Job:
         learnt = [held_out] if held_out else []
         judged = stage.judge(entries, plan, learnt, context, Selftest(cases=0, caught=0), {})
         networks = list(trained(models, entries, plan))
-        outs = (self.root / name for name in ("metrics.json", "scores.parquet", "report.html"))
-        judged.write(networks, *outs)
+        judged.write(networks, *(self.root / name for name in ENDS))
         show(score_table(judged.metrics.defenses))
         return Verdict(judged.metrics, DEFENSE if self.purified else BARE)
 

@@ -99,7 +99,13 @@ def _own(ladder: Mapping[str, Any], defense: Defense, threat: Linf | L2) -> Ladd
             raise ConfigError(f"the ladder's rung {rung} is {some!r}; give a list of attacks")
         settings = some if isinstance(some, Mapping) else {name: name for name in some}
         for name, given in settings.items():
-            attacks[name] = _attack(f"{rung}/{name}", given)
+            found = _attack(f"{rung}/{name}", given)
+            if attacks.setdefault(name, found) != found:
+                first = next(other for other in rungs if name in rungs[other])
+                raise ConfigError(
+                    f"the ladder's attack {name} has other settings on the rung {rung} than on "
+                    f"{first}; give each of the two a name of its own"
+                )
         rungs[rung] = list(settings)
     full = [
         n for rung in (*REPLAYED, "full") for n in rungs.get(rung, []) if attacks[n].fits(random)
@@ -108,6 +114,12 @@ def _own(ladder: Mapping[str, Any], defense: Defense, threat: Linf | L2) -> Ladd
         require_fit("the ladder", rungs, attacks, defense.stochastic, threat, random)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if not full and rungs.get("full"):
+        raise ConfigError(
+            f"the ladder has {', '.join(rungs['full'])} on the rung full, for a random defense "
+            "only; it needs an attack that is for the classifier alone, too, which draws no noise: "
+            "add one, like pgd, on the rung classifier"
+        )
     if not full:
         raise ConfigError("the ladder needs an attack on the rung full")
     return Ladders(attacks, {"full": list(dict.fromkeys(full))}, rungs, quick=False)

@@ -40,7 +40,12 @@ def read_examples(path: Path, shape: Shape, most: int) -> tuple[Tensor | None, T
         raise DataError(f"{path} has the columns {', '.join(fields.names)}, and none called image")
     if not 0 < rows <= most:
         raise DataError(f"{path} has {rows or 'no'} images, and there are {most} test images")
-    known = "id" in fields.names and pa.types.is_integer(fields.field("id").type)
+    known = "id" in fields.names
+    if known and not pa.types.is_integer(fields.field("id").type):
+        raise DataError(
+            f"{path} has a column id of type {fields.field('id').type}; ids are the integers of "
+            "the test images: give those, or leave the column out"
+        )
     ids, images = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.float32]]()
     try:
         _require_small(path, parquet, VALUE_BYTES * rows * int(np.prod(shape)))

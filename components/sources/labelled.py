@@ -11,6 +11,9 @@ from components.sources.folder import classes_of, read_classes
 from components.sources.parquet import files_of, read_files
 from components.sources.raw import RawSplit
 
+# Files of one of these splits are no images of another.
+SPLITS = ("train", "val", "validation", "test")
+
 
 def read_labelled(path: Path, split: str) -> ImageSet:
     """Return the images of `path`, a folder or a Parquet file.
@@ -31,8 +34,13 @@ def read_labelled(path: Path, split: str) -> ImageSet:
         raise DataError(f"{path} is no .parquet file; name one, or a folder of labelled images")
     files = [path] if path.is_file() else files_of(path, split)
     if not files and not (path / split).is_dir():
-        if (path / "train").is_dir() or files_of(path, "train"):
-            raise DataError(f"{path} has a split `train` and none called `{split}`; name a folder")
+        others = [name for name in SPLITS if not name.startswith(split)]
+        others = [name for name in others if files_of(path, name)]
+        if others or (path / "train").is_dir():
+            raise DataError(
+                f"{path} has a split `{(others or ['train'])[0]}` and none called `{split}`; name "
+                "a folder"
+            )
         files = sorted(path.glob("*.parquet"))
     if files:
         return _whole(path, *read_files(files))

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,25 @@ def attack(options: Namespace) -> int:
             networks, test, validation, threat, ladder, options.batch, options.seed,
             options.device, out, given,
         )  # fmt: skip
-        bounds = _fail_under(found, options.fail_under)
+        checks, bounds = junit.checks(found.metrics), _fail_under(found, options.fail_under)
+        # The verdict took hours, so it is told before a comparison that may fail.
+        _write(options.junit, [*checks, *bounds])
+        _say(found, options, threat.label, len(every))
         if before is not None:
             now = comparing.read(f"{out / METRICS.name}:{found.name}")
             bounds.append(_beside(replace(now, title=found.name), before))
-    checks = junit.checks(found.metrics)
-    if options.junit:
-        junit.write(options.junit, [*checks, *bounds])
-    _say(found, options, threat.label, len(every))
+            _write(options.junit, [*checks, *bounds])
     for case in bounds:
         if case.outcome == "passed":
             print(case.detail)
     _require_passed(checks, bounds)
     return 0
+
+
+def _write(path: Path | None, cases: Sequence[Case]) -> None:
+    """Write test cases, where somebody wants them."""
+    if path is not None:
+        junit.write(path, cases)
 
 
 def _ladder(options: Namespace) -> str | dict[str, Any]:
@@ -97,9 +104,27 @@ def _validation(path: Path | None, test: ImageSet) -> ImageSet | None:
         raise ConfigError(
             f"images of {path} are {found.shape}, and the test images {test.shape}; give both alike"
         )
+    _require_same_classes(path, found.class_names, test.class_names)
     if torch.isin(found.ids, test.ids).any():
         found = replace(found, ids=found.ids - int(found.ids.min()) + int(test.ids.max()) + 1)
     return found
+
+
+def _require_same_classes(path: Path, names: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """Raise ConfigError where one label stands for two classes.
+
+    Images without names of classes have 0, 1, ... for names: they agree with names that are words.
+    """
+    named = [some for some in (names, wanted) if some != tuple(map(str, range(len(some))))]
+    words = any(not name.isdigit() for some in named for name in some)
+    if names == wanted or not named or (len(named) == 1 and words):
+        return
+    pairs = enumerate(zip_longest(names, wanted, fillvalue="no class"))
+    label, (here, there) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+    raise ConfigError(
+        f"label {label} is {here} in {path} and {there} in the test images: classes are numbered "
+        "in the order of their names, so give both the same classes"
+    )
 
 
 def _fail_under(found: Verdict, bound: float | None) -> list[Case]:
@@ -124,8 +149,10 @@ def _beside(now: Stored, before: Stored) -> Case:
         f"{100 * found.low:+.1f} to {100 * found.high:+.1f}; {found.gained} images stand better, "
         f"{found.lost} worse; one-sided p = {found.p_lower:.2g} that it is lower"
     )
+    if now.headline.upper_bound:
+        said += "; but the new number is an upper bound, so the true one may be lower still"
     if before.headline.upper_bound:
-        said += ", where the baseline is an upper bound"
+        said += "; but the baseline is an upper bound, so the true one may have been lower"
     return Case(now.title, "baseline", "failure" if found.lower else "passed", said)
 
 

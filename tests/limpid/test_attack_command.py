@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import limpid
 from components.data import image_set
 from components.data.image_set import ImageSet
+from components.data.shards import DataError
+from limpid import comparing, ladders
 from limpid.__main__ import main
 from pipelines.tasks import metrics
 from pipelines.tasks.metrics import Metrics, rung_of
@@ -264,6 +266,36 @@ def test_validation_images_are_asked_only_where_they_are_given() -> None:
     assert "leakage" not in checks.blocking_failed
 
 
+def images_of(root: str, *classes: str) -> None:
+    """Write 16 images into a folder for each class."""
+    for number, name in enumerate(classes):
+        (Path(root) / name).mkdir(parents=True)
+        for index in range(16):
+            pixels = np.full((8, 8), 16 * number + index, np.uint8)
+            Image.fromarray(pixels).save(f"{root}/{name}/{index}.png")
+
+
+@pytest.mark.parametrize(
+    ("validation", "sentence"),
+    [
+        (("cat", "dog", "eel"), ""),
+        (("ant", "cat", "dog"), "label 0 is ant in mine/val and cat in the test images"),
+        (("cat", "dog"), "label 2 is no class in mine/val and eel in the test images"),
+        (("0", "1", "2"), ""),
+        (("0", "2"), "label 0 is 0 in mine/val and cat in the test images"),
+    ],
+)
+def test_validation_images_have_the_classes_of_the_test_images(
+    validation: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images_of("mine/test", "cat", "dog", "eel")
+    images_of("mine/val", *validation)
+    words = ("--data", "mine/test", "--validation", "mine/val")
+    assert attack(*words, ladder="weak.yaml") == (2 if sentence else 5)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and sentence in said
+
+
 # One's own adversarial images
 
 
@@ -298,6 +330,21 @@ def test_images_of_ones_own_beside_a_strong_ladder_change_nothing_that_passed() 
     assert {rung_of(n) for n in one.defenses["defense"].attacks} == {"full", "given"}
 
 
+def test_images_that_a_quick_ladder_misses_do_not_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ladders.ATTACKS, "a3", {**ladders.PGD, "steps": 1, "step": 0.01})
+    word = write_rung(worst_images(data()))
+    attack("--quick", "--out", "out", "--rung", word)
+    found = read().defenses["classifier"]
+    # So weak an attack is caught by the probe that attacks again, and by nothing else.
+    assert found.checks.blocking_failed == ["stored_attacks"]
+    (asked,) = [f for f in found.checks.findings if f.name == "full_is_strongest/given"]
+    assert not asked.asked and "a quick ladder gives an upper bound (p = " in asked.detail
+    assert found.headline.upper_bound
+    assert "robust accuracy at most " in capsys.readouterr().out
+
+
 def test_images_of_ones_own_are_those_of_the_drawn_test_images() -> None:
     word = write_rung(worst_images(data()))
     attack("--n", "32", "--out", "out", "--rung", word, ladder="weak.yaml")
@@ -322,6 +369,54 @@ def test_a_baseline_fails_only_what_is_significantly_lower(
     assert "that it is lower" in said and said.count("\n") == 1
     cases = {one.get("name"): one for one in ElementTree.parse("junit.xml").getroot()}
     assert cases["baseline"].find("failure") is not None
+
+
+def test_a_set_called_like_the_headline_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """An attack and a set of images may be called `robust`, and are not taken for the headline."""
+    word = write_rung(data().pixels()).replace("mine=", "robust=")
+    Path("robust.yaml").write_text(STRONG.replace("ce:", "robust:"))
+    assert attack("--out", "before", "--rung", word, ladder="robust.yaml") == 0
+    assert attack("--baseline", "before") == 0
+    assert "+0.0 points" in capsys.readouterr().out
+
+
+def test_a_baseline_of_the_same_folder_is_read_before_it_is_replaced(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert attack("--out", "out") == 0
+    save_file({"weight": weight().flip(0)}, "weak.safetensors")
+    words = ("--weights", "weak.safetensors", "--out", "out", "--baseline", "out/metrics.json")
+    assert attack(*words) == 5
+    assert "that it is lower" in capsys.readouterr().err
+
+
+def test_a_quick_number_beside_a_baseline_is_said_to_be_an_upper_bound(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sentence = "the {} is an upper bound, so the true one may"
+    assert attack("--out", "before") == 0
+    assert attack("--quick", "--baseline", "before", "--out", "quick") == 0
+    printed = capsys.readouterr().out
+    assert sentence.format("new number") in printed and sentence.format("baseline") not in printed
+    assert attack("--baseline", "quick") == 0
+    printed = capsys.readouterr().out
+    assert sentence.format("baseline") in printed and sentence.format("new number") not in printed
+
+
+def test_the_verdict_is_told_before_a_comparison_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attack("--out", "before") == 0
+    capsys.readouterr()
+
+    def fails(*_: object) -> None:
+        raise DataError("not of one evaluation")
+
+    monkeypatch.setattr(comparing, "compared", fails)
+    assert attack("--baseline", "before", "--fail-under", "0.1", "--junit", "junit.xml") == 3
+    assert "robust accuracy" in capsys.readouterr().out
+    names = {one.get("name") for one in ElementTree.parse("junit.xml").getroot()}
+    assert {"strong_attack", "fail_under"} <= names
 
 
 # One sentence, whatever is wrong

@@ -55,6 +55,7 @@ def verdict(
     table = pa.table({
         "defense": [name for name in (*rows, "none") for _ in order],
         "attack": ["robust"] * N * (len(rows) + 1),
+        "mode": [""] * N * (len(rows) + 1),
         "role": ["score"] * N * (len(rows) + 1),
         "id": np.tile(order, len(rows) + 1),
         "correct": np.concatenate(

@@ -17,6 +17,7 @@ from components.models.accuracy import predict
 from components.models.checkpoints import read_card
 from components.models.defense import Defense
 from components.models.foreign import adopt_classifier, adopt_purifier
+from limpid import judging
 from limpid.inputs import as_images, as_threat
 from limpid.judging import BARE, DEFENSE, PURIFIER, Verdict, judge
 from limpid.ladders import choose
@@ -27,7 +28,7 @@ from pipelines.tasks import metrics
 N, EPS = 48, 51 / 255
 SHORT = {"kind": "pgd", "steps": 5, "step": 0.25, "restarts": 1, "random_start": True,
          "early_stop": True, "eot": 1}  # fmt: skip
-LADDER = {"classifier": ["pgd"], "bpda": {"pgd": SHORT}, "full": {"pgd": SHORT}}
+LADDER = {"classifier": {"pgd": SHORT}, "bpda": {"pgd": SHORT}, "full": {"pgd": SHORT}}
 
 
 class Patterns(nn.Module):
@@ -149,6 +150,23 @@ def test_other_images_in_the_same_folder_leave_nothing_of_the_first(tmp_path: Pa
         assert found.scored.headline.n == count
 
 
+def test_a_call_that_is_interrupted_leaves_no_verdict_on_other_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = ("metrics.json", "scores.parquet", "report.html")
+    judged(tmp_path, purifier=None)
+    assert all((tmp_path / name).exists() for name in ends)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judging, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judged(tmp_path)
+    assert (tmp_path / "models" / PURIFIER).exists()
+    assert not any((tmp_path / name).exists() for name in ends)
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.txt").write_text("mine")
@@ -184,6 +202,8 @@ def test_the_folder_says_which_weights_were_scored(without: Verdict, folder: Pat
         ({"ladder": {"full": ["pgdd"]}}, "the ladder names full/pgdd; give its settings"),
         ({"ladder": {"full": {"mine": {"kind": "pgd"}}}}, "the ladder's full/mine is not valid"),
         ({"ladder": {"bpda": ["pgd"]}}, "the ladder needs an attack on the rung full"),
+        ({"ladder": {"bpda": {"pgd": SHORT}, "full": ["pgd"]}},
+         "the ladder's attack pgd has other settings on the rung full than on bpda; give each"),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_none_gets_one_sentence(changes: dict[str, Any], sentence: str) -> None:
@@ -431,3 +451,15 @@ def test_an_attack_that_is_not_for_a_random_classifier_gets_one_sentence(
     with pytest.raises(ConfigError, match=sentence) as caught:
         limpid.evaluate(Keyed(), *data(), threat="linf:2/255", ladder=ladder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ladder_without_an_attack_for_the_classifier_alone_says_so() -> None:
+    sentence = "has autoattack_rand on the rung full, .* for the classifier alone, too"
+    ladder = {"full": ["autoattack_rand"]}
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        judged(purifier=Noise(), ladder=ladder)
+    assert "\n" not in str(caught.value)
+    images = data()[0]
+    defense = Defense(adopt_classifier(Patterns(), images, 3), adopt_purifier(Noise(), images))
+    found = choose({**ladder, "classifier": ["pgd"]}, defense, 3, as_threat("linf:2/255"))
+    assert found.bare == {"full": ["pgd"]}

@@ -133,6 +133,16 @@ def test_chance_among_many_rungs_is_not_reported() -> None:
     assert failed(scores.full_is_strongest(full, many)) == []
 
 
+def test_images_of_a_caller_are_tested_by_themselves() -> None:
+    """They must not weaken the test of another rung: p = 1/128 is significant for one alone."""
+    full, rung, harmless = accuracies(300, 0), accuracies(300, 7), accuracies(300, 0)
+    others = {"given": harmless, "bpda": rung}
+    assert failed(scores.full_is_strongest(full, others)) == ["full_is_strongest/bpda"]
+    many = {f"rung {k}": harmless for k in range(20)}
+    found = failed(scores.full_is_strongest(full, {**many, "given": rung}))
+    assert found == ["full_is_strongest/given"]
+
+
 def test_a_rung_far_above_white_box_accuracy_is_an_illusion() -> None:
     full = accuracies(200, 150)
     rungs = {"classifier": accuracies(200, 20), "bpda": accuracies(200, 135)}
@@ -372,5 +382,9 @@ def test_a_quick_ladder_is_excused_for_what_it_leaves_out_and_for_nothing_else()
     excused = scores.excused(weak)
     assert not weak.passed and weak.level == "block"
     assert (excused.level, excused.asked, excused.passed) == ("warn", False, False)
+    full, rung = accuracies(300, 0), accuracies(300, 20)
+    for other in scores.full_is_strongest(full, {"given": rung, "bpda": rung}):
+        assert not other.passed
+        assert scores.excused(other).asked == (other.name == "full_is_strongest/bpda")
     (other,) = scores.transfer_attack(accuracies(100, 0), {"none": accuracies(100, 50)})
     assert not other.passed and scores.excused(other) is other

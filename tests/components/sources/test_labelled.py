@@ -86,6 +86,19 @@ def test_the_files_of_the_split_are_read_and_no_others(tmp_path: Path) -> None:
     assert read_labelled(tmp_path, "test").labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("val", "test"), ("validation-00000-of-00001", "test"), ("train", "val"), ("test", "val")],
+)
+def test_files_of_another_split_are_none_of_this_one(name: str, split: str, tmp_path: Path) -> None:
+    parquet(tmp_path / f"{name}.parquet")
+    other = name.partition("-")[0]
+    with pytest.raises(DataError, match=f"has a split `{other}` and none called `{split}`"):
+        read_labelled(tmp_path, split)
+    assert len(read_labelled(tmp_path / f"{name}.parquet", split)) == 6
+    assert other != "validation" or len(read_labelled(tmp_path, "val")) == 6
+
+
 def _reject(root: Path) -> None:
     folders(root, "cat")
     (root / "cat/notes.txt").write_text("mine")
@@ -153,6 +166,8 @@ def test_examples_are_read_as_they_are_stored(column: Any, expected: Any, tmp_pa
         ({"image": [None, PICTURES[0]]}, "has rows without a value"),
         ({"image": [png(np.zeros((3, 3), np.uint8))]}, r"has images \(1, 3, 3\), and the test"),
         ({"image": pa.array([], pa.binary())}, "has no images"),
+        ({"image": PICTURES, "id": [*"abcdef"]}, "a column id of type string; ids are the integ"),
+        ({"image": PICTURES, "id": [0.0] * 6}, "a column id of type double; ids are the integers"),
     ],
 )
 def test_examples_that_are_none_are_refused(columns: Any, sentence: str, tmp_path: Path) -> None:
