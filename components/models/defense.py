@@ -41,11 +41,9 @@ def draws_noise(half: nn.Module | None) -> bool:
 
 
 class SeededByBatch:
-    """A mark of what wraps a random network from elsewhere: one seed serves a whole batch.
+    """A mark of what wraps a random network from elsewhere: one seed serves a whole batch."""
 
-    A network that said so of itself would be asked less.
-    """
-
+    # Of the wrapper: a network that said so of itself would be asked less.
     batchwise: bool
 
 
