@@ -56,7 +56,7 @@ def attack(options: Namespace) -> int:
             options.device, out, given,
         )  # fmt: skip
         checks, bounds = junit.checks(found.metrics), _fail_under(found, options.fail_under)
-        # The verdict took hours, so it is told before a comparison that may fail.
+        # The verdict took hours, so it is said before a comparison that may fail.
         _write(options.junit, [*checks, *bounds])
         _say(found, options, threat.label, len(every))
         if before is not None:

@@ -403,7 +403,7 @@ def test_a_quick_number_beside_a_baseline_is_said_to_be_an_upper_bound(
     assert sentence.format("baseline") in printed and sentence.format("new number") not in printed
 
 
-def test_the_verdict_is_told_before_a_comparison_that_fails(
+def test_the_verdict_is_said_before_a_comparison_that_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert attack("--out", "before") == 0
