@@ -13,6 +13,8 @@ from components.sources.raw import RawSplit
 
 # Files of one of these splits are no images of another.
 SPLITS = ("train", "val", "validation", "test")
+# How others spell a split.
+ALSO = {"val": "validation"}
 
 
 def read_labelled(path: Path, split: str) -> ImageSet:
@@ -32,7 +34,10 @@ def read_labelled(path: Path, split: str) -> ImageSet:
             return image_set.read(folder)
     if path.is_file() and path.suffix != ".parquet":
         raise DataError(f"{path} is no .parquet file; name one, or a folder of labelled images")
-    files = [path] if path.is_file() else files_of(path, split)
+    if path.is_file():
+        files = [path]
+    else:
+        files = files_of(path, split) or files_of(path, ALSO.get(split, split))
     if not files and not (path / split).is_dir():
         others = [name for name in SPLITS if not name.startswith(split)]
         others = [name for name in others if files_of(path, name)]

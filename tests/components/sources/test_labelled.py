@@ -99,6 +99,12 @@ def test_files_of_another_split_are_none_of_this_one(name: str, split: str, tmp_
     assert other != "validation" or len(read_labelled(tmp_path, "val")) == 6
 
 
+def test_validation_files_are_val_beside_others(tmp_path: Path) -> None:
+    for name in ("test-0", "validation-0"):
+        parquet(tmp_path / f"{name}.parquet")
+    assert len(read_labelled(tmp_path, "val")) == 6
+
+
 def _reject(root: Path) -> None:
     folders(root, "cat")
     (root / "cat/notes.txt").write_text("mine")
