@@ -1,5 +1,6 @@
 """What `limpid attack` does with its options: read, judge, and say whether it passes."""
 
+import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from limpid.given import read_given
 from limpid.inputs import LEAST, as_threat
 from limpid.judging import Verdict, judge
 from limpid.junit import Case
+from pipelines.cluster.submission import ADDRESS
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import ConfigError, Failed
 from pipelines.layout import METRICS
@@ -44,6 +46,11 @@ def attack(options: Namespace) -> int:
     ladder = _ladder(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and torch sees no GPU here; leave it out, or say cpu")
+    if os.environ.get(ADDRESS):
+        print(
+            f"this runs here, and not on the cluster that {ADDRESS} names; there, name the "
+            "networks in the section `external` and run `dvc repro`"
+        )
     if options.junit:
         # Now, and not after hours; an older file would say something else.
         write_bytes(options.junit, b"")

@@ -558,3 +558,15 @@ def test_a_gpu_that_is_not_there_is_one_sentence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert attack("--device", "cuda") == 2
     assert "--device is cuda, and torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_named_is_not_used_and_the_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack(ladder="weak.yaml")
+    assert "not on the cluster" not in capsys.readouterr().out
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    attack(ladder="weak.yaml")
+    assert "this runs here, and not on the cluster that RAY_API_SERVER_ADDRESS" in (
+        capsys.readouterr().out
+    )
