@@ -19,7 +19,6 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
 from pydantic import AfterValidator, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -140,11 +139,11 @@ def _in_one_sentence(point: EntryPoint, check: Callable[..., Any]) -> Callable[.
     def asked(*given: Any) -> Any:
         try:
             return check(*given)
-        # Where tasks are run there is advice for these.
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         # Any code may run in a check.
         except Exception as error:
+            # Where tasks are run there is advice for this; torch takes seconds to import.
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                raise
             reason = next(iter(str(error).splitlines()), "")
             raise PluginError(
                 f"{_named(point)} failed in its check, {type(error).__name__}: {reason}; repair "

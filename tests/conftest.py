@@ -1,13 +1,13 @@
 """Fixtures that many tests share: a small trained classifier, test data, the finished line."""
 
-import fcntl
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 from torch import nn
 
 from components.attacks import Linf
@@ -138,22 +138,6 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         late = len(items) / 2 if item.path in waiting else index
         place.setdefault(item.path, -1 if item.path == first else late)
     items.sort(key=lambda item: place[item.path])
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder that the first worker to ask for makes; the others wait, and share it."""
-    shared = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder, done = shared / name, shared / f"{name}.done"
-    with (shared / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            assert not folder.exists(), f"another worker failed to make {folder}"
-            folder.mkdir()
-            make(folder)
-            done.touch()
-    return folder
 
 
 def _reproduce(home: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import project
 import pytest
-from conftest import made_once
+from made_once import made_once
 from PIL import Image
 from ruamel.yaml import YAML
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import project
 import pytest
-from conftest import made_once
+from made_once import made_once
 from ruamel.yaml import YAML
 
 from pipelines import layout
