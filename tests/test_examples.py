@@ -80,6 +80,8 @@ def limpid(folder: Path, site: Path, *words: str) -> str:
 def folder(tmp_path: Path) -> Path:
     """A project with a purifier of the example, which names no plugin yet."""
     folder = project.copy_to(tmp_path / "project")
+    # All of Limpid has to lie in one place.
+    shutil.copytree(project.ROOT / "limpid", folder / "limpid")
     text = (project.ROOT / "profiles/digits.yaml").read_text()
     text = text.replace("epochs: 20", "epochs: 4").replace("train_limit: null", "train_limit: 600")
     (folder / "params.yaml").write_text(text.replace("\nstudents:\n", f"{SECTION}\nstudents:\n"))
