@@ -7,6 +7,8 @@ here has no default: only the command line can say which model is meant.
 
 from pathlib import Path
 
+# Where the packages of Limpid lie.
+SOURCES = Path(__file__).parent.parent
 ROOT = Path(".limpid")
 # Locks of running stages, work in progress that a stage continues, events that wait for MLflow.
 RUNNING, WORK, SPOOL = ROOT / "running", ROOT / "work", ROOT / "spool"
@@ -18,7 +20,7 @@ PARAMS, CODE = Path("params.yaml"), Path("code.yaml")
 DVC_YAML, DVC_LOCK = Path("dvc.yaml"), Path("dvc.lock")
 # What a project is made from: where the wheel has it, else at the root of the checkout.
 _WHEEL = Path(__file__).parent / "templates"
-TEMPLATES = _WHEEL if _WHEEL.is_dir() else Path(__file__).parent.parent
+TEMPLATES = _WHEEL if _WHEEL.is_dir() else SOURCES
 PROFILES = TEMPLATES / "profiles"
 MODELS = Path("models")
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")

@@ -24,6 +24,7 @@ from pipelines.cluster import capacity, session
 from pipelines.cluster.job_events import Listener
 from pipelines.config.resources import Resources
 from pipelines.errors import ConfigError, Failed, Interrupted
+from pipelines.layout import SOURCES
 from pipelines.storage import jobs
 from pipelines.storage.jobs import JobFolder, Result, Spec
 
@@ -195,13 +196,12 @@ def _submit(client: Any, name: str, attempt: int) -> None:
 @contextmanager
 def _code() -> Iterator[Path]:
     """Yield a folder that holds the code of this project and nothing else."""
-    root = Path(__file__).parent.parent.parent
     with tempfile.TemporaryDirectory() as name:
         folder, size = Path(name), 0
         for package in ("components", "pipelines"):
-            for path in (root / package).rglob("*"):
+            for path in (SOURCES / package).rglob("*"):
                 if path.suffix in (".py", ".j2"):
-                    target = folder / path.relative_to(root)
+                    target = folder / path.relative_to(SOURCES)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
                     size += path.stat().st_size

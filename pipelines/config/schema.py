@@ -76,11 +76,6 @@ class Params(Trained):
     resources: Resources
 
     @property
-    def networks(self) -> list[str]:
-        """The names of all networks that may classify, or stand in front of a classifier."""
-        return [*self.classifiers, *self.purifiers, *self.students, *self.atop, *self.external]
-
-    @property
     def scored(self) -> dict[str, Baseline | Defended | Control]:
         """Everything that is scored, by name."""
         return {**self.baselines, **self.defenses, **self.controls}
@@ -147,7 +142,9 @@ def _check_names(params: Params) -> None:
     Nor may an attack have the name of another kind: reports print names.
     """
     scored = [*params.baselines, *params.defenses, *params.controls]
-    for kind, names in (("models", params.networks), ("scored defenses", scored)):
+    sections = (params.classifiers, params.purifiers, params.students, params.atop, params.external)
+    networks = [name for section in sections for name in section]
+    for kind, names in (("models", networks), ("scored defenses", scored)):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two {kind} share the name {', '.join(sorted(twice))}")

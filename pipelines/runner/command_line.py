@@ -13,14 +13,12 @@ from pathlib import Path
 
 from pipelines import layout
 
-# Where all packages of this project lie.
-ROOT = Path(__file__).parent.parent.parent
 STAGES = "pipelines.stages"
 
 
 def folder(package: str) -> Path:
     """Return the folder of a package of this project, which is not imported."""
-    return ROOT.joinpath(*package.split("."))
+    return layout.SOURCES.joinpath(*package.split("."))
 
 
 def summary(package: str, name: str) -> str:

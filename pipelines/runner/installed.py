@@ -15,8 +15,8 @@ from components.data.shards import write_bytes
 from pipelines import layout
 from pipelines.config.yaml_files import read_yaml, write_yaml
 from pipelines.errors import ConfigError
-from pipelines.layout import CODE, DVC_YAML, TEMPLATES
-from pipelines.runner.provenance import SOURCES, code_digests
+from pipelines.layout import CODE, DVC_YAML, SOURCES, TEMPLATES
+from pipelines.runner.provenance import code_digests
 
 WRITTEN = "# Written by `limpid configure`, for the Limpid that is installed.\n"
 HEAD = (

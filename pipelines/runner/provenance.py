@@ -12,10 +12,10 @@ import torch
 from components.data import shards
 from components.data.shards import MANIFEST, DataError
 from pipelines.config.views import View
+from pipelines.layout import SOURCES
 from pipelines.storage.object_store import Listing
 
 SCHEMA = 1
-SOURCES = Path(__file__).parent.parent.parent
 # No result depends on these packages: a change of them must not retrain anything. What a plugin
 # computes depends on its own code, which the parameters name.
 PLUMBING = (

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from components.data.shards import sha256
-from pipelines.layout import SPOOL
+from pipelines.layout import SOURCES, SPOOL
 from pipelines.tracking import spool
 from pipelines.tracking.registry import Registration, tracking_uri
 from pipelines.tracking.spool import Event, now
@@ -118,7 +118,7 @@ class Tracker:
 
 def _environment() -> dict[str, str]:
     """Return an environment in which Python finds this code before any that is installed."""
-    paths = [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(SOURCES), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
