@@ -126,8 +126,10 @@ def no_files_beside() -> Iterator[None]:
     yield
     for name in sorted(set(sys.modules) - before):
         path = Path(getattr(sys.modules.get(name), "__file__", None) or "/")
-        foreign = path.is_relative_to(here) and INSTALLED.isdisjoint(path.parts)
-        if foreign and name.partition(".")[0] not in OWN:
+        known = name.partition(".")[0] in (*OWN, *sys.stdlib_module_names)
+        # The current folder may hold an environment, and the copies of the code.
+        stored = not INSTALLED.isdisjoint(path.parts) or path.is_relative_to(_unpacked_in())
+        if path.is_relative_to(here) and not known and not stored:
             raise ForeignError(
                 f"the code imports {name} from {path}, which is not one of its files; put both "
                 "into one folder, and name that as the code"

@@ -287,6 +287,17 @@ def test_files_beside_the_code_are_not_found(
     assert "imports beside_the_code from" in said and "which is not one of its files" in said
 
 
+def test_the_copies_of_the_code_may_lie_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is where somebody works in the folder for temporary files."""
+    monkeypatch.setattr(external, "_unpacked_in", lambda: tmp_path / "copies")
+    monkeypatch.chdir(tmp_path)
+    files = {"works_in_tmp.py": b"from torch import nn\ndef make():\n    return nn.Identity()"}
+    _, family, _ = import_network(files, "works_in_tmp:make", {}, None, X, CLASSES)
+    assert family == "purifier"
+
+
 def test_a_name_that_is_taken_is_refused(code: Mapping[str, bytes]) -> None:
     main = main_of(code)
     import_network(code, f"{main}:classifier", {}, None, X, CLASSES)
